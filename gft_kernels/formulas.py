@@ -1,0 +1,79 @@
+"""The mathematics of GFT, F1 to F7, once for Python. Derivations: docs/formulas.md.
+
+Every function is elementwise, takes tensors (or blocks) that broadcast, and uses only the free names imported
+below, so that another array language can run the very same text by binding those names to its own operations.
+
+Units: logits and log-probabilities are in nats.
+"""
+
+from torch import exp, expm1, log, maximum, tanh, where
+
+NEG_INF = float("-inf")
+
+
+def transform(logit, logit_scale, softcap, temperature):
+    """The logit the loss sees: scale, then softcap c·tanh(z/c) (softcap 0: none), then divide by the temperature."""
+    scaled = logit * logit_scale
+    if softcap != 0.0:
+        scaled = softcap * tanh(scaled / softcap)
+    return scaled / temperature
+
+
+def transform_slope(logit, logit_scale, softcap, temperature):
+    """d transform / d logit, the chain rule's factor in F7."""
+    if softcap != 0.0:
+        bend = tanh(logit * logit_scale / softcap)
+        return (1.0 - bend * bend) * (logit_scale / temperature)
+    return logit_scale / temperature
+
+
+def observe(top, mass, logit):
+    """F1: the running state (top, mass) after one more logit; mass counts in units of e^top."""
+    return merge(top, mass, logit, 1.0)
+
+
+def merge(top_a, mass_a, top_b, mass_b):
+    """F2: two states into one. A commutative monoid with neutral element (-inf, 0)."""
+    top = maximum(top_a, top_b)
+    anchor = where(top == NEG_INF, 0.0, top)  # both empty: e^(-inf - 0) = 0, not NaN
+    return top, mass_a * exp(top_a - anchor) + mass_b * exp(top_b - anchor)
+
+
+def log_prob(target_logit, top, mass):
+    """F3: log pi = (z_y - top) - log mass. In this order a common offset of 1e4 costs no digits."""
+    return (target_logit - top) - log(mass)
+
+
+def coefficient(log_pi, tau):
+    """F4: C(pi) = pi if pi < tau else 1 (detached). Compared as log pi < log tau: tau = 0 is SFT, tau = 1 is DFT."""
+    return where(log_pi < log(tau), exp(log_pi), 1.0)
+
+
+def group_advantage(reward, mean, std, eps):
+    """F5: A = (R - mean) / (std + eps), exactly 0 where the reward equals its group's mean."""
+    return where(reward == mean, 0.0, (reward - mean) / (std + eps))
+
+
+def kappa(log_pi, advantage, coefficient):
+    """The row coefficient of the gradient, A·C(pi): all that tells one objective of the family from another."""
+    return advantage * coefficient
+
+
+def token_loss(log_pi, kappa):
+    """F6: loss = -kappa·log pi, 0 where kappa = 0 (the limit of pi·log pi, never 0·inf)."""
+    return where(kappa == 0.0, 0.0, -kappa * log_pi)
+
+
+def dlogit_other(log_pi_v, scale):
+    """F7 away from the target: scale·pi_v, with scale = weight·kappa; exactly 0 where scale = 0."""
+    return where(scale == 0.0, 0.0, scale * exp(log_pi_v))
+
+
+def dlogit_target(log_pi_y, scale):
+    """F7 at the target: scale·(pi_y - 1), formed by expm1 so that pi near 1 keeps its digits."""
+    return where(scale == 0.0, 0.0, scale * expm1(log_pi_y))
+
+
+def entropy(log_mass, top_gap):
+    """H = log sum e^(z - top) - E[z - top], in nats; top_gap is the expectation."""
+    return log_mass - top_gap
