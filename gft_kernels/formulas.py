@@ -44,9 +44,14 @@ def log_prob(target_logit, top, mass):
     return (target_logit - top) - log(mass)
 
 
+def row_tau(advantage, tau, rectify_all):
+    """The threshold of a row: rectify="positive" spares rows with A <= 0, which is tau = 0 there."""
+    return where((advantage > 0.0) | rectify_all, tau, 0.0)
+
+
 def coefficient(log_pi, tau):
-    """F4: C(pi) = pi if pi < tau else 1 (detached). Compared as log pi < log tau: tau = 0 is SFT, tau = 1 is DFT."""
-    return where(log_pi < log(tau), exp(log_pi), 1.0)
+    """F4: C(pi) = pi if pi < tau else 1 (detached). tau = 0 is SFT, tau = 1 is DFT; a NaN stays a NaN."""
+    return where(log_pi >= log(tau), 1.0, exp(log_pi))
 
 
 def group_advantage(reward, mean, std, eps):
@@ -54,9 +59,9 @@ def group_advantage(reward, mean, std, eps):
     return where(reward == mean, 0.0, (reward - mean) / (std + eps))
 
 
-def kappa(log_pi, advantage, coefficient):
+def kappa(advantage, coefficient):
     """The row coefficient of the gradient, A·C(pi): all that tells one objective of the family from another."""
-    return advantage * coefficient
+    return where(advantage == 0.0, 0.0, advantage * coefficient)
 
 
 def token_loss(log_pi, kappa):
