@@ -1,0 +1,9 @@
+"""Fused loss and gradient kernels for Group Fine-Tuning (GFT, arXiv 2604.14258) over large vocabularies."""
+
+from gft_kernels.advantages import group_advantages
+from gft_kernels.loss import GFTLoss, gft_loss
+from gft_kernels.options import BackendUnavailable, TokenStats
+
+__version__ = "0.1.0"
+
+__all__ = ["BackendUnavailable", "GFTLoss", "TokenStats", "gft_loss", "group_advantages"]

@@ -1,0 +1,167 @@
+"""The loss as torch operators with a gradient that is ready when the loss is.
+
+Two operators share one schema, derived from the fields of `Credit` and `RowCall`: `gft::row_loss` returns the gradient
+beside the loss; `gft::row_loss_` writes it where the logits were. A torch.compile graph sees each as one node.
+
+Backward is one multiplication by the upstream gradient. Out of place it leaves the saved gradient as it was, so a
+retained graph can be walked again; in place it scales the storage itself, and a second walk is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gft_kernels import checks, registry
+from gft_kernels.options import Credit, RowCall, RowResult
+
+_SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "int", "float": "float", "str": "str", "bool": "bool"}
+_CREDIT = {field.name: _SCHEMA_TYPES[str(field.type)] for field in fields(Credit)}
+_OPTIONS = {f.name: _SCHEMA_TYPES[str(f.type)] for f in fields(RowCall) if f.name not in ("logits_STV", "credit")}
+_ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in [*_CREDIT.items(), *_OPTIONS.items(), ("backend", "str")])
+_PER_ROW = "Tensor loss, Tensor log_probs, Tensor coefficients, Tensor advantages, Tensor row_scale, Tensor entropy"
+
+
+def row_loss(call: RowCall, backend: str) -> RowResult:
+    """Run a call through its operator; the loss carries the gradient if `call.want_gradient`."""
+    arguments = _pack(call, backend)
+    if call.want_gradient and call.inplace:
+        outputs = _InPlace.apply(call.logits_STV, *arguments)
+        return _result(call, outputs, gradient=None)
+    *outputs, _gradient = torch.ops.gft.row_loss(call.logits_STV, *arguments)
+    return _result(call, outputs, gradient=None)
+
+
+def _pack(call: RowCall, backend: str) -> tuple:
+    """A call as the operators' arguments; `_unpack` is the way back."""
+    credit = [getattr(call.credit, name) for name in _CREDIT]
+    return (*credit, *(getattr(call, name) for name in _OPTIONS), backend)
+
+
+def _unpack(logits: Tensor, arguments: tuple) -> tuple[RowCall, str]:
+    *packed, backend = arguments
+    credit = Credit(**dict(zip(_CREDIT, packed, strict=False)))
+    options = dict(zip(_OPTIONS, packed[len(_CREDIT) :], strict=True))
+    return RowCall(logits_STV=logits, credit=credit, **options), backend
+
+
+def _result(call: RowCall, outputs: tuple, gradient: Tensor | None) -> RowResult:
+    loss, log_probs, coefficients, advantages, _row_scale, entropy = outputs
+    return RowResult(loss, log_probs, coefficients, advantages, gradient, None, entropy if call.want_entropy else None)
+
+
+def _compute(logits: Tensor, arguments: tuple) -> tuple[RowResult, tuple[Tensor, ...]]:
+    """Check the values, choose the backend, run it. An operator returns no None: what was not asked for is empty."""
+    call, backend = _unpack(logits, arguments)
+    checks.check_values(call)
+    result = registry.choose(backend, call).run(call)
+    empty = [logits.new_empty(0, dtype=torch.float32) if x is None else x for x in (result.row_scale_R, result.entropy_R)]
+    return result, (result.loss, result.log_probs_R, result.coefficients_R, result.advantages_R, *empty)
+
+
+def _row_loss(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
+    result, per_row = _compute(logits, arguments)
+    gradient = logits.new_empty(0) if result.gradient_STV is None else result.gradient_STV
+    return (*per_row, gradient)
+
+
+def _row_loss_(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
+    return _compute(logits, arguments)[1]
+
+
+def _fake_per_row(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
+    call, _ = _unpack(logits, arguments)
+    rows = call.credit.targets_R.shape[0]
+
+    def per_row(wanted: bool = True) -> Tensor:
+        return logits.new_empty(rows if wanted else 0, dtype=torch.float32)
+
+    loss = per_row() if call.credit.reduction == "none" else logits.new_empty((), dtype=torch.float32)
+    return loss, per_row(), per_row(), per_row(), per_row(call.defer_scale), per_row(call.want_entropy)
+
+
+def _fake(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
+    call, _ = _unpack(logits, arguments)
+    return (*_fake_per_row(logits, *arguments), logits.new_empty(logits.shape if call.want_gradient else (0,)))
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    loss, *others, row_scale, _entropy, gradient = output
+    ctx.mark_non_differentiable(*others, row_scale, _entropy, gradient)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gradient, row_scale)
+    ctx.backend, ctx.arguments = inputs[-1], len(inputs) - 1
+
+
+@once_differentiable
+def _backward(ctx, upstream: Tensor | None, *_non_differentiable) -> tuple:
+    nothing = (None,) * ctx.arguments
+    if upstream is None:
+        return None, *nothing
+    gradient, row_scale = ctx.saved_tensors
+    if not row_scale.numel() and _is_one(upstream):
+        return gradient, *nothing
+    return torch.ops.gft.scale(gradient, row_scale, upstream, ctx.backend), *nothing
+
+
+def _is_one(upstream: Tensor) -> bool:
+    """Whether scaling can be left out, where looking is free: an untraced scalar on the CPU."""
+    return type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.dim() == 0 and float(upstream) == 1.0
+
+
+def _scale(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str) -> Tensor:
+    return _scale_with(gradient, row_scale, upstream, backend, inplace=False)
+
+
+def _scale_(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str) -> None:
+    _scale_with(gradient, row_scale, upstream, backend, inplace=True)
+
+
+def _scale_with(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str, inplace: bool) -> Tensor:
+    call = RowCall(gradient, Credit(targets_R=gradient.new_empty(0, dtype=torch.int64)), inplace=inplace)
+    module = registry.choose(backend, call)
+    return module.scale(gradient, row_scale if row_scale.numel() else None, upstream.contiguous(), inplace)
+
+
+class _InPlace(torch.autograd.Function):
+    """`gft::row_loss_` with the logits' storage as the saved gradient (a mutating operator cannot carry autograd)."""
+
+    @staticmethod
+    def forward(ctx, logits, *arguments):
+        outputs = torch.ops.gft.row_loss_(logits, *arguments)
+        _loss, *others, row_scale, _entropy = outputs
+        ctx.mark_non_differentiable(*others, row_scale, _entropy)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, row_scale)
+        ctx.backend, ctx.arguments = arguments[-1], len(arguments)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, *_non_differentiable):
+        nothing = (None,) * ctx.arguments
+        if upstream is None:
+            return None, *nothing
+        gradient, row_scale = ctx.saved_tensors
+        torch.ops.gft.scale_(gradient, row_scale, upstream, ctx.backend)
+        return gradient, *nothing
+
+
+_FUNCTIONAL = torch.library.custom_op(
+    "gft::row_loss", _row_loss, mutates_args=(), schema=f"(Tensor logits, {_ARGUMENTS}) -> ({_PER_ROW}, Tensor gradient)"
+)
+_FUNCTIONAL.register_fake(_fake)
+_FUNCTIONAL.register_autograd(_backward, setup_context=_setup_context)
+torch.library.custom_op(
+    "gft::row_loss_", _row_loss_, mutates_args={"logits"}, schema=f"(Tensor(a!) logits, {_ARGUMENTS}) -> ({_PER_ROW})"
+).register_fake(_fake_per_row)
+_SCALE = "gradient, Tensor row_scale, Tensor upstream, str backend"
+torch.library.custom_op("gft::scale", _scale, mutates_args=(), schema=f"(Tensor {_SCALE}) -> Tensor").register_fake(
+    lambda gradient, row_scale, upstream, backend: torch.empty_like(gradient, memory_format=torch.contiguous_format)
+)
+torch.library.custom_op(
+    "gft::scale_", _scale_, mutates_args={"gradient"}, schema=f"(Tensor(a!) {_SCALE}) -> ()"
+).register_fake(lambda gradient, row_scale, upstream, backend: None)

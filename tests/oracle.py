@@ -1,0 +1,92 @@
+"""The textbook GFT loss in float64: the truth every backend is compared with. Imports nothing of the library.
+
+Written for clarity, with autograd for the gradient, one response and one group at a time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def advantages(rewards, groups, normalize="std", eps=1e-6, singleton="reward"):
+    """(S,) float64 advantages from (S,) rewards and a list of S group labels."""
+    rewards = [float(r) for r in rewards]
+    out = [0.0] * len(rewards)
+    for label in set(groups):
+        members = [s for s, g in enumerate(groups) if g == label]
+        values = [rewards[s] for s in members]
+        k = len(values)
+        mean = math.fsum(values) / k
+        for s in members:
+            if k == 1:
+                out[s] = rewards[s] if singleton == "reward" else 0.0
+            elif all(v == values[0] for v in values):
+                out[s] = 0.0
+            elif normalize == "std":
+                std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (k - 1))
+                out[s] = (rewards[s] - mean) / (std + eps)
+            elif normalize == "mean":
+                out[s] = rewards[s] - mean
+            elif normalize == "leave-one-out":
+                out[s] = rewards[s] - (math.fsum(values) - rewards[s]) / (k - 1)
+    return torch.tensor(out, dtype=torch.float64)
+
+
+def row_weights(live, responses, reduction, num_items=None):
+    """(R,) float64 weights of the reduction; `responses` is a list of R response labels."""
+    live = [bool(x) for x in live]
+    out = torch.zeros(len(live), dtype=torch.float64)
+    if reduction == "sequence-mean":
+        present = {responses[r] for r in range(len(live)) if live[r]}
+        n = num_items if num_items is not None else max(len(present), 1)
+        for label in present:
+            rows = [r for r in range(len(live)) if live[r] and responses[r] == label]
+            out[rows] = 1.0 / (len(rows) * float(n))
+        return out
+    n = 1.0
+    if reduction == "token-mean":
+        n = float(num_items) if num_items is not None else max(sum(live), 1)
+    for r, alive in enumerate(live):
+        out[r] = 1.0 / n if alive else 0.0
+    return out
+
+
+def token_losses(logits, targets, live, advantage, *, tau, rectify="all", temperature=1.0, softcap=None, logit_scale=1.0):
+    """Per-row loss (R,) in float64, differentiable in `logits` (R, V), with the log-probs, C and entropy beside it."""
+    losses, log_probs, coefficients, entropies = [], [], [], []
+    zero = torch.zeros((), dtype=torch.float64)
+    for r in range(len(targets)):
+        if not bool(live[r]):
+            losses.append(zero), log_probs.append(zero), coefficients.append(zero), entropies.append(zero)
+            continue
+        z = logits[r].double() * logit_scale
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        log_pi = torch.log_softmax(z / temperature, dim=0)
+        chosen = log_pi[int(targets[r])]
+        pi = math.exp(float(chosen.detach()))
+        a = float(advantage[r])
+        rectified = rectify == "all" or a > 0
+        c = pi if rectified and pi < tau else 1.0
+        losses.append(zero if a == 0 or c == 0 else -a * c * chosen)
+        log_probs.append(chosen.detach())
+        coefficients.append(torch.tensor(c, dtype=torch.float64))
+        p = log_pi.detach().exp()
+        entropies.append(-(p[p > 0] * log_pi.detach()[p > 0]).sum())
+    if not losses:
+        return (torch.zeros(0, dtype=torch.float64),) * 4
+    return tuple(torch.stack(x) for x in (losses, log_probs, coefficients, entropies))
+
+
+def loss_and_gradient(logits, targets, live, advantage, weights, upstream, **options):
+    """Sum of upstream·w·loss (upstream () or (R,)) and its gradient with respect to (R, V) logits, in float64."""
+    z = logits.detach().double().requires_grad_(True)
+    losses, *_ = token_losses(z, targets, live, advantage, **options)
+    total = (losses * weights.double() * upstream).sum()
+    if total.requires_grad:
+        (gradient,) = torch.autograd.grad(total, z)
+    else:
+        gradient = torch.zeros_like(z)
+    return losses.detach() * weights.double(), gradient
