@@ -1,0 +1,98 @@
+// What a native call is given and where it writes: plain structs, the same for host and device code.
+//
+// Sizes: S responses, T positions per response, R = S*T rows, V vocabulary. Suffixes name shapes (rewards_S).
+// Pointers are host pointers in csrc/cpu and device pointers in csrc/cuda; null says "absent". Nothing here owns
+// memory.
+#pragma once
+
+#include <cstdint>
+
+// Internal linkage on purpose: each instruction set is its own translation unit, and an inline function with external
+// linkage compiled for AVX-512 could be the copy the linker keeps for every machine.
+#if defined(__CUDACC__)
+#define GFT_HD [[maybe_unused]] static __host__ __device__ __forceinline__
+#else
+#define GFT_HD [[maybe_unused]] static inline
+#endif
+
+namespace gft {
+
+enum class Dtype : int { f32, bf16, f16 };
+enum class Reduction : int { token_mean, sequence_mean, sum, none };
+enum class Normalize : int { std, mean, leave_one_out };
+enum class Singleton : int { reward, zero };
+enum class Rectify : int { all, positive };
+
+// An fp16 gradient row is stored at this size before its row scale; half the range (65504) is left free.
+constexpr float kFp16Peak = 16384.0f;
+
+// Rows of logits, or of their gradient: row r is (r / inner, r % inner); strides in elements; unit stride over V.
+struct LogitRows {
+    void* data;  // null in a result: not wanted
+    Dtype dtype;
+    std::int64_t outer, inner, V;  // R = outer * inner
+    std::int64_t stride_outer, stride_inner;
+};
+
+GFT_HD std::int64_t row_count(const LogitRows& rows) { return rows.outer * rows.inner; }
+
+// Elements from data to row r. 64 bits: R * V passes 2^31 at 14134 rows of V = 151936.
+GFT_HD std::int64_t row_offset(const LogitRows& rows, std::int64_t r) {
+    return (r / rows.inner) * rows.stride_outer + (r % rows.inner) * rows.stride_inner;
+}
+
+// Everything that decides a row's advantage A[r] and weight w[r]; no logits. All arrays are contiguous.
+// At most one of rewards_S, advantages_S and advantages_R is given; with none of them A = 1.
+struct Credit {
+    std::int64_t S, R;
+    const std::int64_t* targets_R;
+    const std::uint8_t* mask_R;  // bool; null: every row whose target is not ignore_index is live
+    const float* rewards_S;      // need group_size or group_ids_S
+    const float* advantages_S;
+    const float* advantages_R;
+    const float* weights_R;              // decided already: the loss is then the plain sum of w*loss
+    const std::int64_t* group_ids_S;     // any values, any order; read where group_size is 0
+    std::int64_t group_size;             // consecutive responses per group; 0: group_ids_S decide
+    const std::int64_t* sequence_ids_R;  // the response of a row; null: r / tokens_per_response
+    std::int64_t tokens_per_response;
+    const float* num_items;  // (): the denominator; null: counted from the live rows
+    Reduction reduction;
+    Normalize normalize;
+    Singleton singleton;
+    double eps;
+    std::int64_t ignore_index;
+};
+
+// How a logit becomes the logit the loss sees: scale, then softcap c*tanh(z/c) (0: none), then divide.
+struct Transform {
+    double logit_scale, softcap, temperature;
+};
+
+// What tells one token-level objective from another: only how kappa follows from (log pi, A).
+struct Objective {
+    double tau;
+    Rectify rectify;
+};
+
+// Where the results go. Per-row arrays are contiguous, R long.
+struct RowResults {
+    float* loss;  // 1, or R with Reduction::none
+    float* log_probs_R;
+    float* coefficients_R;
+    float* advantages_R;
+    float* entropy_R;    // null: not wanted
+    float* row_scale_R;  // null: the gradient is final; else the gradient is stored at kFp16Peak (fp16 only)
+    LogitRows gradient;  // data null: not wanted; data equal to the logits': in place
+};
+
+// One loss over logits.
+struct RowCall {
+    LogitRows logits;
+    Credit credit;
+    Transform transform;
+    Objective objective;
+    bool read_zero_advantage;  // live rows with A = 0 are read as well, for their statistics
+    RowResults out;
+};
+
+}  // namespace gft

@@ -1,0 +1,160 @@
+// The mathematics of GFT, F1 to F7, once for C++: host and device, the twin of gft_kernels/formulas.py.
+//
+// Templates over the real type (float or double). Logits and log-probabilities are in nats.
+// Structs hold no member functions, so that no inline code with external linkage leaves a translation unit (args.h).
+#pragma once
+
+#include <cmath>
+
+#include "gft/args.h"
+
+namespace gft {
+
+template <class Real>
+struct State {  // a running softmax: mass counts in units of e^top; neutral element (-inf, 0)
+    Real top, mass;
+};
+
+template <class Real>
+struct Group {       // the rewards of one group
+    Real mean, std;  // std with Bessel's correction; unused for a group of one
+    std::int64_t size;
+    bool equal;  // all rewards are the same number
+};
+
+template <class Real>
+struct RowCoefficient {
+    Real coefficient;  // C(pi)
+    Real kappa;        // A * C(pi)
+};
+
+template <class Real>
+GFT_HD Real neg_inf() {
+    return Real(-INFINITY);
+}
+
+template <class Real>
+GFT_HD Real larger(Real a, Real b) {
+    return a > b || a != a ? a : b;
+}  // NaN stays NaN
+
+// The logit the loss sees: scale, then softcap c*tanh(z/c) (softcap 0: none), then divide by the temperature.
+template <class Real>
+GFT_HD Real transform(Real logit, Real logit_scale, Real softcap, Real temperature) {
+    Real scaled = logit * logit_scale;
+    if (softcap != Real(0)) scaled = softcap * std::tanh(scaled / softcap);
+    return scaled / temperature;
+}
+
+// d transform / d logit, the chain rule's factor in F7.
+template <class Real>
+GFT_HD Real transform_slope(Real logit, Real logit_scale, Real softcap, Real temperature) {
+    if (softcap == Real(0)) return logit_scale / temperature;
+    const Real bend = std::tanh(logit * logit_scale / softcap);
+    return (Real(1) - bend * bend) * (logit_scale / temperature);
+}
+
+// F2: two states into one. A commutative monoid; both empty: the anchor is 0, so e^(-inf - 0) = 0 and not NaN.
+template <class Real>
+GFT_HD State<Real> merge(State<Real> a, State<Real> b) {
+    const Real top = larger(a.top, b.top);
+    const Real anchor = top == neg_inf<Real>() ? Real(0) : top;
+    return {top, a.mass * std::exp(a.top - anchor) + b.mass * std::exp(b.top - anchor)};
+}
+
+// F1: the state after one more logit.
+template <class Real>
+GFT_HD State<Real> observe(State<Real> state, Real logit) {
+    return merge(state, State<Real>{logit, Real(1)});
+}
+
+// F3: log pi = (z_y - top) - log mass. In this order a common offset of 1e4 costs no digits.
+template <class Real>
+GFT_HD Real log_prob(Real target_logit, State<Real> state) {
+    return (target_logit - state.top) - std::log(state.mass);
+}
+
+// F3 where the state holds every logit but the target's. Near pi = 1 it is -log1p(mass * e^(top - z_y)), whose relative
+// error does not grow as the loss goes to 0; elsewhere the anchor is top, so that the exponential cannot overflow.
+template <class Real>
+GFT_HD Real log_prob_beside(Real target_logit, State<Real> others) {
+    const Real gap = target_logit - others.top;
+    if (gap < Real(0)) return gap - std::log(others.mass + std::exp(gap));
+    return -std::log1p(others.mass * std::exp(-gap));
+}
+
+// The threshold of a row: Rectify::positive spares rows with A <= 0, which is tau = 0 there.
+template <class Real>
+GFT_HD Real row_tau(Real advantage, Real tau, bool rectify_all) {
+    return advantage > Real(0) || rectify_all ? tau : Real(0);
+}
+
+// F4: C(pi) = pi if pi < tau else 1. tau = 0 is SFT, tau = 1 is DFT; a NaN stays a NaN.
+template <class Real>
+GFT_HD Real coefficient(Real log_pi, Real tau) {
+    return log_pi >= std::log(tau) ? Real(1) : std::exp(log_pi);
+}
+
+// F5: A = (R - mean) / (std + eps), exactly 0 where the reward equals its group's mean.
+template <class Real>
+GFT_HD Real group_advantage(Real reward, Real mean, Real std, Real eps) {
+    return reward == mean ? Real(0) : (reward - mean) / (std + eps);
+}
+
+// F5 with its choices. Equal rewards give exactly 0: decided by comparing them, not by a standard deviation of 1e-10.
+template <class Real>
+GFT_HD Real advantage_in_group(Real reward, Group<Real> group, Real eps, Normalize normalize, Singleton singleton) {
+    if (group.size == 1) return singleton == Singleton::reward ? reward : Real(0);
+    if (group.equal) return Real(0);
+    if (normalize == Normalize::std) return group_advantage(reward, group.mean, group.std, eps);
+    const Real centred = reward - group.mean;
+    if (normalize == Normalize::mean) return centred;
+    return centred * (Real(group.size) / Real(group.size - 1));  // R minus the mean of the others
+}
+
+// The row coefficient of the gradient, A*C(pi): all that tells one objective of the family from another.
+template <class Real>
+GFT_HD Real kappa(Real advantage, Real coefficient) {
+    return advantage == Real(0) ? Real(0) : advantage * coefficient;
+}
+
+// C and kappa of one row: the only place that knows the objective. Another objective of the family is another body
+// here.
+template <class Real>
+GFT_HD RowCoefficient<Real> row_coefficient(Real log_pi, Real advantage, Objective objective) {
+    const Real tau = row_tau(advantage, Real(objective.tau), objective.rectify == Rectify::all);
+    const Real c = coefficient(log_pi, tau);
+    return {c, kappa(advantage, c)};
+}
+
+// F6: loss = -kappa * log pi, 0 where kappa = 0 (the limit of pi*log pi, never 0*inf).
+template <class Real>
+GFT_HD Real token_loss(Real log_pi, Real kappa) {
+    return kappa == Real(0) ? Real(0) : -kappa * log_pi;
+}
+
+// F7 away from the target: scale * pi_v with scale = weight*kappa; exactly 0 where scale = 0.
+template <class Real>
+GFT_HD Real dlogit_other(Real log_pi_v, Real scale) {
+    return scale == Real(0) ? Real(0) : scale * std::exp(log_pi_v);
+}
+
+// F7 at the target: scale * (pi_y - 1), by expm1 so that pi near 1 keeps its digits.
+template <class Real>
+GFT_HD Real dlogit_target(Real log_pi_y, Real scale) {
+    return scale == Real(0) ? Real(0) : scale * std::expm1(log_pi_y);
+}
+
+// H = log sum e^(z - top) - E[z - top], in nats; top_gap is the expectation.
+template <class Real>
+GFT_HD Real entropy(Real log_mass, Real top_gap) {
+    return log_mass - top_gap;
+}
+
+// One term of sum (z - top)*e^(z - top), which E[z - top] is made of; 0 for a banned token (the limit, never -inf*0).
+template <class Real>
+GFT_HD Real gap_term(Real gap) {
+    return gap == neg_inf<Real>() ? Real(0) : gap * std::exp(gap);
+}
+
+}  // namespace gft
