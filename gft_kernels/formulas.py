@@ -21,10 +21,11 @@ def transform(logit, logit_scale, softcap, temperature):
 
 def transform_slope(logit, logit_scale, softcap, temperature):
     """d transform / d logit, the chain rule's factor in F7."""
+    slope = logit_scale / temperature
     if softcap != 0.0:
         bend = tanh(logit * logit_scale / softcap)
-        return (1.0 - bend * bend) * (logit_scale / temperature)
-    return logit_scale / temperature
+        slope = (1.0 - bend * bend) * slope
+    return slope
 
 
 def observe(top, mass, logit):
@@ -37,6 +38,11 @@ def merge(top_a, mass_a, top_b, mass_b):
     top = maximum(top_a, top_b)
     anchor = where(top == NEG_INF, 0.0, top)  # both empty: e^(-inf - 0) = 0, not NaN
     return top, mass_a * exp(top_a - anchor) + mass_b * exp(top_b - anchor)
+
+
+def raise_gap(gap, mass, drop):
+    """The sum of e^(z - top)·(z - top), what entropy needs, after the top has risen; drop = old top - new top <= 0."""
+    return where(mass == 0.0, 0.0, exp(drop) * (gap + mass * drop))
 
 
 def log_prob(target_logit, top, mass):
