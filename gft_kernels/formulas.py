@@ -6,7 +6,7 @@ below, so that another array language can run the very same text by binding thos
 Units: logits and log-probabilities are in nats.
 """
 
-from torch import exp, expm1, log, maximum, tanh, where
+from torch import abs, exp, expm1, log, log1p, maximum, tanh, where
 
 NEG_INF = float("-inf")
 
@@ -20,11 +20,14 @@ def transform(logit, logit_scale, softcap, temperature):
 
 
 def transform_slope(logit, logit_scale, softcap, temperature):
-    """d transform / d logit, the chain rule's factor in F7."""
+    """d transform / d logit, the chain rule's factor in F7.
+
+    With a softcap, 1 - tanh^2 is formed as 4e / (1 + e)^2, e = exp(-2|x|): near saturation the difference has no digits.
+    """
     slope = logit_scale / temperature
     if softcap != 0.0:
-        bend = tanh(logit * logit_scale / softcap)
-        slope = (1.0 - bend * bend) * slope
+        decay = exp(-2.0 * abs(logit * logit_scale / softcap))
+        slope = slope * 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
     return slope
 
 
@@ -42,12 +45,19 @@ def merge(top_a, mass_a, top_b, mass_b):
 
 def raise_gap(gap, mass, drop):
     """The sum of e^(z - top)·(z - top), what entropy needs, after the top has risen; drop = old top - new top <= 0."""
-    return where(mass == 0.0, 0.0, exp(drop) * (gap + mass * drop))
+    share = exp(drop)
+    return where(share == 0.0, 0.0, share * (gap + mass * drop))  # an empty state or a banned token: drop = -inf
 
 
-def log_prob(target_logit, top, mass):
-    """F3: log pi = (z_y - top) - log mass. In this order a common offset of 1e4 costs no digits."""
-    return (target_logit - top) - log(mass)
+def log_prob(target_logit, others_top, others_mass):
+    """F3: log pi = -softplus(d), d = (top - z_y) + log mass over the other tokens' state.
+
+    The target is kept out of the running state: added to it, its 1 would swallow the digits that pi near 1 lives on.
+    A common offset cancels in top - z_y first. A target of +inf is an overflow, not a certainty: NaN.
+    """
+    d = (others_top - target_logit) + log(others_mass)
+    log_pi = -(where(d > 0.0, d, 0.0) + log1p(exp(-abs(d))))
+    return where(target_logit == -NEG_INF, NEG_INF - NEG_INF, log_pi)
 
 
 def row_tau(advantage, tau, rectify_all):
@@ -85,6 +95,6 @@ def dlogit_target(log_pi_y, scale):
     return where(scale == 0.0, 0.0, scale * expm1(log_pi_y))
 
 
-def entropy(log_mass, top_gap):
-    """H = log sum e^(z - top) - E[z - top], in nats; top_gap is the expectation."""
-    return log_mass - top_gap
+def entropy(log_mass, mean_gap):
+    """H = log mass - E[z - top], in nats; mean_gap is that expectation and mass the whole row's, target included."""
+    return log_mass - mean_gap

@@ -28,7 +28,7 @@ def refuses(call: RowCall) -> str | None:
 
 
 class Block(NamedTuple):
-    """Statistics of C rows; all float32 of shape (C,), except the transformed logits (C, V)."""
+    """Statistics of C rows; float32 of shape (C,), except the transformed logits (C, V). State of the whole row."""
 
     z_CV: Tensor
     top_C: Tensor
@@ -78,13 +78,16 @@ def run(call: RowCall) -> RowResult:
 def statistics(call: RowCall, logits_CV: Tensor, targets_C: Tensor) -> Block:
     """F1 to F3 over a block of rows. A target outside [0, V) gives a NaN log-probability."""
     z_CV = formulas.transform(logits_CV.float(), call.logit_scale, call.softcap, call.temperature)
-    top_C = z_CV.amax(1)
-    anchor_C = torch.where(top_C == formulas.NEG_INF, 0.0, top_C)
-    mass_C = torch.exp(z_CV - anchor_C[:, None]).sum(1)
-    inside = (targets_C >= 0) & (targets_C < z_CV.shape[1])
-    target_logit_C = z_CV.gather(1, targets_C.clamp(0, z_CV.shape[1] - 1)[:, None])[:, 0]
-    log_pi_C = formulas.log_prob(target_logit_C, top_C, mass_C)
-    return Block(z_CV, top_C, mass_C, torch.where(inside, log_pi_C, float("nan")))
+    inside_C = (targets_C >= 0) & (targets_C < z_CV.shape[1])
+    at_C1 = targets_C.clamp(0, z_CV.shape[1] - 1)[:, None]
+    target_logit_C = z_CV.gather(1, at_C1)[:, 0]
+    others_CV = z_CV.scatter(1, at_C1, formulas.NEG_INF)
+    others_top_C = others_CV.amax(1)
+    anchor_C = torch.where(others_top_C == formulas.NEG_INF, 0.0, others_top_C)
+    others_mass_C = torch.exp(others_CV - anchor_C[:, None]).sum(1)
+    log_pi_C = formulas.log_prob(target_logit_C, others_top_C, others_mass_C)
+    top_C, mass_C = formulas.observe(others_top_C, others_mass_C, target_logit_C)
+    return Block(z_CV, top_C, mass_C, torch.where(inside_C, log_pi_C, float("nan")))
 
 
 def row_kappa(call: RowCall, log_pi: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:

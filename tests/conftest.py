@@ -1,0 +1,38 @@
+"""Fixtures: the backends this machine can run, on the device asked for (`pytest --device cuda`)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gft_kernels import registry
+
+BACKENDS_OF = {"cpu": ("reference", "cpu"), "cuda": ("reference", "triton", "cuda")}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=sorted(BACKENDS_OF), help="where the backends run")
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames and not any(
+        "backend" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
+    ):
+        metafunc.parametrize("backend", BACKENDS_OF[metafunc.config.getoption("--device")])
+
+
+@pytest.fixture
+def device(request) -> torch.device:
+    name = request.config.getoption("--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    return torch.device(name)
+
+
+@pytest.fixture(autouse=True)
+def _backend_is_ready(request):
+    """A backend this machine lacks skips its tests with the backend's own sentence."""
+    name = request.getfixturevalue("backend") if "backend" in request.fixturenames else None
+    reason = registry.backend(name).absent() if name in ("reference", "cpu", "triton", "cuda") else None
+    if reason is not None:
+        pytest.skip(f"backend {name}: {reason}")
