@@ -18,7 +18,14 @@ from torch.autograd.function import once_differentiable
 from gft_kernels import checks, registry
 from gft_kernels.options import Credit, RowCall, RowResult
 
-_SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "int", "float": "float", "str": "str", "bool": "bool"}
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "int": "SymInt",  # a length written "int" would compile a new graph for every value
+    "float": "float",
+    "str": "str",
+    "bool": "bool",
+}
 _CREDIT = {field.name: _SCHEMA_TYPES[str(field.type)] for field in fields(Credit)}
 _OPTIONS = {f.name: _SCHEMA_TYPES[str(f.type)] for f in fields(RowCall) if f.name not in ("logits_STV", "credit")}
 _ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in [*_CREDIT.items(), *_OPTIONS.items(), ("backend", "str")])
@@ -137,6 +144,7 @@ class _InPlace(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, row_scale)
         ctx.backend, ctx.arguments = arguments[-1], len(arguments)
+        ctx.spent = False
         return outputs
 
     @staticmethod
@@ -145,6 +153,12 @@ class _InPlace(torch.autograd.Function):
         nothing = (None,) * ctx.arguments
         if upstream is None:
             return None, *nothing
+        if ctx.spent:
+            raise RuntimeError(
+                "inplace must be False for a graph walked backward more than once, got a second backward; "
+                "the first one scaled the only copy of the gradient"
+            )
+        ctx.spent = True
         gradient, row_scale = ctx.saved_tensors
         torch.ops.gft.scale_(gradient, row_scale, upstream, ctx.backend)
         return gradient, *nothing
