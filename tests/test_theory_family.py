@@ -1,0 +1,138 @@
+"""docs/formulas.md, sections 8 and 9: the family of objectives, and precision.
+
+Each surrogate below is written from its own definition and differentiated by autograd; the claim is that its
+gradient is kappa·(pi - 1[v = y]) with the kappa of the document's table.
+"""
+
+import pytest
+import torch
+from tiny_policy import f64
+from torch.nn.functional import log_softmax
+
+from gft_kernels import formulas, gft_loss
+
+LOGITS_RV = f64(
+    [[2.0, -1.0, 0.5, 0.0, -3.0], [-0.7, 4.0, 0.1, 1.2, 0.3], [9.0, 0.0, -1.0, 0.5, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]]
+)
+TARGETS_R = torch.tensor([1, 3, 0, 2])
+ROWS = torch.arange(4)
+ONE_HOT_RV = torch.eye(5).double()[TARGETS_R]
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+# --- section 8: the family -------------------------------------------------------------------------------------------
+
+OLD_SHIFT = [-0.6, -0.15, 0.0, 0.15, 0.6]  # log pi - log pi_old: both clips active, none, and rho = 1
+LOW, HIGH, BETA, LAMBDA = 0.2, 0.28, 0.04, 0.3
+
+
+def clipped(rho, advantage):
+    return -torch.minimum(rho * advantage, rho.clamp(1 - LOW, 1 + HIGH) * advantage)
+
+
+# name: (surrogate of log pi, kappa of log pi); both also take A, log pi_old and log pi_ref
+FAMILY = {
+    "sft": (lambda lp, a, old, ref: -lp, lambda lp, a, old, ref: torch.ones_like(lp)),
+    "dft": (lambda lp, a, old, ref: -lp.exp().detach() * lp, lambda lp, a, old, ref: lp.exp()),
+    "gft": (
+        lambda lp, a, old, ref: -a * torch.where(lp.exp() < 0.7, lp.exp(), 1.0).detach() * lp,
+        lambda lp, a, old, ref: formulas.kappa(a, formulas.coefficient(lp, f64(0.7))),
+    ),
+    "grpo, dapo, dr_grpo": (
+        lambda lp, a, old, ref: clipped((lp - old).exp(), a),
+        lambda lp, a, old, ref: torch.where(
+            ((a > 0) & (lp - old > torch.log(f64(1 + HIGH)))) | ((a < 0) & (lp - old < torch.log(f64(1 - LOW)))),
+            0.0,
+            a * (lp - old).exp(),
+        ),
+    ),
+    "cispo": (
+        lambda lp, a, old, ref: -a * (lp - old).exp().clamp(max=1 + HIGH).detach() * lp,
+        lambda lp, a, old, ref: a * (lp - old).exp().clamp(max=1 + HIGH),
+    ),
+    "k3": (
+        lambda lp, a, old, ref: BETA * ((ref - lp).exp() - 1.0 - (ref - lp)),
+        lambda lp, a, old, ref: BETA * ((ref - lp).exp() - 1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("shift", OLD_SHIFT)
+@pytest.mark.parametrize("name", FAMILY)
+def test_family(name, shift):
+    surrogate, kappa = FAMILY[name]
+    advantages_R = f64([1.3, -0.8, 0.4, -2.0])
+    logits_RV = LOGITS_RV.clone().requires_grad_()
+    log_pi_R = log_softmax(logits_RV, 1)[ROWS, TARGETS_R]
+    old_R, ref_R = log_pi_R.detach() - shift, log_pi_R.detach() + f64([0.5, -0.4, 0.1, -1.0])
+    surrogate(log_pi_R, advantages_R, old_R, ref_R).sum().backward()
+    kappa_R = kappa(log_pi_R.detach(), advantages_R, old_R, ref_R)
+    close(logits_RV.grad, kappa_R[:, None] * (LOGITS_RV.softmax(1) - ONE_HOT_RV))
+
+
+def test_k3_pulls_towards_the_reference():
+    """A target less likely than under the reference gets kappa > 0: its logit rises."""
+    kappa = FAMILY["k3"][1](f64([-3.0, -1.0]), None, None, f64([-1.0, -3.0]))
+    assert kappa[0] > 0 > kappa[1]
+
+
+def test_entropy_and_its_gradient():
+    logits_RV = LOGITS_RV.clone().requires_grad_()
+    log_probs_RV = log_softmax(logits_RV, 1)
+    entropy_R = -(log_probs_RV.exp() * log_probs_RV).sum(1)
+    (-LAMBDA * entropy_R).sum().backward()
+    pi_RV, log_pi_RV = LOGITS_RV.softmax(1), log_softmax(LOGITS_RV, 1)
+    close(logits_RV.grad, LAMBDA * pi_RV * (log_pi_RV + entropy_R.detach()[:, None]))
+
+    gap_RV = LOGITS_RV - LOGITS_RV.max(1, keepdim=True).values
+    mass_R = gap_RV.exp().sum(1)
+    mean_gap_R = (gap_RV * gap_RV.exp()).sum(1) / mass_R
+    close(formulas.entropy(mass_R.log(), mean_gap_R), entropy_R.detach())
+
+
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_the_entropy_sum_moves_with_the_top(cut):
+    """Two halves of a row, each summed against its own top, the second top higher; a banned token adds nothing."""
+    logits_V = f64([0.3, -1.0, 0.7, formulas.NEG_INF, 2.5, 1.0])
+    gap, mass, top = f64(0.0), f64(0.0), f64(formulas.NEG_INF)
+    for part_V in (logits_V[:cut], logits_V[cut:]):
+        part_top = part_V.max()
+        part_mass = torch.exp(part_V - part_top).sum()
+        part_gap = formulas.raise_gap(f64(0.0), f64(1.0), part_V - part_top).sum()
+        new_top = torch.maximum(top, part_top)
+        gap = formulas.raise_gap(gap, mass, top - new_top) + formulas.raise_gap(part_gap, part_mass, part_top - new_top)
+        top, mass = formulas.merge(top, mass, part_top, part_mass)
+    pi_V = logits_V.softmax(0)
+    close(formulas.entropy(mass.log(), gap / mass), -torch.special.xlogy(pi_V, pi_V).sum())
+
+
+# --- section 9: precision --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pi", "lost"), [(0.9, 0.016), (0.99, 0.17), (0.999, 1.0)])
+def test_rounding_pi_before_subtracting_one(pi, lost):
+    """The share of the gradient lost: pi rounded to bf16 first, against F7 rounded once (at most 2^-8 / 2)."""
+    early = 1.0 - float(torch.tensor(pi).bfloat16())
+    once = -float(formulas.dlogit_target(torch.tensor(pi).log(), torch.tensor(1.0)).bfloat16())
+    assert abs(early / (1.0 - pi) - 1.0) == pytest.approx(lost, abs=0.005)
+    assert abs(once / (1.0 - pi) - 1.0) <= 1.1 * 2.0**-9
+
+
+def test_certain_target_in_float32():
+    """1 - pi = 1e-9: pi itself rounds to 1, log pi does not."""
+    assert float(formulas.dlogit_target(torch.tensor(-1e-9), torch.tensor(1.0))) == pytest.approx(-1e-9, rel=1e-6)
+
+
+def test_fp16_row_scale():
+    """1/N = 1/8192 and C = pi = 1e-4: 1.2e-8 is below half of fp16's smallest number, so a later 65536 finds 0."""
+    logits_RV = torch.tensor([[0.0, 9.21, -4.6]], dtype=torch.float16).requires_grad_()
+    pi_V = logits_RV.detach().double().softmax(1)[0]
+    scale, upstream = float(pi_V[0]) / 8192, 65536.0
+    gradient_V = scale * (pi_V - f64([1.0, 0.0, 0.0]))
+    assert not (gradient_V.half() * upstream).any()
+    loss = gft_loss(logits_RV, torch.tensor([0]), tau=0.7, num_items_in_batch=8192)
+    (loss * upstream).backward()
+    torch.testing.assert_close(logits_RV.grad[0].double(), gradient_V * upstream, rtol=1.05 * 2.0**-10, atol=2.0**-25)
