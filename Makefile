@@ -1,0 +1,49 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`. Both create and use .venv.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RESULTS ?= runs/gpu
+NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc python_api -type f 2>/dev/null)
+
+.PHONY: demo test gpu bench gates lint format clean
+
+demo: $(VENV)/.built
+	$(BIN)/python -m benchmarks.demo_table
+	$(BIN)/gft demo --out runs/demo
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest tests
+
+# On a machine with a GPU: builds, tests and measures everything there, with the Python that is there; JSON into RESULTS.
+gpu:
+	$(PYTHON) -m benchmarks.gpu --results $(RESULTS)
+
+bench: $(VENV)/.built
+	$(BIN)/python -m benchmarks.bench_row --quick
+
+gates: $(VENV)/.built
+	$(BIN)/python -m benchmarks.gates
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc python_api tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc python_api tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info gft_kernels/_C*.so
+
+$(VENV)/.installed: requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(NATIVE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
