@@ -164,11 +164,15 @@ def test_gft_loss_delivers_these_gradients(normalize, tau):
 
 
 def test_equal_rewards_give_exactly_zero_where_the_formula_gives_noise():
-    """Three rewards of 0.1: their float32 mean may differ from 0.1, and 1e-6 in the denominator magnifies the rest."""
+    """The float32 mean of equal rewards may differ from them, and 1e-6 in the denominator magnifies the rest."""
+    noise = 0.0
     for reward, k in [(0.1, 3), (0.7, 6), (1 / 3, 7), (1e-3, 11)]:
+        rewards_K = torch.full((k,), reward)
+        noise = max(noise, float(((rewards_K - rewards_K.sum() / k) / (rewards_K.std() + 1e-6)).abs().max()))
         for normalize in ("std", "mean", "leave-one-out"):
-            advantages = group_advantages(torch.full((k,), reward), group_size=k, normalize=normalize)
-            assert advantages.eq(0.0).all(), (reward, k, normalize)
+            advantages_K = group_advantages(rewards_K, group_size=k, normalize=normalize)
+            assert advantages_K.eq(0.0).all(), (reward, k, normalize)
+    assert noise > 1e-3
 
 
 def test_a_group_of_one():

@@ -126,11 +126,15 @@ def test_certain_target_in_float32():
     assert float(formulas.dlogit_target(torch.tensor(-1e-9), torch.tensor(1.0))) == pytest.approx(-1e-9, rel=1e-6)
 
 
-def test_fp16_row_scale():
-    """1/N = 1/8192 and C = pi = 1e-4: 1.2e-8 is below half of fp16's smallest number, so a later 65536 finds 0."""
+@pytest.mark.parametrize("upstream", [2.0**16, 2.0**28])
+def test_fp16_row_scale(upstream):
+    """1/N = 1/8192 and C = pi = 1e-4: 1.2e-8 is below half of fp16's smallest number, so a later 65536 finds 0.
+
+    2^28 brings the entry of a token with pi = 1e-6 into range too: the peak must be large enough to have kept it.
+    """
     logits_RV = torch.tensor([[0.0, 9.21, -4.6]], dtype=torch.float16).requires_grad_()
     pi_V = logits_RV.detach().double().softmax(1)[0]
-    scale, upstream = float(pi_V[0]) / 8192, 65536.0
+    scale = float(pi_V[0]) / 8192
     gradient_V = scale * (pi_V - f64([1.0, 0.0, 0.0]))
     assert not (gradient_V.half() * upstream).any()
     loss = gft_loss(logits_RV, torch.tensor([0]), tau=0.7, num_items_in_batch=8192)
