@@ -67,7 +67,8 @@ def normalise(rewards_S: Tensor, group_ids_S: Tensor, normalize: str, eps: float
     S·log S work, and a NaN reward spoils its own group only.
     """
     ids, order = torch.sort(group_ids_S, stable=True)
-    rewards = rewards_S.double()[order]
+    # Float32 first: float64 sums of K equal float32 numbers are exact, so equal rewards give exactly 0, not 1e-17 / eps.
+    rewards = rewards_S.float().double()[order]
     start = torch.searchsorted(ids, ids, right=False)
     stop = torch.searchsorted(ids, ids, right=True)
     size = (stop - start).double()
@@ -81,11 +82,7 @@ def normalise(rewards_S: Tensor, group_ids_S: Tensor, normalize: str, eps: float
             reach *= 2
         return values[stop - 1]
 
-    # Equal rewards are told by comparing neighbours: a mean of equal numbers need not equal them to the last bit.
-    differs_from_previous = torch.zeros_like(rewards)
-    differs_from_previous[1:] = ((rewards[1:] != rewards[:-1]) & (ids[1:] == ids[:-1])).double()
-    all_equal = group_sum(differs_from_previous) == 0
-    mean = torch.where(all_equal, rewards, group_sum(rewards) / size)
+    mean = group_sum(rewards) / size
     if normalize == "std":
         spread = torch.sqrt(group_sum((rewards - mean) ** 2).clamp(min=0.0) / (size - 1).clamp(min=1))
         advantages = formulas.group_advantage(rewards, mean, spread, eps)

@@ -42,9 +42,10 @@ def test_does_not_depend_on_the_order_of_responses(responses, random):
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e-20, -7e30])
 @pytest.mark.parametrize("size", [2, 3, 7, 49])
 def test_equal_rewards_give_exactly_zero(reward, size):
-    """Their float mean need not equal them: (0.1 + 0.1 + 0.1) / 3 differs from 0.1, and 1e-17 / 1e-6 is not 0."""
-    advantages = group_advantages(torch.full((2 * size,), reward), group_size=size)
-    assert advantages.eq(0).all()
+    """A float mean need not equal its terms: (0.1 + 0.1 + 0.1) / 3 differs from 0.1, and 1e-17 / 1e-6 is not 0."""
+    for dtype in (torch.float32, torch.float64):
+        advantages = group_advantages(torch.full((2 * size,), reward, dtype=dtype), group_size=size)
+        assert advantages.eq(0).all()
 
 
 def test_consecutive_groups_are_ids_counted_up():
