@@ -1,0 +1,228 @@
+"""The Triton backend: NVIDIA and AMD GPUs, or the CPU through Triton's interpreter (TRITON_INTERPRET=1, for tests).
+
+A call is a few small launches for the rows' credit, one launch for loss and gradient, and one for the sum. Nothing is
+read back by the host. Sizes: S, T, R, V as in options.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gft_kernels.options import FP16_PEAK, RowCall, RowResult
+
+MAX_VOCABULARY = 1 << 30  # columns are counted in 32 bits, with room for one tile more
+MIN_CAPABILITY = (8, 0)
+
+
+def absent() -> str | None:
+    """Why this machine has no use for the backend; None: ready."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if not _interpreted() and not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    return None
+
+
+def refuses(call: RowCall) -> str | None:
+    """Why this call cannot be served; None: it can."""
+    logits = call.logits_STV
+    kind = logits.device.type
+    if kind != ("cpu" if _interpreted() else "cuda"):
+        where = "on the CPU under TRITON_INTERPRET=1" if _interpreted() else "on a GPU"
+        return f"logits must be {where}, got {kind}"
+    if kind == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(logits.device) < MIN_CAPABILITY:
+        return "Triton needs a GPU of compute capability 8.0 or later"
+    if logits.shape[-1] > MAX_VOCABULARY:
+        return f"the vocabulary must be at most {MAX_VOCABULARY}, got {logits.shape[-1]}"
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        return f"logits must have stride 1 along the vocabulary, got {logits.stride(-1)}; pass logits.contiguous()"
+    return None
+
+
+def run(call: RowCall) -> RowResult:
+    """Loss, statistics and, if wanted, the gradient of a call; see `RowResult`."""
+    from gft_kernels.triton_kernels.credit import total_kernel
+    from gft_kernels.triton_kernels.row_credit import LAUNCH, row_credit
+    from gft_kernels.triton_kernels.row_loss import row_loss_kernel
+
+    logits = call.logits_STV.detach()
+    with _on(logits.device):
+        credit = row_credit(call.credit, read_all=call.want_stats or call.want_entropy)
+        gradient = _gradient_for(logits, call.inplace) if call.want_gradient else None
+        rows = call.credit.targets_R.numel()
+        loss_R, log_prob_R, coefficient_R = (_float32(logits, rows) for _ in range(3))
+        entropy_R = _float32(logits, rows) if call.want_entropy else None
+        row_scale_R = _float32(logits, rows) if call.defer_scale and gradient is not None else None
+        launch = _row_launch(logits)
+        row_loss_kernel[(rows,)](
+            logits,
+            logits if gradient is None else gradient,
+            call.credit.targets_R,
+            *credit,
+            loss_R,
+            log_prob_R,
+            coefficient_R,
+            loss_R if entropy_R is None else entropy_R,
+            loss_R if row_scale_R is None else row_scale_R,
+            *_shape(logits),
+            *_outer_strides(logits),
+            *_outer_strides(logits if gradient is None else gradient),
+            tau=call.tau,
+            rectify_all=int(call.rectify == "all"),
+            logit_scale=call.logit_scale,
+            temperature=call.temperature,
+            peak=0.0 if row_scale_R is None else FP16_PEAK,
+            want_gradient=int(gradient is not None),
+            SOFTCAP=call.softcap,
+            ENTROPY=call.want_entropy,
+            BLOCK=launch.block,
+            **launch.options(),
+        )
+        loss = loss_R
+        if call.credit.reduction != "none":
+            loss = torch.empty((), dtype=torch.float32, device=logits.device)
+            total_kernel[(1,)](loss_R, loss, R=rows, BLOCK=LAUNCH.rows)
+    return RowResult(loss, log_prob_R, coefficient_R, credit.advantages_R, gradient, row_scale_R, entropy_R)
+
+
+def scale(gradient: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool) -> Tensor:
+    """gradient·row_scale·upstream in float32, rounded once; upstream is () or (R,) and is read on the device only."""
+    from gft_kernels.triton_kernels.scale_rows import scale_rows_kernel
+
+    with _on(gradient.device):
+        out = _gradient_for(gradient, inplace)
+        launch = _row_launch(gradient)
+        upstream = upstream.float().contiguous()
+        scale_rows_kernel[(gradient.shape[0] * gradient.shape[1],)](
+            gradient,
+            out,
+            upstream if row_scale_R is None else row_scale_R,
+            upstream,
+            *_shape(gradient),
+            *_outer_strides(gradient),
+            *_outer_strides(out),
+            upstream_stride=int(upstream.dim() > 0),
+            has_row_scale=int(row_scale_R is not None),
+            in_place=int(inplace),
+            BLOCK=launch.block,
+            **launch.options(),
+        )
+    return out
+
+
+class ShardStatistics(NamedTuple):
+    """One rank's columns of each row, all float32 (R,). The state leaves the target out, as F3 wants it."""
+
+    top_R: Tensor
+    mass_R: Tensor
+    gap_R: Tensor | None
+    target_logit_R: Tensor  # transformed; 0 where the target is another rank's
+
+
+def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardStatistics:
+    """F1 and F2 over a vocabulary shard. columns_R: int64 (R,), the target's column here or anything outside [0, V).
+
+    read_R: bool (R,); rows it leaves out are not read and give the neutral state (-inf, 0).
+    """
+    from gft_kernels.triton_kernels.shard import shard_statistics_kernel
+
+    logits = call.logits_STV.detach()
+    with _on(logits.device):
+        top_R, mass_R, gap_R, target_logit_R = (_float32(logits, columns_R.numel()) for _ in range(4))
+        launch = _row_launch(logits)
+        shard_statistics_kernel[(columns_R.numel(),)](
+            logits,
+            columns_R,
+            read_R.view(torch.uint8),
+            top_R,
+            mass_R,
+            gap_R,
+            target_logit_R,
+            *_shape(logits),
+            *_outer_strides(logits),
+            logit_scale=call.logit_scale,
+            temperature=call.temperature,
+            SOFTCAP=call.softcap,
+            ENTROPY=call.want_entropy,
+            BLOCK=launch.block,
+            **launch.options(),
+        )
+    return ShardStatistics(top_R, mass_R, gap_R if call.want_entropy else None, target_logit_R)
+
+
+def shard_gradient(
+    call: RowCall, columns_R: Tensor, log_pi_R: Tensor, top_R: Tensor, log_mass_R: Tensor, scale_R: Tensor
+) -> Tensor:
+    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass and scale = weight·kappa, float32 (R,)."""
+    from gft_kernels.triton_kernels.shard import shard_gradient_kernel
+
+    logits = call.logits_STV.detach()
+    with _on(logits.device):
+        gradient = _gradient_for(logits, call.inplace)
+        launch = _row_launch(logits)
+        shard_gradient_kernel[(columns_R.numel(),)](
+            logits,
+            gradient,
+            columns_R,
+            log_pi_R,
+            top_R,
+            log_mass_R,
+            scale_R,
+            *_shape(logits),
+            *_outer_strides(logits),
+            *_outer_strides(gradient),
+            logit_scale=call.logit_scale,
+            temperature=call.temperature,
+            SOFTCAP=call.softcap,
+            BLOCK=launch.block,
+            **launch.options(),
+        )
+    return gradient
+
+
+def _interpreted() -> bool:
+    """Whether the kernels were, or would be, made for Triton's interpreter; Triton decides this when it sees a kernel."""
+    import triton
+
+    return not hasattr(_kernels().row_loss_kernel, "device_caches") if triton else False
+
+
+def _kernels() -> ModuleType:
+    from gft_kernels.triton_kernels import row_loss
+
+    return row_loss
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _row_launch(logits: Tensor):
+    from gft_kernels.triton_kernels.configs import architecture, row_launch
+
+    name = architecture(logits.device.index) if logits.device.type == "cuda" else "interpreter"
+    return row_launch(logits.shape[-1], logits.dtype, name)
+
+
+def _gradient_for(logits: Tensor, inplace: bool) -> Tensor:
+    return logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _float32(like: Tensor, rows: int) -> Tensor:
+    return torch.empty(rows, dtype=torch.float32, device=like.device)
+
+
+def _shape(logits_STV: Tensor) -> tuple[int, int]:
+    """The kernels' `tokens` and `V`."""
+    return max(logits_STV.shape[1], 1), logits_STV.shape[2]
+
+
+def _outer_strides(logits_STV: Tensor) -> tuple[int, int]:
+    return logits_STV.stride(0), logits_STV.stride(1)

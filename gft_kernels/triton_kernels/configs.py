@@ -1,0 +1,67 @@
+"""How the kernels are launched: fixed by vocabulary, dtype and architecture, never tuned on the number of rows.
+
+An autotuner keyed on lengths would stall a training run at each new one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class RowLaunch:
+    """One program per row: `block` elements a tile, `warps` warps; `registers` bounds a thread's, None: no bound."""
+
+    block: int
+    warps: int
+    registers: int | None = None
+
+    def __post_init__(self):
+        # Triton's blocks are powers of two; 32 elements leave two lanes at 16 two-byte elements a lane.
+        assert self.block >= 32 and self.block & (self.block - 1) == 0, self.block
+        assert self.warps in (1, 2, 4, 8, 16, 32), self.warps
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
+
+
+SMALL_BYTES = 16384
+"""Rows below this are finished by 128 threads in one tile or two; more threads would wait for each other."""
+
+SMALL = 4096  # bytes a tile: two 16-byte loads a thread are in flight
+LARGE = 16384
+
+
+def row_launch(vocabulary: int, dtype: torch.dtype, architecture: str) -> RowLaunch:
+    """The launch of every row kernel. `architecture`: "sm_90", "gfx942", ... or "interpreter"."""
+    size = dtype.itemsize
+    if architecture == "interpreter":
+        return RowLaunch(block=256, warps=1)
+    small = vocabulary * size < SMALL_BYTES
+    block = (SMALL if small else LARGE) // size
+    if architecture.startswith("gfx"):  # a wavefront has 64 threads
+        return RowLaunch(block, warps=2 if small else 8)
+    # 65,536 registers on a multiprocessor: 64 a thread let two rows of 512 threads run side by side, so that one
+    # reads while the other computes. benchmarks/gates holds every variant to it without spilling.
+    return RowLaunch(block, warps=4) if small else RowLaunch(block, warps=16, registers=64)
+
+
+@dataclass(frozen=True)
+class CreditLaunch:
+    """Blocks of the small kernels of credit.py; they read a few bytes a row and are launched with 4 warps."""
+
+    rows: int = 1024
+    responses: int = 64
+    rows_beside_responses: int = 64  # a tile of 64 x 64 comparisons is 32 registers a thread
+
+
+@lru_cache(maxsize=None)
+def architecture(device_index: int) -> str:
+    """"sm_90", "gfx942", ... of a GPU."""
+    properties = torch.cuda.get_device_properties(device_index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
