@@ -33,10 +33,11 @@ GFT_HD Real neg_inf() {
     return Real(-INFINITY);
 }
 
+// NaN stays NaN.
 template <class Real>
 GFT_HD Real larger(Real a, Real b) {
     return a > b || a != a ? a : b;
-}  // NaN stays NaN
+}
 
 // The logit the loss sees: scale, then softcap c*tanh(z/c) (softcap 0: none), then divide by the temperature.
 template <class Real>
@@ -74,12 +75,12 @@ GFT_HD Real log_prob(Real target_logit, State<Real> state) {
     return (target_logit - state.top) - std::log(state.mass);
 }
 
-// F3 where the state holds every logit but the target's. Near pi = 1 it is -log1p(mass * e^(top - z_y)), whose relative
-// error does not grow as the loss goes to 0; elsewhere the anchor is top, so that the exponential cannot overflow.
+// F3 where the state holds every logit but the target's: -log1p(mass * e^(top - z_y)), whose relative error does not grow
+// as pi goes to 1 and the loss to 0. Far below the top that exponential would overflow; there F3 is anchored at the top.
 template <class Real>
 GFT_HD Real log_prob_beside(Real target_logit, State<Real> others) {
     const Real gap = target_logit - others.top;
-    if (gap < Real(0)) return gap - std::log(others.mass + std::exp(gap));
+    if (gap < Real(-16)) return gap - std::log(others.mass + std::exp(gap));
     return -std::log1p(others.mass * std::exp(-gap));
 }
 

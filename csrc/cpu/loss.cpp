@@ -1,0 +1,171 @@
+#include "cpu/loss.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu/elements.h"
+#include "cpu/parallel.h"
+#include "gft/formulas.h"
+
+namespace gft::cpu {
+namespace {
+
+void* row_of(const LogitRows& rows, std::int64_t r) {
+    return static_cast<char*>(rows.data) + row_offset(rows, r) * element_size(rows.dtype);
+}
+
+void write_zeros(const LogitRows& rows, std::int64_t r) {
+    std::memset(row_of(rows, r), 0, static_cast<std::size_t>(rows.V * element_size(rows.dtype)));
+}
+
+double transformed(double logit, const Transform& t) {
+    return transform(logit, t.logit_scale, t.softcap, t.temperature);
+}
+
+// One row's softmax. The target stays out of the pass and joins in double: the loss keeps its relative precision as pi
+// goes to 1, where the mass of all the others is what is left of it.
+struct RowSoftmax {
+    State<double> others, all;
+    double gap;  // sum of (z - all.top)*e^(z - all.top); 0 unless asked for
+};
+
+// `target` -1: no column is the target, and target_logit is -inf.
+RowSoftmax read_row(const LogitRows& logits, std::int64_t r, std::int64_t target, double target_logit,
+                    const Transform& t, bool want_gap, const RowKernels& kernels) {
+    const RowStatistics beside =
+        kernels.statistics(row_of(logits, r), logits.dtype, logits.V, target, target_logit, t, want_gap);
+    RowSoftmax row{{beside.top, beside.mass}, {beside.top, beside.mass}, beside.gap};
+    if (target < 0) return row;
+    row.all = observe(row.others, target_logit);
+    // Where the target moved the top, each (z - top)*e^(z - top) moves with it.
+    const double move = beside.mass == 0.0 ? 0.0 : beside.top - row.all.top;
+    row.gap = std::exp(move) * (beside.gap + move * beside.mass) + gap_term(target_logit - row.all.top);
+    return row;
+}
+
+// What the loss and F7 need of a row, in nats.
+struct RowView {
+    double target_logit;  // before the transform
+    double log_pi, log_normaliser, entropy;
+};
+
+RowView view_row(const RowCall& call, std::int64_t r, const RowKernels& kernels) {
+    const std::int64_t target = call.credit.targets_R[r];
+    const double raw = read_element(row_of(call.logits, r), call.logits.dtype, target);
+    const double logit = transformed(raw, call.transform);
+    const bool want_entropy = call.out.entropy_R != nullptr;
+    const RowSoftmax row = read_row(call.logits, r, target, logit, call.transform, want_entropy, kernels);
+    const double log_mass = std::log(row.all.mass);
+    return {raw, log_prob_beside(logit, row.others), row.all.top + log_mass,
+            want_entropy ? entropy(log_mass, row.gap / row.all.mass) : 0.0};
+}
+
+struct GradientScale {
+    double stored;     // what the row's F7 is multiplied by before its transform's slope
+    double row_scale;  // what backward multiplies by
+};
+
+// fp16: a weight of 1/N times pi = 1e-6 is below the smallest half, so the row is stored at kFp16Peak instead.
+GradientScale split_scale(double scale, const RowCall& call) {
+    if (call.out.row_scale_R == nullptr) return {scale, 1.0};
+    const double slope = call.transform.logit_scale / call.transform.temperature;
+    if (scale == 0.0) return {0.0, 0.0};
+    return {std::copysign(kFp16Peak, scale * slope) / slope, std::fabs(scale * slope) / kFp16Peak};
+}
+
+void write_gradient(const void* row, void* out, const LogitRows& logits, std::int64_t target, const RowView& view,
+                    double scale, const Transform& t, const RowKernels& kernels) {
+    kernels.gradient(row, out, logits.dtype, logits.V, view.log_normaliser, scale, t);
+    if (target < 0 || target >= logits.V) return;
+    const double slope = transform_slope(view.target_logit, t.logit_scale, t.softcap, t.temperature);
+    write_element(out, logits.dtype, target, dlogit_target(view.log_pi, scale) * slope);
+}
+
+// Writes everything about row r; the row's loss in double is returned, for a sum that does not depend on threads.
+double run_row(const RowCall& call, const RowCredit& credit, std::int64_t r, const RowKernels& kernels) {
+    const RowResults& out = call.out;
+    const bool read = credit.live && (credit.advantage != 0.0f || call.read_zero_advantage);
+    RowView view{};
+    RowCoefficient<double> row{};
+    double loss = 0.0, scale = 0.0;
+    const std::int64_t target = call.credit.targets_R[r];
+    if (read) {
+        view = view_row(call, r, kernels);
+        row = row_coefficient(view.log_pi, static_cast<double>(credit.advantage), call.objective);
+        loss = credit.weight * token_loss(view.log_pi, row.kappa);
+        scale = credit.weight * row.kappa;
+    }
+    out.log_probs_R[r] = static_cast<float>(view.log_pi);
+    out.coefficients_R[r] = static_cast<float>(row.coefficient);
+    out.advantages_R[r] = credit.advantage;
+    if (out.entropy_R != nullptr) out.entropy_R[r] = static_cast<float>(view.entropy);
+    const GradientScale split = split_scale(scale, call);
+    if (out.row_scale_R != nullptr) out.row_scale_R[r] = static_cast<float>(split.row_scale);
+    if (out.gradient.data != nullptr) {
+        if (split.stored == 0.0) {
+            write_zeros(out.gradient, r);
+        } else {
+            write_gradient(row_of(call.logits, r), row_of(out.gradient, r), call.logits, target, view, split.stored,
+                           call.transform, kernels);
+        }
+    }
+    return loss;
+}
+
+}  // namespace
+
+Fault row_loss(const RowCall& call, const Execution& execution) {
+    Fault fault;
+    const std::vector<RowCredit> credit = credit_rows(call.credit, call.logits.V, fault);
+    if (fault.kind != Fault::none) return fault;
+    std::vector<double> loss_R(credit.size());
+    for_each_row(call.credit.R, call.logits.V, execution.threads,
+                 [&](std::int64_t r) { loss_R[r] = run_row(call, credit[r], r, *execution.kernels); });
+    double total = 0.0;
+    for (std::size_t r = 0; r < loss_R.size(); ++r) {
+        total += loss_R[r];
+        if (call.credit.reduction == Reduction::none) call.out.loss[r] = static_cast<float>(loss_R[r]);
+    }
+    if (call.credit.reduction != Reduction::none) *call.out.loss = static_cast<float>(total);
+    return {};
+}
+
+void row_statistics(const LogitRows& logits, const std::int64_t* targets_R, const std::uint8_t* live_R,
+                    const Transform& t, const ShardStatistics& out, const Execution& execution) {
+    for_each_row(row_count(logits), logits.V, execution.threads, [&](std::int64_t r) {
+        RowSoftmax row{{}, {neg_inf<double>(), 0.0}, 0.0};
+        double target_logit = neg_inf<double>();
+        if (live_R == nullptr || live_R[r] != 0) {
+            const bool inside = targets_R[r] >= 0 && targets_R[r] < logits.V;
+            if (inside) target_logit = transformed(read_element(row_of(logits, r), logits.dtype, targets_R[r]), t);
+            row = read_row(logits, r, inside ? targets_R[r] : -1, target_logit, t, out.gap_R != nullptr,
+                           *execution.kernels);
+        }
+        out.top_R[r] = row.all.top;
+        out.mass_R[r] = row.all.mass;
+        if (out.gap_R != nullptr) out.gap_R[r] = row.gap;
+        out.target_logit_R[r] = target_logit;
+    });
+}
+
+void row_gradient(const LogitRows& logits, const LogitRows& out, const ShardGradient& given, const Transform& t,
+                  const Execution& execution) {
+    for_each_row(row_count(logits), logits.V, execution.threads, [&](std::int64_t r) {
+        if (given.scale_R[r] == 0.0f) return write_zeros(out, r);
+        const std::int64_t target = given.targets_R[r];
+        RowView view{0.0, given.log_probs_R[r], given.log_normaliser_R[r], 0.0};
+        if (target >= 0 && target < logits.V) view.target_logit = read_element(row_of(logits, r), logits.dtype, target);
+        write_gradient(row_of(logits, r), row_of(out, r), logits, target, view, given.scale_R[r], t, *execution.kernels);
+    });
+}
+
+void scale_rows(const LogitRows& gradient, const LogitRows& out, const float* row_scale_R, const float* upstream,
+                bool upstream_per_row, const Execution& execution) {
+    for_each_row(row_count(gradient), gradient.V, execution.threads, [&](std::int64_t r) {
+        const float given = upstream[upstream_per_row ? r : 0];
+        const float factor = row_scale_R == nullptr ? given : row_scale_R[r] * given;
+        execution.kernels->scale(row_of(gradient, r), row_of(out, r), gradient.dtype, gradient.V, factor);
+    });
+}
+
+}  // namespace gft::cpu

@@ -1,0 +1,170 @@
+// gft_kernels._C: the C++ kernels for Python. What may cross is in README.md: addresses, sizes, strides and numbers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/loss.h"
+#include "python_api/bindings.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace gft::python_api {
+namespace {
+
+// Enumerators in the order of args.h.
+template <class Enum, std::size_t kCount>
+Enum parse(const std::string& value, const char* argument, const std::array<const char*, kCount>& names) {
+    std::string allowed;
+    for (std::size_t i = 0; i < kCount; ++i) {
+        if (value == names[i]) return static_cast<Enum>(i);
+        allowed += std::string(i == 0 ? "" : ", ") + names[i];
+    }
+    throw std::invalid_argument(std::string(argument) + " must be one of " + allowed + ", got '" + value + "'");
+}
+
+constexpr std::array<const char*, 3> kDtypes{"float32", "bfloat16", "float16"};
+constexpr std::array<const char*, 4> kReductions{"token-mean", "sequence-mean", "sum", "none"};
+constexpr std::array<const char*, 3> kNormalize{"std", "mean", "leave-one-out"};
+constexpr std::array<const char*, 2> kSingleton{"reward", "zero"};
+constexpr std::array<const char*, 2> kRectify{"all", "positive"};
+
+LogitRows make_rows(Address data, const std::string& dtype, std::array<std::int64_t, 3> shape,
+                    std::array<std::int64_t, 2> strides) {
+    return {to<void>(data), parse<Dtype>(dtype, "dtype", kDtypes), shape[0], shape[1], shape[2], strides[0], strides[1]};
+}
+
+Credit make_credit(std::int64_t S, std::int64_t R, Address targets_R, Address mask_R, Address rewards_S,
+                   Address advantages_S, Address advantages_R, Address weights_R, std::int64_t group_size,
+                   Address group_ids_S, Address sequence_ids_R, std::int64_t tokens_per_response, Address num_items,
+                   const std::string& reduction, std::int64_t ignore_index, const std::string& normalize, double eps,
+                   const std::string& singleton) {
+    Credit credit{};
+    credit.S = S;
+    credit.R = R;
+    credit.targets_R = to<const std::int64_t>(targets_R);
+    credit.mask_R = to<const std::uint8_t>(mask_R);
+    credit.rewards_S = to<const float>(rewards_S);
+    credit.advantages_S = to<const float>(advantages_S);
+    credit.advantages_R = to<const float>(advantages_R);
+    credit.weights_R = to<const float>(weights_R);
+    credit.group_size = group_size;
+    credit.group_ids_S = to<const std::int64_t>(group_ids_S);
+    credit.sequence_ids_R = to<const std::int64_t>(sequence_ids_R);
+    credit.tokens_per_response = tokens_per_response;
+    credit.num_items = to<const float>(num_items);
+    credit.reduction = parse<Reduction>(reduction, "reduction", kReductions);
+    credit.ignore_index = ignore_index;
+    credit.normalize = parse<Normalize>(normalize, "normalize", kNormalize);
+    credit.eps = eps;
+    credit.singleton = parse<Singleton>(singleton, "singleton", kSingleton);
+    return credit;
+}
+
+RowCall make_call(const LogitRows& logits, const Credit& credit, const Transform& transform, double tau,
+                  const std::string& rectify, bool read_zero_advantage, Address loss, Address log_probs_R,
+                  Address coefficients_R, Address advantages_R, Address entropy_R, Address row_scale_R,
+                  std::optional<LogitRows> gradient) {
+    const RowResults out{to<float>(loss),         to<float>(log_probs_R), to<float>(coefficients_R),
+                         to<float>(advantages_R), to<float>(entropy_R),   to<float>(row_scale_R),
+                         gradient.value_or(LogitRows{})};
+    return {logits, credit, transform, {tau, parse<Rectify>(rectify, "rectify", kRectify)}, read_zero_advantage, out};
+}
+
+void bind_arguments(py::module_& m) {
+    py::class_<LogitRows>(m, "LogitRows").def(py::init(&make_rows), py::kw_only(), "data"_a, "dtype"_a, "shape"_a, "strides"_a);
+    py::class_<Transform>(m, "Transform")
+        .def(py::init([](double scale, double softcap, double temperature) { return Transform{scale, softcap, temperature}; }),
+             py::kw_only(), "logit_scale"_a, "softcap"_a, "temperature"_a);
+    py::class_<Credit>(m, "Credit")
+        .def(py::init(&make_credit), py::kw_only(), "S"_a, "R"_a, "targets_R"_a, "mask_R"_a, "rewards_S"_a,
+             "advantages_S"_a, "advantages_R"_a, "weights_R"_a, "group_size"_a, "group_ids_S"_a, "sequence_ids_R"_a,
+             "tokens_per_response"_a, "num_items"_a, "reduction"_a, "ignore_index"_a, "normalize"_a, "eps"_a,
+             "singleton"_a);
+    py::class_<RowCall>(m, "RowCall")
+        .def(py::init(&make_call), py::kw_only(), "logits"_a, "credit"_a, "transform"_a, "tau"_a, "rectify"_a,
+             "read_zero_advantage"_a, "loss"_a, "log_probs_R"_a, "coefficients_R"_a, "advantages_R"_a, "entropy_R"_a,
+             "row_scale_R"_a, "gradient"_a);
+}
+
+cpu::Execution execution(const std::string& instruction_set, int threads) {
+    const cpu::RowKernels* kernels = cpu::find_kernels(instruction_set.c_str());
+    if (kernels != nullptr) return {kernels, threads};
+    std::string names;
+    for (const char* const* name = cpu::kernel_names(); *name != nullptr; ++name) names += std::string(" ") + *name;
+    throw std::invalid_argument("instruction_set must be one of" + names + ", got '" + instruction_set +
+                                "'; leave it out for the fastest");
+}
+
+using FaultTuple = std::tuple<std::string, std::int64_t, std::int64_t, std::int64_t>;
+
+std::optional<FaultTuple> row_loss(const RowCall& call, const std::string& instruction_set, int threads) {
+    const cpu::Fault fault = cpu::row_loss(call, execution(instruction_set, threads));
+    if (fault.kind == cpu::Fault::none) return std::nullopt;
+    const char* argument = fault.kind == cpu::Fault::target ? "targets" : "sequence_ids";
+    return FaultTuple{argument, fault.position, fault.value, fault.stop};
+}
+
+void row_statistics(const LogitRows& logits, Address targets_R, Address live_R, const Transform& transform,
+                    Address top_R, Address mass_R, Address gap_R, Address target_logit_R,
+                    const std::string& instruction_set, int threads) {
+    const cpu::ShardStatistics out{to<double>(top_R), to<double>(mass_R), to<double>(gap_R), to<double>(target_logit_R)};
+    cpu::row_statistics(logits, to<const std::int64_t>(targets_R), to<const std::uint8_t>(live_R), transform, out,
+                        execution(instruction_set, threads));
+}
+
+void row_gradient(const LogitRows& logits, const LogitRows& out, Address targets_R, Address log_normaliser_R,
+                  Address log_probs_R, Address scale_R, const Transform& transform, const std::string& instruction_set,
+                  int threads) {
+    const cpu::ShardGradient given{to<const std::int64_t>(targets_R), to<const double>(log_normaliser_R),
+                                   to<const double>(log_probs_R), to<const float>(scale_R)};
+    cpu::row_gradient(logits, out, given, transform, execution(instruction_set, threads));
+}
+
+void scale_rows(const LogitRows& gradient, const LogitRows& out, Address row_scale_R, Address upstream,
+                bool upstream_per_row, const std::string& instruction_set, int threads) {
+    cpu::scale_rows(gradient, out, to<const float>(row_scale_R), to<const float>(upstream), upstream_per_row,
+                    execution(instruction_set, threads));
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const char* const* name = cpu::kernel_names(); *name != nullptr; ++name) names.emplace_back(*name);
+    return names;
+}
+
+void bind_cpu(py::module_& m) {
+    const auto unlocked = py::call_guard<py::gil_scoped_release>();
+    m.def("instruction_sets", &instruction_sets, "Those of this build that this processor can run, fastest first.");
+    m.def("row_loss", &row_loss, unlocked, "call"_a, py::kw_only(), "instruction_set"_a = "", "threads"_a = 1,
+          "Loss, statistics and gradient of a call; (argument, position, value, stop) if a live row's index is bad.");
+    m.def("row_statistics", &row_statistics, unlocked, py::kw_only(), "logits"_a, "targets_R"_a, "live_R"_a,
+          "transform"_a, "top_R"_a, "mass_R"_a, "gap_R"_a, "target_logit_R"_a, "instruction_set"_a = "",
+          "threads"_a = 1, "A vocabulary shard's part of each row's softmax (float64).");
+    m.def("row_gradient", &row_gradient, unlocked, py::kw_only(), "logits"_a, "out"_a, "targets_R"_a,
+          "log_normaliser_R"_a, "log_probs_R"_a, "scale_R"_a, "transform"_a, "instruction_set"_a = "", "threads"_a = 1,
+          "F7 on a vocabulary shard.");
+    m.def("scale_rows", &scale_rows, unlocked, py::kw_only(), "gradient"_a, "out"_a, "row_scale_R"_a, "upstream"_a,
+          "upstream_per_row"_a, "instruction_set"_a = "", "threads"_a = 1,
+          "out = gradient * row_scale * upstream, rounded once.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "C++ kernels of gft_kernels. Import it through gft_kernels._extension only.";
+    bind_arguments(m);
+    bind_formulas(m);
+    bind_cpu(m);
+#if defined(GFT_WITH_CUDA)
+    bind_cuda(m);
+#endif
+}
+
+}  // namespace gft::python_api
