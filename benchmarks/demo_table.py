@@ -1,0 +1,56 @@
+"""Loss and gradient at a vocabulary of 151,936, ours against eager PyTorch: `python -m benchmarks.demo_table`.
+
+Through the public `gft_loss` on the CPU with one thread, answers checked against fp64 first. Under a minute.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import report, shapes
+from benchmarks.clocks import CpuClock
+from benchmarks.harness import Outcome, measure
+from benchmarks.memory import peak_extra_bytes
+from benchmarks.peers import ours_name, row_contender
+from benchmarks.provenance import restart_under_headline_allocator
+from benchmarks.row_problem import build_row_problem
+
+OURS, EAGER = ours_name("auto", inplace=True), "eager PyTorch, lean"
+
+
+def compared(case: shapes.RowCase, rounds: int = 7) -> tuple[Outcome, Outcome]:
+    """Our outcome and eager PyTorch's, timed in turns."""
+    problem = build_row_problem(case)
+    contenders = [row_contender(problem, name) for name in (OURS, EAGER)]
+    outcomes = {outcome.name: outcome for outcome in measure(problem, contenders, CpuClock(cold=True), rounds=rounds)}
+    return outcomes[OURS], outcomes[EAGER]
+
+
+def line(case: shapes.RowCase) -> str:
+    ours, eager = compared(case)
+    untimed = [outcome for outcome in (ours, eager) if outcome.status != "timed"]
+    if untimed:
+        return f"{case.dtype:<10}" + "; ".join(f"{o.name}: {o.status}: {o.why}" for o in untimed)
+    mib = [_mib(peak_extra_bytes("row", case, name)) for name in (OURS, EAGER)]
+    times = f"{ours.median_s * 1e3:8.1f} ms {eager.median_s * 1e3:8.1f} ms {eager.median_s / ours.median_s:6.1f} ×"
+    return f"{case.dtype:<10}{times}{mib[0]:>12}{mib[1]:>12}{ours.error:10.0e}{eager.error:9.0e}"
+
+
+def _mib(extra_bytes: int | None) -> str:
+    return "?" if extra_bytes is None else f"{extra_bytes / 2**20:.1f} MiB"
+
+
+def main() -> None:
+    restart_under_headline_allocator("benchmarks.demo_table")
+    torch.set_num_threads(1)
+    head = shapes.RowCase(64, shapes.HEADLINE_VOCABULARY)
+    print(f"Loss and gradient, {head.rows} tokens × {head.vocab} vocabulary, one thread")
+    print(report.header("cpu", "medians, cold cache") + "\n")
+    print("             gft_loss       eager  faster   gft_loss       eager   gft_loss   eager")
+    print("              time                          extra memory            error against fp64")
+    for dtype in ("float32", "bfloat16"):
+        print(line(shapes.RowCase(head.rows, head.vocab, dtype)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

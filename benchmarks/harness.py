@@ -1,0 +1,197 @@
+"""The harness: contenders are checked against fp64, then timed in turns in one process; the spread is reported.
+
+Rules it keeps, whatever is measured:
+- Nothing that answers wrongly is timed, and the error of everything that is timed stands beside its time.
+- A step is always forward and backward: a fused forward that already holds the gradient wins nothing by it.
+- Contenders take turns round by round in shuffled order, so that a slow moment of the machine hits all of them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from benchmarks.clocks import Clock
+from benchmarks.traffic import Passes
+
+CHECK_UPSTREAM = 1.7
+"""The upstream gradient of the checked steps: not 1, so that whoever drops it is caught."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a step hands back to be checked: loss () and the gradients, in the problem's order."""
+
+    loss: Tensor
+    gradients: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far an answer is from fp64.
+
+    scaled: the largest gap of loss or row gradient, against the size a row's gradient has before (π − 1) shrinks it.
+    This one is held to a limit. worst_row: the largest gap against the row's own gradient; reported, for near π = 1
+    plain PyTorch itself loses the digits (in bf16 all of them).
+    """
+
+    scaled: float
+    worst_row: float
+
+
+class Problem(Protocol):
+    """Inputs of one case."""
+
+    limit: float  # the largest scaled deviation that counts as an answer
+
+    timed_upstream: float  # the upstream gradient of the timed steps
+
+    def prepare(self, upstream: float) -> None: ...  # restores what a step may overwrite, sets upstream; never timed
+
+    def deviation(self, answer: Answer, objective: str) -> Deviation: ...
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that can be timed. `objective` None: a floor, which has no answer to check."""
+
+    name: str
+    step: Callable[[], Answer | None]
+    objective: str | None = "gft"
+    passes: Passes | None = None  # of the traffic model, where it is known
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A contender that cannot take part here, and the sentence why."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One contender's result in one case. status: timed, absent, failed or wrong answer."""
+
+    name: str
+    status: str
+    objective: str | None = None
+    why: str = ""
+    error: float | None = None  # Deviation.scaled
+    worst_row_error: float | None = None  # Deviation.worst_row
+    samples_s: list[float] = field(default_factory=list)
+    median_s: float | None = None
+    p10_s: float | None = None
+    p90_s: float | None = None
+    over_floor: float | None = None  # median over the rounds of (this contender / the floor in the same round)
+    extra_bytes: int | None = None  # peak beyond the inputs in one step
+    reads: float | None = None  # passes of the traffic model, where known
+    writes: float | None = None
+    note: str = ""
+
+
+class AbsentError(RuntimeError):
+    """Raised by a step that turns out not to be possible here; the message says why."""
+
+
+def quantile(samples: Sequence[float], q: float) -> float:
+    """The q-quantile, linear between neighbours."""
+    if not samples:
+        raise ValueError("samples must not be empty, got none; time at least one round")
+    ordered = sorted(samples)
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def check(problem: Problem, contender: Contender) -> Outcome:
+    """Run one step and compare it with fp64. The outcome is "ready" where the contender may be timed."""
+    outcome = Outcome(contender.name, "ready", contender.objective, note=contender.note)
+    if contender.passes:
+        outcome = replace(outcome, reads=contender.passes.reads, writes=contender.passes.writes)
+    problem.prepare(CHECK_UPSTREAM)
+    try:
+        answer = contender.step()
+    except AbsentError as reason:
+        return replace(outcome, status="absent", why=str(reason))
+    except Exception as error:  # a peer may fail in any way; the table says so and the run goes on
+        return replace(outcome, status="failed", why=sentence(error))
+    if contender.objective is None:
+        return outcome
+    if answer is None:
+        return replace(outcome, status="wrong answer", why="the step handed back no loss and gradient to check")
+    found = problem.deviation(answer, contender.objective)
+    outcome = replace(outcome, error=found.scaled, worst_row_error=found.worst_row)
+    if not found.scaled <= problem.limit:
+        why = f"off by {found.scaled:.1e} of the gradient's scale against fp64, allowed {problem.limit:.0e}; not timed"
+        return replace(outcome, status="wrong answer", why=why)
+    return outcome
+
+
+def sentence(error: Exception) -> str:
+    """The first line of an error, with its type."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def measure(
+    problem: Problem,
+    contenders: Sequence[Contender | Absent],
+    clock: Clock,
+    *,
+    rounds: int,
+    warmup: int = 2,
+    order_seed: int = 0,
+    tick: Callable[[str], None] = lambda word: None,
+) -> list[Outcome]:
+    """Check every contender, then time those that passed, taking turns. The first floor is what ratios are against."""
+    outcomes: dict[str, Outcome] = {}
+    steps: dict[str, Callable[[], object]] = {}
+    for contender in contenders:
+        tick(f"check {contender.name}")
+        if isinstance(contender, Absent):
+            outcomes[contender.name] = Outcome(contender.name, "absent", why=contender.why)
+            continue
+        outcomes[contender.name] = check(problem, contender)
+        if outcomes[contender.name].status != "ready":
+            continue
+        try:
+            steps[contender.name] = clock.arm(contender.step)
+        except Exception as error:
+            outcomes[contender.name] = replace(outcomes[contender.name], status="failed", why=sentence(error))
+    samples = _take_turns(problem, steps, clock, rounds, warmup, random.Random(order_seed), tick)
+    floor = next((samples[name] for name in steps if outcomes[name].objective is None), None)
+    for name, taken in samples.items():
+        outcomes[name] = _summary(outcomes[name], taken, floor)
+    return list(outcomes.values())
+
+
+def _take_turns(problem, steps, clock, rounds, warmup, order, tick) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(warmup + rounds):
+        names = list(steps)
+        order.shuffle(names)
+        for name in names:
+            tick(name)
+            problem.prepare(problem.timed_upstream)
+            seconds = clock.time(steps[name])
+            if turn >= warmup:
+                samples[name].append(seconds)
+    return samples
+
+
+def _summary(outcome: Outcome, samples: list[float], floor: list[float] | None) -> Outcome:
+    return replace(
+        outcome,
+        status="timed",
+        samples_s=samples,
+        median_s=quantile(samples, 0.5),
+        p10_s=quantile(samples, 0.1),
+        p90_s=quantile(samples, 0.9),
+        over_floor=quantile([mine / its for mine, its in zip(samples, floor, strict=True)], 0.5) if floor else None,
+    )

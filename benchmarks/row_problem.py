@@ -1,0 +1,111 @@
+"""Inputs of the row benchmark, made from a RowCase alone, and the fp64 check of an answer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import CHECK_UPSTREAM, Answer, Deviation
+from benchmarks.shapes import RowCase
+from benchmarks.truth import deviation, row_truth
+
+IGNORE_INDEX = -100
+ERROR_LIMIT = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
+"""Largest deviation that still counts as an answer: above any rounding of the dtype, far below any wrong formula."""
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """Logits a contender may overwrite, and what it needs besides. Rows of one response lie together."""
+
+    case: RowCase
+    logits_NV: Tensor  # rewritten before every step
+    pristine_NV: Tensor
+    targets_N: Tensor  # int64; IGNORE_INDEX on masked rows
+    advantages_N: Tensor  # float32
+    upstream: Tensor  # () float32, set by prepare
+    live_rows: int
+
+    @property
+    def limit(self) -> float:
+        return ERROR_LIMIT[self.case.dtype]
+
+    @property
+    def timed_upstream(self) -> float:
+        return self.case.upstream
+
+    def prepare(self, upstream: float) -> None:
+        """Put back the logits, for whoever overwrote them and for whoever did not: the same cache for all."""
+        self.logits_NV.copy_(self.pristine_NV)
+        self.upstream.fill_(upstream)
+
+    def deviation(self, answer: Answer, objective: str) -> Deviation:
+        """Deviation of loss and gradient from fp64, a few rows at a time."""
+        case, (gradient_NV,) = self.case, answer.gradients
+        gradient_NV = gradient_NV.reshape(case.rows, case.vocab)
+        truth_loss, loss_size, gaps, scales, sizes = 0.0, 0.0, [], [], []
+        for start in range(0, case.rows, step := max(1, (1 << 22) // case.vocab)):
+            block = slice(start, start + step)
+            losses_n, scale_n, truth_nV = row_truth(
+                self.pristine_NV[block].double() / case.temperature,
+                self.targets_N[block],
+                self.advantages_N[block],
+                1 / max(self.live_rows, 1),
+                objective,
+                case.tau,
+                CHECK_UPSTREAM / case.temperature,
+            )
+            truth_loss += losses_n.sum().item()
+            loss_size += losses_n.abs().sum().item()
+            scales.append(scale_n)
+            sizes.append(truth_nV.norm(dim=1))
+            gaps.append((gradient_NV[block].double() - truth_nV).norm(dim=1))
+        loss_gap = abs(answer.loss.item() - truth_loss)
+        return deviation(loss_gap, loss_size, torch.cat(gaps), torch.cat(scales), torch.cat(sizes))
+
+
+def build_row_problem(case: RowCase) -> RowProblem:
+    """The inputs of a case, the same for the same seed whatever the dtype (up to its rounding)."""
+    generator = torch.Generator().manual_seed(case.seed)
+    logits_NV = torch.randn(case.rows, case.vocab, generator=generator)
+    targets_N = torch.randint(case.vocab, (case.rows,), generator=generator)
+    if case.logits == "peaked":
+        _raise_peaks(logits_NV, targets_N, generator)
+    advantages_N, targets_N = credit(case, targets_N, generator)
+    pristine_NV = logits_NV.to(case.device, getattr(torch, case.dtype))
+    return RowProblem(
+        case=case,
+        logits_NV=pristine_NV.clone(),
+        pristine_NV=pristine_NV,
+        targets_N=targets_N.to(case.device),
+        advantages_N=advantages_N.to(case.device),
+        upstream=torch.ones((), device=case.device),
+        live_rows=int((targets_N != IGNORE_INDEX).sum()),
+    )
+
+
+def credit(case, targets_N: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Advantages (N,) float32 of normal rewards, and targets with the dead half of the case taken out."""
+    response_N = torch.arange(case.rows) * case.responses // case.rows
+    rewards_S = torch.randn(case.responses, generator=generator)
+    advantages_S = (rewards_S - rewards_S.mean()) / (rewards_S.std() + 1e-6)
+    if case.dead == "zero-advantage":
+        advantages_S[::2] = 0.0
+    if case.dead == "masked":  # the second half of each response, as padding is
+        first_N = torch.searchsorted(response_N, response_N)
+        length_N = torch.bincount(response_N, minlength=case.responses)[response_N]
+        position_N = torch.arange(case.rows) - first_N
+        targets_N = torch.where(2 * position_N < length_N, targets_N, IGNORE_INDEX)
+    return advantages_S[response_N], targets_N
+
+
+def _raise_peaks(logits_NV: Tensor, targets_N: Tensor, generator: torch.Generator) -> None:
+    """Give one token of each row a probability of .5 to .999, as a trained model does; 3 rows of 4 target it."""
+    rows, vocab = logits_NV.shape
+    peak_N1 = torch.where(torch.rand(rows, generator=generator) < 0.75, targets_N, (targets_N + 1) % vocab)[:, None]
+    logits_NV.scatter_(1, peak_N1, -math.inf)
+    share_N1 = torch.linspace(0.5, 0.999, rows)[:, None]
+    logits_NV.scatter_(1, peak_N1, logits_NV.logsumexp(1, keepdim=True) + torch.logit(share_N1))
