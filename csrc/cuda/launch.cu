@@ -1,0 +1,281 @@
+// Which kernels a call takes, with what shape, and their launches. See launch.h.
+#include "cuda/launch.h"
+
+#include <array>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "cuda/cluster_row.cuh"
+#include "cuda/credit.cuh"
+#include "cuda/scale.cuh"
+#include "cuda/shard_row.cuh"
+#include "cuda/two_pass_row.cuh"
+
+namespace gft::cuda {
+namespace {
+
+constexpr Outcome kDone{0, nullptr, nullptr};
+
+Outcome outcome(cudaError_t error, const char* doing) {
+    if (error == cudaSuccess) return kDone;
+    (void)cudaGetLastError();  // or the next call would report this error as its own
+    return {static_cast<int>(error), doing, cudaGetErrorString(error)};
+}
+
+// ---- devices ----
+
+struct Device {
+    Machine machine;
+    int capability;  // 90 for 9.0
+    cudaError_t error;
+};
+
+Device ask_device(int index) {
+    Device device{};
+    const auto read = [&](cudaDeviceAttr attribute) {
+        int value = 0;
+        const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, index);
+        if (error != cudaSuccess) device.error = error;
+        return value;
+    };
+    device.capability = 10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor);
+    device.machine = {read(cudaDevAttrMultiProcessorCount), read(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                      read(cudaDevAttrMaxSharedMemoryPerBlockOptin), read(cudaDevAttrReservedSharedMemoryPerBlock),
+                      device.capability >= 90 ? kMaxCluster : 1};
+    return device;
+}
+
+// Asked once per device and process.
+const Device& device_at(int index) {
+    static std::mutex mutex;
+    static std::map<int, Device> devices;
+    const std::lock_guard lock(mutex);
+    const auto found = devices.find(index);
+    return found != devices.end() ? found->second : devices.emplace(index, ask_device(index)).first->second;
+}
+
+// ---- launches ----
+
+struct Shape {
+    long long grid;  // blocks
+    int threads;
+    int shared_bytes;
+    int cluster;  // blocks of a cluster
+};
+
+template <class... Parameters, class... Arguments>
+Outcome launch(const char* doing, void (*kernel)(Parameters...), Shape shape, Place place, Arguments... arguments) {
+    if (shape.grid == 0) return kDone;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(shape.grid));
+    config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+    config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
+    config.stream = static_cast<cudaStream_t>(place.stream);
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    config.attrs = &cluster;
+    config.numAttrs = shape.cluster > 1 ? 1 : 0;
+    return outcome(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), doing);
+}
+
+// A block a row: x is the only grid dimension that reaches 2^31 - 1, and the kernels stride over what is beyond it.
+Shape block_per_row(std::int64_t rows, int threads, int shared_bytes) {
+    return {at_most(rows, 0x7fffffff), threads, shared_bytes, 1};
+}
+
+// Clusters of this shape the device holds at once; 0: it cannot place one. Asked once per shape and process.
+int resident_clusters(const void* kernel, const ClusterPlan& plan, int device) {
+    static std::mutex mutex;
+    static std::map<std::tuple<int, const void*, int, int, int>, int> known;
+    const std::lock_guard lock(mutex);
+    const auto key = std::make_tuple(device, kernel, plan.blocks, plan.threads, plan.shared_bytes);
+    if (const auto found = known.find(key); found != known.end()) return found->second;
+
+    const Machine& machine = device_at(device).machine;
+    const auto set = [&](cudaFuncAttribute attribute, int value) {
+        return cudaFuncSetAttribute(kernel, attribute, value) == cudaSuccess;
+    };
+    bool fits = set(cudaFuncAttributeMaxDynamicSharedMemorySize, machine.shared_per_block) &&
+                set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (plan.blocks > 8) fits = fits && set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    int clusters = 0;
+    if (fits && machine.max_cluster > 1) {
+        cudaLaunchAttribute cluster{};
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
+        config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+        config.dynamicSmemBytes = static_cast<std::size_t>(plan.shared_bytes);
+        config.attrs = &cluster;
+        config.numAttrs = 1;
+        fits = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
+    } else if (fits) {
+        fits = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, kernel, plan.threads,
+                                                             static_cast<std::size_t>(plan.shared_bytes)) == cudaSuccess;
+        clusters *= machine.multiprocessors;
+    }
+    if (!fits) (void)cudaGetLastError();
+    return known[key] = fits ? clusters : 0;
+}
+
+template <class Act>
+Outcome with_type(Dtype dtype, Act act) {
+    if (dtype == Dtype::f32) return act(float{});
+    return dtype == Dtype::bf16 ? act(Bf16{}) : act(F16{});
+}
+
+// The logits' pass. With a gradient: the first cluster plan that the device can place, on as many clusters as fit at
+// once (each walks over its rows, loading the next while it writes this one); else, and for statistics, two_pass_row.
+template <class T, bool kEntropy>
+Outcome run_logits(const RowTask& task, Place place) {
+    const std::int64_t rows = row_count(task.logits);
+    const auto kernel = cluster_row<T, kEntropy>;
+    for (int choice = 0; task.gradient.data != nullptr; ++choice) {
+        const ClusterPlan plan = cluster_plan(device_at(place.device).machine, rows, task.logits.V, sizeof(T),
+                                              sizeof(ClusterShared), choice);
+        if (plan.blocks == 0) break;
+        const int clusters = resident_clusters(reinterpret_cast<const void*>(kernel), plan, place.device);
+        if (clusters == 0) continue;
+        const Shape shape{at_most(rows, clusters) * plan.blocks, plan.threads, plan.shared_bytes, plan.blocks};
+        return launch("launching cluster_row", kernel, shape, place, task, plan.capacity);
+    }
+    return launch("launching two_pass_row", two_pass_row<T, kEntropy>,
+                  block_per_row(rows, kTwoPassThreads, sizeof(TwoPassShared)), place, task);
+}
+
+// ---- scratch memory ----
+
+struct Workspace {
+    float *weights_R, *loss_R, *advantages_S, *items;
+    int* live_S;
+    std::size_t bytes;
+};
+
+bool counts_responses(const Credit& credit) {
+    return credit.weights_R == nullptr && credit.reduction == Reduction::sequence_mean;
+}
+
+Workspace carve(const RowCall& call, void* base) {
+    Workspace space{};
+    const auto take = [&](std::int64_t numbers) {
+        void* here = static_cast<char*>(base) + space.bytes;
+        space.bytes += static_cast<std::size_t>(ceil_div(numbers * 4, 256) * 256);
+        return here;
+    };
+    const Credit& credit = call.credit;
+    space.items = static_cast<float*>(take(1));
+    space.weights_R = static_cast<float*>(take(credit.R));
+    space.loss_R = static_cast<float*>(take(credit.reduction == Reduction::none ? 0 : credit.R));
+    space.advantages_S = static_cast<float*>(take(credit.rewards_S != nullptr ? credit.S : 0));
+    space.live_S = static_cast<int*>(take(counts_responses(credit) ? credit.S : 0));
+    return space;
+}
+
+Outcome assign_credit(const CreditTask& task, Place place) {
+    const Credit& credit = task.credit;
+    const auto blocks_for = [](std::int64_t threads) { return Shape{ceil_div(threads, kCreditThreads), kCreditThreads, 0, 1}; };
+    Outcome done = kDone;
+    if (credit.rewards_S != nullptr)
+        done = launch("launching advantages_of_rewards", advantages_of_rewards, blocks_for(credit.S * kWarp), place, task);
+    if (done.code == 0 && counts_responses(credit)) {
+        done = outcome(cudaMemsetAsync(task.live_S, 0, static_cast<std::size_t>(credit.S) * sizeof(int),
+                                       static_cast<cudaStream_t>(place.stream)),
+                       "clearing the counters");
+        if (done.code == 0)
+            done = launch("launching count_live_rows", count_live_rows, blocks_for(ceil_div(credit.R, kRunRows)), place, task);
+    }
+    const bool divides = credit.reduction == Reduction::token_mean || credit.reduction == Reduction::sequence_mean;
+    if (done.code == 0 && divides && credit.weights_R == nullptr && credit.num_items == nullptr)
+        done = launch("launching count_items", count_items, {1, kSumThreads, kMaxWarps * sizeof(int), 1}, place, task);
+    if (done.code != 0) return done;
+    return launch("launching credit_rows", credit_rows, blocks_for(credit.R), place, task);
+}
+
+}  // namespace
+
+const char* absent() {
+    int devices = 0;
+    const cudaError_t error = cudaGetDeviceCount(&devices);
+    if (error != cudaSuccess) return outcome(error, "").message;
+    return devices > 0 ? nullptr : "no CUDA device is visible";
+}
+
+const char* unfit(int device) {
+    const Device& known = device_at(device);
+    if (known.error != cudaSuccess) return cudaGetErrorString(known.error);
+    return known.capability >= 80 ? nullptr : "the kernels need compute capability 8.0 or later";
+}
+
+std::size_t workspace_bytes(const RowCall& call) { return carve(call, nullptr).bytes; }
+
+Outcome run_rows(const RowCall& call, void* workspace, Place place) {
+    Outcome done = outcome(cudaSetDevice(place.device), "choosing the device");
+    if (done.code != 0) return done;
+    const Workspace space = carve(call, workspace);
+    const bool per_row = call.credit.reduction == Reduction::none;
+    const CreditTask credit{call.credit, space.advantages_S, space.live_S, space.items, call.out.advantages_R, space.weights_R};
+    done = assign_credit(credit, place);
+    if (done.code != 0) return done;
+
+    RowTask task{};
+    task.logits = call.logits;
+    task.gradient = call.out.gradient;
+    task.credit = call.credit;
+    task.advantages_R = call.out.advantages_R;
+    task.weights_R = space.weights_R;
+    task.view = view_of(call.transform);
+    task.objective = call.objective;
+    task.read_zero_advantage = call.read_zero_advantage;
+    task.loss_R = per_row ? call.out.loss : space.loss_R;
+    task.log_probs_R = call.out.log_probs_R;
+    task.coefficients_R = call.out.coefficients_R;
+    task.entropy_R = call.out.entropy_R;
+    task.row_scale_R = call.out.row_scale_R;
+    done = with_type(call.logits.dtype, [&](auto type) {
+        using T = decltype(type);
+        return task.entropy_R != nullptr ? run_logits<T, true>(task, place) : run_logits<T, false>(task, place);
+    });
+    if (done.code != 0 || per_row) return done;
+    return launch("launching sum_losses", sum_losses, {1, kSumThreads, kMaxWarps * sizeof(double), 1}, place, task.loss_R,
+                  call.credit.R, call.out.loss);
+}
+
+Outcome scale_rows(const LogitRows& gradient, const LogitRows& scaled, const float* row_scale_R, const float* upstream,
+                   bool per_row, Place place) {
+    const Outcome chosen = outcome(cudaSetDevice(place.device), "choosing the device");
+    if (chosen.code != 0) return chosen;
+    // Few blocks that walk over many rows: with an upstream gradient of 1 in place, the launch is all that is paid.
+    const std::int64_t resident = 2 * device_at(place.device).machine.multiprocessors;
+    const Shape shape{at_most(row_count(gradient), 2 * resident), kScaleThreads, 0, 1};
+    const ScaleTask task{gradient, scaled, row_scale_R, upstream, per_row};
+    return with_type(gradient.dtype, [&](auto type) {
+        return launch("launching scale_row", scale_row<decltype(type)>, shape, place, task);
+    });
+}
+
+Outcome observe_shard(const LogitRows& logits, const std::int64_t* targets_R, const std::uint8_t* read_R,
+                      const Transform& transform, const ShardStatistics& out, Place place) {
+    const Outcome chosen = outcome(cudaSetDevice(place.device), "choosing the device");
+    if (chosen.code != 0) return chosen;
+    const ShardTask task{logits, {}, targets_R, read_R, view_of(transform), out, {}};
+    return with_type(logits.dtype, [&](auto type) {
+        return launch("launching observe_shard_row", observe_shard_row<decltype(type)>,
+                      block_per_row(row_count(logits), kTwoPassThreads, sizeof(TwoPassShared)), place, task);
+    });
+}
+
+Outcome shade_shard(const LogitRows& logits, const std::int64_t* targets_R, const ShardGradient& agreed,
+                    const Transform& transform, const LogitRows& gradient, Place place) {
+    const Outcome chosen = outcome(cudaSetDevice(place.device), "choosing the device");
+    if (chosen.code != 0) return chosen;
+    const ShardTask task{logits, gradient, targets_R, nullptr, view_of(transform), {}, agreed};
+    return with_type(logits.dtype, [&](auto type) {
+        return launch("launching shade_shard_row", shade_shard_row<decltype(type)>,
+                      block_per_row(row_count(logits), kTwoPassThreads, 0), place, task);
+    });
+}
+
+}  // namespace gft::cuda

@@ -1,0 +1,68 @@
+// The CUDA backend's plain interface: what python_api may call. No CUDA header, no torch, no exceptions.
+//
+// Pointers in the arguments are device pointers of `place.device`; work is queued on `place.stream` and nothing waits:
+// no allocation, no synchronisation, no reading back, so every call may be captured into a CUDA graph.
+#pragma once
+
+#include <cstddef>
+
+#include "gft/args.h"
+
+namespace gft::cuda {
+
+struct Place {
+    int device;
+    void* stream;  // cudaStream_t
+};
+
+// What went wrong, or code 0. The texts are static.
+struct Outcome {
+    int code;             // cudaError_t
+    const char* doing;    // "launching two_pass_row"
+    const char* message;  // the runtime's own words
+};
+
+// Why no kernel can run here at all ("no CUDA driver ..."), or null.
+const char* absent();
+
+// Why this device cannot run the kernels, or null.
+const char* unfit(int device);
+
+// Bytes of scratch memory, aligned to 256, that run_rows needs for this call. Its contents do not matter.
+std::size_t workspace_bytes(const RowCall& call);
+
+// Loss, statistics and, if call.out.gradient.data is set, the gradient.
+Outcome run_rows(const RowCall& call, void* workspace, Place place);
+
+// scaled = gradient * row_scale_R * upstream; upstream is () or R long (per_row); `scaled` may be `gradient`.
+Outcome scale_rows(const LogitRows& gradient, const LogitRows& scaled, const float* row_scale_R, const float* upstream,
+                   bool per_row, Place place);
+
+// ---- one vocabulary over several devices: each holds the columns [offset, offset + V) of every row ----
+
+// The softmax of a row's columns here, in nats; R long. The target is left out of it where it is here.
+struct ShardStatistics {
+    float* top_R;
+    float* mass_R;          // in units of e^top
+    float* gap_R;           // sum (z - top) * e^(z - top); null: no entropy wanted
+    float* target_logit_R;  // transformed; -inf where the target is on another device
+};
+
+// What the devices agreed on; R long. The gradient of a row is scale * (pi - [v = target]).
+struct ShardGradient {
+    const float* top_R;
+    const float* mass_R;    // of the whole row, target included
+    const float* log_pi_R;  // of the target
+    const float* scale_R;   // weight * kappa; where it is 0 the row is not read and its gradient is 0
+};
+
+// targets_R are columns of this device: global id - offset, so they may lie outside [0, V). Rows with read_R false keep
+// top -inf and mass 0.
+Outcome observe_shard(const LogitRows& logits, const std::int64_t* targets_R, const std::uint8_t* read_R,
+                      const Transform& transform, const ShardStatistics& out, Place place);
+
+// `gradient.data` may be `logits.data`: in place.
+Outcome shade_shard(const LogitRows& logits, const std::int64_t* targets_R, const ShardGradient& agreed,
+                    const Transform& transform, const LogitRows& gradient, Place place);
+
+}  // namespace gft::cuda

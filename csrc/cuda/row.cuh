@@ -1,0 +1,184 @@
+// One row as a block sees it, and what is decided about it once its statistics are known. Both row kernels use this.
+#pragma once
+
+#include "cuda/credit.cuh"
+#include "cuda/vector.cuh"
+
+namespace gft::cuda {
+
+// One launch over R rows. Device pointers; per-row arrays are R long.
+struct RowTask {
+    LogitRows logits, gradient;  // gradient.data null: statistics only; equal to logits.data: in place
+    Credit credit;               // of which only targets and mask are read here
+    const float* advantages_R;
+    const float* weights_R;
+    View view;
+    Objective objective;
+    bool read_zero_advantage;
+    float* loss_R;
+    float* log_probs_R;
+    float* coefficients_R;
+    float* entropy_R;
+    float* row_scale_R;
+};
+
+// The part of a row that one block holds: `vectors` whole vectors from element `first` on, and one edge element a thread.
+template <class T>
+struct Part {
+    long long row;
+    const T* logits;  // element 0 of the row
+    T* gradient;      // null: not wanted
+    int first, vectors;
+    int edge;          // this thread's element outside the vectors; -1: none
+    int target;        // element; -1: not in [0, V), which makes the row NaN
+    float edge_logit, target_logit;
+    float advantage, weight;
+    bool read;     // the logits matter: live, and A != 0 or statistics wanted
+    bool aligned;  // the gradient starts as far past a 16-byte boundary as the logits do
+};
+
+// The vector that holds the target, counted from `first`; some number that no vector has where it lies elsewhere.
+template <class T>
+GFT_DEVICE int target_vector(const Part<T>& part) {
+    return static_cast<int>(static_cast<unsigned>(part.target - part.first) / kWidth<T>);
+}
+
+template <class T>
+GFT_DEVICE int target_lane(const Part<T>& part) {
+    return static_cast<int>(static_cast<unsigned>(part.target - part.first) % kWidth<T>);
+}
+
+template <class T>
+GFT_DEVICE Part<T> no_part(long long row) { return {row, nullptr, nullptr, 0, 0, -1, -1, 0, 0, 0, 0, false, false}; }
+
+// Where block `rank` of `blocks` finds its part of row `row`, and where it writes.
+template <class T>
+GFT_DEVICE Part<T> locate_part(const LogitRows& from, const LogitRows& to, long long row, int capacity, int rank,
+                               int blocks) {
+    Part<T> part = no_part<T>(row);
+    part.logits = static_cast<const T*>(from.data) + row_offset(from, row);
+    const Split split = split_row(reinterpret_cast<std::uintptr_t>(part.logits), from.V, sizeof(T));
+    const Slice slice = slice_of(split.vectors, capacity, rank);
+    part.first = split.head + slice.first * kWidth<T>;
+    part.vectors = slice.count;
+    part.edge = edge_element(split, from.V, thread_index(), rank == 0, rank == blocks - 1);
+    if (to.data == nullptr) return part;
+    part.gradient = static_cast<T*>(to.data) + row_offset(to, row);
+    const auto apart = reinterpret_cast<std::uintptr_t>(part.gradient) - reinterpret_cast<std::uintptr_t>(part.logits);
+    part.aligned = apart % kVectorBytes == 0;
+    return part;
+}
+
+template <class T>
+GFT_DEVICE Part<T> open_part(const RowTask& task, long long row, int capacity, int rank, int blocks) {
+    Part<T> part = locate_part<T>(task.logits, task.gradient, row, capacity, rank, blocks);
+    part.advantage = task.advantages_R[row];
+    part.weight = task.weights_R[row];
+    part.read = is_live(task.credit, row) && (part.advantage != 0.0f || task.read_zero_advantage);
+    if (!part.read) return part;
+    const std::int64_t target = task.credit.targets_R[row];
+    if (target >= 0 && target < task.logits.V) {
+        part.target = static_cast<int>(target);
+        part.target_logit = widen(part.logits[part.target]);
+    }
+    if (part.edge >= 0) part.edge_logit = widen(part.logits[part.edge]);
+    return part;
+}
+
+// Gradient 0, whatever the logits hold; they are not read.
+template <class T>
+GFT_DEVICE void clear_gradient(const Part<T>& part) {
+    const float zeros[kWidth<T>] = {};
+    for (int i = thread_index(); i < part.vectors; i += thread_count())
+        write_vector(part.gradient + part.first, i, zeros, part.aligned);
+    if (part.edge >= 0) narrow(part.gradient + part.edge, 0.0f);
+}
+
+// A row that nobody reads: gradient and statistics 0.
+template <class T>
+GFT_DEVICE void clear_part(const RowTask& task, const Part<T>& part, bool leader) {
+    if (part.gradient != nullptr) clear_gradient(part);
+    if (!leader) return;
+    task.loss_R[part.row] = task.log_probs_R[part.row] = task.coefficients_R[part.row] = 0.0f;
+    if (task.entropy_R != nullptr) task.entropy_R[part.row] = 0.0f;
+    if (task.row_scale_R != nullptr) task.row_scale_R[part.row] = 0.0f;
+}
+
+// F1 over one vector or edge element. The target is left out: beside the others it gives log pi near 0 all its digits.
+template <bool kEntropy, int kSize>
+GFT_DEVICE void observe_others(Softmax& state, float (&logits)[kSize], bool target_inside, int lane, const View& view) {
+    bend(logits, view);
+    if (target_inside) put(logits, lane, -INFINITY);  // after bend(): a softcap would make -inf finite
+    observe<kEntropy>(state, logits, view.slope);
+}
+
+// How a row's gradient is written: factor * 2^(z - anchor) away from the target. Nobody divides by the mass again.
+struct Verdict {
+    float anchor, factor, at_target;
+    bool silent;  // scale 0: the gradient is exactly 0, also where the logits are NaN
+};
+
+// F3, F4, F6 and the row's share of F7 from the softmax of everything but the target. The leader writes them down.
+template <bool kEntropy, class T>
+GFT_DEVICE Verdict settle(const RowTask& task, const Part<T>& part, Softmax others, bool leader) {
+    float target[1] = {part.target_logit};
+    bend(target, task.view);
+    const float gap = kLn2 * fmaf(target[0], task.view.slope, -others.top);  // z_y - top, in nats
+    Softmax all = others;
+    observe<kEntropy>(all, target, task.view.slope);
+    const bool spoilt = part.target < 0 || all.mass != all.mass;
+    const float log_pi = spoilt ? NAN : log_prob_beside(gap, State<float>{0.0f, others.mass});
+
+    const RowCoefficient<float> row = row_coefficient(log_pi, part.advantage, task.objective);
+    const float scale = part.weight * row.kappa * task.view.chain;
+    const bool silent = scale == 0.0f;
+    const float stored = task.row_scale_R == nullptr || silent ? scale : copysignf(kFp16Peak, scale);
+    if (leader) {
+        task.loss_R[part.row] = part.weight * token_loss(log_pi, row.kappa);
+        task.log_probs_R[part.row] = log_pi;
+        task.coefficients_R[part.row] = row.coefficient;
+        if (kEntropy) task.entropy_R[part.row] = entropy(logf(all.mass), kLn2 * all.gap / all.mass);
+        if (task.row_scale_R != nullptr) task.row_scale_R[part.row] = fabsf(scale) * (1.0f / kFp16Peak);
+    }
+    const float curve = task.view.bent ? bend_one(part.target_logit, task.view).curve : 1.0f;
+    return {all.top, spoilt ? NAN : stored / all.mass, dlogit_target(log_pi, stored) * curve, silent};
+}
+
+// F7 away from the target, over one vector or edge element: logits in, gradient out.
+template <int kSize>
+GFT_DEVICE void shade(float (&values)[kSize], const Verdict& verdict, const View& view) {
+    if (view.bent) {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+            const Bent bent = bend_one(values[j], view);
+            values[j] = verdict.factor * bent.curve * exp2_fast(bent.z - verdict.anchor);
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j)
+            values[j] = verdict.factor * exp2_fast(fmaf(values[j], view.slope, -verdict.anchor));
+    }
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) values[j] = verdict.silent ? 0.0f : values[j];
+}
+
+// The gradient of this thread's edge element.
+template <class T>
+GFT_DEVICE void shade_edge(const Part<T>& part, const Verdict& verdict, const View& view) {
+    if (part.edge < 0) return;
+    float value[1] = {part.edge_logit};
+    shade(value, verdict, view);
+    narrow(part.gradient + part.edge, part.edge == part.target ? verdict.at_target : value[0]);
+}
+
+// The gradient of vector i of the part, whose logits are `logits`.
+template <class T>
+GFT_DEVICE void shade_vector(const Part<T>& part, int i, uint4 logits, const Verdict& verdict, const View& view) {
+    float values[kWidth<T>];
+    unpack(logits, values, T{});
+    shade(values, verdict, view);
+    if (i == target_vector(part)) put(values, target_lane(part), verdict.at_target);
+    write_vector(part.gradient + part.first, i, values, part.aligned);
+}
+
+}  // namespace gft::cuda

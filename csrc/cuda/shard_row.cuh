@@ -1,0 +1,88 @@
+// A vocabulary over several devices: the two halves of two_pass_row as kernels of their own, with the devices' exchange
+// between them. Their numbers cross in nats; a float32 top in nats is not the top in base 2 these kernels count from, so
+// both kernels carry the difference of the two anchors (formed in doubles, once a row) over to the masses.
+#pragma once
+
+#include "cuda/launch.h"
+#include "cuda/two_pass_row.cuh"
+
+namespace gft::cuda {
+
+struct ShardTask {
+    LogitRows logits, gradient;
+    const std::int64_t* targets_R;
+    const std::uint8_t* read_R;
+    View view;
+    ShardStatistics statistics;
+    ShardGradient agreed;
+};
+
+constexpr double kLog2EDouble = 1.4426950408889634;
+
+template <class T>
+GFT_DEVICE Part<T> open_shard(const ShardTask& task, long long row) {
+    const int whole_row = slice_capacity(task.logits.V, sizeof(T), 1);
+    Part<T> part = locate_part<T>(task.logits, task.gradient, row, whole_row, 0, 1);
+    const std::int64_t target = task.targets_R[row];
+    if (target >= 0 && target < task.logits.V) part.target = static_cast<int>(target);
+    return part;
+}
+
+template <class T>
+GFT_KERNEL(kTwoPassThreads, 1) observe_shard_row(const ShardTask task) {
+    auto& shared = *reinterpret_cast<TwoPassShared*>(shared_memory());
+    const ShardStatistics& out = task.statistics;
+    for (long long row = block_index(); row < row_count(task.logits); row += block_count()) {
+        Part<T> part = open_shard<T>(task, row);
+        const bool read = task.read_R == nullptr || task.read_R[row] != 0;
+        Softmax others = empty_softmax();
+        if (read) {
+            if (part.edge >= 0) part.edge_logit = widen(part.logits[part.edge]);
+            others = observe_row<true>(part, task.view, shared);
+        }
+        if (thread_index() != 0) continue;
+        const bool empty = others.top == -FLT_MAX;
+        const float top = empty ? -INFINITY : static_cast<float>(others.top / kLog2EDouble);
+        const double raised = empty ? 0.0 : others.top - top * kLog2EDouble;  // old anchor - new anchor, base 2
+        const float share = exp2f(static_cast<float>(raised));
+        out.top_R[row] = top;
+        out.mass_R[row] = others.mass * share;
+        if (out.gap_R != nullptr)
+            out.gap_R[row] = share * kLn2 * fmaf(static_cast<float>(raised), others.mass, others.gap);
+        float target = -INFINITY;
+        if (read && part.target >= 0) {
+            float bent[1] = {widen(part.logits[part.target])};
+            bend(bent, task.view);
+            target = static_cast<float>(static_cast<double>(bent[0]) * task.view.slope / kLog2EDouble);
+        }
+        out.target_logit_R[row] = target;
+    }
+}
+
+template <class T>
+GFT_KERNEL(kTwoPassThreads, 1) shade_shard_row(const ShardTask task) {
+    const ShardGradient& agreed = task.agreed;
+    for (long long row = block_index(); row < row_count(task.logits); row += block_count()) {
+        Part<T> part = open_shard<T>(task, row);
+        const float scale = agreed.scale_R[row] * task.view.chain;
+        const double top = agreed.top_R[row] * kLog2EDouble;
+        Verdict verdict{};
+        verdict.anchor = static_cast<float>(top);
+        verdict.factor = scale / agreed.mass_R[row] * exp2f(static_cast<float>(verdict.anchor - top));
+        verdict.silent = scale == 0.0f;
+        if (part.target >= 0) {
+            const float logit = widen(part.logits[part.target]);
+            const float curve = task.view.bent ? bend_one(logit, task.view).curve : 1.0f;
+            verdict.at_target = dlogit_target(agreed.log_pi_R[row], scale) * curve;
+        }
+        if (part.edge >= 0) part.edge_logit = widen(part.logits[part.edge]);
+        block_barrier();  // in place: the target's logit has been read by all before it is overwritten
+        if (verdict.silent) {
+            clear_gradient(part);
+        } else {
+            shade_row(part, verdict, task.view);
+        }
+    }
+}
+
+}  // namespace gft::cuda

@@ -1,0 +1,84 @@
+// Sixteen bytes of logits and the floats they hold; element types are tags of the right size.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/plan.h"
+
+namespace gft::cuda {
+
+struct Bf16 {
+    std::uint16_t bits;
+};
+struct F16 {
+    std::uint16_t bits;
+};
+
+template <class T>
+constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
+
+GFT_DEVICE void unpack(uint4 vector, float (&values)[4], float) {
+    values[0] = float_of_bits(vector.x);
+    values[1] = float_of_bits(vector.y);
+    values[2] = float_of_bits(vector.z);
+    values[3] = float_of_bits(vector.w);
+}
+
+GFT_DEVICE void unpack(uint4 vector, float (&values)[8], Bf16) {
+    const unsigned words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        values[2 * i] = float_of_bits(words[i] << 16);
+        values[2 * i + 1] = float_of_bits(words[i] & 0xffff0000u);
+    }
+}
+
+GFT_DEVICE void unpack(uint4 vector, float (&values)[8], F16) {
+    const unsigned words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack_f16(words[i]);
+        values[2 * i] = pair.x;
+        values[2 * i + 1] = pair.y;
+    }
+}
+
+GFT_DEVICE uint4 pack(const float (&v)[4], float) {
+    return {bits_of_float(v[0]), bits_of_float(v[1]), bits_of_float(v[2]), bits_of_float(v[3])};
+}
+
+GFT_DEVICE uint4 pack(const float (&v)[8], Bf16) {
+    return {pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};
+}
+
+GFT_DEVICE uint4 pack(const float (&v)[8], F16) {
+    return {pack_f16(v[0], v[1]), pack_f16(v[2], v[3]), pack_f16(v[4], v[5]), pack_f16(v[6], v[7])};
+}
+
+GFT_DEVICE float widen(float value) { return value; }
+GFT_DEVICE float widen(Bf16 value) { return float_of_bits(static_cast<unsigned>(value.bits) << 16); }
+GFT_DEVICE float widen(F16 value) { return unpack_f16(value.bits).x; }
+
+GFT_DEVICE void narrow(float* to, float value) { *to = value; }
+GFT_DEVICE void narrow(Bf16* to, float value) { to->bits = static_cast<std::uint16_t>(pack_bf16(value, 0.0f)); }
+GFT_DEVICE void narrow(F16* to, float value) { to->bits = static_cast<std::uint16_t>(pack_f16(value, 0.0f)); }
+
+// Vector `i` of an array of T that starts at `to`: one 16-byte store where the array is aligned for it, else one store
+// an element. (A gradient gets the logits' alignment wherever that is possible, so the second way is the rare one.)
+template <class T>
+GFT_DEVICE void write_vector(T* to, int i, const float (&values)[kWidth<T>], bool aligned) {
+    if (aligned) {
+        store_vector(reinterpret_cast<uint4*>(to) + i, pack(values, T{}));
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < kWidth<T>; ++j) narrow(to + static_cast<long long>(i) * kWidth<T> + j, values[j]);
+}
+
+// values[lane] = value without indexing registers at run time, which would move the array to local memory.
+template <int kSize>
+GFT_DEVICE void put(float (&values)[kSize], int lane, float value) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) values[j] = j == lane ? value : values[j];
+}
+
+}  // namespace gft::cuda
