@@ -63,7 +63,8 @@ def _result(call: RowCall, outputs: tuple, gradient: Tensor | None) -> RowResult
 def _compute(logits: Tensor, arguments: tuple) -> tuple[RowResult, tuple[Tensor, ...]]:
     """Check the values, choose the backend, run it. An operator returns no None: what was not asked for is empty."""
     call, backend = _unpack(logits, arguments)
-    checks.check_values(call)
+    if not call.process_group:  # else the vocabulary's size is known once the ranks have met
+        checks.check_values(call.credit, logits.shape[-1])
     result = registry.choose(backend, call).run(call)
     empty = [logits.new_empty(0, dtype=torch.float32) if x is None else x for x in (result.row_scale_R, result.entropy_R)]
     return result, (result.loss, result.log_probs_R, result.coefficients_R, result.advantages_R, *empty)
@@ -128,6 +129,8 @@ def _scale_(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str)
 
 
 def _scale_with(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str, inplace: bool) -> Tensor:
+    if not gradient.numel():  # no rows, or an empty shard of the vocabulary: nothing to launch
+        return gradient if inplace else torch.empty_like(gradient, memory_format=torch.contiguous_format)
     call = RowCall(gradient, Credit(targets_R=gradient.new_empty(0, dtype=torch.int64)), inplace=inplace)
     module = registry.choose(backend, call)
     return module.scale(gradient, row_scale if row_scale.numel() else None, upstream.contiguous(), inplace)

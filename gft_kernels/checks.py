@@ -44,10 +44,11 @@ def row_call(
     return_stats: bool,
     return_entropy: bool,
     backend: str,
+    process_group: torch.distributed.ProcessGroup | None,
     logit_scale: float | None = None,
 ) -> RowCall:
     """The canonical form of a `gft_loss` call. Raises ValueError or TypeError."""
-    check_logits(logits)
+    check_logits(logits, sharded=process_group is not None)
     want_gradient = torch.is_grad_enabled() and logits.requires_grad
     if inplace and want_gradient:
         check_inplace(logits)
@@ -83,6 +84,7 @@ def row_call(
         want_stats=return_stats,
         want_entropy=return_entropy,
         defer_scale=want_gradient and logits.dtype == torch.float16,
+        process_group=group_name(process_group),
     )
 
 
@@ -152,7 +154,19 @@ def row_credit(
     )
 
 
-def check_logits(logits: Tensor, name: str = "logits") -> None:
+def group_name(process_group: torch.distributed.ProcessGroup | None) -> str:
+    """The name a group is found by inside an operator; "" for none."""
+    if process_group is None:
+        return ""
+    if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group must be a torch.distributed.ProcessGroup this rank belongs to, got "
+            f"{type(process_group).__name__}; pass what new_group() returned, or mesh.get_group() of a device mesh"
+        )
+    return process_group.group_name
+
+
+def check_logits(logits: Tensor, name: str = "logits", sharded: bool = False) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}; pass the model's output tensor")
     if logits.dim() not in (2, 3):
@@ -161,7 +175,7 @@ def check_logits(logits: Tensor, name: str = "logits") -> None:
         )
     if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, got {logits.dtype}; cast it first")
-    if logits.shape[-1] < 1:
+    if logits.shape[-1] < 1 and not sharded:  # a rank's shard may be empty
         raise ValueError(f"{name} must have a vocabulary of at least 1, got {tuple(logits.shape)}; check the last size")
 
 
@@ -224,15 +238,13 @@ def check_normalisation(normalize: str, eps: float, singleton: str) -> None:
         raise ValueError(f"eps must be finite and not negative, got {eps}; the paper uses 1e-6")
 
 
-def check_values(call: RowCall) -> None:
+def check_values(credit: Credit, vocabulary: int) -> None:
     """Targets, response ids, rewards and the denominator of a call on the CPU. Raises ValueError."""
-    credit = call.credit
     if credit.targets_R.device.type != "cpu":
         return
     live_R = credit.targets_R != credit.ignore_index
     if credit.mask_R is not None:
         live_R = live_R & credit.mask_R
-    vocabulary = call.logits_STV.shape[-1]
     remedy = f"mark rows that do not count with ignore_index={credit.ignore_index} or mask=False"
     _in_range("targets", credit.targets_R, live_R, vocabulary, remedy)
     if credit.sequence_ids_R is not None:

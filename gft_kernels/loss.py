@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gft_kernels import autograd, checks
-from gft_kernels.options import TokenStats
+from gft_kernels.options import RowResult, TokenStats
 
 
 def gft_loss(
@@ -102,11 +102,18 @@ def gft_loss(
         return_stats=return_stats,
         return_entropy=return_entropy,
         backend=backend,
+        process_group=process_group,
     )
     result = autograd.row_loss(call, backend)
-    shape = targets.shape
+    return as_asked(result, targets.shape, reduction, return_stats or return_entropy)
+
+
+def as_asked(
+    result: RowResult, shape: torch.Size, reduction: str, want_stats: bool
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """The loss, alone or with its statistics, in the shape of the targets where it is per row."""
     loss = result.loss.reshape(shape) if reduction == "none" else result.loss
-    if not (return_stats or return_entropy):
+    if not want_stats:
         return loss
     entropy = None if result.entropy_R is None else result.entropy_R.reshape(shape)
     per_row = (result.log_probs_R, result.coefficients_R, result.advantages_R)

@@ -66,6 +66,7 @@ class RowCall:
     want_stats: bool = False  # live rows with A = 0 are read as well, for their log-probabilities
     want_entropy: bool = False
     defer_scale: bool = False  # fp16: store the gradient at FP16_PEAK and hand back row_scale_R
+    process_group: str = ""  # name of the group whose ranks hold the vocabulary's shards; "": all of V is here
 
 
 @dataclass(frozen=True)

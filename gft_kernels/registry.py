@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from gft_kernels.options import BackendUnavailable, RowCall
 
@@ -15,8 +16,18 @@ def backend(name: str) -> ModuleType:
     return import_module(f"gft_kernels.backends.{name}")
 
 
-def choose(name: str, call: RowCall) -> ModuleType:
-    """The backend that serves `call`. Raises BackendUnavailable if a named one cannot."""
+def choose(name: str, call: RowCall) -> Any:
+    """The backend that serves `call`, told to meet the other ranks if the vocabulary is sharded.
+
+    Raises BackendUnavailable if a named one cannot serve it.
+    """
+    module = _serving(name, call)
+    if call.process_group:
+        return import_module("gft_kernels.distributed").VocabularyParallel(module)
+    return module
+
+
+def _serving(name: str, call: RowCall) -> ModuleType:
     if name == "auto":
         return next(module for module in map(backend, ORDER) if refusal(module, call) is None)
     module = backend(name)

@@ -150,7 +150,7 @@ def operator_arguments(dtype, **options):
     defaults = {
         p.name: p.default
         for p in inspect.signature(gft_loss).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name != "process_group"
+        if p.kind is p.KEYWORD_ONLY
     }
     defaults.update(rewards=case.rewards, group_size=2, mask=case.mask, **options)
     call = checks.row_call(case.logits.requires_grad_(True), case.targets, **defaults)

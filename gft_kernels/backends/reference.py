@@ -6,6 +6,7 @@ Sizes: C rows of a block, V vocabulary; S, T, R as in options.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -46,8 +47,7 @@ def run(call: RowCall) -> RowResult:
     gradient = None
     if call.want_gradient:
         gradient = logits if call.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    for chosen in torch.arange(rows, device=logits.device).split(max(1, BLOCK_BYTES // (4 * logits.shape[-1]))):
-        where = (chosen // logits.shape[1], chosen % logits.shape[1])
+    for chosen, where in _row_blocks(logits, torch.arange(rows, device=logits.device)):
         part = RowCredit(*(column[chosen] for column in credit))
         block = statistics(call, logits[where], call.credit.targets_R[chosen])
         read_C = part.live_R if call.want_stats or call.want_entropy else part.live_R & (part.advantages_R != 0.0)
@@ -77,17 +77,78 @@ def run(call: RowCall) -> RowResult:
 
 def statistics(call: RowCall, logits_CV: Tensor, targets_C: Tensor) -> Block:
     """F1 to F3 over a block of rows. A target outside [0, V) gives a NaN log-probability."""
-    z_CV = formulas.transform(logits_CV.float(), call.logit_scale, call.softcap, call.temperature)
-    inside_C = (targets_C >= 0) & (targets_C < z_CV.shape[1])
-    at_C1 = targets_C.clamp(0, z_CV.shape[1] - 1)[:, None]
-    target_logit_C = z_CV.gather(1, at_C1)[:, 0]
-    others_CV = z_CV.scatter(1, at_C1, formulas.NEG_INF)
-    others_top_C = others_CV.amax(1)
-    anchor_C = torch.where(others_top_C == formulas.NEG_INF, 0.0, others_top_C)
-    others_mass_C = torch.exp(others_CV - anchor_C[:, None]).sum(1)
+    z_CV, target_logit_C, inside_C, others_CV = _apart(call, logits_CV, targets_C)
+    others_top_C, others_mass_C, _ = _state(others_CV)
     log_pi_C = formulas.log_prob(target_logit_C, others_top_C, others_mass_C)
     top_C, mass_C = formulas.observe(others_top_C, others_mass_C, target_logit_C)
     return Block(z_CV, top_C, mass_C, torch.where(inside_C, log_pi_C, float("nan")))
+
+
+def _apart(call: RowCall, logits_CV: Tensor, columns_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Transformed logits, each row's target logit (0 if outside), whether it is inside, and the logits without it."""
+    z_CV = formulas.transform(logits_CV.float(), call.logit_scale, call.softcap, call.temperature)
+    inside_C = _inside(columns_C, z_CV)
+    at_C1 = columns_C.clamp(0, z_CV.shape[1] - 1)[:, None]
+    found_C1 = z_CV.gather(1, at_C1)
+    others_CV = z_CV.scatter(1, at_C1, torch.where(inside_C[:, None], formulas.NEG_INF, found_C1))
+    return z_CV, torch.where(inside_C, found_C1[:, 0], 0.0), inside_C, others_CV
+
+
+def _inside(columns_C: Tensor, z_CV: Tensor) -> Tensor:
+    return (columns_C >= 0) & (columns_C < z_CV.shape[1])
+
+
+def _state(z_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """F1 over whole rows: top, mass, and e^(z - top), whose sum the mass is."""
+    top_C = z_CV.amax(1)
+    anchor_C = torch.where(top_C == formulas.NEG_INF, 0.0, top_C)
+    share_CV = torch.exp(z_CV - anchor_C[:, None])
+    return top_C, share_CV.sum(1), share_CV
+
+
+class ShardStatistics(NamedTuple):
+    """A vocabulary shard's part of each row; float32 (R,). The state leaves the target out, as F3 wants it."""
+
+    top_R: Tensor
+    mass_R: Tensor  # sum of e^(z - top)
+    gap_R: Tensor  # sum of e^(z - top)·(z - top), for the entropy
+    target_logit_R: Tensor  # transformed; 0 where the target lies in another shard
+
+
+def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardStatistics:
+    """F1 over a vocabulary shard; see `ShardStatistics`.
+
+    columns_R: (R,) int64, the target's column in this shard, or anything outside [0, V) if it lies in another.
+    read_R: (R,) bool; rows it leaves out give the neutral state.
+    """
+    out = ShardStatistics(*torch.zeros(4, columns_R.numel(), device=columns_R.device))
+    out.top_R.fill_(formulas.NEG_INF)
+    for chosen, where in _row_blocks(call.logits_STV, read_R.nonzero()[:, 0]):
+        _, target_logit_C, _, others_CV = _apart(call, call.logits_STV[where], columns_R[chosen])
+        top_C, mass_C, share_CV = _state(others_CV)
+        gap_CV = torch.where(share_CV == 0.0, 0.0, share_CV * (others_CV - top_C[:, None]))
+        for column, value in zip(out, (top_C, mass_C, gap_CV.sum(1), target_logit_C), strict=True):
+            column[chosen] = value
+    return out
+
+
+def shard_gradient(
+    call: RowCall, columns_R: Tensor, log_pi_R: Tensor, top_R: Tensor, log_mass_R: Tensor, scale_R: Tensor
+) -> Tensor:
+    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass and scale = weight·kappa, float32 (R,)."""
+    logits = call.logits_STV.detach()
+    gradient = logits if call.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    for chosen, where in _row_blocks(logits, torch.arange(columns_R.numel(), device=logits.device)):
+        z_CV = formulas.transform(logits[where].float(), call.logit_scale, call.softcap, call.temperature)
+        block = Block(z_CV, top_R[chosen], torch.exp(log_mass_R[chosen]), log_pi_R[chosen])
+        gradient[where] = block_gradient(call, block, logits[where], columns_R[chosen], scale_R[chosen])
+    return gradient
+
+
+def _row_blocks(logits_STV: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    """Rows a block at a time, flat and as indices into S and T."""
+    for chosen in rows.split(max(1, BLOCK_BYTES // (4 * max(logits_STV.shape[-1], 1)))):
+        yield chosen, (chosen // logits_STV.shape[1], chosen % logits_STV.shape[1])
 
 
 def row_kappa(call: RowCall, log_pi: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +178,8 @@ def block_gradient(call: RowCall, block: Block, logits_CV: Tensor, targets_C: Te
     scale_CV = scale_C[:, None]
     gradient_CV = formulas.dlogit_other(log_pi_CV, scale_CV)
     at_target = formulas.dlogit_target(block.log_pi_C, scale_C)
-    gradient_CV.scatter_(1, targets_C.clamp(0, gradient_CV.shape[1] - 1)[:, None], at_target[:, None])
+    at_C1, inside_C = targets_C.clamp(0, gradient_CV.shape[1] - 1)[:, None], _inside(targets_C, gradient_CV)
+    gradient_CV.scatter_(1, at_C1, torch.where(inside_C, at_target, gradient_CV.gather(1, at_C1)[:, 0])[:, None])
     slope = formulas.transform_slope(logits_CV.float(), call.logit_scale, call.softcap, call.temperature)
     gradient_CV = torch.where(scale_CV == 0.0, 0.0, gradient_CV * slope)
     return gradient_CV.to(logits_CV.dtype)
@@ -126,11 +188,9 @@ def block_gradient(call: RowCall, block: Block, logits_CV: Tensor, targets_C: Te
 def scale(gradient: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool) -> Tensor:
     """gradient·row_scale·upstream in float32, rounded once; upstream is () or (R,)."""
     factor = upstream.float() if row_scale_R is None else row_scale_R * upstream.float()
-    rows, vocabulary = gradient.shape[0] * gradient.shape[1], gradient.shape[2]
+    rows = gradient.shape[0] * gradient.shape[1]
     factor_STV = factor.expand(rows).reshape(*gradient.shape[:2], 1)
     out = gradient if inplace else torch.empty_like(gradient, memory_format=torch.contiguous_format)
-    block = max(1, BLOCK_BYTES // (4 * max(vocabulary, 1)))
-    for chosen in torch.arange(rows, device=gradient.device).split(block):
-        where = (chosen // gradient.shape[1], chosen % gradient.shape[1])
+    for _, where in _row_blocks(gradient, torch.arange(rows, device=gradient.device)):
         out[where] = (gradient[where].float() * factor_STV[where]).to(gradient.dtype)
     return out
