@@ -256,22 +256,22 @@ Outcome scale_rows(const LogitRows& gradient, const LogitRows& scaled, const flo
     });
 }
 
-Outcome observe_shard(const LogitRows& logits, const std::int64_t* targets_R, const std::uint8_t* read_R,
+Outcome observe_shard(const LogitRows& logits, const std::int64_t* columns_R, const std::uint8_t* read_R,
                       const Transform& transform, const ShardStatistics& out, Place place) {
     const Outcome chosen = outcome(cudaSetDevice(place.device), "choosing the device");
     if (chosen.code != 0) return chosen;
-    const ShardTask task{logits, {}, targets_R, read_R, view_of(transform), out, {}};
+    const ShardTask task{logits, {}, columns_R, read_R, view_of(transform), out, {}};
     return with_type(logits.dtype, [&](auto type) {
         return launch("launching observe_shard_row", observe_shard_row<decltype(type)>,
                       block_per_row(row_count(logits), kTwoPassThreads, sizeof(TwoPassShared)), place, task);
     });
 }
 
-Outcome shade_shard(const LogitRows& logits, const std::int64_t* targets_R, const ShardGradient& agreed,
+Outcome shade_shard(const LogitRows& logits, const std::int64_t* columns_R, const ShardGradient& agreed,
                     const Transform& transform, const LogitRows& gradient, Place place) {
     const Outcome chosen = outcome(cudaSetDevice(place.device), "choosing the device");
     if (chosen.code != 0) return chosen;
-    const ShardTask task{logits, gradient, targets_R, nullptr, view_of(transform), {}, agreed};
+    const ShardTask task{logits, gradient, columns_R, nullptr, view_of(transform), {}, agreed};
     return with_type(logits.dtype, [&](auto type) {
         return launch("launching shade_shard_row", shade_shard_row<decltype(type)>,
                       block_per_row(row_count(logits), kTwoPassThreads, 0), place, task);

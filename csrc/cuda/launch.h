@@ -38,31 +38,31 @@ Outcome run_rows(const RowCall& call, void* workspace, Place place);
 Outcome scale_rows(const LogitRows& gradient, const LogitRows& scaled, const float* row_scale_R, const float* upstream,
                    bool per_row, Place place);
 
-// ---- one vocabulary over several devices: each holds the columns [offset, offset + V) of every row ----
+// ---- one vocabulary over several devices: each holds a range of columns of every row ----
 
-// The softmax of a row's columns here, in nats; R long. The target is left out of it where it is here.
+// A row's softmax over the columns here, without its target; nats, R long.
 struct ShardStatistics {
     float* top_R;
     float* mass_R;          // in units of e^top
     float* gap_R;           // sum (z - top) * e^(z - top); null: no entropy wanted
-    float* target_logit_R;  // transformed; -inf where the target is on another device
+    float* target_logit_R;  // transformed; 0 where the target is on another device
 };
 
-// What the devices agreed on; R long. The gradient of a row is scale * (pi - [v = target]).
+// What the devices agreed on, R long: the whole row's log pi, top, log mass; scale = weight * kappa.
 struct ShardGradient {
+    const float* log_pi_R;
     const float* top_R;
-    const float* mass_R;    // of the whole row, target included
-    const float* log_pi_R;  // of the target
-    const float* scale_R;   // weight * kappa; where it is 0 the row is not read and its gradient is 0
+    const float* log_mass_R;
+    const float* scale_R;  // 0: the row is not read and its gradient is 0
 };
 
-// targets_R are columns of this device: global id - offset, so they may lie outside [0, V). Rows with read_R false keep
-// top -inf and mass 0.
-Outcome observe_shard(const LogitRows& logits, const std::int64_t* targets_R, const std::uint8_t* read_R,
+// columns_R: the target's column on this device, or anything outside [0, V). Rows with read_R false keep the neutral
+// state (-inf, 0).
+Outcome observe_shard(const LogitRows& logits, const std::int64_t* columns_R, const std::uint8_t* read_R,
                       const Transform& transform, const ShardStatistics& out, Place place);
 
-// `gradient.data` may be `logits.data`: in place.
-Outcome shade_shard(const LogitRows& logits, const std::int64_t* targets_R, const ShardGradient& agreed,
+// F7 here; `gradient.data` may be `logits.data`: in place.
+Outcome shade_shard(const LogitRows& logits, const std::int64_t* columns_R, const ShardGradient& agreed,
                     const Transform& transform, const LogitRows& gradient, Place place);
 
 }  // namespace gft::cuda

@@ -10,7 +10,7 @@ namespace gft::cuda {
 
 struct ShardTask {
     LogitRows logits, gradient;
-    const std::int64_t* targets_R;
+    const std::int64_t* columns_R;
     const std::uint8_t* read_R;
     View view;
     ShardStatistics statistics;
@@ -23,8 +23,8 @@ template <class T>
 GFT_DEVICE Part<T> open_shard(const ShardTask& task, long long row) {
     const int whole_row = slice_capacity(task.logits.V, sizeof(T), 1);
     Part<T> part = locate_part<T>(task.logits, task.gradient, row, whole_row, 0, 1);
-    const std::int64_t target = task.targets_R[row];
-    if (target >= 0 && target < task.logits.V) part.target = static_cast<int>(target);
+    const std::int64_t column = task.columns_R[row];
+    if (column >= 0 && column < task.logits.V) part.target = static_cast<int>(column);
     return part;
 }
 
@@ -34,7 +34,7 @@ GFT_KERNEL(kTwoPassThreads, 1) observe_shard_row(const ShardTask task) {
     const ShardStatistics& out = task.statistics;
     for (long long row = block_index(); row < row_count(task.logits); row += block_count()) {
         Part<T> part = open_shard<T>(task, row);
-        const bool read = task.read_R == nullptr || task.read_R[row] != 0;
+        const bool read = task.read_R[row] != 0;
         Softmax others = empty_softmax();
         if (read) {
             if (part.edge >= 0) part.edge_logit = widen(part.logits[part.edge]);
@@ -49,7 +49,7 @@ GFT_KERNEL(kTwoPassThreads, 1) observe_shard_row(const ShardTask task) {
         out.mass_R[row] = others.mass * share;
         if (out.gap_R != nullptr)
             out.gap_R[row] = share * kLn2 * fmaf(static_cast<float>(raised), others.mass, others.gap);
-        float target = -INFINITY;
+        float target = 0.0f;
         if (read && part.target >= 0) {
             float bent[1] = {widen(part.logits[part.target])};
             bend(bent, task.view);
@@ -68,7 +68,7 @@ GFT_KERNEL(kTwoPassThreads, 1) shade_shard_row(const ShardTask task) {
         const double top = agreed.top_R[row] * kLog2EDouble;
         Verdict verdict{};
         verdict.anchor = static_cast<float>(top);
-        verdict.factor = scale / agreed.mass_R[row] * exp2f(static_cast<float>(verdict.anchor - top));
+        verdict.factor = scale * expf(-agreed.log_mass_R[row]) * exp2f(static_cast<float>(verdict.anchor - top));
         verdict.silent = scale == 0.0f;
         if (part.target >= 0) {
             const float logit = widen(part.logits[part.target]);

@@ -79,18 +79,18 @@ bool emulate_scale(const ScaleTask* task, const Choice* choice) {
     });
 }
 
-bool emulate_observe_shard(const LogitRows* logits, const std::int64_t* targets_R, const std::uint8_t* read_R,
+bool emulate_observe_shard(const LogitRows* logits, const std::int64_t* columns_R, const std::uint8_t* read_R,
                            const Transform* transform, const ShardStatistics* out, const Choice* choice) {
-    const ShardTask task{*logits, {}, targets_R, read_R, view_of(*transform), *out, {}};
+    const ShardTask task{*logits, {}, columns_R, read_R, view_of(*transform), *out, {}};
     return with_type(logits->dtype, [&](auto type) {
         return simple(choice->grid, choice->threads, sizeof(TwoPassShared), choice->seed,
                       [&] { observe_shard_row<decltype(type)>(task); });
     });
 }
 
-bool emulate_shade_shard(const LogitRows* logits, const std::int64_t* targets_R, const ShardGradient* agreed,
+bool emulate_shade_shard(const LogitRows* logits, const std::int64_t* columns_R, const ShardGradient* agreed,
                          const Transform* transform, const LogitRows* gradient, const Choice* choice) {
-    const ShardTask task{*logits, *gradient, targets_R, nullptr, view_of(*transform), {}, *agreed};
+    const ShardTask task{*logits, *gradient, columns_R, nullptr, view_of(*transform), {}, *agreed};
     return with_type(logits->dtype, [&](auto type) {
         return simple(choice->grid, choice->threads, 0, choice->seed, [&] { shade_shard_row<decltype(type)>(task); });
     });

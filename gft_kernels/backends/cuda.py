@@ -1,0 +1,133 @@
+"""The CUDA backend: a cluster of thread blocks holds a row on chip, so the logits are read once and written once.
+
+A call queues a few small launches for the rows' credit, one for loss and gradient, and one for the sum, on the current
+stream. Nothing is allocated by the kernels, nothing waits, nothing is read back: a call can be captured in a CUDA graph.
+How a row travels: docs/kernels.md#cuda. Sizes: S, T, R, V as in options.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gft_kernels import _extension
+from gft_kernels.options import RowCall, RowResult
+
+MAX_VOCABULARY = (1 << 31) - 1024
+"""Columns are counted in 32 bits, with room for a step past the end."""
+
+
+def absent() -> str | None:
+    """Why this machine has no use for the backend; None: ready."""
+    if (reason := _extension.absent()) is not None:
+        return reason
+    if not _extension.has_cuda():
+        return "the C++ kernels were built without CUDA; reinstall with GFT_BUILD=cuda (needs nvcc)"
+    if torch.version.hip is not None:
+        return "this PyTorch is built for AMD GPUs; the triton backend serves those"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA GPU"
+    return _extension.kernels().cuda.absent()
+
+
+def refuses(call: RowCall) -> str | None:
+    """Why this call cannot be served; None: it can."""
+    logits = call.logits_STV
+    if logits.device.type != "cuda":
+        return f"logits must be on a CUDA GPU, got {logits.device}"
+    if logits.shape[-1] > MAX_VOCABULARY:
+        return f"the vocabulary must be at most {MAX_VOCABULARY}, got {logits.shape[-1]}"
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        return f"logits must have stride 1 along the vocabulary, got {logits.stride(-1)}; pass logits.contiguous()"
+    return _extension.kernels().cuda.unfit(logits.device.index)
+
+
+def run(call: RowCall) -> RowResult:
+    """Loss, statistics and, if wanted, the gradient of a call; see `RowResult`."""
+    cuda = _extension.kernels().cuda
+    with torch.cuda.device(call.logits_STV.device):
+        result = _extension.empty_result(call)
+        native = _extension.native_call(call, result)
+        workspace = torch.empty(cuda.workspace_bytes(native), dtype=torch.uint8, device=call.logits_STV.device)
+        cuda.run_rows(native, workspace=_extension.address(workspace), **_place(call.logits_STV))
+    return result
+
+
+def scale(gradient_STV: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool) -> Tensor:
+    """gradient·row_scale·upstream in float32, rounded once; upstream is () or (R,) and is read on the device only."""
+    with torch.cuda.device(gradient_STV.device):
+        out = _gradient_for(gradient_STV, inplace)
+        upstream = upstream.to(torch.float32).contiguous()
+        _extension.kernels().cuda.scale_rows(
+            gradient=_extension.logit_rows(gradient_STV),
+            out=_extension.logit_rows(out),
+            row_scale_R=_extension.address(row_scale_R),
+            upstream=_extension.address(upstream),
+            upstream_per_row=upstream.dim() > 0,
+            **_place(gradient_STV),
+        )
+    return out
+
+
+class ShardStatistics(NamedTuple):
+    """A vocabulary shard's part of each row; float32 (R,), in nats. The state leaves the target out, as F3 wants it."""
+
+    top_R: Tensor
+    mass_R: Tensor  # sum of e^(z - top)
+    gap_R: Tensor | None  # sum of e^(z - top)·(z - top), for the entropy
+    target_logit_R: Tensor  # transformed; 0 where the target lies in another shard
+
+
+def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardStatistics:
+    """F1 and F2 over a vocabulary shard; see `ShardStatistics`.
+
+    columns_R: (R,) int64, the target's column in this shard, or anything outside [0, V) if it lies in another.
+    read_R: (R,) bool; rows it leaves out are not read and give the neutral state (-inf, 0).
+    """
+    logits = call.logits_STV.detach()
+    with torch.cuda.device(logits.device):
+        top_R, mass_R, gap_R, target_logit_R = torch.empty(4, columns_R.numel(), device=logits.device)
+        _extension.kernels().cuda.shard_statistics(
+            logits=_extension.logit_rows(logits),
+            columns_R=_extension.address(columns_R),
+            read_R=_extension.address(read_R),
+            transform=_extension.transform(call.logit_scale, call.softcap, call.temperature),
+            top_R=_extension.address(top_R),
+            mass_R=_extension.address(mass_R),
+            gap_R=_extension.address(gap_R),
+            target_logit_R=_extension.address(target_logit_R),
+            **_place(logits),
+        )
+    return ShardStatistics(top_R, mass_R, gap_R if call.want_entropy else None, target_logit_R)
+
+
+def shard_gradient(
+    call: RowCall, columns_R: Tensor, log_pi_R: Tensor, top_R: Tensor, log_mass_R: Tensor, scale_R: Tensor
+) -> Tensor:
+    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass and scale = weight·kappa, float32 (R,)."""
+    logits = call.logits_STV.detach()
+    with torch.cuda.device(logits.device):
+        out = _gradient_for(logits, call.inplace)
+        _extension.kernels().cuda.shard_gradient(
+            logits=_extension.logit_rows(logits),
+            out=_extension.logit_rows(out),
+            columns_R=_extension.address(columns_R),
+            log_pi_R=_extension.address(log_pi_R),
+            top_R=_extension.address(top_R),
+            log_mass_R=_extension.address(log_mass_R),
+            scale_R=_extension.address(scale_R),
+            transform=_extension.transform(call.logit_scale, call.softcap, call.temperature),
+            **_place(logits),
+        )
+    return out
+
+
+def _gradient_for(logits: Tensor, inplace: bool) -> Tensor:
+    return logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _place(tensor: Tensor) -> dict[str, int]:
+    """The device and PyTorch's current stream on it."""
+    return {"device": tensor.device.index, "stream": torch.cuda.current_stream(tensor.device).cuda_stream}

@@ -1,0 +1,69 @@
+// gft_kernels._C.cuda: csrc/cuda/launch.h for Python. A failed launch is a RuntimeError in the CUDA runtime's words.
+#include "cuda/launch.h"
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "python_api/bindings.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace gft::python_api {
+namespace {
+
+cuda::Place place_of(int device, Address stream) { return {device, to<void>(stream)}; }
+
+void raise_failure(const cuda::Outcome& outcome) {
+    if (outcome.code == 0) return;
+    throw std::runtime_error(std::string(outcome.doing) + " must succeed, got CUDA error " +
+                             std::to_string(outcome.code) + ": " + outcome.message);
+}
+
+void run_rows(const RowCall& call, Address workspace, int device, Address stream) {
+    raise_failure(cuda::run_rows(call, to<void>(workspace), place_of(device, stream)));
+}
+
+void scale_rows(const LogitRows& gradient, const LogitRows& out, Address row_scale_R, Address upstream,
+                bool upstream_per_row, int device, Address stream) {
+    raise_failure(cuda::scale_rows(gradient, out, to<const float>(row_scale_R), to<const float>(upstream),
+                                   upstream_per_row, place_of(device, stream)));
+}
+
+void shard_statistics(const LogitRows& logits, Address columns_R, Address read_R, const Transform& transform,
+                      Address top_R, Address mass_R, Address gap_R, Address target_logit_R, int device, Address stream) {
+    const cuda::ShardStatistics out{to<float>(top_R), to<float>(mass_R), to<float>(gap_R), to<float>(target_logit_R)};
+    raise_failure(cuda::observe_shard(logits, to<const std::int64_t>(columns_R), to<const std::uint8_t>(read_R),
+                                      transform, out, place_of(device, stream)));
+}
+
+void shard_gradient(const LogitRows& logits, const LogitRows& out, Address columns_R, Address log_pi_R, Address top_R,
+                    Address log_mass_R, Address scale_R, const Transform& transform, int device, Address stream) {
+    const cuda::ShardGradient agreed{to<const float>(log_pi_R), to<const float>(top_R), to<const float>(log_mass_R),
+                                     to<const float>(scale_R)};
+    raise_failure(cuda::shade_shard(logits, to<const std::int64_t>(columns_R), agreed, transform, out,
+                                    place_of(device, stream)));
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& parent) {
+    auto m = parent.def_submodule("cuda", "The CUDA kernels. Everything is queued on `stream`; nothing waits.");
+    const auto unlocked = py::call_guard<py::gil_scoped_release>();
+    m.def("absent", &cuda::absent, "Why no kernel can run on this machine; None: one can.");
+    m.def("unfit", &cuda::unfit, "device"_a, "Why this device cannot run the kernels; None: it can.");
+    m.def("workspace_bytes", &cuda::workspace_bytes, "call"_a, "Scratch memory that run_rows needs for a call.");
+    m.def("run_rows", &run_rows, unlocked, "call"_a, py::kw_only(), "workspace"_a, "device"_a, "stream"_a,
+          "Loss, statistics and gradient of a call.");
+    m.def("scale_rows", &scale_rows, unlocked, py::kw_only(), "gradient"_a, "out"_a, "row_scale_R"_a, "upstream"_a,
+          "upstream_per_row"_a, "device"_a, "stream"_a, "out = gradient * row_scale * upstream, rounded once.");
+    m.def("shard_statistics", &shard_statistics, unlocked, py::kw_only(), "logits"_a, "columns_R"_a, "read_R"_a,
+          "transform"_a, "top_R"_a, "mass_R"_a, "gap_R"_a, "target_logit_R"_a, "device"_a, "stream"_a,
+          "A vocabulary shard's part of each row's softmax, without the target.");
+    m.def("shard_gradient", &shard_gradient, unlocked, py::kw_only(), "logits"_a, "out"_a, "columns_R"_a, "log_pi_R"_a,
+          "top_R"_a, "log_mass_R"_a, "scale_R"_a, "transform"_a, "device"_a, "stream"_a, "F7 on a vocabulary shard.");
+}
+
+}  // namespace gft::python_api
