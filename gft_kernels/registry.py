@@ -8,7 +8,7 @@ from typing import Any
 
 from gft_kernels.options import BackendUnavailable, RowCall
 
-ORDER = ("reference",)
+ORDER = ("cuda", "triton", "cpu", "reference")
 
 
 def backend(name: str) -> ModuleType:
