@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from gft_kernels import checks, registry
 from gft_kernels.options import Credit, RowCall, RowResult
 
-_SCHEMA_TYPES = {
+SCHEMA_TYPES = {
     "Tensor": "Tensor",
     "Tensor | None": "Tensor?",
     "int": "SymInt",  # a length written "int" would compile a new graph for every value
@@ -26,9 +26,9 @@ _SCHEMA_TYPES = {
     "str": "str",
     "bool": "bool",
 }
-_CREDIT = {field.name: _SCHEMA_TYPES[str(field.type)] for field in fields(Credit)}
-_OPTIONS = {f.name: _SCHEMA_TYPES[str(f.type)] for f in fields(RowCall) if f.name not in ("logits_STV", "credit")}
-_ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in [*_CREDIT.items(), *_OPTIONS.items(), ("backend", "str")])
+CREDIT = {field.name: SCHEMA_TYPES[str(field.type)] for field in fields(Credit)}
+_OPTIONS = {f.name: SCHEMA_TYPES[str(f.type)] for f in fields(RowCall) if f.name not in ("logits_STV", "credit")}
+_ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in [*CREDIT.items(), *_OPTIONS.items(), ("backend", "str")])
 _PER_ROW = "Tensor loss, Tensor log_probs, Tensor coefficients, Tensor advantages, Tensor row_scale, Tensor entropy"
 
 
@@ -44,14 +44,14 @@ def row_loss(call: RowCall, backend: str) -> RowResult:
 
 def _pack(call: RowCall, backend: str) -> tuple:
     """A call as the operators' arguments; `_unpack` is the way back."""
-    credit = [getattr(call.credit, name) for name in _CREDIT]
+    credit = [getattr(call.credit, name) for name in CREDIT]
     return (*credit, *(getattr(call, name) for name in _OPTIONS), backend)
 
 
 def _unpack(logits: Tensor, arguments: tuple) -> tuple[RowCall, str]:
     *packed, backend = arguments
-    credit = Credit(**dict(zip(_CREDIT, packed, strict=False)))
-    options = dict(zip(_OPTIONS, packed[len(_CREDIT) :], strict=True))
+    credit = Credit(**dict(zip(CREDIT, packed, strict=False)))
+    options = dict(zip(_OPTIONS, packed[len(CREDIT) :], strict=True))
     return RowCall(logits_STV=logits, credit=credit, **options), backend
 
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"checks", "advantages", "registry", "_extension", "triton_kernels"},
     {"backends"},
     {"autograd"},
-    {"loss", "linear_loss", "linear_chunks", "linear_operator", "distributed"},
+    {"loss", "distributed", "linear_loss"} | {f"linear_{x}" for x in ("call", "checks", "products", "chunks", "operator")},
     {"trainer", "tasks", "integrations", "cli", "demo", "__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,0 +1,109 @@
+"""The three matrix products of the linear loss: logits, hidden gradient and head gradient, with float32 sums.
+
+A half-precision product that rounds its result to half loses what the loss needs: logits of size 100 come out in steps
+of 0.5 in bfloat16, and no later cast brings the digits back. So logits are float32 unless asked otherwise, in
+one of two ways: where the platform multiplies halves into float32 (CUDA and ROCm, torch >= 2.8), it does; elsewhere (a
+CPU) the operands are first rounded to the product dtype, then multiplied as float32, the head a block at a time.
+
+Sizes: C rows of a chunk, D hidden size, V vocabulary, B columns of a block of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gft_kernels.linear_call import LinearCall
+
+BLOCK_BYTES = 32 << 20
+"""Of the head converted at a time on a CPU: large enough for full speed, small beside any chunk of logits."""
+
+
+@cache
+def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this platform has the product half x half -> float32. Asked once, by trying it."""
+    if device.type == "cpu":
+        return False
+    a, out = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.mm(a, a, out_dtype=torch.float32, out=out)
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except (TypeError, RuntimeError):  # an older torch knows no out_dtype; a device may not implement it
+        return False
+    return True
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b, summed in float32 and rounded to the dtype of `out` where that is narrower."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif out.dtype == torch.float32 and multiplies_into_float32(a.device, a.dtype):
+        kind = {"out_dtype": torch.float32, "out": out}
+        torch.addmm(out, a, b, **kind) if add else torch.mm(a, b, **kind)
+    else:
+        product = torch.mm(a, b)
+        out.add_(product) if add else out.copy_(product)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtypes one call multiplies in on its device."""
+
+    product: torch.dtype  # what hidden and weight are rounded to
+    operand: torch.dtype  # what they are handed to the product as: float32 where halves cannot sum into float32
+    logits: torch.dtype
+
+    @property
+    def copies_gradient(self) -> bool:
+        """Whether the logits' gradient is rounded to a second buffer before the products that take it."""
+        return self.operand != self.logits
+
+
+def precision_of(call: LinearCall) -> Precision:
+    """How a call multiplies: see the module's text."""
+    native = call.logits_dtype == call.product_dtype
+    wide = native or multiplies_into_float32(call.hidden_STD.device, call.product_dtype)
+    return Precision(call.product_dtype, call.product_dtype if wide else torch.float32, call.logits_dtype)
+
+
+class Head:
+    """The output head as the products want it: in the operands' dtype, whole or a block of columns at a time."""
+
+    def __init__(self, weight_VD: Tensor, bias_V: Tensor | None, precision: Precision):
+        self.precision = precision
+        self.bias_V = None if bias_V is None else bias_V.detach().to(precision.logits)
+        self.weight_VD = weight_VD.detach()
+        if precision.operand == precision.product:  # under autocast one converted copy, as torch's own autocast keeps
+            self.weight_VD = self.weight_VD.to(precision.operand)
+
+    def _operand(self, values: Tensor) -> Tensor:
+        return values.to(self.precision.product).to(self.precision.operand)
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        vocabulary, hidden_size = self.weight_VD.shape
+        ready = self.precision.operand == self.precision.product
+        step = vocabulary if ready else BLOCK_BYTES // (4 * max(hidden_size, 1))
+        for start in range(0, vocabulary, max(step, 1)):
+            block = slice(start, min(start + step, vocabulary))
+            yield block, self.weight_VD if ready else self._operand(self.weight_VD[block])
+
+    def rows(self, hidden_CD: Tensor) -> Tensor:
+        """Hidden states as the products want them."""
+        return self._operand(hidden_CD)
+
+    def logits(self, hidden_CD: Tensor, out_CV: Tensor) -> None:
+        """First product: out = hidden @ weight^T + bias."""
+        for block, weight_BD in self._blocks():
+            multiply(hidden_CD, weight_BD.t(), out_CV[:, block])
+        if self.bias_V is not None:
+            out_CV.add_(self.bias_V)
+
+    def hidden_gradient(self, dlogits_CV: Tensor, out_CD: Tensor) -> None:
+        """Second product: out = dlogits @ weight."""
+        out_CD.zero_()
+        for block, weight_BD in self._blocks():
+            multiply(dlogits_CV[:, block], weight_BD, out_CD, add=True)
