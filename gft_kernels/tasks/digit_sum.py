@@ -1,0 +1,116 @@
+"""The sum of five digits modulo 10, worked out step by step: a task small enough to watch GFT learn on a CPU.
+
+The base model knows general text (copy, reverse, sort, ...) and noisy solutions in mixed styles. The verifier is
+strict: every step right, each operand once, the right answer. The expert works in a form the base hardly saw.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+
+ALPHABET = "$>0123456789+=;#.ACRSMI[],"
+DIGITS = 5
+STYLES = {"direct": 0.35, "left": 0.30, "right": 0.17, "odd-even": 0.08, "ends": 0.08, "bracket": 0.02}
+TEACHERS = ("right", "odd-even", "ends")
+
+
+def query(rng: random.Random) -> list[int]:
+    return [rng.randrange(10) for _ in range(DIGITS)]
+
+
+def prompt_of(digits: Sequence[int]) -> str:
+    return "A" + "+".join(map(str, digits)) + ">"
+
+
+def solution(digits: Sequence[int], style: str, rng: random.Random | None = None, noise: float = 0.0) -> str:
+    """A worked solution; with `rng`, each result is replaced by a random digit with probability `noise`."""
+
+    def result(value: int) -> int:
+        return rng.randrange(10) if rng is not None and rng.random() < noise else value % 10
+
+    if style == "direct":
+        return f"#{result(sum(digits))}."
+    ordered, step = _order(digits, style), "[{}+{}]{}," if style == "bracket" else "{}+{}={};"
+    total, text = ordered[0], ""
+    for digit in ordered[1:]:
+        before, total = total, result(total + digit)
+        text += step.format(before, digit, total)
+    return f"{text}#{total}."
+
+
+def _order(digits, style):
+    digits, half = list(digits), len(digits) // 2
+    return {
+        "left": digits,
+        "right": digits[::-1],
+        "odd-even": digits[0::2] + digits[1::2],
+        "ends": [digits[0], digits[-1], *digits[1:-1]],
+        "bracket": digits[half:] + digits[:half],
+    }[style]
+
+
+def general_text(rng: random.Random) -> tuple[str, str]:
+    """A prompt and its answer from the general tasks: copy, reverse, sort, largest and smallest, digits plus one."""
+    kind, digits = rng.choice("CRSMI"), query(rng)
+    text = "".join(map(str, digits))
+    answer = {
+        "C": text,
+        "R": text[::-1],
+        "S": "".join(sorted(text)),
+        "M": max(text) + min(text),
+        "I": "".join(str((d + 1) % 10) for d in digits),
+    }[kind]
+    return f"{kind}{text}>", answer + "."
+
+
+def base_records(count: int, noise: float = 0.1, seed: int = 0) -> list[dict]:
+    """What the base model is fitted to: half general text, half the task in mixed styles with step noise."""
+    rng = random.Random(seed)
+    records = []
+    for _ in range(count):
+        if rng.random() < 0.5:
+            prompt, answer = general_text(rng)
+        else:
+            digits, style = query(rng), rng.choices(list(STYLES), STYLES.values())[0]
+            prompt, answer = prompt_of(digits), solution(digits, style, rng, noise)
+        records.append({"prompt": prompt, "demonstrations": [answer]})
+    return records
+
+
+def records(count: int, teacher_noise: float = 0.03, seed: int = 1) -> list[dict]:
+    """Rows for GFT: the expert's bracket form first, then three teachers in other orders."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        digits = query(rng)
+        teachers = [solution(digits, style, rng, teacher_noise) for style in TEACHERS]
+        rows.append({"prompt": prompt_of(digits), "demonstrations": [solution(digits, "bracket"), *teachers]})
+    return rows
+
+
+SOLUTION = re.compile(r"((?:\d\+\d=\d;)+|(?:\[\d\+\d\]\d,)+)#(\d)\.")
+STEP = re.compile(r"(\d)\+(\d)[=\]](\d)")
+
+
+def strict(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
+    """1 for a solution whose every step is right, that uses each operand once and ends in the right answer; else 0."""
+    return [float(_is_right(prompt, text)) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def _is_right(prompt, text):
+    match = SOLUTION.fullmatch(text)
+    if match is None:
+        return False
+    used, total = [], None
+    for left, right, result in (map(int, step) for step in STEP.findall(match[1])):
+        if total is None:
+            used.append(left)
+        elif left != total:
+            return False
+        if (left + right) % 10 != result:
+            return False
+        used.append(right)
+        total = result
+    return sorted(used) == sorted(map(int, re.findall(r"\d", prompt))) and total == int(match[2])

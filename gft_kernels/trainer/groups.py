@@ -1,0 +1,131 @@
+"""Hybrid groups: given responses and samples of the policy, rewarded, weighted against each other, made tensors.
+
+Sizes: S responses of a micro-batch, L tokens of the longest prompt and response, T positions the loss reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gft_kernels.advantages import group_advantages
+from gft_kernels.trainer.config import GFTConfig
+from gft_kernels.trainer.data import Response, Row
+from gft_kernels.trainer.rewards import Rewards
+from gft_kernels.trainer.rollouts import Sampling, seeded
+
+SOURCES = ("expert", "teacher", "sampled", "offline")
+IGNORE = -100
+
+
+@dataclass
+class Group:
+    """All responses to one prompt that are weighed against each other."""
+
+    row: Row
+    responses: list[Response]
+
+
+class GroupBuilder:
+    """Turns the rows of one optimizer step into groups with advantages (F5)."""
+
+    def __init__(self, config: GFTConfig, tokenizer, rewards: Rewards, rollout_fn: Callable, eos_ids: tuple[int, ...]):
+        self.config, self.tokenizer, self.rewards, self.rollout_fn = config, tokenizer, rewards, rollout_fn
+        self.eos_ids = eos_ids
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def build(self, model, rows: Sequence[Row], entropy: Sequence[int]) -> list[Group]:
+        """Groups of the rows, in order; `entropy` decides the samples."""
+        config = self.config
+        sampled = self.sample(model, rows, config.num_generations, config.temperature, entropy)
+        groups = [Group(row, [*row.given, *samples]) for row, samples in zip(rows, sampled, strict=True)]
+        if config.advantages == "group":
+            self._reward(groups)
+            weigh(groups, config)
+        return groups
+
+    def sample(self, model, rows, number, temperature, entropy) -> list[list[Response]]:
+        """`number` responses of the policy per row.
+
+        All rows of a step are sampled in the same calls however they are cut into micro-batches, so that the
+        accumulation does not change what is sampled.
+        """
+        if number == 0:
+            return [[] for _ in rows]
+        size = self.config.generation_batch_size or len(rows)
+        sampling = Sampling(number, self.config.max_completion_length, temperature, self.eos_ids, self.pad_id)
+        completions = []
+        with seeded(*entropy, device=model.device):
+            for start in range(0, len(rows), size):
+                prompts = [row.prompt_ids for row in rows[start : start + size]]
+                completions += self._rollout(model, prompts, sampling)
+        responses = [
+            Response(self.tokenizer.decode(ids, skip_special_tokens=True), ids, "sampled") for ids in completions
+        ]
+        return [responses[i * number : (i + 1) * number] for i in range(len(rows))]
+
+    def _rollout(self, model, prompts, sampling):
+        completions = self.rollout_fn(model, prompts, sampling)
+        expected = len(prompts) * sampling.num_generations
+        if len(completions) != expected or not all(len(ids) for ids in completions):
+            raise ValueError(
+                f"rollout_fn must return {expected} non-empty lists of token ids, got {len(completions)} "
+                f"of which {sum(not len(ids) for ids in completions)} empty."
+            )
+        return [list(ids) for ids in completions]
+
+    def _reward(self, groups):
+        pairs = [(g.row, r) for g in groups for r in g.responses if r.source != "offline"]
+        if pairs:
+            totals, _ = self.rewards.score([row for row, _ in pairs], [response.text for _, response in pairs])
+            for (_, response), total in zip(pairs, totals, strict=True):
+                response.reward = total
+
+
+def weigh(groups: Sequence[Group], config: GFTConfig) -> None:
+    """F5 within each group."""
+    responses = [r for g in groups for r in g.responses]
+    advantages_S = group_advantages(
+        torch.tensor([r.reward for r in responses], dtype=torch.float32),
+        group_ids=torch.tensor([i for i, g in enumerate(groups) for _ in g.responses]),
+        normalize=config.normalize,
+        eps=config.advantage_eps,
+        singleton=config.singleton,
+    )
+    for response, advantage in zip(responses, advantages_S.tolist(), strict=True):
+        response.advantage = advantage
+
+
+def collate(groups: Sequence[Group], pad_id: int) -> dict[str, Tensor]:
+    """Tensors of one micro-batch of whole groups, right-padded, so that positions count from 0 in every row.
+
+    input_ids, attention_mask (S, L); targets (S, T), aligned with the last T + 1 logits but the very last: position
+    t predicts targets[:, t], IGNORE on prompt and padding; advantages (S,) float32; sources (S,) index SOURCES.
+    """
+    pairs = [(g.row.prompt_ids, r) for g in groups for r in g.responses]
+    length = max(len(prompt) + len(r.ids) for prompt, r in pairs)
+    # The first position any row's loss reads is its last prompt token's.
+    first = min(len(prompt) for prompt, _ in pairs) - 1
+    input_ids = torch.full((len(pairs), length), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    targets = torch.full_like(input_ids, IGNORE)
+    for s, (prompt, response) in enumerate(pairs):
+        ids, end = torch.tensor([*prompt, *response.ids]), len(prompt) + len(response.ids)
+        input_ids[s, :end] = ids
+        attention_mask[s, :end] = 1
+        targets[s, len(prompt) - 1 : end - 1] = ids[len(prompt) :]
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "targets": targets[:, first : length - 1],
+        "advantages": torch.tensor([r.advantage for _, r in pairs], dtype=torch.float32),
+        "sources": torch.tensor([SOURCES.index(r.source) for _, r in pairs]),
+    }
+
+
+def count_items(groups: Sequence[Group], reduction: str) -> int:
+    """The denominator of a step: all response tokens, or all responses. Groups without advantage count as well."""
+    return sum(len(r.ids) if reduction == "token-mean" else 1 for g in groups for r in g.responses)

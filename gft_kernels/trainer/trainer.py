@@ -1,0 +1,260 @@
+"""GFTTrainer: transformers.Trainer whose batches are hybrid groups and whose loss is gft_loss.
+
+One optimizer step: `get_batch_samples` builds the groups of the whole accumulation window and counts their tokens over
+all ranks; `compute_loss` runs the wrapped model on one micro-batch of whole groups and divides by that count.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+
+from gft_kernels.loss import gft_loss
+from gft_kernels.trainer.callbacks import RunLog
+from gft_kernels.trainer.config import GFTConfig
+from gft_kernels.trainer.data import Row, Rows
+from gft_kernels.trainer.groups import IGNORE, SOURCES, Group, GroupBuilder, collate, count_items
+from gft_kernels.trainer.metrics import Means, append_completions, completions_table, heldout_summary
+from gft_kernels.trainer.rewards import Rewards
+from gft_kernels.trainer.rollouts import generate
+
+TRAINING, EVALUATION = 0, 1  # what a step's random numbers are for
+
+
+class GFTTrainer(Trainer):
+    """Group Fine-Tuning of a causal language model.
+
+    model: a transformers model, or the name or path of one. train_dataset, eval_dataset: lists of rows or
+    datasets.Dataset (docs/training.md#rows). reward_funcs: functions, ready names or dotted paths. rollout_fn:
+    `f(model, prompts_ids, sampling) -> token ids`, by default `gft_kernels.trainer.generate`.
+    Raises: ValueError or RowError before training for what cannot work, RewardError when a reward function fails.
+    """
+
+    # compute_loss divides by the whole window's count: Trainer must not divide by the accumulation steps again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model,
+        args: GFTConfig,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        reward_funcs: Sequence[Callable | str] | Callable | str = (),
+        rollout_fn: Callable = generate,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        if isinstance(model, str):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(model)
+        if processing_class is None or getattr(processing_class, "eos_token_id", None) is None:
+            raise ValueError("processing_class must be a tokenizer with an end-of-text token, got none; pass one.")
+        rewards = Rewards(reward_funcs, args.reward_weights)
+        rows = functools.partial(
+            Rows,
+            tokenizer=processing_class,
+            config=args,
+            context=getattr(model.config, "max_position_embeddings", None),
+            required_columns=sorted(rewards.required_columns()),
+        )
+        train_rows = None if train_dataset is None else rows(train_dataset, "train_dataset")
+        if train_rows is not None:
+            check_sources(args, train_rows, rewards)
+        if isinstance(eval_dataset, dict):
+            eval_rows = {name: rows(records, f"eval_dataset[{name!r}]") for name, records in eval_dataset.items()}
+        else:
+            eval_rows = None if eval_dataset is None else rows(eval_dataset, "eval_dataset")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,  # rows stay rows until their groups are built
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=processing_class,
+            compute_metrics=heldout_summary(rewards.names),
+            callbacks=[RunLog(), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        self._refuse_layouts()
+        # Read by transformers before 5.19, where loss_is_scaled_for_ga does not exist yet.
+        self.model_accepts_loss_kwargs = True
+        self.builder = GroupBuilder(args, processing_class, rewards, rollout_fn, end_tokens(model, processing_class))
+        self.start_model = copy.deepcopy(self.model).requires_grad_(False).eval() if args.log_kl else None
+        self.means = Means(self.args.device)
+        self._last_log = time.perf_counter()
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(unwrapped.forward).parameters
+
+    def _refuse_layouts(self):
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"the trainer must run one process per GPU, got {self.args.n_gpu} in one process; start it by torchrun."
+            )
+        if getattr(self.accelerator, "parallelism_config", None) is not None:
+            raise ValueError("parallelism_config must be absent, got one; only data parallelism is supported.")
+
+    # One optimizer step
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The window's micro-batches as tensors, and the denominator of its loss over all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = [row for batch in batches for row in batch]
+        entropy = (self.args.seed, TRAINING, self.state.global_step, self.args.process_index)
+        groups = self.builder.build(self.model, rows, entropy) if rows else []
+        self.means.add_groups(groups, self.builder.eos_ids)
+        self._show(groups)
+        micro_batches, start = [], 0
+        for batch in batches:
+            micro_batches.append(collate(groups[start : start + len(batch)], self.builder.pad_id))
+            start += len(batch)
+        num_items = torch.tensor(count_items(groups, self.args.reduction), dtype=torch.float32, device=device)
+        return micro_batches, self.accelerator.gather(num_items).sum()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The micro-batch's share of the step's loss. `model` is the wrapped one: its hooks average gradients."""
+        args, targets_ST = self.args, inputs["targets"]
+        logits_STV, outputs = self._response_logits(model, inputs)
+        result = gft_loss(
+            logits_STV,
+            targets_ST,
+            advantages=inputs["advantages"] if args.advantages == "group" else None,
+            tau=args.tau,
+            rectify=args.rectify,
+            temperature=args.temperature,
+            reduction=args.reduction,
+            num_items_in_batch=num_items_in_batch,
+            ignore_index=IGNORE,
+            inplace=args.inplace,
+            return_stats=args.token_metrics,
+            return_entropy=args.token_metrics,
+            backend=args.backend,
+        )
+        loss, stats = result if args.token_metrics else (result, None)
+        if stats is not None:
+            self.means.add_tokens(stats, targets_ST != IGNORE)
+        if self.start_model is not None and self._logs_after_this_step():
+            self._add_kl(stats, inputs)
+        # Data parallelism averages gradients over the ranks, but the denominator is already the sum over ranks.
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _response_logits(self, model, inputs) -> tuple[Tensor, object]:
+        """Logits aligned with `targets`, (S, T, V); a model that can will not compute those of the prompts."""
+        keep = inputs["targets"].shape[1] + 1
+        selection = {"logits_to_keep": keep} if self._keeps_logits else {}
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **selection)
+        return outputs.logits[:, -keep:-1], outputs
+
+    def _add_kl(self, stats, inputs):
+        """Mean over sampled tokens of r - 1 - log r with r = pi_start/pi: unbiased, never negative (nats)."""
+        with torch.no_grad():
+            logits_STV, _ = self._response_logits(self.start_model, inputs)
+            _, start = gft_loss(logits_STV, inputs["targets"], temperature=self.args.temperature, return_stats=True)
+        sampled_S = inputs["sources"] == SOURCES.index("sampled")
+        live_ST = (inputs["targets"] != IGNORE) & sampled_S[:, None]
+        log_ratio_ST = start.log_probs - stats.log_probs
+        self.means.add("kl_to_start", ((log_ratio_ST.expm1() - log_ratio_ST) * live_ST).sum(), live_ST.sum())
+
+    # Reporting
+
+    def _logs_after_this_step(self) -> bool:
+        return (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last training log line."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs = {**logs, **self.means.drain(self.accelerator, now - self._last_log)}
+            self._last_log = now
+        super().log(logs, start_time)
+
+    def _show(self, groups: Sequence[Group]) -> None:
+        every, step = self.args.log_completions_steps, self.state.global_step
+        if every and step % every == 0 and groups and self.is_world_process_zero():
+            append_completions(Path(self.args.output_dir, "completions.jsonl"), groups, step)
+            print("\n" + completions_table(groups[0], step), flush=True)
+
+    # Evaluation
+
+    def prediction_step(self, model, inputs: list[Row], prediction_loss_only, ignore_keys=None):
+        """One line per row: the expert's log-probability and token count, fraction truncated, mean length, rewards.
+
+        The loss is left to the summary over the whole set: a mean of batch means would depend on the batch size.
+        """
+        args, builder = self.args, self.builder
+        entropy = (args.seed, EVALUATION, self._eval_batches, args.process_index)
+        self._eval_batches += 1
+        sampled = builder.sample(self.model, inputs, args.eval_num_generations, args.eval_temperature, entropy)
+        lines = [
+            [
+                sum(r.ids[-1] not in builder.eos_ids for r in responses) / len(responses),
+                sum(len(r.ids) for r in responses) / len(responses),
+                *self._mean_rewards(row, responses),
+            ]
+            for row, responses in zip(inputs, sampled, strict=True)
+        ]
+        expert_B2 = self._expert_log_probs(model, inputs)
+        lines_BX = torch.cat([expert_B2, torch.tensor(lines, dtype=torch.float32, device=expert_B2.device)], 1)
+        return None, lines_BX, torch.zeros(len(inputs), device=expert_B2.device)
+
+    def evaluate(self, *args, **kwargs):
+        self._eval_batches = 0  # the same random numbers in every evaluation
+        return super().evaluate(*args, **kwargs)
+
+    def _mean_rewards(self, row, responses) -> list[float]:
+        """The weighted reward, then each function's own, averaged over one row's responses."""
+        if not self.builder.rewards:
+            return [0.0]
+        totals, parts = self.builder.rewards.score([row] * len(responses), [r.text for r in responses])
+        counted = [[value or 0.0 for value in part] for part in parts]
+        return [sum(values) / len(values) for values in (totals, *counted)]
+
+    def _expert_log_probs(self, model, rows: Sequence[Row]) -> Tensor:
+        """Summed log-probability (nats, temperature 1) and token count of each row's expert response, (B, 2)."""
+        experts = [Group(row, [max(row.given, key=expert_order)]) for row in rows if row.given]
+        out_B2 = torch.zeros(len(rows), 2, device=self.args.device)
+        if experts:
+            inputs = self._prepare_inputs(collate(experts, self.builder.pad_id))
+            with torch.no_grad():
+                logits_STV, _ = self._response_logits(model, inputs)
+                _, stats = gft_loss(logits_STV, inputs["targets"], return_stats=True, backend=self.args.backend)
+            where = [i for i, row in enumerate(rows) if row.given]
+            out_B2[where, 0] = stats.log_probs.sum(1).float()
+            out_B2[where, 1] = (inputs["targets"] != IGNORE).sum(1).float()
+        return out_B2
+
+
+def expert_order(response) -> tuple[bool, float]:
+    """The expert first; among offline responses the best rewarded."""
+    return response.source == "expert", response.reward if response.source == "offline" else 0.0
+
+
+def end_tokens(model, tokenizer) -> tuple[int, ...]:
+    """Every token that ends a response: the tokenizer's, and those the model's generation defaults name."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    named = own if isinstance(own, list) else [] if own is None else [own]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *named]))
+
+
+def check_sources(args: GFTConfig, rows: Rows, rewards: Rewards) -> None:
+    """Raises ValueError if the rows, the reward functions and the group's make-up contradict each other."""
+    if rows.offline:
+        if args.num_generations:
+            raise ValueError(
+                f"num_generations must be 0 where rows bring `responses` and `rewards`, got {args.num_generations}; "
+                "nothing says that samples would be rewarded alike."
+            )
+        return
+    if args.num_demonstrations + args.num_generations == 0:
+        raise ValueError("num_demonstrations + num_generations must be at least 1, got 0; a group would be empty.")
+    if args.advantages == "group" and not rewards:
+        raise ValueError("reward_funcs must hold at least one function, got none; or set advantages to 'ones' for SFT.")

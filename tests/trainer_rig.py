@@ -1,0 +1,96 @@
+"""A trainer small enough to run in a test: character tokenizer, one-layer models of width 32, rows of digits."""
+
+from __future__ import annotations
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gft_kernels.tasks import scratch
+from gft_kernels.trainer import GFTConfig, GFTTrainer
+
+ALPHABET = "0123456789+=>.# ab"
+
+
+def tokenizer():
+    return scratch.character_tokenizer(ALPHABET)
+
+
+def llama(seed=0):
+    return scratch.small_llama(tokenizer(), width=32, layers=1, heads=2, context=64, seed=seed)
+
+
+def gpt2(dropout=0.1, seed=0):
+    """Learned absolute positions and dropout: wrong positions and a lost random state both show."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=len(tokenizer()),
+                n_positions=64,
+                n_embd=32,
+                n_layer=1,
+                n_head=2,
+                resid_pdrop=dropout,
+                embd_pdrop=dropout,
+                attn_pdrop=dropout,
+                bos_token_id=None,
+                eos_token_id=1,
+                pad_token_id=0,
+                initializer_range=0.2,
+            )
+        )
+
+
+def digit_count(prompts, completions, answer, **columns):
+    """Rewards that differ within a group: the number of digits, plus one for the right last character."""
+    return [
+        sum(c.isdigit() for c in text) / 8 + float(text.rstrip(".").endswith(gold))
+        for text, gold in zip(completions, answer, strict=True)
+    ]
+
+
+def rows(count=8):
+    """Prompts and demonstrations of different lengths."""
+    made = []
+    for i in range(count):
+        a, b = (7 * i) % 10, (4 * i + 1) % 10
+        total = str((a + b) % 10)
+        prompt = f"{a}+{b}>" if i % 2 else f"{a}+{b}+0+0>"
+        made.append({"prompt": prompt, "demonstrations": [f"{a}+{b}={total}.", f"#{total}."], "answer": total})
+    return made
+
+
+def offline_rows(count=8):
+    """Groups of different sizes with fixed rewards; the third group's rewards are all equal."""
+    made = []
+    for i, row in enumerate(rows(count)):
+        responses = [*row["demonstrations"], "0" * (1 + i % 5) + "."][: 2 + i % 2]
+        rewards = [0.5] * len(responses) if i == 2 else [1.0, 0.25 * (i % 3), 0.0][: len(responses)]
+        made.append({"prompt": row["prompt"], "responses": responses, "rewards": rewards})
+    return made
+
+
+def config(tmp_path, **options):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "num_demonstrations": 2,
+        "num_generations": 2,
+        "max_completion_length": 10,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "max_steps": 2,
+        "save_strategy": "no",
+        "log_completions_steps": 0,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "train_sampling_strategy": "sequential",
+    }
+    return GFTConfig(**{**defaults, **options})
+
+
+def trainer(tmp_path, model=None, train=None, evaluation=None, reward_funcs=digit_count, callbacks=None, **options):
+    args = config(tmp_path, **options)
+    model = llama() if model is None else model
+    data = rows() if train is None else train
+    return GFTTrainer(model, args, data, evaluation, tokenizer(), reward_funcs=reward_funcs, callbacks=callbacks)
