@@ -37,7 +37,8 @@ constexpr std::array<const char*, 2> kRectify{"all", "positive"};
 
 LogitRows make_rows(Address data, const std::string& dtype, std::array<std::int64_t, 3> shape,
                     std::array<std::int64_t, 2> strides) {
-    return {to<void>(data), parse<Dtype>(dtype, "dtype", kDtypes), shape[0], shape[1], shape[2], strides[0], strides[1]};
+    return {to<void>(data), parse<Dtype>(dtype, "dtype", kDtypes), shape[0], shape[1], shape[2], strides[0],
+            strides[1]};
 }
 
 Credit make_credit(std::int64_t S, std::int64_t R, Address targets_R, Address mask_R, Address rewards_S,
@@ -71,16 +72,19 @@ RowCall make_call(const LogitRows& logits, const Credit& credit, const Transform
                   const std::string& rectify, bool read_zero_advantage, Address loss, Address log_probs_R,
                   Address coefficients_R, Address advantages_R, Address entropy_R, Address row_scale_R,
                   std::optional<LogitRows> gradient) {
-    const RowResults out{to<float>(loss),         to<float>(log_probs_R), to<float>(coefficients_R),
-                         to<float>(advantages_R), to<float>(entropy_R),   to<float>(row_scale_R),
-                         gradient.value_or(LogitRows{})};
+    const RowResults out{
+        to<float>(loss),      to<float>(log_probs_R), to<float>(coefficients_R),     to<float>(advantages_R),
+        to<float>(entropy_R), to<float>(row_scale_R), gradient.value_or(LogitRows{})};
     return {logits, credit, transform, {tau, parse<Rectify>(rectify, "rectify", kRectify)}, read_zero_advantage, out};
 }
 
 void bind_arguments(py::module_& m) {
-    py::class_<LogitRows>(m, "LogitRows").def(py::init(&make_rows), py::kw_only(), "data"_a, "dtype"_a, "shape"_a, "strides"_a);
+    py::class_<LogitRows>(m, "LogitRows")
+        .def(py::init(&make_rows), py::kw_only(), "data"_a, "dtype"_a, "shape"_a, "strides"_a);
     py::class_<Transform>(m, "Transform")
-        .def(py::init([](double scale, double softcap, double temperature) { return Transform{scale, softcap, temperature}; }),
+        .def(py::init([](double scale, double softcap, double temperature) {
+                 return Transform{scale, softcap, temperature};
+             }),
              py::kw_only(), "logit_scale"_a, "softcap"_a, "temperature"_a);
     py::class_<Credit>(m, "Credit")
         .def(py::init(&make_credit), py::kw_only(), "S"_a, "R"_a, "targets_R"_a, "mask_R"_a, "rewards_S"_a,
@@ -114,15 +118,16 @@ std::optional<FaultTuple> row_loss(const RowCall& call, const std::string& instr
 void row_statistics(const LogitRows& logits, Address targets_R, Address live_R, const Transform& transform,
                     Address top_R, Address mass_R, Address gap_R, Address target_logit_R,
                     const std::string& instruction_set, int threads) {
-    const cpu::ShardStatistics out{to<double>(top_R), to<double>(mass_R), to<double>(gap_R), to<double>(target_logit_R)};
+    const cpu::ShardStatistics out{to<double>(top_R), to<double>(mass_R), to<double>(gap_R),
+                                   to<double>(target_logit_R)};
     cpu::row_statistics(logits, to<const std::int64_t>(targets_R), to<const std::uint8_t>(live_R), transform, out,
                         execution(instruction_set, threads));
 }
 
-void row_gradient(const LogitRows& logits, const LogitRows& out, Address targets_R, Address log_normaliser_R,
+void row_gradient(const LogitRows& logits, const LogitRows& out, Address targets_R, Address top_R, Address mass_R,
                   Address log_probs_R, Address scale_R, const Transform& transform, const std::string& instruction_set,
                   int threads) {
-    const cpu::ShardGradient given{to<const std::int64_t>(targets_R), to<const double>(log_normaliser_R),
+    const cpu::ShardGradient given{to<const std::int64_t>(targets_R), to<const double>(top_R), to<const double>(mass_R),
                                    to<const double>(log_probs_R), to<const float>(scale_R)};
     cpu::row_gradient(logits, out, given, transform, execution(instruction_set, threads));
 }
@@ -147,8 +152,8 @@ void bind_cpu(py::module_& m) {
     m.def("row_statistics", &row_statistics, unlocked, py::kw_only(), "logits"_a, "targets_R"_a, "live_R"_a,
           "transform"_a, "top_R"_a, "mass_R"_a, "gap_R"_a, "target_logit_R"_a, "instruction_set"_a = "",
           "threads"_a = 1, "A vocabulary shard's part of each row's softmax (float64).");
-    m.def("row_gradient", &row_gradient, unlocked, py::kw_only(), "logits"_a, "out"_a, "targets_R"_a,
-          "log_normaliser_R"_a, "log_probs_R"_a, "scale_R"_a, "transform"_a, "instruction_set"_a = "", "threads"_a = 1,
+    m.def("row_gradient", &row_gradient, unlocked, py::kw_only(), "logits"_a, "out"_a, "targets_R"_a, "top_R"_a,
+          "mass_R"_a, "log_probs_R"_a, "scale_R"_a, "transform"_a, "instruction_set"_a = "", "threads"_a = 1,
           "F7 on a vocabulary shard.");
     m.def("scale_rows", &scale_rows, unlocked, py::kw_only(), "gradient"_a, "out"_a, "row_scale_R"_a, "upstream"_a,
           "upstream_per_row"_a, "instruction_set"_a = "", "threads"_a = 1,

@@ -52,7 +52,8 @@ Fault find_fault(const Credit& credit, std::int64_t V) {
 
 void weigh_by_token(const Credit& credit, std::vector<RowCredit>& rows) {
     const auto live = std::count_if(rows.begin(), rows.end(), [](const RowCredit& row) { return row.live; });
-    const double items = credit.num_items != nullptr ? *credit.num_items : static_cast<double>(std::max<std::int64_t>(live, 1));
+    const double items =
+        credit.num_items != nullptr ? *credit.num_items : static_cast<double>(std::max<std::int64_t>(live, 1));
     for (RowCredit& row : rows) row.weight = 1.0 / items;
 }
 
@@ -63,7 +64,8 @@ void weigh_by_response(const Credit& credit, std::vector<RowCredit>& rows) {
         if (rows[r].live) ++live_S[response_of(credit, r)];
     }
     const std::int64_t counted = credit.S - std::count(live_S.begin(), live_S.end(), 0);
-    const double items = credit.num_items != nullptr ? *credit.num_items : static_cast<double>(std::max<std::int64_t>(counted, 1));
+    const double items =
+        credit.num_items != nullptr ? *credit.num_items : static_cast<double>(std::max<std::int64_t>(counted, 1));
     for (std::int64_t r = 0; r < credit.R; ++r) {
         if (rows[r].live) rows[r].weight = 1.0 / (static_cast<double>(live_S[response_of(credit, r)]) * items);
     }

@@ -30,11 +30,12 @@ GFT_HD float float_of(std::uint32_t bits) {
 GFT_HD float widen(float value) { return value; }
 GFT_HD float widen(BFloat16 value) { return float_of(std::uint32_t{value.bits} << 16); }
 
-// The half's exponent and mantissa, read as a float, are 2^112 too small; that product is exact for denormals too.
+// A half's denormals are read as integers: as float bits they would be denormal too, and flushed (flush_denormals.h).
 GFT_HD float widen(Float16 value) {
-    const std::uint32_t size = value.bits & 0x7fffu, sign = std::uint32_t{value.bits & 0x8000u} << 16;
+    const std::uint32_t size = value.bits & 0x7fffu, sign = (value.bits & 0x8000u) << 16;
+    if (size < 0x400u) return float_of(sign | bits_of(static_cast<float>(size) * 0x1p-24f));
     if (size >= 0x7c00u) return float_of(sign | 0x7f800000u | size << 13);
-    return float_of(sign | bits_of(float_of(size << 13) * 0x1p112f));
+    return float_of(sign | ((size << 13) + 0x38000000u));  // the exponent's bias: 127 - 15 = 112
 }
 
 GFT_HD void narrow(float value, float& out) { out = value; }

@@ -46,7 +46,9 @@ RowSoftmax read_row(const LogitRows& logits, std::int64_t r, std::int64_t target
 // What the loss and F7 need of a row, in nats.
 struct RowView {
     double target_logit;  // before the transform
-    double log_pi, log_normaliser, entropy;
+    double log_pi;
+    Normaliser normaliser;
+    double entropy;
 };
 
 RowView view_row(const RowCall& call, std::int64_t r, const RowKernels& kernels) {
@@ -56,7 +58,9 @@ RowView view_row(const RowCall& call, std::int64_t r, const RowKernels& kernels)
     const bool want_entropy = call.out.entropy_R != nullptr;
     const RowSoftmax row = read_row(call.logits, r, target, logit, call.transform, want_entropy, kernels);
     const double log_mass = std::log(row.all.mass);
-    return {raw, log_prob_beside(logit, row.others), row.all.top + log_mass,
+    return {raw,
+            log_prob_beside(logit, row.others),
+            {row.all.top, log_mass},
             want_entropy ? entropy(log_mass, row.gap / row.all.mass) : 0.0};
 }
 
@@ -75,7 +79,7 @@ GradientScale split_scale(double scale, const RowCall& call) {
 
 void write_gradient(const void* row, void* out, const LogitRows& logits, std::int64_t target, const RowView& view,
                     double scale, const Transform& t, const RowKernels& kernels) {
-    kernels.gradient(row, out, logits.dtype, logits.V, view.log_normaliser, scale, t);
+    kernels.gradient(row, out, logits.dtype, logits.V, view.normaliser, scale, t);
     if (target < 0 || target >= logits.V) return;
     const double slope = transform_slope(view.target_logit, t.logit_scale, t.softcap, t.temperature);
     write_element(out, logits.dtype, target, dlogit_target(view.log_pi, scale) * slope);
@@ -153,9 +157,10 @@ void row_gradient(const LogitRows& logits, const LogitRows& out, const ShardGrad
     for_each_row(row_count(logits), logits.V, execution.threads, [&](std::int64_t r) {
         if (given.scale_R[r] == 0.0f) return write_zeros(out, r);
         const std::int64_t target = given.targets_R[r];
-        RowView view{0.0, given.log_probs_R[r], given.log_normaliser_R[r], 0.0};
+        RowView view{0.0, given.log_probs_R[r], {given.top_R[r], std::log(given.mass_R[r])}, 0.0};
         if (target >= 0 && target < logits.V) view.target_logit = read_element(row_of(logits, r), logits.dtype, target);
-        write_gradient(row_of(logits, r), row_of(out, r), logits, target, view, given.scale_R[r], t, *execution.kernels);
+        write_gradient(row_of(logits, r), row_of(out, r), logits, target, view, given.scale_R[r], t,
+                       *execution.kernels);
     });
 }
 

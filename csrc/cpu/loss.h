@@ -30,9 +30,10 @@ void row_statistics(const LogitRows& logits, const std::int64_t* targets_R, cons
 // F7 on a shard, given what all shards agreed on. A row of scale 0 is not read; its gradient is exactly 0.
 struct ShardGradient {
     const std::int64_t* targets_R;
-    const double* log_normaliser_R;  // log sum e^z over the whole vocabulary
-    const double* log_probs_R;       // log pi of the target
-    const float* scale_R;            // weight * kappa
+    const double* top_R;        // the softmax over the whole vocabulary:
+    const double* mass_R;       // sum of e^(z - top)
+    const double* log_probs_R;  // log pi of the target
+    const float* scale_R;       // weight * kappa
 };
 void row_gradient(const LogitRows& logits, const LogitRows& out, const ShardGradient& given, const Transform& transform,
                   const Execution& execution);

@@ -7,22 +7,28 @@ namespace gft::cpu {
 
 // A row's softmax beside one skipped column, in nats of the transformed logits.
 struct RowStatistics {
-    double top;   // a reference at most 50 below the largest transformed logit; -inf if there is nothing but -inf
+    double top;   // at most 50 below the largest transformed logit; -inf if there is nothing but -inf
     double mass;  // sum over v of e^(z_v - top); NaN if the row holds NaN or +inf
     double gap;   // sum over v of (z_v - top) * e^(z_v - top); 0 unless asked for
+};
+
+// log sum e^z as top + log_mass: kept apart, as a top of -1e20 would absorb the other.
+struct Normaliser {
+    double top, log_mass;
 };
 
 struct RowKernels {
     const char* name;
 
     // One read of the row. Column `skipped` (-1: none) counts nothing: the caller adds the target in double precision.
-    // `least_top` lower-bounds the reference (-inf: no bound), for a caller who knows one of the transformed logits.
+    // `least_top` is a lower bound of the top (-inf: none), for a caller who knows one of the transformed logits.
     RowStatistics (*statistics)(const void* row, Dtype dtype, std::int64_t V, std::int64_t skipped, double least_top,
                                 const Transform& transform, bool want_gap);
 
-    // F7 away from the target: out[v] = scale * e^(z_v - log_normaliser) * dz_v/dlogit. `out` may be `row`.
-    void (*gradient)(const void* row, void* out, Dtype dtype, std::int64_t V, double log_normaliser, double scale,
-                     const Transform& transform);
+    // F7 away from the target: out[v] = scale * pi_v * dz_v/dlogit, pi_v = e^(z_v - top - log_mass). `out` may be
+    // `row`.
+    void (*gradient)(const void* row, void* out, Dtype dtype, std::int64_t V, const Normaliser& normaliser,
+                     double scale, const Transform& transform);
 
     // out[v] = factor * row[v], rounded once. `out` may be `row`.
     void (*scale)(const void* row, void* out, Dtype dtype, std::int64_t V, float factor);

@@ -11,19 +11,6 @@ namespace {
 struct Simd {
     using Vec = __m256;
     static constexpr int kLanes = 8;
-    static constexpr bool kFused = true;
-
-    // As in simd_avx512.h: tiny probabilities must not trap into microcode.
-    class FlushDenormals {
-      public:
-        FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
-        ~FlushDenormals() { _mm_setcsr(saved_); }
-        FlushDenormals(const FlushDenormals&) = delete;
-        FlushDenormals& operator=(const FlushDenormals&) = delete;
-
-      private:
-        unsigned saved_;
-    };
 
     static Vec all(float value) { return _mm256_set1_ps(value); }
     static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
@@ -63,7 +50,8 @@ struct Simd {
         b = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
     }
     static __m256i rounded(Vec v) {  // the upper half of each word is the bfloat16
-        const __m256i bits = _mm256_castps_si256(v), lowest = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i bits = _mm256_castps_si256(v),
+                      lowest = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
         const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(lowest, _mm256_set1_epi32(0x7fff)));
         const Vec nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
         return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(sum), nan, _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));

@@ -11,20 +11,6 @@ namespace {
 struct Simd {
     using Vec = __m512;
     static constexpr int kLanes = 16;
-    static constexpr bool kFused = true;
-
-    // Flushes float denormals for the time of a pass: a row with a wide spread would otherwise trap into microcode
-    // for every tiny probability. fp16 conversions ignore these flags and keep their denormals.
-    class FlushDenormals {
-      public:
-        FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
-        ~FlushDenormals() { _mm_setcsr(saved_); }
-        FlushDenormals(const FlushDenormals&) = delete;
-        FlushDenormals& operator=(const FlushDenormals&) = delete;
-
-      private:
-        unsigned saved_;
-    };
 
     static Vec all(float value) { return _mm512_set1_ps(value); }
     static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -36,11 +22,12 @@ struct Simd {
         return _mm512_mask_mov_ps(otherwise, _mm512_cmp_ps_mask(magnitude(a), limit, _CMP_GT_OQ), one);
     }
 
-    static Vec fraction(Vec t) { return _mm512_reduce_ps(t, 0x01); }                    // t - floor(t); 0 at -inf
-    static Vec times_power(Vec p, Vec t) { return _mm512_scalef_ps(p, t); }             // p * 2^floor(t)
+    static Vec fraction(Vec t) { return _mm512_reduce_ps(t, 0x01); }         // t - floor(t); 0 at -inf
+    static Vec times_power(Vec p, Vec t) { return _mm512_scalef_ps(p, t); }  // p * 2^floor(t)
     static void accumulate(Vec v, double* lanes) {
         _mm512_storeu_pd(lanes, _mm512_add_pd(_mm512_loadu_pd(lanes), _mm512_cvtps_pd(_mm512_castps512_ps256(v))));
-        _mm512_storeu_pd(lanes + 8, _mm512_add_pd(_mm512_loadu_pd(lanes + 8), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
+        _mm512_storeu_pd(lanes + 8,
+                         _mm512_add_pd(_mm512_loadu_pd(lanes + 8), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
     }
 
     // A pair is 2 * kLanes neighbouring elements; which lane holds which is known to load and store only.
@@ -61,14 +48,15 @@ struct Simd {
     }
 #if defined(__AVX512BF16__)
     static void store(BFloat16* p, Vec a, Vec b) {
-        const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                                    6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                                    22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
         const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
         _mm512_storeu_si512(p, _mm512_permutexvar_epi16(interleave, halves));
     }
 #else
     static __m512i rounded(Vec v) {  // the upper half of each word is the bfloat16
-        const __m512i bits = _mm512_castps_si512(v), lowest = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i bits = _mm512_castps_si512(v),
+                      lowest = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
         const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(lowest, _mm512_set1_epi32(0x7fff)));
         return _mm512_mask_mov_epi32(sum, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
     }

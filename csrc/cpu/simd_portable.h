@@ -10,11 +10,6 @@ struct Simd {
     typedef float Vec __attribute__((vector_size(16)));
     typedef std::int32_t Words __attribute__((vector_size(16)));
     static constexpr int kLanes = 4;
-    static constexpr bool kFused = false;  // a*b + c may round twice here
-
-    struct FlushDenormals {  // left to the platform
-        FlushDenormals() {}
-    };
 
     static Vec all(float value) { return Vec{value, value, value, value}; }
     static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }

@@ -75,8 +75,9 @@ GFT_HD Real log_prob(Real target_logit, State<Real> state) {
     return (target_logit - state.top) - std::log(state.mass);
 }
 
-// F3 where the state holds every logit but the target's: -log1p(mass * e^(top - z_y)), whose relative error does not grow
-// as pi goes to 1 and the loss to 0. Far below the top that exponential would overflow; there F3 is anchored at the top.
+// F3 where the state holds every logit but the target's: -log1p(mass * e^(top - z_y)), whose relative error does not
+// grow as pi goes to 1 and the loss to 0. Far below the top that exponential would overflow; there F3 is anchored at
+// the top.
 template <class Real>
 GFT_HD Real log_prob_beside(Real target_logit, State<Real> others) {
     const Real gap = target_logit - others.top;

@@ -106,12 +106,13 @@ def shard_statistics(
 def shard_gradient(
     call: RowCall,
     targets_R: Tensor,
-    log_normaliser_R: Tensor,
+    top_R: Tensor,
+    mass_R: Tensor,
     log_probs_R: Tensor,
     scale_R: Tensor,
     instruction_set: str = FASTEST,
 ) -> Tensor:
-    """F7 over the columns at hand, given each row's log-normaliser and log pi (float64) over the whole vocabulary.
+    """F7 over the columns at hand, given each row's softmax (top, mass) and log pi over the whole vocabulary (float64).
 
     `scale_R` (float32) is weight·kappa; a row of scale 0 is not read, and its gradient is exactly 0.
     """
@@ -121,7 +122,8 @@ def shard_gradient(
         logits=_extension.logit_rows(logits),
         out=_extension.logit_rows(out),
         targets_R=_extension.address(targets_R),
-        log_normaliser_R=_extension.address(log_normaliser_R),
+        top_R=_extension.address(top_R),
+        mass_R=_extension.address(mass_R),
         log_probs_R=_extension.address(log_probs_R),
         scale_R=_extension.address(scale_R),
         transform=_extension.transform(call.logit_scale, call.softcap, call.temperature),
