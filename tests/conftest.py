@@ -7,7 +7,8 @@ import torch
 
 from gft_kernels import registry
 
-BACKENDS_OF = {"cpu": ("reference", "cpu"), "cuda": ("reference", "triton", "cuda")}
+BACKENDS_OF = {"cpu": ("reference", "cpu"), "cuda": ("reference", "triton", "cuda"), "interpreter": ("triton",)}
+"""interpreter: the Triton kernels on the CPU, under TRITON_INTERPRET=1; run by test_triton_interpreter.py."""
 
 
 def pytest_addoption(parser):
@@ -26,7 +27,7 @@ def device(request) -> torch.device:
     name = request.config.getoption("--device")
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
-    return torch.device(name)
+    return torch.device("cpu" if name == "interpreter" else name)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -36,8 +35,8 @@ def refuses(call: RowCall) -> str | None:
     if kind != ("cpu" if _interpreted() else "cuda"):
         where = "on the CPU under TRITON_INTERPRET=1" if _interpreted() else "on a GPU"
         return f"logits must be {where}, got {kind}"
-    if kind == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(logits.device) < MIN_CAPABILITY:
-        return "Triton needs a GPU of compute capability 8.0 or later"
+    if kind == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(logits.device) < MIN_CAPABILITY:
+        return "the GPU must have compute capability 8.0 or later"
     if logits.shape[-1] > MAX_VOCABULARY:
         return f"the vocabulary must be at most {MAX_VOCABULARY}, got {logits.shape[-1]}"
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
@@ -75,11 +74,9 @@ def run(call: RowCall) -> RowResult:
             *_outer_strides(logits if gradient is None else gradient),
             tau=call.tau,
             rectify_all=int(call.rectify == "all"),
-            logit_scale=call.logit_scale,
-            temperature=call.temperature,
+            **_transform(call),
             peak=0.0 if row_scale_R is None else FP16_PEAK,
             want_gradient=int(gradient is not None),
-            SOFTCAP=call.softcap,
             ENTROPY=call.want_entropy,
             BLOCK=launch.block,
             **launch.options(),
@@ -146,9 +143,7 @@ def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardS
             target_logit_R,
             *_shape(logits),
             *_outer_strides(logits),
-            logit_scale=call.logit_scale,
-            temperature=call.temperature,
-            SOFTCAP=call.softcap,
+            **_transform(call),
             ENTROPY=call.want_entropy,
             BLOCK=launch.block,
             **launch.options(),
@@ -177,9 +172,7 @@ def shard_gradient(
             *_shape(logits),
             *_outer_strides(logits),
             *_outer_strides(gradient),
-            logit_scale=call.logit_scale,
-            temperature=call.temperature,
-            SOFTCAP=call.softcap,
+            **_transform(call),
             BLOCK=launch.block,
             **launch.options(),
         )
@@ -187,16 +180,12 @@ def shard_gradient(
 
 
 def _interpreted() -> bool:
-    """Whether the kernels were, or would be, made for Triton's interpreter; Triton decides this when it sees a kernel."""
-    import triton
+    """Whether Triton made the kernels for its interpreter, as it does if TRITON_INTERPRET=1 when they are defined."""
+    from triton import JITFunction
 
-    return not hasattr(_kernels().row_loss_kernel, "device_caches") if triton else False
+    from gft_kernels.triton_kernels.row_loss import row_loss_kernel
 
-
-def _kernels() -> ModuleType:
-    from gft_kernels.triton_kernels import row_loss
-
-    return row_loss
+    return not isinstance(row_loss_kernel, JITFunction)
 
 
 def _on(device: torch.device) -> AbstractContextManager:
@@ -217,6 +206,13 @@ def _gradient_for(logits: Tensor, inplace: bool) -> Tensor:
 
 def _float32(like: Tensor, rows: int) -> Tensor:
     return torch.empty(rows, dtype=torch.float32, device=like.device)
+
+
+def _transform(call: RowCall) -> dict[str, float]:
+    """What the kernels do to a logit. Without a softcap the temperature is folded into the scale, here in float64."""
+    if call.softcap == 0.0:
+        return {"logit_scale": call.logit_scale / call.temperature, "temperature": 1.0, "SOFTCAP": 0.0}
+    return {"logit_scale": call.logit_scale, "temperature": call.temperature, "SOFTCAP": call.softcap}
 
 
 def _shape(logits_STV: Tensor) -> tuple[int, int]:

@@ -6,7 +6,7 @@ An autotuner keyed on lengths would stall a training run at each new one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -58,9 +58,9 @@ class CreditLaunch:
     rows_beside_responses: int = 64  # a tile of 64 x 64 comparisons is 32 registers a thread
 
 
-@lru_cache(maxsize=None)
+@cache
 def architecture(device_index: int) -> str:
-    """"sm_90", "gfx942", ... of a GPU."""
+    """The name of a GPU's instruction set: "sm_90", "gfx942", ..."""
     properties = torch.cuda.get_device_properties(device_index)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]

@@ -187,7 +187,7 @@ def row_credit_kernel(
     read_all: tl.int32,  # live rows with A = 0 are read as well
     BLOCK: tl.constexpr,
 ):
-    """Advantage, weight and whether the logits are needed, for BLOCK rows. An id out of range gives NaN, unseen by the host."""
+    """Advantage, weight and whether the logits are needed, for BLOCK rows. A response id out of range gives NaN."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < R
     live = is_live(targets_R, mask_R, row, inside, ignore_index, has_mask)
@@ -204,11 +204,7 @@ def row_credit_kernel(
     if weight_from == PER_ROW:
         weight = tl.load(given_weights_R + row, mask=live, other=0.0)
     elif weight_from != ONES:
-        items = tl.full((), 1.0, tl.float32)
-        if has_num_items != 0:
-            items = tl.load(num_items)
-        else:
-            items = denominator(live_P, parts, weight_from, BLOCK)
+        items = tl.load(num_items) if has_num_items != 0 else denominator(live_P, parts, weight_from, BLOCK)
         if weight_from == SEQUENCE_MEAN:
             known = (response >= 0) & (response < parts)
             tokens_of = tl.load(live_P + response, mask=live & known, other=0).to(tl.float32)

@@ -13,7 +13,6 @@ from gft_kernels import formulas
 
 NEG_INF = tl.constexpr(float("-inf"))
 # Triton offers expm1, log1p and tanh only in a vendor's library, so they are formed here from exp and log.
-SERIES_LIMIT = tl.constexpr(0.35)
 
 
 @triton.jit
@@ -28,7 +27,7 @@ def log(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x). Up to x = 1 by 2·artanh(x / (2 + x)), nine terms (relative error 2e-10 at 1), else nothing cancels."""
+    """log(1 + x), up to x = 1 as 2·artanh(x / (2 + x)) in nine terms (relative error 2e-10); else nothing cancels."""
     s = x / (2.0 + x)
     square = s * s
     series = 1.0 / 15.0 + square * (1.0 / 17.0)
@@ -59,7 +58,7 @@ def where(condition, a, b):
 
 @triton.jit
 def expm1(x):
-    """e^x - 1. Below SERIES_LIMIT the Taylor series to x^9 (relative error 2e-9 there), above it nothing cancels."""
+    """e^x - 1. Up to |x| = 0.35 the Taylor series to x^9 (relative error 2e-9 there), above it nothing cancels."""
     series = 1.0 / 40320.0 + x * (1.0 / 362880.0)
     series = 1.0 / 5040.0 + x * series
     series = 1.0 / 720.0 + x * series
@@ -68,15 +67,21 @@ def expm1(x):
     series = 1.0 / 6.0 + x * series
     series = 0.5 + x * series
     series = x + x * x * series
-    return tl.where(tl.abs(x) < SERIES_LIMIT, series, tl.exp(x) - 1.0)
+    return tl.where(tl.abs(x) < 0.35, series, tl.exp(x) - 1.0)
 
 
 @triton.jit
 def tanh(x):
-    """-e / (2 + e) with e = e^(-2|x|) - 1 in (-1, 0]: cannot overflow, and keeps its digits near 0."""
-    e = expm1(-2.0 * tl.abs(x))
-    size = -e / (2.0 + e)
-    return tl.where(x < 0.0, -size, size)
+    """Within about 1e-7: near 0 an odd polynomial (that of Cephes' tanhf, S. Moshier), else 1 - 2e / (1 + e)."""
+    square = x * x
+    series = 2.06390887954e-2 + square * -5.70498872745e-3
+    series = -5.37397155531e-2 + square * series
+    series = 1.33314422036e-1 + square * series
+    series = -3.33332819422e-1 + square * series
+    series = x + x * square * series
+    decay = tl.exp(-2.0 * tl.abs(x))  # in (0, 1]: cannot overflow
+    size = 1.0 - 2.0 * decay / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.625, series, tl.where(x < 0.0, -size, size))
 
 
 # tl: Triton's interpreter looks it up in every function's globals.
@@ -109,3 +114,21 @@ token_loss = _in_triton(formulas.token_loss)  # F6
 dlogit_other = _in_triton(formulas.dlogit_other)  # F7
 dlogit_target = _in_triton(formulas.dlogit_target)  # F7
 entropy = _in_triton(formulas.entropy)
+
+
+@triton.jit
+def seen(x, logit_scale, temperature, SOFTCAP: tl.constexpr):
+    """`transform`, a multiplication where there is no softcap: `logit_scale` is then divided by T already."""
+    if SOFTCAP == 0.0:
+        return transform(x, logit_scale, 0.0, 1.0)
+    else:
+        return transform(x, logit_scale, SOFTCAP, temperature)
+
+
+@triton.jit
+def seen_slope(x, logit_scale, temperature, SOFTCAP: tl.constexpr):
+    """`transform_slope`, for arguments as in `seen`."""
+    if SOFTCAP == 0.0:
+        return transform_slope(x, logit_scale, 0.0, 1.0)
+    else:
+        return transform_slope(x, logit_scale, SOFTCAP, temperature)

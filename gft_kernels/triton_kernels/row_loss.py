@@ -17,9 +17,9 @@ from gft_kernels.triton_kernels.formulas import (
     observe,
     raise_gap,
     row_tau,
+    seen,
+    seen_slope,
     token_loss,
-    transform,
-    transform_slope,
 )
 from gft_kernels.triton_kernels.spans import row_start
 from gft_kernels.triton_kernels.specialisation import compiled_once
@@ -31,8 +31,8 @@ def dlogit(x, column, parameters):
     """F7 at some places of a row: x are the logits as stored, `column` says which."""
     target, log_pi, top, log_mass, scale, logit_scale, temperature = parameters[:7]
     SOFTCAP: tl.constexpr = parameters[7]
-    z = transform(x, logit_scale, SOFTCAP, temperature)
-    scale = scale * transform_slope(x, logit_scale, SOFTCAP, temperature)
+    z = seen(x, logit_scale, temperature, SOFTCAP)
+    scale = scale * seen_slope(x, logit_scale, temperature, SOFTCAP)
     others = dlogit_other((z - top) - log_mass, scale)
     return tl.where(column == target, dlogit_target(log_pi, scale), others)
 
@@ -42,7 +42,7 @@ def target_logit(row, target, V, logit_scale, temperature, SOFTCAP: tl.constexpr
     """(z_y, y): y is -1, a place no column has, where the target lies outside [0, V), and z_y is 0 there."""
     inside = (target >= 0) & (target < V)
     x = tl.load(row + target, mask=inside, other=0.0).to(tl.float32)
-    z = transform(x, logit_scale, SOFTCAP, temperature)
+    z = seen(x, logit_scale, temperature, SOFTCAP)
     return tl.where(inside, z, 0.0), tl.where(inside, target, -1).to(tl.int32)
 
 
@@ -59,7 +59,7 @@ def split_scale(scale, slope, peak):
     """(what an fp16 row is stored with, what the backward multiplies it by): the stored row peaks at `peak`."""
     sloped = scale * slope
     stored = tl.where(sloped < 0.0, -peak, peak) / slope
-    return tl.where(scale == 0.0, 0.0, 0.0), tl.abs(sloped) / peak
+    return tl.where(scale == 0.0, 0.0, stored), tl.abs(sloped) / peak
 
 
 @compiled_once
@@ -132,4 +132,5 @@ def row_loss_kernel(
         else:
             # In place, the target's logit and every statistic must be in registers before the first store.
             tl.debug_barrier()
-            map_row(row, into, width, dlogit, (y, log_pi, top, log_mass, scale, logit_scale, temperature, SOFTCAP), BLOCK)
+            state = (y, log_pi, top, log_mass, scale, logit_scale, temperature, SOFTCAP)
+            map_row(row, into, width, dlogit, state, BLOCK)

@@ -5,7 +5,6 @@ the gradient from the row's common numbers. Targets here are columns of the shar
 shard is any number outside [0, V), V being the shard's width.
 """
 
-import triton
 import triton.language as tl
 
 from gft_kernels.triton_kernels.row_loss import dlogit, target_logit
@@ -76,5 +75,7 @@ def shard_gradient_kernel(
     else:
         target = tl.load(targets_R + r)
         y = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
-        state = (y, tl.load(log_pi_R + r), tl.load(top_R + r), tl.load(log_mass_R + r), scale)
-        map_row(row, into, width, dlogit, state + (logit_scale, temperature, SOFTCAP), BLOCK)
+        log_pi = tl.load(log_pi_R + r)
+        top = tl.load(top_R + r)
+        log_mass = tl.load(log_mass_R + r)
+        map_row(row, into, width, dlogit, (y, log_pi, top, log_mass, scale, logit_scale, temperature, SOFTCAP), BLOCK)

@@ -7,7 +7,7 @@ Loops are `while`: Triton's interpreter turns run-time `range` bounds into Pytho
 import triton
 import triton.language as tl
 
-from gft_kernels.triton_kernels.formulas import NEG_INF, exp, merge, raise_gap, transform
+from gft_kernels.triton_kernels.formulas import NEG_INF, exp, merge, raise_gap, seen
 from gft_kernels.triton_kernels.spans import cut, ends, misalignment
 
 
@@ -44,7 +44,7 @@ def row_statistics(
     while start < whole:
         x = tl.load(tl.multiple_of(row + (head + start), 16) + column).to(tl.float32)
         counts = column != target - head - start
-        z = tl.where(counts, transform(x, logit_scale, SOFTCAP, temperature), NEG_INF)
+        z = tl.where(counts, seen(x, logit_scale, temperature, SOFTCAP), NEG_INF)
         top, mass, gap = observe_vectors(top, mass, gap, tl.reshape(z, (LANES, WIDTH)), ENTROPY)
         start += BLOCK
     if whole < body:
@@ -52,12 +52,12 @@ def row_statistics(
         x = tl.load(tl.multiple_of(row + (head + whole), 16) + column, mask=inside, other=0.0).to(tl.float32)
         counts = inside & (column != target - head - whole)
         # select after the transform, or the softcap would turn what lies outside into a logit of -softcap
-        z = tl.where(counts, transform(x, logit_scale, SOFTCAP, temperature), NEG_INF)
+        z = tl.where(counts, seen(x, logit_scale, temperature, SOFTCAP), NEG_INF)
         top, mass, gap = observe_vectors(top, mass, gap, tl.reshape(z, (LANES, WIDTH)), ENTROPY)
 
     end, at_ends = ends(head, body, V, WIDTH)
     x_ends = tl.load(row + end, mask=at_ends, other=0.0).to(tl.float32)
-    z_ends = tl.where(at_ends & (end != target), transform(x_ends, logit_scale, SOFTCAP, temperature), NEG_INF)
+    z_ends = tl.where(at_ends & (end != target), seen(x_ends, logit_scale, temperature, SOFTCAP), NEG_INF)
     return join(top, mass, gap, z_ends, ENTROPY)
 
 
