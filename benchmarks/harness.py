@@ -8,6 +8,7 @@ Rules it keeps, whatever is measured:
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -145,47 +146,58 @@ def measure(
     clock: Clock,
     *,
     rounds: int,
-    warmup: int = 2,
+    warmup: int = 1,
+    budget_s: float = math.inf,
     order_seed: int = 0,
     tick: Callable[[str], None] = lambda word: None,
 ) -> list[Outcome]:
-    """Check every contender, then time those that passed, taking turns. The first floor is what ratios are against."""
-    outcomes: dict[str, Outcome] = {}
-    steps: dict[str, Callable[[], object]] = {}
+    """Check every contender, then time those that passed, taking turns. The first floor is what ratios are against.
+
+    budget_s: a contender that has been timed for longer takes no more turns; it has one sample at least.
+    """
+    outcomes, steps = _admit(problem, contenders, clock, tick)
+    samples = _take_turns(problem, steps, clock, rounds, warmup, budget_s, random.Random(order_seed), tick)
+    floor = next((samples[name] for name in steps if outcomes[name].objective is None), None)
+    timed = {name: _summary(outcomes[name], taken, floor) for name, taken in samples.items()}
+    return list((outcomes | timed).values())
+
+
+def _admit(problem, contenders, clock, tick) -> tuple[dict[str, Outcome], dict[str, Callable[[], object]]]:
+    """Everyone's outcome so far by name, and the steps of those that may be timed."""
+    outcomes, steps = {}, {}
     for contender in contenders:
         tick(f"check {contender.name}")
         if isinstance(contender, Absent):
             outcomes[contender.name] = Outcome(contender.name, "absent", why=contender.why)
             continue
-        outcomes[contender.name] = check(problem, contender)
-        if outcomes[contender.name].status != "ready":
-            continue
-        try:
-            steps[contender.name] = clock.arm(contender.step)
-        except Exception as error:
-            outcomes[contender.name] = replace(outcomes[contender.name], status="failed", why=sentence(error))
-    samples = _take_turns(problem, steps, clock, rounds, warmup, random.Random(order_seed), tick)
-    floor = next((samples[name] for name in steps if outcomes[name].objective is None), None)
-    for name, taken in samples.items():
-        outcomes[name] = _summary(outcomes[name], taken, floor)
-    return list(outcomes.values())
+        outcome = check(problem, contender)
+        if outcome.status == "ready":
+            try:
+                steps[contender.name] = clock.arm(contender.step)
+            except Exception as error:  # as in check
+                outcome = replace(outcome, status="failed", why=sentence(error))
+        outcomes[contender.name] = outcome
+    return outcomes, steps
 
 
-def _take_turns(problem, steps, clock, rounds, warmup, order, tick) -> dict[str, list[float]]:
+def _take_turns(problem, steps, clock, rounds, warmup, budget_s, order, tick) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {name: [] for name in steps}
+    spent = dict.fromkeys(steps, 0.0)
     for turn in range(warmup + rounds):
-        names = list(steps)
+        names = [name for name in steps if turn <= warmup or spent[name] <= budget_s]
         order.shuffle(names)
         for name in names:
             tick(name)
             problem.prepare(problem.timed_upstream)
             seconds = clock.time(steps[name])
+            spent[name] += seconds
             if turn >= warmup:
                 samples[name].append(seconds)
     return samples
 
 
 def _summary(outcome: Outcome, samples: list[float], floor: list[float] | None) -> Outcome:
+    # one that ran out of its budget was in the first rounds, so that zip still pairs rounds
     return replace(
         outcome,
         status="timed",
@@ -193,5 +205,5 @@ def _summary(outcome: Outcome, samples: list[float], floor: list[float] | None) 
         median_s=quantile(samples, 0.5),
         p10_s=quantile(samples, 0.1),
         p90_s=quantile(samples, 0.9),
-        over_floor=quantile([mine / its for mine, its in zip(samples, floor, strict=True)], 0.5) if floor else None,
+        over_floor=quantile([mine / its for mine, its in zip(samples, floor, strict=False)], 0.5) if floor else None,
     )

@@ -102,16 +102,20 @@ def _ours(backend: str, inplace: bool, name: str, problem: RowProblem) -> Conten
 
 
 def _compiled(loss: RowLoss, objective: str, name: str, problem: RowProblem) -> Contender:
-    """torch.compile of a loss; the first step compiles, and a machine without a toolchain says so there."""
+    return Contender(name, step_of(compile_or_absent(loss), problem), objective)
+
+
+def compile_or_absent(loss: Callable) -> Callable:
+    """torch.compile of a loss; the first call compiles, and a machine without a toolchain says so there."""
     torch._dynamo.reset()  # at its eighth shape of one function dynamo would give up and run it eagerly, without a word
     compiled = torch.compile(loss, dynamic=False)
 
-    def guarded(logits_NV: Tensor, problem: RowProblem) -> Tensor:
+    def guarded(*arguments) -> Tensor:
         try:
-            return compiled(logits_NV, problem)
+            return compiled(*arguments)
         except Exception as error:
             if "inductor" not in f"{type(error).__module__} {error}".lower():
                 raise
             raise AbsentError(f"inductor cannot compile here: {sentence(error)}") from error
 
-    return Contender(name, step_of(guarded, problem), objective)
+    return guarded

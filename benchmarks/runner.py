@@ -39,6 +39,10 @@ def arguments(module: str, description: str | None, argv: Sequence[str] | None) 
     return options
 
 
+BUDGET_S = 45.0
+"""Seconds after which a contender stops taking turns in a case: some take half a minute for one step."""
+
+
 def run(kind: str, timed: Sequence, weighed: Sequence, options: argparse.Namespace) -> report.Report:
     """Time all cases, `weighed` also for peak memory; print each table as it is done, save if asked."""
     clock = clock_for(options.device, cold=not options.warm, graph=options.graph)
@@ -68,7 +72,7 @@ def _measure_case(kind: str, case, clock, rounds: int, only: str) -> list[Outcom
     problem = KINDS[kind].build(case)
     contenders = KINDS[kind].contenders(problem, only)
     with _progress(case.label()) as tick:
-        return measure(problem, contenders, clock, rounds=rounds, tick=tick)
+        return measure(problem, contenders, clock, rounds=rounds, budget_s=BUDGET_S, tick=tick)
 
 
 def _weigh(kind: str, case, outcomes: list[Outcome]) -> list[Outcome]:
@@ -76,8 +80,11 @@ def _weigh(kind: str, case, outcomes: list[Outcome]) -> list[Outcome]:
         weighed = []
         for outcome in outcomes:
             tick(outcome.name)
-            extra = peak_extra_bytes(kind, case, outcome.name) if outcome.status == "timed" else None
-            weighed.append(replace(outcome, extra_bytes=extra))
+            # a floor's buffers are there before it starts: its extra memory says nothing
+            worth_it = outcome.status == "timed" and outcome.objective is not None
+            weighed.append(
+                replace(outcome, extra_bytes=peak_extra_bytes(kind, case, outcome.name) if worth_it else None)
+            )
         return weighed
 
 

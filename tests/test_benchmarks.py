@@ -1,23 +1,18 @@
-"""The benchmark harness: it times no wrong answer, its statistics are right, its files say where figures are from."""
+"""The benchmark harness: it times no wrong answer, takes turns, and its statistics are right."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import bench_row, compare, plots, provenance, report, shapes, traffic
 from benchmarks.clocks import CpuClock
-from benchmarks.harness import Absent, Answer, Contender, Outcome, check, measure, quantile
-from benchmarks.kinds import KINDS
-from benchmarks.memory import peak_extra_bytes
-from benchmarks.peers import FLOOR, row_contender, row_contenders
+from benchmarks.harness import Absent, Answer, Contender, check, measure, quantile
+from benchmarks.peers import row_contender, row_contenders
 from benchmarks.row_losses import lean_loss, step_of
 from benchmarks.row_problem import IGNORE_INDEX, build_row_problem
-from benchmarks.runner import run
 from benchmarks.shapes import RowCase
 
 SMALL = RowCase(rows=12, vocab=257, responses=4)
@@ -41,7 +36,7 @@ class CountingClock:
 
 
 class NamedProblem:
-    """A problem whose answers are right if they say so."""
+    """A problem without inputs, for floors alone."""
 
     limit, timed_upstream = 0.1, 1.0
 
@@ -172,166 +167,17 @@ def test_contenders_take_turns_and_warm_up_is_dropped():
     assert (b.median_s, b.p10_s, b.p90_s, b.over_floor) == (3.0, 3.0, 3.0, 1.5)
 
 
+def test_slow_contender_stops_after_its_budget():
+    clock = CountingClock({"slow": 10.0, "fast": 1.0})
+    slow, fast = measure(NamedProblem(), [floor("slow"), floor("fast")], clock, rounds=6, warmup=1, budget_s=25.0)
+    assert len(slow.samples_s) == 2, "10 s of warm-up, then 10 s and 10 s, which passes 25 s"
+    assert len(fast.samples_s) == 6 and fast.over_floor == 0.1
+
+
 def test_logits_are_restored_before_every_step():
     problem = build_row_problem(SMALL)
     seen = []
     measure(problem, [Contender("spoils", lambda: seen.append(problem.logits_NV.clone()) or problem.logits_NV.zero_(),
                                 None)], CpuClock(cold=False), rounds=2)  # fmt: skip
-    assert len(seen) == 5 and all(torch.equal(logits, problem.pristine_NV) for logits in seen)
-
-
-# ---- inputs
-
-
-@pytest.mark.parametrize("dead", DEAD)
-def test_inputs_are_what_the_case_says(dead):
-    problem = build_row_problem(replace(SMALL, rows=64, responses=8, dead=dead))
-    live_N, advantages_S = problem.targets_N != IGNORE_INDEX, problem.advantages_N.view(8, 8)[:, 0]
-    assert live_N.sum() == problem.live_rows == (32 if dead == "masked" else 64)
-    assert (advantages_S == 0).sum() == (4 if dead == "zero-advantage" else 0)
-    pi_N = problem.logits_NV.double().softmax(1).max(1).values
-    assert pi_N[0] == pytest.approx(0.5, abs=1e-5) and pi_N[-1] == pytest.approx(0.999, abs=1e-5)
-
-
-def test_same_case_same_inputs():
-    assert torch.equal(build_row_problem(SMALL).logits_NV, build_row_problem(SMALL).logits_NV)
-    assert not torch.equal(build_row_problem(SMALL).logits_NV, build_row_problem(replace(SMALL, seed=21)).logits_NV)
-
-
-def test_grids_name_every_vocabulary_and_losing_sizes():
-    cases = shapes.row_cases("cpu")
-    assert {case.vocab for case in cases} == {v.size for v in shapes.VOCABULARIES}
-    assert 1 in {case.rows for case in cases}, "small N, where fused kernels lose, must be in the grid"
-    assert {case.dead for case in cases} == set(DEAD) and {case.threads for case in cases} == {1, 2}
-    assert len(shapes.row_cases("cpu", quick=True)) < 5
-
-
-def test_traffic_model():
-    assert traffic.logits_bytes(8192, 151936, "bfloat16") == 8192 * 151936 * 2
-    # 2.49 GB of logits, once in and once out, at 4.8 TB/s: 1.04 ms
-    assert traffic.FLOOR.bytes_moved(8192, 151936, "bfloat16") / 4.8e12 == pytest.approx(1.04e-3, rel=0.01)
-    assert traffic.linear_flop(2, 3, 5) == 6 * 2 * 3 * 5
-    assert traffic.linear_flop(2, 3, 5, products=4) == 8 * 2 * 3 * 5
-
-
-# ---- memory, reports
-
-
-def test_peak_memory_of_a_step_in_a_fresh_process():
-    case = RowCase(rows=8, vocab=262144)  # 8 MiB of logits
-    lean = peak_extra_bytes("row", case, "eager PyTorch, lean")
-    if lean is None:
-        pytest.skip("this system does not let a process reset its high-water mark")
-    # bf16 inputs are made from fp32 ones: unless the high-water mark is reset, that peak would be reported
-    assert peak_extra_bytes("row", replace(case, dtype="bfloat16"), FLOOR) < 1 << 20
-    assert 15 << 20 < lean < 60 << 20, "log-softmax and gradient are two arrays of the logits' size at least"
-
-
-def test_row_benchmark_end_to_end(tmp_path, monkeypatch, capsys):
-    tiny = [SMALL, replace(SMALL, dead="masked"), replace(SMALL, vocab=300)]
-    monkeypatch.setattr(shapes, "row_cases", lambda *_args, **_kwargs: tiny)
-    file = tmp_path / "row.json"
-    bench_row.main(["--quick", "--rounds", "2", "--no-memory", "--warm", "--only", "reference", "--save", str(file)])
-    printed = capsys.readouterr().out
-    assert "gft_loss reference, in place" in printed and "over floor" in printed
-    saved = json.loads(file.read_text())
-    named = "format benchmark taken commit machine versions allocator clock rounds traffic_model results"
-    assert set(saved) == set(named.split())
-    assert saved["commit"].keys() == {"revision", "dirty"} and saved["versions"]["torch"] == torch.__version__
-    assert saved["machine"]["cpu"] and saved["machine"]["cores"] and "instruction_sets" in saved["machine"]
-    assert [RowCase(**result["case"]) for result in saved["results"]] == tiny, "inputs can be made again from the file"
-    outcome = next(o for o in saved["results"][0]["outcomes"] if o["name"] == "gft_loss reference")
-    assert outcome["status"] == "timed" and len(outcome["samples_s"]) == 2
-    assert outcome["p10_s"] <= outcome["median_s"] <= outcome["p90_s"] and outcome["error"] < 1e-5
-
-
-def report_of(*outcomes: Outcome, **changes) -> dict:
-    result = report.CaseResult(vars(SMALL).copy(), SMALL.label(), 100, list(outcomes))
-    return report.Report("row", "clock", 3, "cpu", [result]).as_json() | changes
-
-
-def timed(name: str, median: float, spread: float = 0.1, objective: str | None = "gft") -> Outcome:
-    return Outcome(name, "timed", objective, "", 0.0, 0.0, [median], median, median - spread, median + spread, median)
-
-
-def as_json(value: dict) -> dict:
-    return json.loads(json.dumps(value))
-
-
-def test_compare_tells_change_from_noise():
-    before = as_json(report_of(timed("a", 1.0), timed("b", 1.0), timed("gone", 1.0)))
-    after = as_json(report_of(timed("a", 1.15), timed("b", 2.0), timed("new", 1.0)))
-    found = {change.name: (change.verdict(), change.ratio) for change in compare.changes(before, after)}
-    assert found == {"a": ("same", pytest.approx(1.15)), "b": ("slower", 2.0)}
-    assert compare.differences(before, after) == []
-
-
-def test_compare_refuses_another_machine(tmp_path, capsys):
-    paths = [tmp_path / "a.json", tmp_path / "b.json"]
-    for path, cpu in zip(paths, ("one", "other"), strict=True):
-        path.write_text(json.dumps(report_of(timed("a", 1.0), machine={"cpu": cpu})))
-    assert compare.main([str(path) for path in paths]) == 1
-    assert "not comparable: machine differs" in capsys.readouterr().err
-
-
-def test_losing_shapes_are_found():
-    ours, objective = timed("gft_loss cpu", 2.0), "cross-entropy"
-    assert plots.loses(as_json(report_of(ours, timed("eager", 1.0)))["results"][0])
-    assert not plots.loses(as_json(report_of(ours, timed("eager", 3.0)))["results"][0])
-    assert not plots.loses(as_json(report_of(ours, timed("cross", 1.0, objective=objective)))["results"][0])
-
-
-def test_plots_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    results = []
-    for vocab in (257, 514):
-        case = replace(SMALL, rows=SMALL.rows * 257 // vocab, vocab=vocab)
-        results.append(
-            report.CaseResult(vars(case).copy(), case.label(), 1, [timed("gft_loss cpu", 2.0), timed("x", 1.0)])
-        )
-    made = report.Report("row", "clock", 3, "cpu", results).as_json()
-    written = plots.draw(as_json(made), tmp_path)
-    assert [path.name for path in written] == ["row-time-float32.png"] and written[0].stat().st_size > 1000
-
-
-def test_table_lists_fastest_first_and_tells_a_reason_once():
-    absent = Outcome("peer", "absent", why="needs a GPU")
-    result = report.CaseResult(vars(SMALL), SMALL.label(), 100, [timed("slow", 2.0), absent, timed("fast", 1.0)])
-    told: set = set()
-    first, second = report.table(result, told), report.table(result, told)
-    assert first.index("fast") < first.index("slow") < first.index("peer: absent: needs a GPU")
-    assert "needs a GPU" not in second
-
-
-def test_headline_allocator_restarts_once(monkeypatch):
-    started = []
-    monkeypatch.setattr(provenance.platform, "libc_ver", lambda: ("glibc", "2.36"))
-    monkeypatch.setattr(provenance.os, "execve", lambda *call: started.append(call))
-    for name in provenance.KEEP_FREED_BLOCKS:
-        monkeypatch.delenv(name, raising=False)
-    provenance.restart_under_headline_allocator("benchmarks.bench_row")
-    assert started[0][1][1:3] == ["-m", "benchmarks.bench_row"]
-    assert started[0][2].items() >= provenance.KEEP_FREED_BLOCKS.items()
-    for name, value in provenance.KEEP_FREED_BLOCKS.items():
-        monkeypatch.setenv(name, value)
-    provenance.restart_under_headline_allocator("benchmarks.bench_row")
-    assert len(started) == 1
-    assert "MALLOC_MMAP_MAX_=0" in provenance.allocator()
-
-
-def test_kinds_build_from_json():
-    for kind in KINDS.values():
-        assert kind.case(**json.loads(json.dumps(vars(kind.case(8, *([16] * (2 if kind.case is not RowCase else 1)))))))
-
-
-def test_run_prints_provenance_first(capsys):
-    options = bench_row.arguments(
-        "benchmarks.bench_row", "", ["--rounds", "1", "--no-memory", "--warm", "--only", "lean"]
-    )
-    run("row", [SMALL], [], options)
-    first = capsys.readouterr().out.splitlines()
-    assert (
-        first[1].startswith("commit ")
-        and "perf_counter, warm cache" in first[1]
-        and first[2].startswith("traffic model")
-    )
+    assert len(seen) == 1 + 1 + 2, "checked, warmed up, timed twice"
+    assert all(torch.equal(logits, problem.pristine_NV) for logits in seen)
