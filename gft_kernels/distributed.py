@@ -34,7 +34,7 @@ class Shard(NamedTuple):
 
 def group_of(name: str) -> dist.ProcessGroup:
     """The process group an operator was given by name."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def meet(name: str, width: int, device: torch.device) -> Shard:

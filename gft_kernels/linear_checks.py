@@ -82,7 +82,7 @@ def check_hidden(hidden: Any, weight: Tensor, sharded: bool) -> None:
         )
     if weight.shape[0] < 1 and not sharded:  # a rank's shard may be empty
         raise ValueError(
-            "weight must hold a vocabulary of at least 1, got 0 rows; gather it first if it is partitioned (ZeRO-3, FSDP)"
+            "weight must hold a vocabulary of at least 1, got 0 rows; gather it first if it is partitioned (FSDP)"
         )
     if hidden.device != weight.device:
         raise ValueError(f"hidden must be on {weight.device} like the weight, got {hidden.device}; move it there")

@@ -112,12 +112,15 @@ class _ChunkedLoss:
             self.rounded_CV = torch.empty(longest, stride, dtype=self.precision.operand, device=device)[:, :vocabulary]
         self.loss_R, self.log_probs_R, self.coefficients_R = (torch.zeros(rows, device=device) for _ in range(3))
         self.entropy_R = torch.zeros(rows, device=device) if call.want_entropy else None
-        accum = {"dtype": call.accum_dtype, "device": device}
-        self.hidden_gradient_RD = torch.zeros(rows, hidden_size, **accum) if call.want_hidden else None
-        # The first chunk writes the head's sum, later ones add to it: no pass of zeros before it.
+        accum = call.accum_dtype
+        self.hidden_gradient_RD = None
+        if call.want_hidden:
+            self.hidden_gradient_RD = torch.zeros(rows, hidden_size, dtype=accum, device=device)
+        self.weight_gradient_VD = None
+        if call.want_weight:  # the first chunk writes this sum, later ones add to it: no pass of zeros before it
+            self.weight_gradient_VD = torch.empty(vocabulary, hidden_size, dtype=accum, device=device)
         self.started = False
-        self.weight_gradient_VD = torch.empty(vocabulary, hidden_size, **accum) if call.want_weight else None
-        self.bias_gradient_V = torch.zeros(vocabulary, **accum) if call.want_bias else None
+        self.bias_gradient_V = torch.zeros(vocabulary, dtype=accum, device=device) if call.want_bias else None
 
     def add(self, rows_C: Tensor, want_gradient: bool) -> None:
         """One chunk: its logits, its rows' losses and, if wanted, its share of the gradients."""
@@ -130,7 +133,7 @@ class _ChunkedLoss:
         self.loss_R[rows_C] = result.loss
         self.log_probs_R[rows_C] = result.log_probs_R
         self.coefficients_R[rows_C] = result.coefficients_R
-        if self.entropy_R is not None:
+        if self.entropy_R is not None and result.entropy_R is not None:
             self.entropy_R[rows_C] = result.entropy_R
         if want_gradient:
             self._add_gradients(rows_C, hidden_CD, logits_CV)
@@ -154,7 +157,8 @@ class _ChunkedLoss:
         if self.bias_gradient_V is not None:
             self.bias_gradient_V.add_(dlogits_CV.sum(0, dtype=torch.float32))
         if self.rounded_CV is not None:
-            dlogits_CV = self.rounded_CV[: len(rows_C)].copy_(dlogits_CV)
+            rounded_CV = self.rounded_CV[: len(rows_C)]
+            dlogits_CV = rounded_CV.copy_(dlogits_CV)
         if self.hidden_gradient_RD is not None:
             gradient_CD = torch.empty(hidden_CD.shape, dtype=torch.float32, device=hidden_CD.device)
             self.head.hidden_gradient(dlogits_CV, gradient_CD)

@@ -151,7 +151,7 @@ def token_log_probs(
     Arguments as in `gft_linear_loss`. Returns: float32 of the shape of targets, in nats, 0 on rows that are masked;
     with `return_entropy` also each row's entropy in nats. Raises: as `gft_linear_loss`.
     """
-    _, stats = gft_linear_loss(
+    _loss, stats = gft_linear_loss(
         hidden,
         weight,
         targets,
@@ -169,7 +169,7 @@ def token_log_probs(
         backend=backend,
         reduction="sum",
     )
-    return (stats.log_probs, stats.entropy) if return_entropy else stats.log_probs
+    return stats.log_probs if stats.entropy is None else (stats.log_probs, stats.entropy)
 
 
 class GFTLinearLoss(torch.nn.Module):

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from gft_kernels import autograd, linear_chunks
 from gft_kernels.linear_call import LinearCall, LinearResult
-from gft_kernels.options import Credit
+from gft_kernels.options import Credit, RowResult
 
 _TENSORS = ("hidden_STD", "weight_VD", "bias_V")
 _SCHEMA_TYPES = {**autograd.SCHEMA_TYPES, "torch.dtype": "ScalarType"}
@@ -31,11 +31,11 @@ _SCHEMA = (
 _BLOCK_BYTES = 64 << 20  # of a gradient scaled and rounded at a time, so that no second copy of it exists in float32
 
 
-def linear_loss(call: LinearCall, backend: str) -> LinearResult:
+def linear_loss(call: LinearCall, backend: str) -> RowResult:
     """Run a call through its operator; the loss carries the gradients it asks for."""
     loss, log_probs, coefficients, advantages, entropy, *_gradients = torch.ops.gft.linear_loss(*_pack(call, backend))
-    entropy = entropy if call.want_entropy else None
-    return LinearResult(loss, log_probs, coefficients, advantages, entropy, None, None, None, None)
+    kept = entropy if call.want_entropy else None
+    return RowResult(loss, log_probs, coefficients, advantages, entropy_R=kept)
 
 
 def _pack(call: LinearCall, backend: str) -> tuple:
@@ -49,7 +49,7 @@ def _unpack(arguments: tuple) -> tuple[LinearCall, str]:
     tensors, rest = arguments[: len(_TENSORS)], arguments[len(_TENSORS) : -1]
     credit = Credit(**dict(zip(autograd.CREDIT, rest, strict=False)))
     options = dict(zip(_OPTIONS, rest[len(autograd.CREDIT) :], strict=True))
-    return LinearCall(*tensors, credit=credit, **options), arguments[-1]
+    return LinearCall(**dict(zip(_TENSORS, tensors, strict=True)), credit=credit, **options), arguments[-1]
 
 
 def _run(*arguments) -> tuple[Tensor, ...]:

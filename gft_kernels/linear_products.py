@@ -42,8 +42,10 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif out.dtype == torch.float32 and multiplies_into_float32(a.device, a.dtype):
-        kind = {"out_dtype": torch.float32, "out": out}
-        torch.addmm(out, a, b, **kind) if add else torch.mm(a, b, **kind)
+        if add:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         product = torch.mm(a, b)
         out.add_(product) if add else out.copy_(product)

@@ -116,8 +116,8 @@ def as_asked(
     if not want_stats:
         return loss
     entropy = None if result.entropy_R is None else result.entropy_R.reshape(shape)
-    per_row = (result.log_probs_R, result.coefficients_R, result.advantages_R)
-    return loss, TokenStats(*(column.reshape(shape) for column in per_row), entropy)
+    log_probs, coefficients = result.log_probs_R.reshape(shape), result.coefficients_R.reshape(shape)
+    return loss, TokenStats(log_probs, coefficients, result.advantages_R.reshape(shape), entropy)
 
 
 class GFTLoss(torch.nn.Module):
