@@ -132,5 +132,7 @@ def row_loss_kernel(
         else:
             # In place, the target's logit and every statistic must be in registers before the first store.
             tl.debug_barrier()
-            state = (y, log_pi, top, log_mass, scale, logit_scale, temperature, SOFTCAP)
-            map_row(row, into, width, dlogit, state, BLOCK)
+            # (The tuple stands in the call: as a variable it would turn SOFTCAP into a run-time value.)
+            map_row(
+                row, into, width, dlogit, (y, log_pi, top, log_mass, scale, logit_scale, temperature, SOFTCAP), BLOCK
+            )
