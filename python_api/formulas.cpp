@@ -25,8 +25,7 @@ void bind_reals(py::module_ m) {
         return std::make_pair(state.top, state.mass);
     });
     m.def("log_prob", [](Real logit, Real top, Real mass) { return log_prob(logit, State<Real>{top, mass}); });
-    m.def("log_prob_beside",
-          [](Real logit, Real top, Real mass) { return log_prob_beside(logit, State<Real>{top, mass}); });
+    m.def("raise_gap", &raise_gap<Real>);
     m.def("row_tau", &row_tau<Real>);
     m.def("coefficient", &coefficient<Real>);
     m.def("group_advantage", &group_advantage<Real>);

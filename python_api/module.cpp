@@ -115,21 +115,22 @@ std::optional<FaultTuple> row_loss(const RowCall& call, const std::string& instr
     return FaultTuple{argument, fault.position, fault.value, fault.stop};
 }
 
-void row_statistics(const LogitRows& logits, Address targets_R, Address live_R, const Transform& transform,
-                    Address top_R, Address mass_R, Address gap_R, Address target_logit_R,
-                    const std::string& instruction_set, int threads) {
+void shard_statistics(const LogitRows& logits, Address columns_R, Address read_R, const Transform& transform,
+                      Address top_R, Address mass_R, Address gap_R, Address target_logit_R,
+                      const std::string& instruction_set, int threads) {
     const cpu::ShardStatistics out{to<double>(top_R), to<double>(mass_R), to<double>(gap_R),
                                    to<double>(target_logit_R)};
-    cpu::row_statistics(logits, to<const std::int64_t>(targets_R), to<const std::uint8_t>(live_R), transform, out,
-                        execution(instruction_set, threads));
+    cpu::shard_statistics(logits, to<const std::int64_t>(columns_R), to<const std::uint8_t>(read_R), transform, out,
+                          execution(instruction_set, threads));
 }
 
-void row_gradient(const LogitRows& logits, const LogitRows& out, Address targets_R, Address top_R, Address mass_R,
-                  Address log_probs_R, Address scale_R, const Transform& transform, const std::string& instruction_set,
-                  int threads) {
-    const cpu::ShardGradient given{to<const std::int64_t>(targets_R), to<const double>(top_R), to<const double>(mass_R),
-                                   to<const double>(log_probs_R), to<const float>(scale_R)};
-    cpu::row_gradient(logits, out, given, transform, execution(instruction_set, threads));
+void shard_gradient(const LogitRows& logits, const LogitRows& out, Address columns_R, Address log_pi_R, Address top_R,
+                    Address log_mass_R, Address scale_R, const Transform& transform, const std::string& instruction_set,
+                    int threads) {
+    const cpu::WholeRows given{to<const float>(log_pi_R), to<const float>(top_R), to<const float>(log_mass_R),
+                               to<const float>(scale_R)};
+    cpu::shard_gradient(logits, out, to<const std::int64_t>(columns_R), given, transform,
+                        execution(instruction_set, threads));
 }
 
 void scale_rows(const LogitRows& gradient, const LogitRows& out, Address row_scale_R, Address upstream,
@@ -149,11 +150,11 @@ void bind_cpu(py::module_& m) {
     m.def("instruction_sets", &instruction_sets, "Those of this build that this processor can run, fastest first.");
     m.def("row_loss", &row_loss, unlocked, "call"_a, py::kw_only(), "instruction_set"_a = "", "threads"_a = 1,
           "Loss, statistics and gradient of a call; (argument, position, value, stop) if a live row's index is bad.");
-    m.def("row_statistics", &row_statistics, unlocked, py::kw_only(), "logits"_a, "targets_R"_a, "live_R"_a,
+    m.def("shard_statistics", &shard_statistics, unlocked, py::kw_only(), "logits"_a, "columns_R"_a, "read_R"_a,
           "transform"_a, "top_R"_a, "mass_R"_a, "gap_R"_a, "target_logit_R"_a, "instruction_set"_a = "",
-          "threads"_a = 1, "A vocabulary shard's part of each row's softmax (float64).");
-    m.def("row_gradient", &row_gradient, unlocked, py::kw_only(), "logits"_a, "out"_a, "targets_R"_a, "top_R"_a,
-          "mass_R"_a, "log_probs_R"_a, "scale_R"_a, "transform"_a, "instruction_set"_a = "", "threads"_a = 1,
+          "threads"_a = 1, "A vocabulary shard's part of each row's softmax (float64), without the target.");
+    m.def("shard_gradient", &shard_gradient, unlocked, py::kw_only(), "logits"_a, "out"_a, "columns_R"_a, "log_pi_R"_a,
+          "top_R"_a, "log_mass_R"_a, "scale_R"_a, "transform"_a, "instruction_set"_a = "", "threads"_a = 1,
           "F7 on a vocabulary shard.");
     m.def("scale_rows", &scale_rows, unlocked, py::kw_only(), "gradient"_a, "out"_a, "row_scale_R"_a, "upstream"_a,
           "upstream_per_row"_a, "instruction_set"_a = "", "threads"_a = 1,

@@ -29,17 +29,14 @@ struct RowSoftmax {
     double gap;  // sum of (z - all.top)*e^(z - all.top); 0 unless asked for
 };
 
-// `target` -1: no column is the target, and target_logit is -inf.
 RowSoftmax read_row(const LogitRows& logits, std::int64_t r, std::int64_t target, double target_logit,
                     const Transform& t, bool want_gap, const RowKernels& kernels) {
     const RowStatistics beside =
         kernels.statistics(row_of(logits, r), logits.dtype, logits.V, target, target_logit, t, want_gap);
-    RowSoftmax row{{beside.top, beside.mass}, {beside.top, beside.mass}, beside.gap};
-    if (target < 0) return row;
+    RowSoftmax row{{beside.top, beside.mass}, {}, 0.0};
     row.all = observe(row.others, target_logit);
-    // Where the target moved the top, each (z - top)*e^(z - top) moves with it.
-    const double move = beside.mass == 0.0 ? 0.0 : beside.top - row.all.top;
-    row.gap = std::exp(move) * (beside.gap + move * beside.mass) + gap_term(target_logit - row.all.top);
+    row.gap =
+        raise_gap(beside.gap, beside.mass, beside.top - row.all.top) + raise_gap(0.0, 1.0, target_logit - row.all.top);
     return row;
 }
 
@@ -59,7 +56,7 @@ RowView view_row(const RowCall& call, std::int64_t r, const RowKernels& kernels)
     const RowSoftmax row = read_row(call.logits, r, target, logit, call.transform, want_entropy, kernels);
     const double log_mass = std::log(row.all.mass);
     return {raw,
-            log_prob_beside(logit, row.others),
+            log_prob(logit, row.others),
             {row.all.top, log_mass},
             want_entropy ? entropy(log_mass, row.gap / row.all.mass) : 0.0};
 }
@@ -134,32 +131,32 @@ Fault row_loss(const RowCall& call, const Execution& execution) {
     return {};
 }
 
-void row_statistics(const LogitRows& logits, const std::int64_t* targets_R, const std::uint8_t* live_R,
-                    const Transform& t, const ShardStatistics& out, const Execution& execution) {
+void shard_statistics(const LogitRows& logits, const std::int64_t* columns_R, const std::uint8_t* read_R,
+                      const Transform& t, const ShardStatistics& out, const Execution& execution) {
     for_each_row(row_count(logits), logits.V, execution.threads, [&](std::int64_t r) {
-        RowSoftmax row{{}, {neg_inf<double>(), 0.0}, 0.0};
-        double target_logit = neg_inf<double>();
-        if (live_R == nullptr || live_R[r] != 0) {
-            const bool inside = targets_R[r] >= 0 && targets_R[r] < logits.V;
-            if (inside) target_logit = transformed(read_element(row_of(logits, r), logits.dtype, targets_R[r]), t);
-            row = read_row(logits, r, inside ? targets_R[r] : -1, target_logit, t, out.gap_R != nullptr,
-                           *execution.kernels);
+        RowStatistics shard{neg_inf<double>(), 0.0, 0.0};
+        double target_logit = 0.0;
+        if (read_R[r] != 0) {
+            const bool here = columns_R[r] >= 0 && columns_R[r] < logits.V;
+            if (here) target_logit = transformed(read_element(row_of(logits, r), logits.dtype, columns_R[r]), t);
+            shard = execution.kernels->statistics(row_of(logits, r), logits.dtype, logits.V, here ? columns_R[r] : -1,
+                                                  here ? target_logit : neg_inf<double>(), t, out.gap_R != nullptr);
         }
-        out.top_R[r] = row.all.top;
-        out.mass_R[r] = row.all.mass;
-        if (out.gap_R != nullptr) out.gap_R[r] = row.gap;
+        out.top_R[r] = shard.top;
+        out.mass_R[r] = shard.mass;
+        if (out.gap_R != nullptr) out.gap_R[r] = shard.gap;
         out.target_logit_R[r] = target_logit;
     });
 }
 
-void row_gradient(const LogitRows& logits, const LogitRows& out, const ShardGradient& given, const Transform& t,
-                  const Execution& execution) {
+void shard_gradient(const LogitRows& logits, const LogitRows& out, const std::int64_t* columns_R,
+                    const WholeRows& given, const Transform& t, const Execution& execution) {
     for_each_row(row_count(logits), logits.V, execution.threads, [&](std::int64_t r) {
         if (given.scale_R[r] == 0.0f) return write_zeros(out, r);
-        const std::int64_t target = given.targets_R[r];
-        RowView view{0.0, given.log_probs_R[r], {given.top_R[r], std::log(given.mass_R[r])}, 0.0};
-        if (target >= 0 && target < logits.V) view.target_logit = read_element(row_of(logits, r), logits.dtype, target);
-        write_gradient(row_of(logits, r), row_of(out, r), logits, target, view, given.scale_R[r], t,
+        RowView view{0.0, given.log_pi_R[r], {given.top_R[r], given.log_mass_R[r]}, 0.0};
+        const bool here = columns_R[r] >= 0 && columns_R[r] < logits.V;
+        if (here) view.target_logit = read_element(row_of(logits, r), logits.dtype, columns_R[r]);
+        write_gradient(row_of(logits, r), row_of(out, r), logits, columns_R[r], view, given.scale_R[r], t,
                        *execution.kernels);
     });
 }

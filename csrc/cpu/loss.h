@@ -16,27 +16,28 @@ struct Execution {
 // Loss, statistics and, if wanted, the gradient of a call. On a fault nothing has been written.
 Fault row_loss(const RowCall& call, const Execution& execution);
 
-// A vocabulary shard's part of each row's softmax, in nats of the transformed logits; targets count from the shard's
-// first column and may lie outside it. A row that is not live is not read and gets the neutral (-inf, 0, 0, -inf).
+// A vocabulary shard's part of each row, in nats of the transformed logits, the target left out.
 struct ShardStatistics {
     double* top_R;
     double* mass_R;          // sum of e^(z - top)
     double* gap_R;           // sum of (z - top)*e^(z - top); null: not wanted
-    double* target_logit_R;  // -inf where the target lies elsewhere
+    double* target_logit_R;  // 0 where the target lies in another shard
 };
-void row_statistics(const LogitRows& logits, const std::int64_t* targets_R, const std::uint8_t* live_R,
-                    const Transform& transform, const ShardStatistics& out, const Execution& execution);
+// columns_R: the target's column in this shard, or anything outside [0, V). A row that read_R leaves out gets the
+// neutral state (-inf, 0).
+void shard_statistics(const LogitRows& logits, const std::int64_t* columns_R, const std::uint8_t* read_R,
+                      const Transform& transform, const ShardStatistics& out, const Execution& execution);
 
-// F7 on a shard, given what all shards agreed on. A row of scale 0 is not read; its gradient is exactly 0.
-struct ShardGradient {
-    const std::int64_t* targets_R;
-    const double* top_R;        // the softmax over the whole vocabulary:
-    const double* mass_R;       // sum of e^(z - top)
-    const double* log_probs_R;  // log pi of the target
-    const float* scale_R;       // weight * kappa
+// What all shards agreed on about each row.
+struct WholeRows {
+    const float* log_pi_R;
+    const float* top_R;
+    const float* log_mass_R;
+    const float* scale_R;  // weight * kappa
 };
-void row_gradient(const LogitRows& logits, const LogitRows& out, const ShardGradient& given, const Transform& transform,
-                  const Execution& execution);
+// F7 on a shard. A row of scale 0 is not read; its gradient is exactly 0.
+void shard_gradient(const LogitRows& logits, const LogitRows& out, const std::int64_t* columns_R,
+                    const WholeRows& given, const Transform& transform, const Execution& execution);
 
 // out = gradient * row_scale * upstream: one product in float32, rounded once. row_scale_R may be null; upstream holds
 // one number, or one per row.

@@ -35,8 +35,9 @@ void write_gradient(const T* row, T* out, std::int64_t V, const Normaliser& give
         Block<T> block(from);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-            const Vec w = warp(block.z[i]);
-            block.z[i] = warp.bent(exp2<Degree<T>::gradient>(exponent(w)) * factor, w);
+            const Vec z = block.z[i];
+            constexpr int kDegree = Degree<T>::gradient;
+            block.z[i] = warp.template bent<kDegree>(exp2<kDegree>(exponent(warp(z))) * factor, z);
         }
         block.store(to);
     };

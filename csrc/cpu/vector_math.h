@@ -69,10 +69,13 @@ struct Linear {
     Vec operator()(Vec z) const { return z; }
     double nats(float w) const { return w * transform.logit_scale / transform.temperature; }
     double slope() const { return unit; }
-    Vec bent(Vec gradient, Vec) const { return gradient; }
+    template <int kDegree>
+    Vec bent(Vec gradient, Vec) const {
+        return gradient;
+    }
 };
 
-// w(z) = tanh(z * logit_scale / softcap); the slope of the transformed logit loses a factor 1 - w^2.
+// w(z) = tanh(z * logit_scale / softcap); the slope of the transformed logit has a factor 1 - w^2.
 struct Softcapped {
     double unit;
     Transform transform;
@@ -84,7 +87,12 @@ struct Softcapped {
     Vec operator()(Vec z) const { return tanh(z * inner); }
     double nats(float w) const { return transform.softcap * w / transform.temperature; }
     double slope() const { return transform.logit_scale / transform.temperature; }
-    Vec bent(Vec gradient, Vec w) const { return gradient * Simd::fma(-w, w, Simd::all(1.0f)); }
+    template <int kDegree>
+    Vec bent(Vec gradient, Vec z) const {  // 1 - w^2 as in gft::transform_slope: near saturation it has no digits
+        const Vec decay = exp2<kDegree>(Simd::magnitude(z * inner) * Simd::all(static_cast<float>(-2.0 * kLog2e)));
+        const Vec one_more = decay + Simd::all(1.0f);
+        return gradient * Simd::all(4.0f) * decay / (one_more * one_more);
+    }
 };
 
 // t = (w - anchor)*k.

@@ -127,7 +127,7 @@ GFT_DEVICE Verdict settle(const RowTask& task, const Part<T>& part, Softmax othe
     Softmax all = others;
     observe<kEntropy>(all, target, task.view.slope);
     const bool spoilt = part.target < 0 || all.mass != all.mass;
-    const float log_pi = spoilt ? NAN : log_prob_beside(gap, State<float>{0.0f, others.mass});
+    const float log_pi = spoilt ? NAN : log_prob(gap, State<float>{0.0f, others.mass});
 
     const RowCoefficient<float> row = row_coefficient(log_pi, part.advantage, task.objective);
     const float scale = part.weight * row.kappa * task.view.chain;

@@ -47,12 +47,14 @@ GFT_HD Real transform(Real logit, Real logit_scale, Real softcap, Real temperatu
     return scaled / temperature;
 }
 
-// d transform / d logit, the chain rule's factor in F7.
+// d transform / d logit, the chain rule's factor in F7. With a softcap, 1 - tanh^2 is formed as 4e / (1 + e)^2 with
+// e = exp(-2|x|): near saturation the difference has no digits.
 template <class Real>
 GFT_HD Real transform_slope(Real logit, Real logit_scale, Real softcap, Real temperature) {
-    if (softcap == Real(0)) return logit_scale / temperature;
-    const Real bend = std::tanh(logit * logit_scale / softcap);
-    return (Real(1) - bend * bend) * (logit_scale / temperature);
+    const Real slope = logit_scale / temperature;
+    if (softcap == Real(0)) return slope;
+    const Real decay = std::exp(Real(-2) * std::fabs(logit * logit_scale / softcap));
+    return slope * Real(4) * decay / ((Real(1) + decay) * (Real(1) + decay));
 }
 
 // F2: two states into one. A commutative monoid; both empty: the anchor is 0, so e^(-inf - 0) = 0 and not NaN.
@@ -69,20 +71,22 @@ GFT_HD State<Real> observe(State<Real> state, Real logit) {
     return merge(state, State<Real>{logit, Real(1)});
 }
 
-// F3: log pi = (z_y - top) - log mass. In this order a common offset of 1e4 costs no digits.
+// The sum of e^(z - top)*(z - top), what entropy needs, after the top has risen; drop = old top - new top <= 0. An
+// empty state or a banned token has drop = -inf and adds nothing.
 template <class Real>
-GFT_HD Real log_prob(Real target_logit, State<Real> state) {
-    return (target_logit - state.top) - std::log(state.mass);
+GFT_HD Real raise_gap(Real gap, Real mass, Real drop) {
+    const Real share = std::exp(drop);
+    return share == Real(0) ? Real(0) : share * (gap + mass * drop);
 }
 
-// F3 where the state holds every logit but the target's: -log1p(mass * e^(top - z_y)), whose relative error does not
-// grow as pi goes to 1 and the loss to 0. Far below the top that exponential would overflow; there F3 is anchored at
-// the top.
+// F3: log pi = -softplus(d), d = (top - z_y) + log mass over the other tokens' state. The target is kept out of the
+// running state: added to it, its 1 would swallow the digits that pi near 1 lives on. A common offset cancels in top -
+// z_y first. A target of +inf is an overflow, not a certainty: NaN.
 template <class Real>
-GFT_HD Real log_prob_beside(Real target_logit, State<Real> others) {
-    const Real gap = target_logit - others.top;
-    if (gap < Real(-16)) return gap - std::log(others.mass + std::exp(gap));
-    return -std::log1p(others.mass * std::exp(-gap));
+GFT_HD Real log_prob(Real target_logit, State<Real> others) {
+    if (target_logit == -neg_inf<Real>()) return neg_inf<Real>() - neg_inf<Real>();
+    const Real d = (others.top - target_logit) + std::log(others.mass);
+    return -((d > Real(0) ? d : Real(0)) + std::log1p(std::exp(-std::fabs(d))));
 }
 
 // The threshold of a row: Rectify::positive spares rows with A <= 0, which is tau = 0 there.
@@ -147,16 +151,10 @@ GFT_HD Real dlogit_target(Real log_pi_y, Real scale) {
     return scale == Real(0) ? Real(0) : scale * std::expm1(log_pi_y);
 }
 
-// H = log sum e^(z - top) - E[z - top], in nats; top_gap is the expectation.
+// H = log mass - E[z - top], in nats; mean_gap is that expectation and mass the whole row's, target included.
 template <class Real>
-GFT_HD Real entropy(Real log_mass, Real top_gap) {
-    return log_mass - top_gap;
-}
-
-// One term of sum (z - top)*e^(z - top), which E[z - top] is made of; 0 for a banned token (the limit, never -inf*0).
-template <class Real>
-GFT_HD Real gap_term(Real gap) {
-    return gap == neg_inf<Real>() ? Real(0) : gap * std::exp(gap);
+GFT_HD Real entropy(Real log_mass, Real mean_gap) {
+    return log_mass - mean_gap;
 }
 
 }  // namespace gft

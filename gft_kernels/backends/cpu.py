@@ -5,7 +5,7 @@ Sizes: S responses, T positions, R = S·T rows, V vocabulary (here perhaps a sha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def scale(
     gradient_STV: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool, instruction_set: str = FASTEST
 ) -> Tensor:
     """gradient·row_scale·upstream, one product in float32 and one rounding; upstream is () or (R,)."""
-    out = gradient_STV if inplace else torch.empty_like(gradient_STV, memory_format=torch.contiguous_format)
+    out = _gradient_for(gradient_STV, inplace)
     upstream = upstream.to(torch.float32).contiguous()
     _extension.kernels().scale_rows(
         gradient=_extension.logit_rows(gradient_STV),
@@ -65,69 +65,69 @@ def scale(
     return out
 
 
-@dataclass(frozen=True)
-class ShardStatistics:
-    """A vocabulary shard's part of each row's softmax, in nats of the transformed logits; float64 of shape (R,).
+class ShardStatistics(NamedTuple):
+    """A vocabulary shard's part of each row; float64 (R,), in nats. The state leaves the target out, as F3 wants it."""
 
-    Merge shards with F2. A row that was not read holds the neutral element.
-    """
-
-    top_R: Tensor  # a reference, at most 50 below the shard's largest logit
+    top_R: Tensor  # at most 50 below the shard's largest logit
     mass_R: Tensor  # sum of e^(z - top)
-    gap_R: Tensor | None  # sum of (z - top)·e^(z - top), for the entropy
-    target_logit_R: Tensor  # -inf where the target lies in another shard
+    gap_R: Tensor | None  # sum of e^(z - top)·(z - top), for the entropy
+    target_logit_R: Tensor  # transformed; 0 where the target lies in another shard
 
 
 def shard_statistics(
-    call: RowCall, targets_R: Tensor, live_R: Tensor | None, instruction_set: str = FASTEST
+    call: RowCall, columns_R: Tensor, read_R: Tensor, instruction_set: str = FASTEST
 ) -> ShardStatistics:
-    """F1 over the columns at hand.
+    """F1 over a vocabulary shard; see `ShardStatistics`.
 
-    `targets_R` (int64, contiguous) counts from the shard's first column; `live_R` (bool) spares the other rows.
+    columns_R: (R,) int64, the target's column in this shard, or anything outside [0, V) if it lies in another.
+    read_R: (R,) bool; rows it leaves out are not read and give the neutral state (-inf, 0).
     """
-    rows = targets_R.numel()
-    top_R, mass_R, target_logit_R = (torch.empty(rows, dtype=torch.float64) for _ in range(3))
-    gap_R = torch.empty(rows, dtype=torch.float64) if call.want_entropy else None
-    _extension.kernels().row_statistics(
-        logits=_extension.logit_rows(call.logits_STV),
-        targets_R=_extension.address(targets_R),
-        live_R=_extension.address(live_R),
+    logits = call.logits_STV.detach()
+    top_R, mass_R, gap_R, target_logit_R = torch.empty(4, columns_R.numel(), dtype=torch.float64)
+    _extension.kernels().shard_statistics(
+        logits=_extension.logit_rows(logits),
+        columns_R=_extension.address(columns_R),
+        read_R=_extension.address(read_R),
         transform=_extension.transform(call.logit_scale, call.softcap, call.temperature),
         top_R=_extension.address(top_R),
         mass_R=_extension.address(mass_R),
-        gap_R=_extension.address(gap_R),
+        gap_R=_extension.address(gap_R if call.want_entropy else None),
         target_logit_R=_extension.address(target_logit_R),
         instruction_set=instruction_set,
         threads=torch.get_num_threads(),
     )
-    return ShardStatistics(top_R, mass_R, gap_R, target_logit_R)
+    return ShardStatistics(top_R, mass_R, gap_R if call.want_entropy else None, target_logit_R)
 
 
 def shard_gradient(
     call: RowCall,
-    targets_R: Tensor,
+    columns_R: Tensor,
+    log_pi_R: Tensor,
     top_R: Tensor,
-    mass_R: Tensor,
-    log_probs_R: Tensor,
+    log_mass_R: Tensor,
     scale_R: Tensor,
     instruction_set: str = FASTEST,
 ) -> Tensor:
-    """F7 over the columns at hand, given each row's softmax (top, mass) and log pi over the whole vocabulary (float64).
+    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass and scale = weight·kappa, float32 (R,).
 
-    `scale_R` (float32) is weight·kappa; a row of scale 0 is not read, and its gradient is exactly 0.
+    A row of scale 0 is not read; its gradient is exactly 0.
     """
     logits = call.logits_STV.detach()
-    out = logits if call.inplace else torch.empty(logits.shape, dtype=logits.dtype)
-    _extension.kernels().row_gradient(
+    out = _gradient_for(logits, call.inplace)
+    _extension.kernels().shard_gradient(
         logits=_extension.logit_rows(logits),
         out=_extension.logit_rows(out),
-        targets_R=_extension.address(targets_R),
+        columns_R=_extension.address(columns_R),
+        log_pi_R=_extension.address(log_pi_R),
         top_R=_extension.address(top_R),
-        mass_R=_extension.address(mass_R),
-        log_probs_R=_extension.address(log_probs_R),
+        log_mass_R=_extension.address(log_mass_R),
         scale_R=_extension.address(scale_R),
         transform=_extension.transform(call.logit_scale, call.softcap, call.temperature),
         instruction_set=instruction_set,
         threads=torch.get_num_threads(),
     )
     return out
+
+
+def _gradient_for(logits: Tensor, inplace: bool) -> Tensor:
+    return logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
