@@ -53,7 +53,7 @@ ScaleTask = structure(
     "ScaleTask", gradient=LogitRows, scaled=LogitRows, row_scale_R=pointer, upstream=pointer, per_row=c.c_bool
 )
 ShardStatistics = structure("ShardStatistics", top_R=pointer, mass_R=pointer, gap_R=pointer, target_logit_R=pointer)
-ShardGradient = structure("ShardGradient", top_R=pointer, mass_R=pointer, log_pi_R=pointer, scale_R=pointer)
+ShardGradient = structure("ShardGradient", log_pi_R=pointer, top_R=pointer, log_mass_R=pointer, scale_R=pointer)
 NativeChoice = structure("NativeChoice", blocks=i32, threads=i32, grid=i32, seed=c.c_uint)
 Machine = structure("Machine", multiprocessors=i32, shared_per_multiprocessor=i32, shared_per_block=i32,
                     shared_reserved=i32, max_cluster=i32)  # fmt: skip
@@ -61,7 +61,7 @@ ClusterPlan = structure("ClusterPlan", blocks=i32, threads=i32, capacity=i32, sh
 
 
 def absent() -> str | None:
-    return None if shutil.which("g++") else "g++ is not on the PATH, so the CUDA kernels cannot be compiled for the host"
+    return None if shutil.which("g++") else "g++ is not on the PATH, and compiles the CUDA kernels for the host"
 
 
 @functools.cache
@@ -69,7 +69,7 @@ def library() -> c.CDLL:
     """The kernels, compiled once per test session."""
     built = Path(tempfile.mkdtemp()) / "cuda_on_host.so"
     here = ROOT / "tests/cpp/device_on_host"
-    flags = "-std=c++17 -O1 -fPIC -shared -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     subprocess.run(
         ["g++", *flags, f"-I{here}", f"-I{ROOT / 'csrc'}", str(here / "emulate.cpp"), "-o", str(built)], check=True
     )
@@ -105,7 +105,8 @@ class Backend:
         return absent()
 
     def refuses(self, call: RowCall) -> str | None:
-        return None
+        strided = call.logits_STV.shape[-1] > 1 and call.logits_STV.stride(-1) != 1
+        return "the vocabulary is strided" if strided else None
 
     @property
     def choice(self) -> NativeChoice:
@@ -124,20 +125,20 @@ class Backend:
         gradient = None
         if call.want_gradient:
             gradient = logits if call.inplace else self.empty_like(logits)
+        entropy, row_scale = out["entropy"] if call.want_entropy else None, out["scale"] if call.defer_scale else None
         native = NativeCall(
-            rows(logits, logits), self.credit(credit, responses),
-            Transform(call.logit_scale, call.softcap, call.temperature), Objective(call.tau, call.rectify != "all"),
-            call.want_stats or call.want_entropy,
-            RowResults(at(loss), at(out["log_probs"]), at(out["coefficients"]), at(out["advantages"]),
-                       at(out["entropy"]) if call.want_entropy else None, at(out["scale"]) if call.defer_scale else None,
-                       rows(gradient, logits)),
+            rows(logits, logits), self.credit(credit, responses), self.transform(call),
+            Objective(call.tau, call.rectify != "all"), call.want_stats or call.want_entropy,
+            RowResults(at(loss), at(out["log_probs"]), at(out["coefficients"]), at(out["advantages"]), at(entropy),
+                       at(row_scale), rows(gradient, logits)),
         )  # fmt: skip
         choice = self.choice if call.want_gradient else NativeChoice(0, self.threads, self.grid, self.seed)
-        ran = library().emulate_rows(c.byref(native), c.byref(choice), *(
-            pointer(at(scratch)) for scratch in (out["weights"], out["loss"], advantages_S, live_S)))  # fmt: skip
+        scratch = (pointer(at(x)) for x in (out["weights"], out["loss"], advantages_S, live_S))
+        ran = library().emulate_rows(c.byref(native), c.byref(choice), *scratch)
         assert ran, "every thread waits for another"
-        return RowResult(loss, out["log_probs"], out["coefficients"], out["advantages"], gradient,
-                         out["scale"] if call.defer_scale else None, out["entropy"] if call.want_entropy else None)  # fmt: skip
+        return RowResult(
+            loss, out["log_probs"], out["coefficients"], out["advantages"], gradient, row_scale, entropy
+        )  # fmt: skip
 
     def scale(self, gradient: torch.Tensor, row_scale_R, upstream: torch.Tensor, inplace: bool) -> torch.Tensor:
         scaled = gradient if inplace else self.empty_like(gradient)
@@ -146,6 +147,31 @@ class Backend:
                          upstream.dim() > 0)  # fmt: skip
         assert library().emulate_scale(c.byref(task), c.byref(self.choice)), "every thread waits for another"
         return scaled
+
+    def shard_statistics(self, call: RowCall, columns_R: torch.Tensor, read_R: torch.Tensor) -> tuple:
+        logits = call.logits_STV
+        out = [torch.full((columns_R.numel(),), float("nan")) for _ in range(4)]
+        statistics, transform = ShardStatistics(*map(at, out)), self.transform(call)
+        ran = library().emulate_observe_shard(
+            c.byref(rows(logits, logits)), pointer(at(columns_R)), pointer(at(read_R)), c.byref(transform),
+            c.byref(statistics), c.byref(self.choice),
+        )  # fmt: skip
+        assert ran, "every thread waits for another"
+        return tuple(out)
+
+    def shard_gradient(self, call: RowCall, columns_R: torch.Tensor, *agreed: torch.Tensor) -> torch.Tensor:
+        logits = call.logits_STV
+        gradient = logits if call.inplace else self.empty_like(logits)
+        ran = library().emulate_shade_shard(
+            c.byref(rows(logits, logits)), pointer(at(columns_R)), c.byref(ShardGradient(*map(at, agreed))),
+            c.byref(self.transform(call)), c.byref(rows(gradient, logits)), c.byref(self.choice),
+        )  # fmt: skip
+        assert ran, "every thread waits for another"
+        return gradient
+
+    @staticmethod
+    def transform(call: RowCall) -> Transform:
+        return Transform(call.logit_scale, call.softcap, call.temperature)
 
     def empty_like(self, logits: torch.Tensor) -> torch.Tensor:
         """A contiguous poisoned tensor that starts `gradient_offset` elements past a 16-byte boundary."""

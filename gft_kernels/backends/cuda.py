@@ -1,7 +1,7 @@
 """The CUDA backend: a cluster of thread blocks holds a row on chip, so the logits are read once and written once.
 
 A call queues a few small launches for the rows' credit, one for loss and gradient, and one for the sum, on the current
-stream. Nothing is allocated by the kernels, nothing waits, nothing is read back: a call can be captured in a CUDA graph.
+stream. The kernels allocate nothing, wait for nothing and read nothing back: a call can be captured in a CUDA graph.
 How a row travels: docs/kernels.md#cuda. Sizes: S, T, R, V as in options.py.
 """
 

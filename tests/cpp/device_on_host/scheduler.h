@@ -1,7 +1,8 @@
 // A GPU's threads as fibers of one host thread: blocks and clusters with real barriers, in a random order of execution.
 //
-// A fiber runs until it waits. Whoever is ready then is resumed in an order drawn anew each round, so that code that
-// relies on an order it has not fenced goes wrong here sooner than on a device. Asynchronous copies happen at the issue
+// A fiber runs until it waits. Whoever is ready then is resumed in an order drawn anew each round, and now and then a
+// whole block sleeps while the others run ahead as far as the barriers let them: code that relies on an order it has not
+// fenced goes wrong here sooner than on a device. Asynchronous copies happen at the issue
 // or at the wait, drawn one by one: a slot read too early holds old bytes, a slot refilled too early loses them.
 #pragma once
 
@@ -36,6 +37,7 @@ struct Block {
     int rank = 0;
     long long index = 0;
     Barrier barrier;
+    int naps = 0;  // rounds it sleeps through
     std::vector<Warp> warps;
     std::vector<unsigned char> shared;
 };
@@ -109,14 +111,20 @@ inline bool run_cluster(Cluster& cluster) {
     for (Fiber& fiber : cluster.fibers) order.push_back(&fiber);
     while (!order.empty()) {
         std::shuffle(order.begin(), order.end(), cluster.random);
-        bool moved = false;
+        bool moved = false, slept = false;
+        for (Block& block : cluster.blocks)
+            block.naps = block.naps > 0 ? block.naps - 1 : cluster.random() % 16 == 0 ? static_cast<int>(cluster.random() % 64) : 0;
         for (Fiber* fiber : order) {
             if (!ready(*fiber)) continue;
+            if (fiber->block->naps > 0) {
+                slept = true;
+                continue;
+            }
             moved = true;
             cluster.running = fiber;
             swapcontext(&cluster.scheduler, &fiber->context);
         }
-        if (!moved) return false;
+        if (!moved && !slept) return false;
         order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->done; }), order.end());
     }
     return true;
