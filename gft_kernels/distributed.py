@@ -40,8 +40,9 @@ def group_of(name: str) -> dist.ProcessGroup:
 def meet(name: str, width: int, device: torch.device) -> Shard:
     """Tell every rank how wide each shard is: one small exchange per call."""
     group = group_of(name)
-    widths_W = torch.empty(group.size(), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(widths_W, torch.full((1,), width, dtype=torch.int64, device=device), group=group)
+    widths_W = torch.zeros(group.size(), dtype=torch.int64, device=device)
+    widths_W[group.rank()] = width
+    dist.all_reduce(widths_W, op=dist.ReduceOp.SUM, group=group)
     return Shard(widths_W, widths_W[: group.rank()].sum())
 
 

@@ -1,0 +1,72 @@
+"""Logits and heads sharded over the vocabulary, on four gloo processes; the checks are in vocabulary_ranks.py."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+import vocabulary_ranks as ranks
+
+from gft_kernels import distributed, formulas, registry
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What each rank says of each check, from one launch of all of them (starting processes is what costs)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with contextlib.suppress(
+        torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException
+    ):
+        torch.multiprocessing.spawn(ranks.work, args=(str(folder),), nprocs=4, join=True)
+    return [torch.load(path) if (path := folder / f"rank{rank}.pt").exists() else {} for rank in range(4)]
+
+
+@pytest.mark.parametrize(("size", "backend", "check"), ranks.COMBINATIONS, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_sharded_vocabulary(said, size, backend, check):
+    reason = registry.backend(backend).absent()
+    if reason is not None:
+        pytest.skip(f"backend {backend}: {reason}")
+    for rank, results in enumerate(said):
+        result = results.get(
+            ranks.name_of(size, backend, check), "not reached: a check before this one failed on some rank"
+        )
+        assert not result, f"rank {rank}: {result}"
+
+
+def test_merging_shards_is_the_softmax_of_the_whole(monkeypatch):
+    """The algebra without processes: columns cut anywhere, sums over ranks done by hand."""
+    z = torch.randn(5, 23, dtype=torch.float64) * 4
+    z[1, :9] = -float("inf")
+    target = torch.tensor([2, 20, 9, 22, 0])
+    columns, cuts = torch.arange(23), [(0, 9), (9, 9), (9, 23)]
+    states = []
+    for start, stop in cuts:
+        mine = (columns >= start) & (columns < stop)
+        others = torch.where(mine & (columns != target[:, None]), z, -float("inf"))
+        top = others.amax(1)
+        anchor = torch.where(top == formulas.NEG_INF, 0.0, top)
+        share = torch.exp(others - anchor[:, None])
+        gap = torch.where(share == 0, 0.0, share * (others - anchor[:, None])).sum(1)
+        found = ((target >= start) & (target < stop)).double()
+        states.append((top, share.sum(1), gap, z.gather(1, target[:, None])[:, 0] * found, found))
+    shared = torch.stack([s[0] for s in states]).amax(0)
+    packed = []
+    for collect in (True, False):
+        for state in states:
+            monkeypatch.setattr(distributed, "group_of", lambda name: None)
+            monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, op, group: x.copy_(shared))
+
+            def add(name, values, collect=collect):
+                packed.append(values.clone()) if collect else values.copy_(torch.stack(packed).sum(0))
+
+            monkeypatch.setattr(distributed, "sum_over_ranks", add)
+            row = distributed.merge_shards("", *state)
+            if not collect:
+                log_pi = torch.log_softmax(z, 1)
+                torch.testing.assert_close(row.log_pi_R, log_pi.gather(1, target[:, None])[:, 0])
+                torch.testing.assert_close(row.top_R + row.log_mass_R, torch.logsumexp(z, 1))
+                p = log_pi.exp()
+                torch.testing.assert_close(row.entropy_R, -torch.where(p > 0, p * log_pi, 0.0).sum(1))

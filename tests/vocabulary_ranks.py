@@ -1,0 +1,283 @@
+"""What each rank of test_distributed.py runs: the sharded losses against the whole ones, one check at a time.
+
+Four processes; the checks run once over all four ranks and once in two groups of two.
+"""
+
+from __future__ import annotations
+
+import traceback
+from datetime import timedelta
+
+import oracle
+import torch
+import torch.distributed as dist
+from cases import problem
+
+from gft_kernels import distributed, gft_linear_loss, gft_loss, registry, token_log_probs
+
+VOCABULARY = 203
+WIDTHS = {2: [(130, 73), (203, 0), (1, 202)], 4: [(50, 3, 0, 150), (0, 51, 51, 101)]}
+UPSTREAM = 3.7
+
+
+class Ranks:
+    """This rank's view of a group: which columns it holds under a split of the vocabulary."""
+
+    def __init__(self, group: dist.ProcessGroup, backend: str):
+        self.group, self.backend = group, backend
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def splits(self) -> list[slice]:
+        starts = [sum(widths[: self.rank]) for widths in WIDTHS[self.size]]
+        return [slice(a, a + w[self.rank]) for a, w in zip(starts, WIDTHS[self.size], strict=True)]
+
+    def shared(self) -> dict:
+        return {"process_group": self.group, "backend": self.backend}
+
+    def same_everywhere(self, value: torch.Tensor) -> None:
+        everyone = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(everyone, value.detach().contiguous(), group=self.group)
+        assert all(torch.equal(x.nan_to_num(7.5), value.detach().nan_to_num(7.5)) for x in everyone)
+
+
+def close(value, expected, tolerance=2e-6):
+    value, expected = value.detach().double(), expected.detach().double()
+    error = float((value - expected).norm() / expected.norm().clamp(min=1e-30))
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def rows_of(case, **options):
+    return {"mask": case.mask, "rewards": case.rewards, "group_size": 2, **options}
+
+
+def the_row_loss_matches_the_oracle(ranks: Ranks):
+    case = problem(4, 3, VOCABULARY, temperature=0.8, softcap=20.0)
+    losses, truth = case.truth(UPSTREAM)
+    for mine in ranks.splits():
+        shard = case.logits[..., mine].clone().requires_grad_(True)
+        loss = gft_loss(shard, case.targets, **rows_of(case), temperature=0.8, softcap=20.0, **ranks.shared())
+        (loss * UPSTREAM).backward()
+        ranks.same_everywhere(loss)
+        assert abs(loss.item() - float(losses.sum())) <= 1e-5 * float(losses.abs().sum())
+        close(shard.grad, truth[..., mine], 1e-5)
+
+
+def every_dtype_reduction_and_statistic(ranks: Ranks):
+    for dtype, reduction in [(torch.float32, "none"), (torch.bfloat16, "sequence-mean"), (torch.float16, "sum")]:
+        case = problem(6, 3, VOCABULARY, dtype)
+        case.rewards[:2] = 0.5
+        options = rows_of(case, reduction=reduction, return_entropy=True, rectify="positive")
+        whole = case.logits.clone().requires_grad_(True)
+        upstream = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)) if reduction == "none" else UPSTREAM
+        expected, expected_stats = gft_loss(whole, case.targets, backend="reference", **options)
+        (expected * upstream).sum().backward()
+        for inplace in (False, True):
+            for mine in ranks.splits():
+                shard = case.logits[..., mine].clone().requires_grad_(True)
+                loss, stats = gft_loss(shard * 1, case.targets, inplace=inplace, **options, **ranks.shared())
+                (loss * upstream).sum().backward()
+                ranks.same_everywhere(loss)
+                close(loss, expected)
+                close(shard.grad, whole.grad[..., mine], 2e-6 if dtype == torch.float32 else 1e-3)
+                for name in ("log_probs", "coefficients", "advantages", "entropy"):
+                    ranks.same_everywhere(getattr(stats, name))
+                    close(getattr(stats, name), getattr(expected_stats, name), 1e-5)
+
+
+def peaked_rows_keep_their_digits(ranks: Ranks):
+    """pi = 0.9999: what is left of the loss are the other ranks' masses."""
+    logits = torch.zeros(1, 2, VOCABULARY)
+    logits[0, 0, 5] = logits[0, 1, -1] = 15.0
+    targets = torch.tensor([[5, VOCABULARY - 1]])
+    losses, truth = oracle.loss_and_gradient(
+        logits[0], targets[0], torch.ones(2), torch.ones(2), torch.ones(2), 1.0, tau=0.7
+    )
+    for mine in ranks.splits():
+        shard = logits[..., mine].clone().requires_grad_(True)
+        loss = gft_loss(shard, targets, reduction="none", **ranks.shared())
+        loss.sum().backward()
+        close(loss.flatten(), losses, 1e-5)
+        close(shard.grad[0], truth[:, mine], 1e-5)
+
+
+def bans_and_bad_rows_stay_in_their_row(ranks: Ranks):
+    logits = torch.randn(4, VOCABULARY, generator=torch.Generator().manual_seed(2))
+    logits[0, 60:] = -float("inf")  # nothing but bans on some ranks
+    logits[1, 70] = float("nan")
+    logits[2, 7] = -float("inf")  # a banned target
+    targets = torch.tensor([4, 5, 7, 8])
+    for tau in (0.0, 0.7):
+        whole = logits.clone().requires_grad_(True)
+        expected = gft_loss(whole, targets, tau=tau, reduction="none", backend="reference")
+        expected.sum().backward()
+        for mine in ranks.splits():
+            shard = logits[:, mine].clone().requires_grad_(True)
+            loss = gft_loss(shard, targets, tau=tau, reduction="none", **ranks.shared())
+            loss.sum().backward()
+            torch.testing.assert_close(loss, expected, equal_nan=True)
+            torch.testing.assert_close(shard.grad, whole.grad[:, mine], equal_nan=True)
+
+
+def linear_case(dtype=torch.float32):
+    case = problem(6, 3, VOCABULARY)
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight, bias = (
+        torch.randn(*s, generator=generator).to(dtype) for s in [(6, 3, 16), (VOCABULARY, 16), (203,)]
+    )
+    return case, hidden, weight, bias
+
+
+def leaves(*tensors):
+    return [x.clone().requires_grad_(True) for x in tensors]
+
+
+def the_linear_loss_matches_the_whole_head(ranks: Ranks):
+    for dtype, reduction, chunk in [
+        (torch.float32, "token-mean", 5), (torch.bfloat16, "token-mean", None), (torch.float16, "sum", 7),
+        (torch.float32, "none", 4),
+    ]:  # fmt: skip
+        case, *tensors = linear_case(dtype)
+        case.rewards[:2] = 0.5
+        options = rows_of(case, reduction=reduction, return_entropy=True, chunk_rows=chunk, softcap=9.0)
+        whole = leaves(*tensors)
+        upstream = torch.linspace(-1, 2, 18).view(6, 3) if reduction == "none" else UPSTREAM
+        expected, expected_stats = gft_linear_loss(
+            whole[0], whole[1], case.targets, bias=whole[2], backend="reference", **options
+        )
+        (expected * upstream).sum().backward()
+        for mine in ranks.splits():
+            mine_only = leaves(tensors[0], tensors[1][mine], tensors[2][mine])
+            loss, stats = gft_linear_loss(
+                mine_only[0], mine_only[1], case.targets, bias=mine_only[2], **options, **ranks.shared()
+            )
+            (loss * upstream).sum().backward()
+            for same in (loss, mine_only[0].grad, stats.log_probs, stats.entropy):
+                ranks.same_everywhere(same)
+            close(loss, expected)
+            close(stats.entropy, expected_stats.entropy, 1e-5)
+            tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+            for leaf, of_whole in zip(
+                mine_only, (whole[0].grad, whole[1].grad[mine], whole[2].grad[mine]), strict=True
+            ):
+                assert leaf.grad.dtype == dtype
+                close(leaf.grad, of_whole, tolerance)
+            log_probs = token_log_probs(
+                tensors[0], tensors[1][mine], case.targets, bias=tensors[2][mine], mask=case.mask, softcap=9.0,
+                **ranks.shared(),
+            )  # fmt: skip
+            close(log_probs, expected_stats.log_probs, 1e-5)
+
+
+def nothing_live_does_not_hang(ranks: Ranks):
+    case, hidden, weight, _bias = linear_case()
+    nothing = torch.full_like(case.targets, -100)
+    for mine in ranks.splits():
+        x, w, z = leaves(hidden, weight[mine], case.logits[..., mine])
+        loss = gft_linear_loss(x, w, nothing, **ranks.shared()) + gft_loss(z, nothing, **ranks.shared())
+        loss.backward()
+        assert loss == 0 and x.grad.eq(0).all() and w.grad.eq(0).all() and z.grad.eq(0).all()
+        no_rows = torch.zeros(0, dtype=torch.long)
+        loss = gft_linear_loss(x[:0, 0], w, no_rows, **ranks.shared()) + gft_loss(z[0, :0], no_rows, **ranks.shared())
+        assert loss == 0
+
+
+def a_target_beyond_the_whole_vocabulary_is_an_error_everywhere(ranks: Ranks):
+    case, hidden, weight, _bias = linear_case()
+    case.targets[2, 1], case.mask[2, 1] = VOCABULARY, True
+    mine = ranks.splits()[0]
+    for call in (
+        lambda: gft_loss(case.logits[..., mine], case.targets, mask=case.mask, **ranks.shared()),
+        lambda: gft_linear_loss(hidden, weight[mine], case.targets, mask=case.mask, **ranks.shared()),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            assert "targets must lie in [0, 203), got 203 at row 7" in str(error)
+        else:
+            raise AssertionError("a target of 203 of 203 went through")
+
+
+def two_reductions_a_block_of_rows(ranks: Ranks):
+    case, hidden, weight, _bias = linear_case()
+    mine, sizes, all_reduce = ranks.splits()[0], [], dist.all_reduce
+    dist.all_reduce = lambda x, **k: (sizes.append(x.numel()), all_reduce(x, **k))[1]
+    try:
+        gft_loss(case.logits[..., mine], case.targets, **ranks.shared())
+        assert sizes == [ranks.size, 18, 4 * 18], "the shards' widths; the tops; mass, gap, target logit, found"
+        sizes.clear()
+        x, w = leaves(hidden, weight[mine])
+        gft_linear_loss(x, w, case.targets, chunk_rows=6, **ranks.shared()).backward()
+        assert sizes == [ranks.size] + [6, 4 * 6] * 3 + [hidden.numel()], "the hidden gradient once, at the end"
+    finally:
+        dist.all_reduce = all_reduce
+
+
+def compiles_whole(ranks: Ranks):
+    case, hidden, weight, _bias = linear_case()
+    mine = ranks.splits()[0]
+    x, w, z = leaves(hidden, weight[mine], case.logits[..., mine])
+
+    def both(x, w, z):
+        return gft_linear_loss(x * 1, w, case.targets, **ranks.shared()) + gft_loss(
+            z * 1, case.targets, **ranks.shared()
+        )
+
+    both(x, w, z).backward()
+    eager = [t.grad for t in (x, w, z)]
+    x, w, z = leaves(x.detach(), w.detach(), z.detach())
+    torch.compile(both, fullgraph=True, backend="aot_eager")(x, w, z).backward()
+    for leaf, expected in zip((x, w, z), eager, strict=True):
+        torch.testing.assert_close(leaf.grad, expected)
+
+
+CHECKS = (
+    the_row_loss_matches_the_oracle,
+    every_dtype_reduction_and_statistic,
+    peaked_rows_keep_their_digits,
+    bans_and_bad_rows_stay_in_their_row,
+    the_linear_loss_matches_the_whole_head,
+    nothing_live_does_not_hang,
+    a_target_beyond_the_whole_vocabulary_is_an_error_everywhere,
+    two_reductions_a_block_of_rows,
+    compiles_whole,
+)
+COMBINATIONS = [
+    (size, backend, check)
+    for size in (4, 2)
+    for backend in ("reference", "cpu")
+    for check in CHECKS
+    if check is not compiles_whole or (size, backend) == (2, "reference")  # tracing costs seconds and sees neither
+]
+
+
+def name_of(size: int, backend: str, check) -> str:
+    return f"{check.__name__} on {size} ranks, {backend}"
+
+
+def work(rank: int, folder: str) -> None:
+    """Run every check and write down, by size, backend and check, "" or what went wrong.
+
+    The first that goes wrong is the last: ranks that disagree on where they are cannot go on together.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4, timeout=timedelta(seconds=60)
+    )
+    pairs = [dist.new_group(members) for members in ([0, 1], [2, 3])]
+    said: dict[str, str] = {}
+    groups = {4: dist.group.WORLD, 2: pairs[rank // 2]}
+    for size, backend, check in COMBINATIONS:
+        assert distributed.group_of(groups[size].group_name).size() == size
+        if registry.backend(backend).absent() is not None:
+            continue
+        key = name_of(size, backend, check)
+        try:
+            check(Ranks(groups[size], backend))
+            said[key] = ""
+        except Exception:
+            said[key] = traceback.format_exc()
+            raise
+        finally:
+            torch.save(said, f"{folder}/rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
