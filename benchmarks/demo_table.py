@@ -10,7 +10,7 @@ import torch
 from benchmarks import report, shapes
 from benchmarks.clocks import CpuClock
 from benchmarks.harness import Outcome, measure
-from benchmarks.memory import peak_extra_bytes
+from benchmarks.memory import NotMeasuredError, peak_extra_bytes
 from benchmarks.peers import ours_name, row_contender
 from benchmarks.provenance import restart_under_headline_allocator
 from benchmarks.row_problem import build_row_problem
@@ -31,13 +31,16 @@ def line(case: shapes.RowCase) -> str:
     untimed = [outcome for outcome in (ours, eager) if outcome.status != "timed"]
     if untimed:
         return f"{case.dtype:<10}" + "; ".join(f"{o.name}: {o.status}: {o.why}" for o in untimed)
-    mib = [_mib(peak_extra_bytes("row", case, name)) for name in (OURS, EAGER)]
+    mib = [_mib(case, name) for name in (OURS, EAGER)]
     times = f"{ours.median_s * 1e3:8.1f} ms {eager.median_s * 1e3:8.1f} ms {eager.median_s / ours.median_s:6.1f} ×"
     return f"{case.dtype:<10}{times}{mib[0]:>12}{mib[1]:>12}{ours.error:10.0e}{eager.error:9.0e}"
 
 
-def _mib(extra_bytes: int | None) -> str:
-    return "?" if extra_bytes is None else f"{extra_bytes / 2**20:.1f} MiB"
+def _mib(case: shapes.RowCase, name: str) -> str:
+    try:
+        return f"{peak_extra_bytes('row', case, name) / 2**20:.1f} MiB"
+    except NotMeasuredError:  # a system without /proc
+        return "not known"
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import CHECK_UPSTREAM, Answer, Deviation
-from benchmarks.row_problem import IGNORE_INDEX, credit
+from benchmarks.row_problem import IGNORE_INDEX, credit, peak_shares, peak_tokens
 from benchmarks.shapes import LinearCase
 from benchmarks.truth import coefficients, deviation, relative_error
 
@@ -97,23 +98,22 @@ class LinearProblem:
 
 def build_linear_problem(case: LinearCase) -> LinearProblem:
     """Normal hidden states, each leaning towards one token's row of the head so that π is about .5 to .999 there."""
-    generator = torch.Generator().manual_seed(case.seed)
-    weight_VD = torch.randn(case.vocab, case.hidden, generator=generator).div_(case.hidden**0.5)
-    hidden_ND = torch.randn(case.rows, case.hidden, generator=generator)
-    targets_N = torch.randint(case.vocab, (case.rows,), generator=generator)
-    peak_N = torch.where(torch.rand(case.rows, generator=generator) < 0.75, targets_N, (targets_N + 1) % case.vocab)
+    generator = torch.Generator(case.device).manual_seed(case.seed)
+    weight_VD = torch.randn(case.vocab, case.hidden, generator=generator, device=case.device).div_(case.hidden**0.5)
+    hidden_ND = torch.randn(case.rows, case.hidden, generator=generator, device=case.device)
+    targets_N = torch.randint(case.vocab, (case.rows,), generator=generator, device=case.device)
     # the other logits are about standard normal: log Σ e^z = log V + 1/2
-    height_N = torch.logit(torch.linspace(0.5, 0.999, case.rows)) + torch.tensor(case.vocab).log() + 0.5
-    peak_ND = weight_VD[peak_N]
+    height_N = torch.logit(peak_shares(case.rows, case.device)) + math.log(case.vocab) + 0.5
+    peak_ND = weight_VD[peak_tokens(targets_N, case.vocab, generator)]
     hidden_ND += (height_N / peak_ND.square().sum(1))[:, None] * peak_ND
     advantages_N, targets_N = credit(case, targets_N, generator)
     dtype = getattr(torch, case.dtype)
     return LinearProblem(
         case=case,
-        hidden_ND=hidden_ND.to(case.device, dtype).requires_grad_(),
-        weight_VD=weight_VD.to(case.device, dtype).requires_grad_(),
-        targets_N=targets_N.to(case.device),
-        advantages_N=advantages_N.to(case.device),
+        hidden_ND=hidden_ND.to(dtype).requires_grad_(),
+        weight_VD=weight_VD.to(dtype).requires_grad_(),
+        targets_N=targets_N,
+        advantages_N=advantages_N,
         upstream=torch.ones((), device=case.device),
         live_rows=int((targets_N != IGNORE_INDEX).sum()),
     )

@@ -25,10 +25,14 @@ from benchmarks.provenance import default_allocator_environment
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
-def peak_extra_bytes(kind: str, case, name: str) -> int | None:
-    """Bytes that `name` needs in one step beyond the inputs, at its peak; None where that cannot be measured.
+class NotMeasuredError(RuntimeError):
+    """Peak memory could not be measured; the message says why."""
 
-    kind: "row" or "linear" (benchmarks.kinds). name: of a contender that has passed its check.
+
+def peak_extra_bytes(kind: str, case, name: str) -> int:
+    """Bytes that `name` needs in one step beyond the inputs, at its peak.
+
+    kind: "row" or "linear" (benchmarks.kinds). name: of a contender that has passed its check. Raises NotMeasuredError.
     """
     if case.device == "cuda":
         return _peak_cuda(kind, case, name)
@@ -37,11 +41,11 @@ def peak_extra_bytes(kind: str, case, name: str) -> int | None:
     root = Path(__file__).parent.parent
     child = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     if child.returncode:
-        return None
+        raise NotMeasuredError((child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1][:160])
     return json.loads(child.stdout.splitlines()[-1])["extra_bytes"]
 
 
-def _peak_cuda(kind: str, case, name: str) -> int | None:
+def _peak_cuda(kind: str, case, name: str) -> int:
     problem, step = _contender(kind, case, name)
     _settled_step(problem, step)
     torch.cuda.synchronize()

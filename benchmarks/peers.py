@@ -42,7 +42,9 @@ def _makers() -> dict[str, Callable[[str, RowProblem], Contender | Absent]]:
     quack = partial(_kernels, "quack.cross_entropy", gpu_peers.quack_cross_entropy)
     trl = partial(_kernels, "trl.kernels.logprob_entropy", gpu_peers.trl_loss)
     makers = {FLOOR: _floor}
-    makers |= {ours_name(b, inplace): partial(_ours, b, inplace) for b in BACKENDS for inplace in (True, False)}
+    ours = [(backend, inplace) for backend in BACKENDS for inplace in (True, False)]
+    ours.remove(("reference", True))  # plain torch, where in place only adds a copy
+    makers |= {ours_name(backend, inplace): partial(_ours, backend, inplace) for backend, inplace in ours}
     makers |= {
         "eager PyTorch, paper's formulation": partial(_torch, paper_loss, "gft", traffic.PAPER),
         "eager PyTorch, lean": partial(_torch, lean_loss, "gft", None),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import CHECK_UPSTREAM, Answer, Deviation
-from benchmarks.shapes import RowCase
+from benchmarks.shapes import LinearCase, RowCase
 from benchmarks.truth import deviation, row_truth
 
 IGNORE_INDEX = -100
@@ -68,44 +68,55 @@ class RowProblem:
 
 
 def build_row_problem(case: RowCase) -> RowProblem:
-    """The inputs of a case, the same for the same seed whatever the dtype (up to its rounding)."""
-    generator = torch.Generator().manual_seed(case.seed)
-    logits_NV = torch.randn(case.rows, case.vocab, generator=generator)
-    targets_N = torch.randint(case.vocab, (case.rows,), generator=generator)
+    """The inputs of a case, made on its device: the same for the same seed, whatever the dtype (up to its rounding)."""
+    generator = torch.Generator(case.device).manual_seed(case.seed)
+    logits_NV = torch.randn(case.rows, case.vocab, generator=generator, device=case.device)
+    targets_N = torch.randint(case.vocab, (case.rows,), generator=generator, device=case.device)
     if case.logits == "peaked":
         _raise_peaks(logits_NV, targets_N, generator)
     advantages_N, targets_N = credit(case, targets_N, generator)
-    pristine_NV = logits_NV.to(case.device, getattr(torch, case.dtype))
+    pristine_NV = logits_NV.to(getattr(torch, case.dtype))
     return RowProblem(
         case=case,
         logits_NV=pristine_NV.clone(),
         pristine_NV=pristine_NV,
-        targets_N=targets_N.to(case.device),
-        advantages_N=advantages_N.to(case.device),
+        targets_N=targets_N,
+        advantages_N=advantages_N,
         upstream=torch.ones((), device=case.device),
         live_rows=int((targets_N != IGNORE_INDEX).sum()),
     )
 
 
-def credit(case, targets_N: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def credit(case: RowCase | LinearCase, targets_N: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Advantages (N,) float32 of normal rewards, and targets with the dead half of the case taken out."""
-    response_N = torch.arange(case.rows) * case.responses // case.rows
-    rewards_S = torch.randn(case.responses, generator=generator)
+    row_N = torch.arange(case.rows, device=case.device)
+    response_N = row_N * case.responses // case.rows
+    rewards_S = torch.randn(case.responses, generator=generator, device=case.device)
     advantages_S = (rewards_S - rewards_S.mean()) / (rewards_S.std() + 1e-6)
     if case.dead == "zero-advantage":
         advantages_S[::2] = 0.0
     if case.dead == "masked":  # the second half of each response, as padding is
-        first_N = torch.searchsorted(response_N, response_N)
+        position_N = row_N - torch.searchsorted(response_N, response_N)
         length_N = torch.bincount(response_N, minlength=case.responses)[response_N]
-        position_N = torch.arange(case.rows) - first_N
         targets_N = torch.where(2 * position_N < length_N, targets_N, IGNORE_INDEX)
     return advantages_S[response_N], targets_N
 
 
+def peak_tokens(targets_N: Tensor, vocab: int, generator: torch.Generator) -> Tensor:
+    """The likely token of each row: in three rows of four the target."""
+    hits_N = torch.rand(targets_N.shape, generator=generator, device=targets_N.device) < 0.75
+    return torch.where(hits_N, targets_N, (targets_N + 1) % vocab)
+
+
+def peak_shares(rows: int, device: str) -> Tensor:
+    """The probability (N,) of each row's likely token, as a trained model has them."""
+    return torch.linspace(0.5, 0.999, rows, device=device)
+
+
 def _raise_peaks(logits_NV: Tensor, targets_N: Tensor, generator: torch.Generator) -> None:
-    """Give one token of each row a probability of .5 to .999, as a trained model does; 3 rows of 4 target it."""
+    """Set the likely token's logit so that it has its share of the row."""
     rows, vocab = logits_NV.shape
-    peak_N1 = torch.where(torch.rand(rows, generator=generator) < 0.75, targets_N, (targets_N + 1) % vocab)[:, None]
+    peak_N1 = peak_tokens(targets_N, vocab, generator)[:, None]
     logits_NV.scatter_(1, peak_N1, -math.inf)
-    share_N1 = torch.linspace(0.5, 0.999, rows)[:, None]
+    share_N1 = peak_shares(rows, logits_NV.device)[:, None]
     logits_NV.scatter_(1, peak_N1, logits_NV.logsumexp(1, keepdim=True) + torch.logit(share_N1))

@@ -90,7 +90,7 @@ class LinearCase:
 def row_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[RowCase]:
     """The grid of the row benchmark: headline shapes, then V, N, inputs, dead rows and threads one at a time."""
     dtypes = ("float32", "bfloat16")
-    rows = {"cpu": 256, "cuda": 8192}[device]
+    rows = {"cpu": 128, "cuda": 8192}[device]
     head = RowCase(rows, HEADLINE_VOCABULARY, device=device, threads=threads)
     if quick:
         small = replace(head, rows=32 if device == "cpu" else 1024)
@@ -101,7 +101,7 @@ def row_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[Row
         cases += [replace(case, logits="random")]
         cases += [replace(case, dead=dead) for dead in ("masked", "zero-advantage")]
         cases += [replace(case, upstream=0.25)]  # gradient accumulation: the gradient is scaled in backward
-        cases += [replace(case, rows=n) for n in (1, 8, 64)]  # few rows: where launch and set-up costs show
+        cases += [replace(case, rows=n) for n in (1, 8, 32)]  # few rows: where launch and set-up costs show
         # as many logits as the headline shape has, in rows of another width
         others = [v.size for v in VOCABULARIES if v.size != head.vocab]
         cases += [replace(case, rows=rows * head.vocab // vocab, vocab=vocab) for vocab in others]
@@ -131,5 +131,5 @@ def linear_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[
 
 def memory_cases(device: str, *, quick: bool = False) -> list[RowCase]:
     """Row counts at which peak memory is measured (one step each, in a process of its own on a CPU)."""
-    rows = (16,) if quick else {"cpu": (32, 64, 128, 256), "cuda": (1024, 2048, 4096, 8192)}[device]
+    rows = (16,) if quick else {"cpu": (16, 32, 64, 128), "cuda": (1024, 2048, 4096, 8192)}[device]
     return [RowCase(n, HEADLINE_VOCABULARY, dtype, device=device) for dtype in ("float32", "bfloat16") for n in rows]
