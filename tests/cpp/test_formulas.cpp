@@ -1,0 +1,84 @@
+// F1 to F7 where a formula written the plain way goes wrong.
+#include "check.h"
+#include "gft/formulas.h"
+
+namespace {
+
+using namespace gft;
+constexpr double kInf = INFINITY;
+
+template <class Real>
+void test_states(Real tolerance) {
+    const State<Real> empty{neg_inf<Real>(), 0};
+    const State<Real> none = merge(empty, empty);
+    CHECK(none.top == neg_inf<Real>() && none.mass == 0);
+    const State<Real> one = observe(empty, Real(-1000));
+    CHECK(one.top == -1000 && one.mass == 1);
+    const State<Real> banned = observe(one, neg_inf<Real>());
+    CHECK(banned.top == -1000 && banned.mass == 1);
+    CHECK(std::isnan(observe(one, Real(NAN)).mass));
+    // Others {0, 1}, target 2: log pi = 2 - log(1 + e + e^2).
+    const State<Real> others = observe(observe(empty, Real(0)), Real(1));
+    CHECK(is_near(log_prob(Real(2), others), 2 - std::log(1 + std::exp(1.0) + std::exp(2.0)), tolerance));
+    // All of it moved by 1e4: the same log pi.
+    const State<Real> moved = observe(observe(empty, Real(1e4)), Real(1e4 + 1));
+    CHECK(is_near(log_prob(Real(1e4 + 2), moved), log_prob(Real(2), others), tolerance));
+}
+
+template <class Real>
+void test_log_prob(Real tolerance) {
+    CHECK(is_near(log_prob(Real(30), State<Real>{0, 1}), -std::log1p(std::exp(-30.0)), tolerance));  // pi near 1
+    CHECK(is_near(log_prob(Real(-1000), State<Real>{0, 1}), -1000, tolerance));
+    CHECK(log_prob(Real(5), State<Real>{neg_inf<Real>(), 0}) == 0);  // no other token
+    CHECK(log_prob(neg_inf<Real>(), State<Real>{0, 1}) == neg_inf<Real>());
+    CHECK(std::isnan(log_prob(neg_inf<Real>(), State<Real>{neg_inf<Real>(), 0})));
+    CHECK(std::isnan(log_prob(Real(kInf), State<Real>{0, 1})));
+}
+
+void test_coefficients() {
+    const Objective all{0.7, Rectify::all}, positive{0.7, Rectify::positive};
+    CHECK(coefficient(std::log(0.7), 0.7) == 1.0);  // at pi = tau the weight is 1
+    CHECK(coefficient(-kInf, 0.0) == 1.0);          // tau = 0 is SFT, also where pi = 0
+    CHECK(coefficient(-kInf, 0.7) == 0.0);
+    CHECK(std::isnan(coefficient(double{NAN}, 0.7)));
+    CHECK(is_near(row_coefficient(std::log(0.2), -2.0, all).kappa, -0.4, 1e-15));
+    CHECK(row_coefficient(std::log(0.2), -2.0, positive).kappa == -2.0);
+    CHECK(token_loss(-kInf, 0.0) == 0.0);  // the limit of pi log pi
+    CHECK(token_loss(-kInf, 1.0) == kInf);
+    CHECK(dlogit_other(double{NAN}, 0.0) == 0.0 && dlogit_target(double{NAN}, 0.0) == 0.0);
+    CHECK(is_near(dlogit_target(-1e-12, 2.0), -2e-12, 1e-12));
+}
+
+void test_advantages() {
+    const Group<double> group{0.5, 0.25, 4, false}, equal{1.0, 1e-17, 4, true}, single{1.0, 0.0, 1, true};
+    const auto advantage = [](double reward, Group<double> g, Normalize n, Singleton s = Singleton::reward) {
+        return advantage_in_group(reward, g, 1e-6, n, s);
+    };
+    CHECK(is_near(advantage(1.0, group, Normalize::std), 0.5 / 0.250001, 1e-15));
+    CHECK(advantage(1.0, group, Normalize::mean) == 0.5);
+    CHECK(is_near(advantage(1.0, group, Normalize::leave_one_out), 0.5 * 4 / 3, 1e-15));
+    CHECK(advantage(1.0, equal, Normalize::std) == 0.0);
+    CHECK(advantage(1.0, single, Normalize::std) == 1.0);
+    CHECK(advantage(1.0, single, Normalize::std, Singleton::zero) == 0.0);
+}
+
+void test_transforms() {
+    CHECK(is_near(transform(20.0, 0.5, 30.0, 2.0), 15.0 * std::tanh(1.0 / 3.0), 1e-15));
+    CHECK(transform_slope(20.0, 0.5, 0.0, 2.0) == 0.25);
+    // Saturated: 1 - tanh^2 is 4 e^-40 there, which 1 - x*x cannot say.
+    CHECK(is_near(transform_slope(600.0, 1.0, 30.0, 1.0), 4 * std::exp(-40.0), 1e-12));
+    CHECK(raise_gap(3.0, 0.0, -kInf) == 0.0);
+    CHECK(is_near(raise_gap(-1.0, 2.0, -0.5), std::exp(-0.5) * (-1.0 + 2.0 * -0.5), 1e-15));
+}
+
+}  // namespace
+
+void test_formulas() {
+    test_states<double>(1e-12);
+    test_states<float>(1e-5f);
+    test_log_prob<double>(1e-14);
+    test_log_prob<float>(1e-6f);
+    test_coefficients();
+    test_advantages();
+    test_transforms();
+}

@@ -1,0 +1,79 @@
+"""One mathematics, two texts: the C++ formulas (csrc/gft/formulas.h) and the Python ones, each tag on an edge grid."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+
+import pytest
+import torch
+
+from gft_kernels import _extension, formulas
+
+if (absence := _extension.absent()) is not None:
+    pytest.skip(absence, allow_module_level=True)
+
+INF, NAN = math.inf, math.nan
+LOG_TAU = math.log(0.7)
+LOGITS = (0.0, -0.0, 1.0, -3.5, 1e4, 1e4 + 1, -1000.0, 1e-38, INF, -INF, NAN)
+TOPS = (0.0, 2.0, 1e4, -1000.0, -INF, INF, NAN)
+MASSES = (0.0, 1e-38, 1.0, 151936.0, NAN)
+LOG_PROBS = (0.0, -1e-38, -1e-9, LOG_TAU, -1.0, -200.0, -INF, NAN)
+SCALES = (0.0, 1.0, -2.5, 1e-38, NAN)
+GRID = {  # formula: the values of each of its arguments
+    "transform": (LOGITS, (1.0, -0.5), (0.0, 30.0), (1.0, 0.6)),
+    "transform_slope": ((*LOGITS, 600.0), (1.0, -0.5), (0.0, 30.0), (1.0, 0.6)),
+    "observe": (TOPS, MASSES, LOGITS),
+    "merge": (TOPS, MASSES, TOPS, MASSES),
+    "raise_gap": ((0.0, -1.0, NAN), MASSES, (0.0, -0.5, -300.0, -INF, NAN)),
+    "log_prob": (LOGITS, TOPS, MASSES),
+    "row_tau": ((0.0, 1.0, -1.0, NAN), (0.0, 0.7, 1.0), (True, False)),
+    "coefficient": (LOG_PROBS, (0.0, 1e-38, 0.7, 1.0)),
+    "group_advantage": ((0.0, 1.0, 0.25, NAN), (0.0, 0.25, NAN), (0.0, 1e-17, 0.5), (0.0, 1e-6)),
+    "kappa": ((0.0, 1.0, -2.0, NAN), (0.0, 0.3, 1.0, NAN)),
+    "token_loss": (LOG_PROBS, SCALES),
+    "dlogit_other": (LOG_PROBS, SCALES),
+    "dlogit_target": (LOG_PROBS, SCALES),
+    "entropy": ((0.0, 11.9, -INF, NAN), (0.0, -3.0, NAN)),
+}
+PRECISIONS = {"formulas64": (torch.float64, 1e-14), "formulas32": (torch.float32, 3e-6)}
+
+
+def evaluate_python(name: str, arguments: tuple, dtype: torch.dtype) -> tuple[float, ...]:
+    """The Python text on one point; options that choose a branch (softcap, booleans) stay plain numbers."""
+    plain = {"softcap", "rectify_all", "logit_scale", "temperature"}
+    function = getattr(formulas, name)
+    parameters = inspect.signature(function).parameters
+    given = [
+        x if isinstance(x, bool) or parameter in plain else torch.tensor(x, dtype=dtype)
+        for parameter, x in zip(parameters, arguments, strict=True)
+    ]
+    out = function(*given)
+    return tuple(float(x) for x in (out if isinstance(out, tuple) else (out,)))
+
+
+def close(a: float, b: float, tolerance: float) -> bool:
+    if math.isnan(a) or math.isnan(b):
+        return math.isnan(a) and math.isnan(b)
+    return a == b or abs(a - b) <= tolerance * max(abs(a), abs(b), 1e-30)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", GRID)
+def test_texts_agree(name, precision):
+    dtype, tolerance = PRECISIONS[precision]
+    native = getattr(getattr(_extension.kernels(), precision), name)
+    for arguments in itertools.product(*GRID[name]):
+        ours = evaluate_python(name, arguments, dtype)
+        theirs = native(*arguments)
+        theirs = theirs if isinstance(theirs, tuple) else (theirs,)
+        agree = all(close(a, b, tolerance) for a, b in zip(ours, theirs, strict=True))
+        assert agree, f"{name}{arguments}: Python {ours}, C++ {theirs}"
+
+
+def test_every_formula_is_held():
+    """A formula added to one text must appear in the other and in the grid."""
+    python = {name for name, f in inspect.getmembers(formulas, inspect.isfunction) if f.__module__ == formulas.__name__}
+    native = {name for name in vars(_extension.kernels().formulas64) if not name.startswith("__")}
+    assert python == native == set(GRID)

@@ -1,0 +1,248 @@
+"""The C++ kernels as every instruction set of this processor runs them, straight at `RowCall`s."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from cases import VOCABULARIES, assert_rounded, eager_gradient, problem
+from torch.testing import assert_close
+
+from gft_kernels import _extension, formulas
+from gft_kernels.backends import cpu, reference
+from gft_kernels.options import Credit, RowCall
+
+if (absence := cpu.absent()) is not None:
+    pytest.skip(absence, allow_module_level=True)
+
+SETS = _extension.kernels().instruction_sets()
+NAN, INF = float("nan"), float("inf")
+UPSTREAM = 3.7
+TRANSFORMS = ({"softcap": 5.0}, {"temperature": 1.7}, {"logit_scale": -0.5, "softcap": 30.0})
+
+
+def call_of(case, **options) -> RowCall:
+    """A problem as the call that every backend sees; tests that need no reduction pass `credit`."""
+    softcap = case.options.get("softcap")
+    given = {k: v for k, v in case.options.items() if k != "softcap"}
+    credit = Credit(
+        targets_R=case.targets.flatten().contiguous(),
+        mask_R=case.mask.flatten().contiguous(),
+        rewards_S=case.rewards,
+        group_size=case.group_size,
+        tokens_per_response=case.targets.shape[1],
+    )
+    fp16 = case.logits.dtype == torch.float16
+    base = RowCall(case.logits, credit, softcap=softcap or 0.0, want_gradient=True, defer_scale=fp16, **given)
+    return replace(base, **options)
+
+
+def rows_call(logits_RV, targets, advantages=None, **options) -> RowCall:
+    """Packed rows with an advantage each, summed per row."""
+    rows = len(targets)
+    advantages = torch.ones(rows) if advantages is None else advantages
+    credit = Credit(torch.as_tensor(targets), advantages_R=advantages, tokens_per_response=rows, reduction="none")
+    return RowCall(logits_RV[None], credit, **options)
+
+
+def final_gradient(result, upstream, name):
+    return cpu.scale(result.gradient_STV, result.row_scale_R, torch.tensor(upstream), False, name)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_float32_is_no_worse_than_eager(name, vocabulary):
+    case = problem(2, 2, vocabulary, std=4.0, seed=vocabulary)
+    losses, truth = case.truth(UPSTREAM)
+    result = cpu.run(call_of(case), name)
+    assert abs(float(result.loss) - float(losses.sum())) <= 1e-5 * float(losses.abs().sum())
+    error = (final_gradient(result, UPSTREAM, name).double() - truth).abs().max()
+    eager = (eager_gradient(case, UPSTREAM).double() - truth).abs().max()
+    assert error <= max(float(eager), 1e-6 * float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocabulary", [7, 1000, 50257, 151936])
+def test_half_gradients_are_rounded_once(name, dtype, vocabulary):
+    case = problem(2, 2, vocabulary, dtype, std=2.0, seed=vocabulary)
+    losses, truth = case.truth(1.0)
+    result = cpu.run(call_of(case), name)
+    assert_close(result.loss.double(), losses.sum(), rtol=1e-5, atol=1e-8)
+    gradient = result.gradient_STV
+    if result.row_scale_R is not None:  # fp16: stored large; the row scale belongs to it
+        factor = result.row_scale_R.double().view(2, 2, 1)
+        stored = torch.where(factor == 0, 0.0, truth / factor)
+        large = stored.abs() > 1e-4  # below, half's own denormals speak
+        assert_rounded(torch.where(large, gradient, 0.0), torch.where(large, stored, 0.0), roundings=1)
+        assert ((gradient.double() - stored).abs()[~large] <= 2.0**-24).all()
+    else:
+        assert_rounded(gradient, truth, roundings=1)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("options", TRANSFORMS, ids=str)
+def test_transforms_and_entropy(name, options):
+    case = problem(4, 3, 1003, std=8.0, tau=0.3, **options)
+    losses, truth = case.truth(1.0)
+    call = call_of(case, want_entropy=True)
+    result, expected = cpu.run(call, name), reference.run(call)
+    assert_close(result.loss.double(), losses.sum(), rtol=1e-5, atol=1e-8)
+    assert_close(result.gradient_STV.double(), truth, rtol=2e-5, atol=1e-12)
+    assert_close(result.entropy_R, expected.entropy_R, rtol=1e-5, atol=1e-5)
+    assert_close(result.coefficients_R, expected.coefficients_R, rtol=1e-5, atol=1e-30)
+
+
+def hard_rows(vocabulary: int = 5000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows on which a kernel that anchors its exponentials carelessly goes wrong."""
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(14, vocabulary, generator=generator)
+    targets = torch.full((14,), 12)
+    rows[0] += 1e4  # a common offset
+    rows[1] *= 30  # peaked
+    rows[2] = -INF  # no token allowed
+    rows[3, 77] = NAN
+    rows[4, -1] = INF
+    rows[5] -= 1000  # far from 0, after a banned prefix longer than the first look
+    rows[5, :2000] = -INF
+    rows[6, :3000] = -3.4e38  # float's lowest as a mask
+    rows[7] = -INF
+    rows[7, 12] = 2.0  # one token allowed
+    rows[8, -1] = 200.0  # a late peak that is the target
+    targets[8] = vocabulary - 1
+    rows[9] = -3.4e38  # uniform, where k·z overflows
+    rows[10, 12] = -INF  # a banned target
+    rows[11] = torch.arange(vocabulary) * 0.5  # the anchor must move again and again
+    rows[12, 12] = 30.0  # pi within 1e-9 of 1
+    rows[13, 4990] = 3000.0  # a late peak that is not the target
+    return rows, targets
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("tau", [0.0, 0.7])
+def test_hard_rows(name, tau):
+    rows, targets = hard_rows()
+    truth = torch.log_softmax(rows.double(), 1).gather(1, targets[:, None])[:, 0]
+    result = cpu.run(rows_call(rows, targets, tau=tau, want_gradient=True, want_entropy=True), name)
+    expected = reference.run(rows_call(rows, targets, tau=tau, want_gradient=True, want_entropy=True))
+    assert_close(result.log_probs_R.double(), truth, rtol=5e-6, atol=0, equal_nan=True)
+    assert_close(result.loss, expected.loss, rtol=1e-5, atol=1e-12, equal_nan=True)
+    assert_close(result.gradient_STV, expected.gradient_STV, rtol=1e-4, atol=1e-9, equal_nan=True)
+    assert_close(result.entropy_R, expected.entropy_R, rtol=1e-5, atol=1e-4, equal_nan=True)
+    assert [r for r in range(14) if result.gradient_STV[0, r].isnan().any()] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_rows_that_do_not_count_are_not_read(name):
+    rows = torch.full((3, 1001), NAN)
+    rows[1] = torch.randn(1001)
+    credit = Credit(torch.tensor([-100, 5, 5]), advantages_R=torch.tensor([1.0, 1.0, 0.0]), tokens_per_response=3)
+    call = RowCall(rows[None], credit, want_gradient=True)
+    result = cpu.run(call, name)
+    assert torch.isfinite(result.loss) and (result.gradient_STV[0, [0, 2]] == 0).all()
+    assert result.log_probs_R[2] == 0 and result.coefficients_R[2] == 0
+    assert cpu.run(replace(call, want_stats=True), name).log_probs_R[2].isnan()  # asked for, so read
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_in_place_equals_out_of_place(name):
+    case = problem(2, 3, 50257, torch.bfloat16)
+    apart = cpu.run(call_of(case), name)
+    storage = torch.full((2, 5, 60000), 9.0, dtype=torch.bfloat16)
+    window = storage[:, 1:4, 3:50260]  # strided over S and T, and no row aligned
+    window.copy_(case.logits)
+    inplace = cpu.run(call_of(replace(case, logits=window), inplace=True), name)
+    assert inplace.gradient_STV.data_ptr() == window.data_ptr()
+    assert torch.equal(window, apart.gradient_STV) and torch.equal(inplace.loss, apart.loss)
+    window.fill_(9.0)
+    assert (storage == 9.0).all()  # nothing beside the window was written
+
+
+def test_bits_depend_on_neither_threads_nor_runs():
+    case = problem(8, 5, 32003, std=5.0)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7) * 5:
+            torch.set_num_threads(count)
+            results.append(cpu.run(call_of(case)))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert torch.equal(result.loss, results[0].loss)
+        assert torch.equal(result.gradient_STV, results[0].gradient_STV)
+
+
+def test_instruction_sets_agree():
+    case = problem(2, 3, 151936, std=5.0)
+    first, *others = (cpu.run(call_of(case, want_entropy=True), name) for name in SETS)
+    for other in others:
+        assert_close(other.loss, first.loss, rtol=1e-6, atol=1e-9)
+        assert_close(other.gradient_STV, first.gradient_STV, rtol=1e-5, atol=1e-15)
+    with pytest.raises(ValueError, match="instruction_set must be one of"):
+        cpu.run(call_of(case), "avx1024")
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_shards_make_the_whole(name, dtype):
+    case = problem(2, 3, 1009, dtype, std=4.0, softcap=10.0)
+    call = replace(call_of(case, want_entropy=True), defer_scale=False)
+    whole = cpu.run(replace(call, want_stats=True), name)
+    logits, read_R = case.logits, case.mask.flatten()
+    edges, targets_R = [0, 1, 400, 1009], call.credit.targets_R
+    parts = [(replace(call, logits_STV=logits[..., a:b]), targets_R - a) for a, b in pairwise(edges)]
+    top_R, mass_R, gap_R = torch.full((6,), -INF).double(), torch.zeros(6).double(), torch.zeros(6).double()
+    target_R = torch.zeros(6).double()
+    for part, columns_R in parts:
+        shard = cpu.shard_statistics(part, columns_R, read_R, name)
+        new_top, new_mass = formulas.merge(top_R, mass_R, shard.top_R, shard.mass_R)
+        gap_R = formulas.raise_gap(gap_R, mass_R, top_R - new_top)
+        gap_R = gap_R + formulas.raise_gap(shard.gap_R, shard.mass_R, shard.top_R - new_top)
+        top_R, mass_R, target_R = new_top, new_mass, target_R + shard.target_logit_R
+    log_pi_R = formulas.log_prob(target_R, top_R, mass_R)
+    assert_close(log_pi_R[read_R].float(), whole.log_probs_R[read_R], rtol=1e-5, atol=1e-7)
+    assert (top_R[~read_R] == -INF).all() and (mass_R[~read_R] == 0).all()
+    all_top, all_mass = formulas.observe(top_R, mass_R, target_R)
+    agreed = (log_pi_R.float(), all_top.float(), torch.log(all_mass).float())
+    scale_R = torch.where(read_R, torch.linspace(-2, 3, 6), 0.0)
+    gradient = torch.cat([cpu.shard_gradient(part, columns, *agreed, scale_R, name) for part, columns in parts], -1)
+    expected = reference.shard_gradient(replace(call, logits_STV=logits), targets_R, *agreed, scale_R)
+    assert_close(gradient, expected, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-6)
+    assert (gradient.flatten(0, 1)[~read_R] == 0).all()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_scale_is_one_product_and_one_rounding(name):
+    gradient = torch.randn(2, 3, 1001).bfloat16()[..., 1:]
+    row_scale, upstream = torch.rand(6), torch.randn(6)
+    truth = gradient.float() * (row_scale * upstream).view(2, 3, 1)
+    assert torch.equal(cpu.scale(gradient, row_scale, upstream, False, name), truth.bfloat16())
+    truth = (gradient.float() * 0.3).bfloat16()
+    assert torch.equal(cpu.scale(gradient, None, torch.tensor(0.3), True, name), truth)
+    assert torch.equal(gradient, truth)
+
+
+def test_a_bad_target_is_named():
+    call = rows_call(torch.randn(4, 7), [0, 9, 3, 1])
+    with pytest.raises(ValueError, match=r"targets must lie in \[0, 7\).*ignore_index=-100.*got 9 at position 1"):
+        cpu.run(call)
+
+
+def test_refusals():
+    call = rows_call(torch.randn(7, 4).T, [0, 1, 2, 3])
+    assert "stride 4 over the vocabulary" in cpu.refuses(call)
+    assert "meta" in cpu.refuses(replace(call, logits_STV=torch.empty(1, 4, 7, device="meta")))
+    assert cpu.refuses(replace(call, logits_STV=torch.randn(1, 4, 7))) is None
+
+
+def test_no_rows():
+    result = cpu.run(RowCall(torch.empty(0, 3, 7), Credit(torch.empty(0, dtype=torch.int64)), want_gradient=True))
+    assert result.loss == 0 and result.gradient_STV.shape == (0, 3, 7)
+
+
+def test_float_denormals_still_work_afterwards():
+    """The kernels flush denormals for speed; the caller's arithmetic must not notice."""
+    cpu.run(rows_call(torch.randn(2, 100), [0, 1], want_gradient=True))
+    assert float(torch.tensor(1e-40) * 1.0) > 0.0
