@@ -52,6 +52,7 @@ def run(kind: str, timed: Sequence, weighed: Sequence, options: argparse.Namespa
     weighed = [] if options.no_memory else list(weighed)
     cases = [case for case in dict.fromkeys([*timed, *weighed]) if options.case in case.label()]
     results: list[report.CaseResult] = []
+    made = report.Report(kind, clock.name, rounds, options.device, results)
     told: set[tuple[str, str]] = set()
     for case in cases:
         outcomes = _measure_case(kind, case, clock, rounds, options.only)
@@ -59,9 +60,9 @@ def run(kind: str, timed: Sequence, weighed: Sequence, options: argparse.Namespa
             outcomes = _weigh(kind, case, outcomes)
         results.append(report.CaseResult(vars(case).copy(), case.label(), KINDS[kind].input_bytes(case), outcomes))
         print(report.table(results[-1], told) + "\n", flush=True)
-    made = report.Report(kind, clock.name, rounds, options.device, results)
+        if options.save:  # after each case: a run that is ended early leaves what it has
+            made.save(options.save)
     if options.save:
-        made.save(options.save)
         print(f"saved {options.save}")
     return made
 
