@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gft_kernels.linear_call import LinearCall
 
-BLOCK_BYTES = 32 << 20
-"""Of the head converted at a time on a CPU: large enough for full speed, small beside any chunk of logits."""
+BLOCK_BYTES = 8 << 20
+"""Of the head converted to float32 at a time: large enough for a product's full speed, small enough for a cache."""
 
 
 @cache
@@ -79,23 +79,26 @@ class Head:
         self.precision = precision
         self.bias_V = None if bias_V is None else bias_V.detach().to(precision.logits)
         self.weight_VD = weight_VD.detach()
+        self.rounded_BD = self.block_BD = None
         if precision.operand == precision.product:  # under autocast one converted copy, as torch's own autocast keeps
             self.weight_VD = self.weight_VD.to(precision.operand)
-
-    def _operand(self, values: Tensor) -> Tensor:
-        return values.to(self.precision.product).to(self.precision.operand)
+        else:  # one buffer for all blocks: the allocator would scatter a new one each time over the heap
+            rows = min(weight_VD.shape[0], max(1, BLOCK_BYTES // (4 * max(weight_VD.shape[1], 1))))
+            self.rounded_BD = self.weight_VD.new_empty(rows, weight_VD.shape[1], dtype=precision.product)
+            self.block_BD = self.weight_VD.new_empty(rows, weight_VD.shape[1], dtype=precision.operand)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        vocabulary, hidden_size = self.weight_VD.shape
-        ready = self.precision.operand == self.precision.product
-        step = vocabulary if ready else BLOCK_BYTES // (4 * max(hidden_size, 1))
-        for start in range(0, vocabulary, max(step, 1)):
-            block = slice(start, min(start + step, vocabulary))
-            yield block, self.weight_VD if ready else self._operand(self.weight_VD[block])
+        if self.rounded_BD is None or self.block_BD is None:
+            yield slice(None), self.weight_VD
+            return
+        for start in range(0, len(self.weight_VD), max(len(self.block_BD), 1)):
+            weight_BD = self.weight_VD[start : start + len(self.block_BD)]
+            rounded_BD = self.rounded_BD[: len(weight_BD)].copy_(weight_BD)
+            yield slice(start, start + len(weight_BD)), self.block_BD[: len(weight_BD)].copy_(rounded_BD)
 
     def rows(self, hidden_CD: Tensor) -> Tensor:
         """Hidden states as the products want them."""
-        return self._operand(hidden_CD)
+        return hidden_CD.to(self.precision.product).to(self.precision.operand)
 
     def logits(self, hidden_CD: Tensor, out_CV: Tensor) -> None:
         """First product: out = hidden @ weight^T + bias."""
