@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import report, shapes
+from benchmarks import provenance, report, shapes
 from benchmarks.clocks import CpuClock
 from benchmarks.harness import Outcome, measure
 from benchmarks.memory import NotMeasuredError, peak_extra_bytes
 from benchmarks.peers import ours_name, row_contender
-from benchmarks.provenance import restart_under_headline_allocator
 from benchmarks.row_problem import build_row_problem
 
 OURS, EAGER = ours_name("auto", inplace=True), "eager PyTorch, lean"
@@ -44,11 +43,11 @@ def _mib(case: shapes.RowCase, name: str) -> str:
 
 
 def main() -> None:
-    restart_under_headline_allocator("benchmarks.demo_table")
+    provenance.restart_under_headline_allocator("benchmarks.demo_table")
     torch.set_num_threads(1)
     head = shapes.RowCase(64, shapes.HEADLINE_VOCABULARY)
     print(f"Loss and gradient, {head.rows} tokens × {head.vocab} vocabulary, one thread")
-    print(report.header("cpu", "medians, cold cache") + "\n")
+    print(report.header("cpu", "medians, cold cache", provenance.commit()) + "\n")
     print("             gft_loss       eager  faster   gft_loss       eager   gft_loss   eager")
     print("              time                          extra memory            error against fp64")
     for dtype in ("float32", "bfloat16"):

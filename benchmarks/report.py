@@ -31,6 +31,7 @@ class Report:
     clock: str
     rounds: int
     device: str
+    commit: dict  # as it was when the run began: the tree may move on while it lasts
     results: list[CaseResult]
 
     def as_json(self) -> dict:
@@ -38,7 +39,7 @@ class Report:
             "format": FORMAT,
             "benchmark": self.benchmark,
             "taken": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": provenance.commit(),
+            "commit": self.commit,
             "machine": provenance.machine(self.device),
             "versions": provenance.versions(),
             "allocator": provenance.allocator(self.device),
@@ -53,8 +54,9 @@ class Report:
         Path(path).write_text(json.dumps(self.as_json(), indent=1) + "\n")
 
 
-def header(device: str, clock: str) -> str:
-    facts, made = provenance.machine(device), provenance.commit()
+def header(device: str, clock: str, made: dict) -> str:
+    """Machine, commit, allocator and clock, in two lines."""
+    facts = provenance.machine(device)
     place = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores, {facts['torch_cpu_capability']}"
     dirty = " with uncommitted changes" if made["dirty"] else ""
     return f"{place}\ncommit {made['revision'][:12]}{dirty} · {provenance.allocator(device)} · {clock}"

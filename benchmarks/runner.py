@@ -9,12 +9,11 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks import report, traffic
+from benchmarks import provenance, report, traffic
 from benchmarks.clocks import clock_for
 from benchmarks.harness import Outcome, measure
 from benchmarks.kinds import KINDS
 from benchmarks.memory import NotMeasuredError, peak_extra_bytes
-from benchmarks.provenance import restart_under_headline_allocator
 
 
 def arguments(module: str, description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -35,7 +34,7 @@ def arguments(module: str, description: str | None, argv: Sequence[str] | None) 
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA GPU, and torch sees none")
     if argv is None:
-        restart_under_headline_allocator(module)
+        provenance.restart_under_headline_allocator(module)
     return options
 
 
@@ -47,12 +46,13 @@ def run(kind: str, timed: Sequence, weighed: Sequence, options: argparse.Namespa
     """Time all cases, `weighed` also for peak memory; print each table as it is done, save if asked."""
     clock = clock_for(options.device, cold=not options.warm, graph=options.graph)
     rounds = options.rounds or (5 if options.quick else 11)
-    print(report.header(options.device, clock.name))
+    commit = provenance.commit()
+    print(report.header(options.device, clock.name, commit))
     print(f"traffic model: {traffic.MODEL}\n")
     weighed = [] if options.no_memory else list(weighed)
     cases = [case for case in dict.fromkeys([*timed, *weighed]) if options.case in case.label()]
     results: list[report.CaseResult] = []
-    made = report.Report(kind, clock.name, rounds, options.device, results)
+    made = report.Report(kind, clock.name, rounds, options.device, commit, results)
     told: set[tuple[str, str]] = set()
     for case in cases:
         outcomes = _measure_case(kind, case, clock, rounds, options.only)

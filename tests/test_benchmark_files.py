@@ -89,7 +89,11 @@ def test_row_benchmark_end_to_end(tmp_path, monkeypatch, capsys):
 
 def report_of(*outcomes: Outcome, **changes) -> dict:
     result = report.CaseResult(vars(SMALL).copy(), SMALL.label(), 100, list(outcomes))
-    return report.Report("row", "clock", 3, "cpu", [result]).as_json() | changes
+    return report_with([result]) | changes
+
+
+def report_with(results: list[report.CaseResult]) -> dict:
+    return report.Report("row", "clock", 3, "cpu", provenance.commit(), results).as_json()
 
 
 def timed(name: str, median: float, spread: float = 0.1, objective: str | None = "gft") -> Outcome:
@@ -131,7 +135,9 @@ def test_headline_quotes_ratios_scaling_memory_and_losses():
 
     results = [result(SMALL, 2.0, 10.0, 350), result(replace(SMALL, threads=2), 1.25, 9.0, 350),
                result(replace(SMALL, vocab=300), 2.0, 1.0, 350)]  # fmt: skip
-    text = "\n".join(headline.lines(as_json(report.Report("row", "clock", 3, "cpu", results).as_json())))
+    text = "\n".join(
+        headline.lines(as_json(report.Report("row", "clock", 3, "cpu", provenance.commit(), results).as_json()))
+    )
     assert "eager: 5.0 × our time" in text and "1 → 2 threads: 1.60 × as fast" in text
     assert "eager: 3.50 × the logits" in text and "in place: 0.00 × the logits" in text
     assert f"another contender was faster: {replace(SMALL, vocab=300).label()}" in text
@@ -145,8 +151,7 @@ def test_plots_are_drawn(tmp_path):
         results.append(
             report.CaseResult(vars(case).copy(), case.label(), 1, [timed("gft_loss cpu", 2.0), timed("x", 1.0)])
         )
-    made = report.Report("row", "clock", 3, "cpu", results).as_json()
-    written = plots.draw(as_json(made), tmp_path)
+    written = plots.draw(as_json(report_with(results)), tmp_path)
     assert [path.name for path in written] == ["row-time-float32.png"] and written[0].stat().st_size > 1000
 
 
