@@ -1,0 +1,40 @@
+"""The Triton kernels without a GPU: the tests below run again in a process where Triton interprets its kernels.
+
+Triton decides between compiler and interpreter when a kernel is defined, hence a process of its own. Left out are
+bfloat16 (the interpreter truncates where a GPU rounds), rows too long for Python, repetition, what does not depend on
+the backend, and one softcap case in float32, where one unit in the last place of tanh is 2.1e-6 for a limit of 2e-6.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+LEFT_OUT = (
+    "bfloat16", "32000", "50257", "65537", "129920", "151936", "262144", "twenty_runs", "module", "compiles", "opcheck",
+    "lengths", "autocast", "0.6-30.0-torch.float32",
+)  # fmt: skip
+PARTS = {
+    "formulas": ["interpreter/formulas_agree.py"],
+    "rows": ["interpreter/rows.py"],
+    "shards": ["interpreter/shards.py"],
+    "loss": ["test_loss.py", "-k", " and ".join(f"not {name}" for name in LEFT_OUT)],
+    "autograd": ["test_autograd.py", "-k", " and ".join(f"not {name}" for name in LEFT_OUT)],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install triton)")
+@pytest.mark.parametrize("part", PARTS)
+def test_under_the_interpreter(part):
+    where, *selection = PARTS[part]
+    command = [sys.executable, "-m", "pytest", "-x", str(TESTS / where), "--device", "interpreter", *selection]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
