@@ -59,7 +59,7 @@ void test_lengths(const RowKernels& kernels) {
 }
 
 void test_anchors(const RowKernels& kernels) {
-    auto late = wave(9000, 1.0f, -1000.0f);  // a prefix of banned tokens, and everything near -1000
+    auto late = wave(9024, 1.0f, -1000.0f);  // a prefix of banned tokens, all else near -1000, and no tail
     for (int v = 0; v < 5000; ++v) late[v] = -INFINITY;
     late[8990] = -1.0f;  // raises the anchor by 999
     test_row(kernels, late, kPlain, 6000);
@@ -82,6 +82,26 @@ void test_spoilt_rows(const RowKernels& kernels) {
             CHECK(std::isnan(kernels.statistics(row.data(), Dtype::f32, 3000, 7, -INFINITY, kPlain, false).mass));
         }
     }
+}
+
+template <class T>
+std::uint16_t narrowed(float value) {
+    T out;
+    cpu::narrow(value, out);
+    return out.bits;
+}
+
+// To nearest, ties to even; spelt out, as the portable kernels and the sweep below share this code.
+void test_scalar_rounding() {
+    CHECK(narrowed<cpu::BFloat16>(1.0f + 0x1p-8f) == 0x3f80);
+    CHECK(narrowed<cpu::BFloat16>(1.0f + 0x3p-8f) == 0x3f82);
+    CHECK(narrowed<cpu::BFloat16>(-3.4e38f) == 0xff80);
+    CHECK(std::isnan(cpu::widen(cpu::BFloat16{narrowed<cpu::BFloat16>(cpu::float_of(0x7f800001u))})));
+    CHECK(narrowed<cpu::Float16>(1.0f + 0x1p-11f) == 0x3c00);
+    CHECK(narrowed<cpu::Float16>(1.0f + 0x3p-11f) == 0x3c02);
+    CHECK(narrowed<cpu::Float16>(65519.0f) == 0x7bff && narrowed<cpu::Float16>(65520.0f) == 0x7c00);
+    CHECK(narrowed<cpu::Float16>(0x1p-24f) == 0x0001 && narrowed<cpu::Float16>(-0x1p-25f) == 0x8000);
+    CHECK(cpu::widen(cpu::Float16{0x0001}) == 0x1p-24f && cpu::widen(cpu::Float16{0xbc00}) == -1.0f);
 }
 
 // Vector stores against the scalar rounding: every half of a sweep of values, ties, denormals, infinities and NaN.
@@ -115,5 +135,6 @@ void test_row_kernels() {
         test_rounding<cpu::BFloat16>(kernels, Dtype::bf16);
         test_rounding<cpu::Float16>(kernels, Dtype::f16);
     }
+    test_scalar_rounding();
     CHECK(cpu::find_kernels("no such set") == nullptr);
 }
