@@ -33,7 +33,8 @@ void scale_rows(const LogitRows& gradient, const LogitRows& out, Address row_sca
 }
 
 void shard_statistics(const LogitRows& logits, Address columns_R, Address read_R, const Transform& transform,
-                      Address top_R, Address mass_R, Address gap_R, Address target_logit_R, int device, Address stream) {
+                      Address top_R, Address mass_R, Address gap_R, Address target_logit_R, int device,
+                      Address stream) {
     const cuda::ShardStatistics out{to<float>(top_R), to<float>(mass_R), to<float>(gap_R), to<float>(target_logit_R)};
     raise_failure(cuda::observe_shard(logits, to<const std::int64_t>(columns_R), to<const std::uint8_t>(read_R),
                                       transform, out, place_of(device, stream)));
@@ -43,8 +44,8 @@ void shard_gradient(const LogitRows& logits, const LogitRows& out, Address colum
                     Address log_mass_R, Address scale_R, const Transform& transform, int device, Address stream) {
     const cuda::ShardGradient agreed{to<const float>(log_pi_R), to<const float>(top_R), to<const float>(log_mass_R),
                                      to<const float>(scale_R)};
-    raise_failure(cuda::shade_shard(logits, to<const std::int64_t>(columns_R), agreed, transform, out,
-                                    place_of(device, stream)));
+    raise_failure(
+        cuda::shade_shard(logits, to<const std::int64_t>(columns_R), agreed, transform, out, place_of(device, stream)));
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // One read, one write: a cluster of blocks holds a row in shared memory from its statistics to its gradient.
 //
-// A thread copies, reads and refills only its own slots (i = thread, thread + threads, ...), so a slot needs no barrier:
-// while the gradient of this row is written, each slot that has been read takes a vector of the cluster's next row. Thus
-// loads and stores are in flight together in every block, and once more across the two blocks of a multiprocessor.
+// A thread copies, reads and refills only its own slots (i = thread, thread + threads, ...), so a slot needs no
+// barrier: while the gradient of this row is written, each slot that has been read takes a vector of the cluster's next
+// row. Thus loads and stores are in flight together in every block, and once more across the two blocks of a
+// multiprocessor.
 #pragma once
 
 #include "cuda/row.cuh"
@@ -40,7 +41,8 @@ GFT_DEVICE void observe_stage(Softmax& state, const uint4* slots, int stage, con
 
 // grid: any number of clusters of up to 16 blocks; threads: 64 to 512; shared: ClusterShared, then `capacity` vectors.
 template <class T, bool kEntropy>
-GFT_KERNEL(kMaxThreads, 2) cluster_row(const RowTask task, const int capacity) {
+GFT_KERNEL(kMaxThreads, 2)
+cluster_row(const RowTask task, const int capacity) {
     auto& shared = *reinterpret_cast<ClusterShared*>(shared_memory());
     auto* slots = reinterpret_cast<uint4*>(shared_memory() + sizeof(ClusterShared));
     const int rank = cluster_rank(), blocks = cluster_blocks();
@@ -62,7 +64,8 @@ GFT_KERNEL(kMaxThreads, 2) cluster_row(const RowTask task, const int capacity) {
             commit_copies();
         }
         shade_edge(part, verdict, task.view);
-        if (!next.read) return;  // nobody reads this block's shared memory any more: the others passed the barrier below
+        if (!next.read)
+            return;  // nobody reads this block's shared memory any more: the others passed the barrier below
         part = next;
 
         Softmax state = empty_softmax();

@@ -1,5 +1,5 @@
-// What the kernels ask of the GPU, one instruction or intrinsic each. tests/cpp/device_on_host holds a twin of this file
-// that runs the same kernels on the host, thread by thread.
+// What the kernels ask of the GPU, one instruction or intrinsic each. tests/cpp/device_on_host holds a twin of this
+// file that runs the same kernels on the host, thread by thread.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -64,25 +64,32 @@ GFT_DEVICE unsigned char* shared_memory() {
 }
 
 template <class Value>
-GFT_DEVICE Value shuffle_xor(Value value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
+GFT_DEVICE Value shuffle_xor(Value value, int lanes) {
+    return __shfl_xor_sync(0xffffffffu, value, lanes);
+}
 
 template <class Value>
-GFT_DEVICE Value shuffle_first(Value value) { return __shfl_sync(0xffffffffu, value, 0); }
+GFT_DEVICE Value shuffle_first(Value value) {
+    return __shfl_sync(0xffffffffu, value, 0);
+}
 
 // ---- memory ----
 
 // 16 bytes from global to shared memory past the registers and the L1 cache. A thread sees its own copies after
 // await_copies, others' copies only after a barrier on top of it.
 GFT_DEVICE void copy_async(uint4* shared, const uint4* global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                     static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+        "l"(global)
+        : "memory");
 }
 
 GFT_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPendingGroups>
-GFT_DEVICE void await_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(kPendingGroups) : "memory"); }
+GFT_DEVICE void await_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPendingGroups) : "memory");
+}
 
 // Kept in L2 and not in L1. Not the read-only path: in place, the same kernel writes here later.
 GFT_DEVICE uint4 load_vector(const uint4* from) { return __ldcg(from); }

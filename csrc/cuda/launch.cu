@@ -1,59 +1,15 @@
 // Which kernels a call takes, with what shape, and their launches. See launch.h.
 #include "cuda/launch.h"
 
-#include <array>
-#include <map>
-#include <mutex>
-#include <tuple>
-
 #include "cuda/cluster_row.cuh"
 #include "cuda/credit.cuh"
+#include "cuda/occupancy.cuh"
 #include "cuda/scale.cuh"
 #include "cuda/shard_row.cuh"
 #include "cuda/two_pass_row.cuh"
 
 namespace gft::cuda {
 namespace {
-
-constexpr Outcome kDone{0, nullptr, nullptr};
-
-Outcome outcome(cudaError_t error, const char* doing) {
-    if (error == cudaSuccess) return kDone;
-    (void)cudaGetLastError();  // or the next call would report this error as its own
-    return {static_cast<int>(error), doing, cudaGetErrorString(error)};
-}
-
-// ---- devices ----
-
-struct Device {
-    Machine machine;
-    int capability;  // 90 for 9.0
-    cudaError_t error;
-};
-
-Device ask_device(int index) {
-    Device device{};
-    const auto read = [&](cudaDeviceAttr attribute) {
-        int value = 0;
-        const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, index);
-        if (error != cudaSuccess) device.error = error;
-        return value;
-    };
-    device.capability = 10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor);
-    device.machine = {read(cudaDevAttrMultiProcessorCount), read(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                      read(cudaDevAttrMaxSharedMemoryPerBlockOptin), read(cudaDevAttrReservedSharedMemoryPerBlock),
-                      device.capability >= 90 ? kMaxCluster : 1};
-    return device;
-}
-
-// Asked once per device and process.
-const Device& device_at(int index) {
-    static std::mutex mutex;
-    static std::map<int, Device> devices;
-    const std::lock_guard lock(mutex);
-    const auto found = devices.find(index);
-    return found != devices.end() ? found->second : devices.emplace(index, ask_device(index)).first->second;
-}
 
 // ---- launches ----
 
@@ -83,42 +39,6 @@ Outcome launch(const char* doing, void (*kernel)(Parameters...), Shape shape, Pl
 // A block a row: x is the only grid dimension that reaches 2^31 - 1, and the kernels stride over what is beyond it.
 Shape block_per_row(std::int64_t rows, int threads, int shared_bytes) {
     return {at_most(rows, 0x7fffffff), threads, shared_bytes, 1};
-}
-
-// Clusters of this shape the device holds at once; 0: it cannot place one. Asked once per shape and process.
-int resident_clusters(const void* kernel, const ClusterPlan& plan, int device) {
-    static std::mutex mutex;
-    static std::map<std::tuple<int, const void*, int, int, int>, int> known;
-    const std::lock_guard lock(mutex);
-    const auto key = std::make_tuple(device, kernel, plan.blocks, plan.threads, plan.shared_bytes);
-    if (const auto found = known.find(key); found != known.end()) return found->second;
-
-    const Machine& machine = device_at(device).machine;
-    const auto set = [&](cudaFuncAttribute attribute, int value) {
-        return cudaFuncSetAttribute(kernel, attribute, value) == cudaSuccess;
-    };
-    bool fits = set(cudaFuncAttributeMaxDynamicSharedMemorySize, machine.shared_per_block) &&
-                set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    if (plan.blocks > 8) fits = fits && set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    int clusters = 0;
-    if (fits && machine.max_cluster > 1) {
-        cudaLaunchAttribute cluster{};
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
-        cudaLaunchConfig_t config{};
-        config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
-        config.blockDim = dim3(static_cast<unsigned>(plan.threads));
-        config.dynamicSmemBytes = static_cast<std::size_t>(plan.shared_bytes);
-        config.attrs = &cluster;
-        config.numAttrs = 1;
-        fits = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
-    } else if (fits) {
-        fits = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, kernel, plan.threads,
-                                                             static_cast<std::size_t>(plan.shared_bytes)) == cudaSuccess;
-        clusters *= machine.multiprocessors;
-    }
-    if (!fits) (void)cudaGetLastError();
-    return known[key] = fits ? clusters : 0;
 }
 
 template <class Act>
@@ -176,16 +96,20 @@ Workspace carve(const RowCall& call, void* base) {
 
 Outcome assign_credit(const CreditTask& task, Place place) {
     const Credit& credit = task.credit;
-    const auto blocks_for = [](std::int64_t threads) { return Shape{ceil_div(threads, kCreditThreads), kCreditThreads, 0, 1}; };
+    const auto blocks_for = [](std::int64_t threads) {
+        return Shape{ceil_div(threads, kCreditThreads), kCreditThreads, 0, 1};
+    };
     Outcome done = kDone;
     if (credit.rewards_S != nullptr)
-        done = launch("launching advantages_of_rewards", advantages_of_rewards, blocks_for(credit.S * kWarp), place, task);
+        done =
+            launch("launching advantages_of_rewards", advantages_of_rewards, blocks_for(credit.S * kWarp), place, task);
     if (done.code == 0 && counts_responses(credit)) {
         done = outcome(cudaMemsetAsync(task.live_S, 0, static_cast<std::size_t>(credit.S) * sizeof(int),
                                        static_cast<cudaStream_t>(place.stream)),
                        "clearing the counters");
         if (done.code == 0)
-            done = launch("launching count_live_rows", count_live_rows, blocks_for(ceil_div(credit.R, kRunRows)), place, task);
+            done = launch("launching count_live_rows", count_live_rows, blocks_for(ceil_div(credit.R, kRunRows)), place,
+                          task);
     }
     const bool divides = credit.reduction == Reduction::token_mean || credit.reduction == Reduction::sequence_mean;
     if (done.code == 0 && divides && credit.weights_R == nullptr && credit.num_items == nullptr)
@@ -216,7 +140,8 @@ Outcome run_rows(const RowCall& call, void* workspace, Place place) {
     if (done.code != 0) return done;
     const Workspace space = carve(call, workspace);
     const bool per_row = call.credit.reduction == Reduction::none;
-    const CreditTask credit{call.credit, space.advantages_S, space.live_S, space.items, call.out.advantages_R, space.weights_R};
+    const CreditTask credit{call.credit, space.advantages_S,    space.live_S,
+                            space.items, call.out.advantages_R, space.weights_R};
     done = assign_credit(credit, place);
     if (done.code != 0) return done;
 
@@ -239,8 +164,8 @@ Outcome run_rows(const RowCall& call, void* workspace, Place place) {
         return task.entropy_R != nullptr ? run_logits<T, true>(task, place) : run_logits<T, false>(task, place);
     });
     if (done.code != 0 || per_row) return done;
-    return launch("launching sum_losses", sum_losses, {1, kSumThreads, kMaxWarps * sizeof(double), 1}, place, task.loss_R,
-                  call.credit.R, call.out.loss);
+    return launch("launching sum_losses", sum_losses, {1, kSumThreads, kMaxWarps * sizeof(double), 1}, place,
+                  task.loss_R, call.credit.R, call.out.loss);
 }
 
 Outcome scale_rows(const LogitRows& gradient, const LogitRows& scaled, const float* row_scale_R, const float* upstream,

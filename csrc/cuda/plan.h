@@ -11,11 +11,11 @@
 namespace gft::cuda {
 
 constexpr int kVectorBytes = 16;
-constexpr int kLineVectors = 8;    // 128 bytes, one memory transaction of a warp
-constexpr int kMaxCluster = 16;    // blocks; above 8 a kernel must opt in (non-portable cluster size)
-constexpr int kMaxThreads = 512;   // with 64 registers each, two blocks fill a multiprocessor's 65536
+constexpr int kLineVectors = 8;   // 128 bytes, one memory transaction of a warp
+constexpr int kMaxCluster = 16;   // blocks; above 8 a kernel must opt in (non-portable cluster size)
+constexpr int kMaxThreads = 512;  // with 64 registers each, two blocks fill a multiprocessor's 65536
 constexpr int kWarp = 32;
-constexpr int kStages = 4;         // groups of asynchronous copies, so that statistics start after the first quarter
+constexpr int kStages = 4;  // groups of asynchronous copies, so that statistics start after the first quarter
 
 GFT_HD std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 GFT_HD std::int64_t at_most(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -87,7 +87,8 @@ GFT_HD int threads_for(int capacity) {
 
 // The cluster-size rule: candidate number `choice` in order of preference; blocks = 0 past the last.
 //
-// 1. The smallest cluster whose slices let two blocks live on a multiprocessor: while one of them waits for its loads or
+// 1. The smallest cluster whose slices let two blocks live on a multiprocessor: while one of them waits for its loads
+// or
 //    for the others of its cluster, the other one reads, reduces or writes. Small, because every block added to a
 //    cluster adds a partner that all others wait for, and a cluster must fit into one GPC.
 //    V = 151936 bf16: a row is 296.75 KiB; half a multiprocessor of sm_90 holds 113 KiB; 4 blocks of 74.25 KiB.
@@ -103,7 +104,8 @@ GFT_HD ClusterPlan cluster_plan(const Machine& machine, std::int64_t rows, std::
         for (int blocks = 1; blocks <= machine.max_cluster; blocks *= 2) {
             if (slice_capacity(V, element_bytes, blocks) * std::int64_t{kVectorBytes} > budget) continue;
             if (choice-- > 0) continue;
-            while (blocks * 2 <= at_most(8, machine.max_cluster) && rows * blocks * 2 <= machine.multiprocessors) blocks *= 2;
+            while (blocks * 2 <= at_most(8, machine.max_cluster) && rows * blocks * 2 <= machine.multiprocessors)
+                blocks *= 2;
             const int capacity = slice_capacity(V, element_bytes, blocks);
             return {blocks, threads_for(capacity), capacity, header_bytes + capacity * kVectorBytes};
         }

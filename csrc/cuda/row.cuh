@@ -22,15 +22,16 @@ struct RowTask {
     float* row_scale_R;
 };
 
-// The part of a row that one block holds: `vectors` whole vectors from element `first` on, and one edge element a thread.
+// The part of a row that one block holds: `vectors` whole vectors from element `first` on, and one edge element a
+// thread.
 template <class T>
 struct Part {
     long long row;
     const T* logits;  // element 0 of the row
     T* gradient;      // null: not wanted
     int first, vectors;
-    int edge;          // this thread's element outside the vectors; -1: none
-    int target;        // element; -1: not in [0, V), which makes the row NaN
+    int edge;    // this thread's element outside the vectors; -1: none
+    int target;  // element; -1: not in [0, V), which makes the row NaN
     float edge_logit, target_logit;
     float advantage, weight;
     bool read;     // the logits matter: live, and A != 0 or statistics wanted
@@ -49,7 +50,9 @@ GFT_DEVICE int target_lane(const Part<T>& part) {
 }
 
 template <class T>
-GFT_DEVICE Part<T> no_part(long long row) { return {row, nullptr, nullptr, 0, 0, -1, -1, 0, 0, 0, 0, false, false}; }
+GFT_DEVICE Part<T> no_part(long long row) {
+    return {row, nullptr, nullptr, 0, 0, -1, -1, 0, 0, 0, 0, false, false};
+}
 
 // Where block `rank` of `blocks` finds its part of row `row`, and where it writes.
 template <class T>

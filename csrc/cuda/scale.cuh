@@ -15,7 +15,8 @@ struct ScaleTask {
 };
 
 template <class T>
-GFT_KERNEL(kScaleThreads, 2) scale_row(const ScaleTask task) {
+GFT_KERNEL(kScaleThreads, 2)
+scale_row(const ScaleTask task) {
     const bool inplace = task.gradient.data == task.scaled.data;
     const int whole_row = slice_capacity(task.gradient.V, sizeof(T), 1);
     for (long long row = block_index(); row < row_count(task.gradient); row += block_count()) {

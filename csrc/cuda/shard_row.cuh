@@ -1,6 +1,6 @@
 // A vocabulary over several devices: the two halves of two_pass_row as kernels of their own, with the devices' exchange
-// between them. Their numbers cross in nats; a float32 top in nats is not the top in base 2 these kernels count from, so
-// both kernels carry the difference of the two anchors (formed in doubles, once a row) over to the masses.
+// between them. Their numbers cross in nats; a float32 top in nats is not the top in base 2 these kernels count from,
+// so both kernels carry the difference of the two anchors (formed in doubles, once a row) over to the masses.
 #pragma once
 
 #include "cuda/launch.h"
@@ -29,7 +29,8 @@ GFT_DEVICE Part<T> open_shard(const ShardTask& task, long long row) {
 }
 
 template <class T>
-GFT_KERNEL(kTwoPassThreads, 1) observe_shard_row(const ShardTask task) {
+GFT_KERNEL(kTwoPassThreads, 1)
+observe_shard_row(const ShardTask task) {
     auto& shared = *reinterpret_cast<TwoPassShared*>(shared_memory());
     const ShardStatistics& out = task.statistics;
     for (long long row = block_index(); row < row_count(task.logits); row += block_count()) {
@@ -60,7 +61,8 @@ GFT_KERNEL(kTwoPassThreads, 1) observe_shard_row(const ShardTask task) {
 }
 
 template <class T>
-GFT_KERNEL(kTwoPassThreads, 1) shade_shard_row(const ShardTask task) {
+GFT_KERNEL(kTwoPassThreads, 1)
+shade_shard_row(const ShardTask task) {
     const ShardGradient& agreed = task.agreed;
     for (long long row = block_index(); row < row_count(task.logits); row += block_count()) {
         Part<T> part = open_shard<T>(task, row);

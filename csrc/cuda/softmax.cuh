@@ -19,9 +19,9 @@ constexpr float kLn2 = 0.6931471805599453f;
 struct View {
     float slope;
     bool bent;
-    float cap;     // bent with softcap: z = cap * tanh(inner * logit); 0: z = inner * logit
+    float cap;  // bent with softcap: z = cap * tanh(inner * logit); 0: z = inner * logit
     float inner;
-    float chain;   // d(transformed logit)/d(logit) in nats, before the softcap's 1 - tanh^2
+    float chain;  // d(transformed logit)/d(logit) in nats, before the softcap's 1 - tanh^2
 };
 
 inline View view_of(const Transform& transform) {
@@ -32,7 +32,8 @@ inline View view_of(const Transform& transform) {
     view.bent = transform.softcap != 0.0 || chain < 0.0;
     view.slope = view.bent ? 1.0f : static_cast<float>(chain * log2e);
     view.cap = static_cast<float>(transform.softcap / transform.temperature * log2e);
-    view.inner = static_cast<float>(transform.softcap != 0.0 ? transform.logit_scale / transform.softcap : chain * log2e);
+    view.inner =
+        static_cast<float>(transform.softcap != 0.0 ? transform.logit_scale / transform.softcap : chain * log2e);
     return view;
 }
 

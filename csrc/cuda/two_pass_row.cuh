@@ -64,7 +64,8 @@ GFT_DEVICE void shade_row(const Part<T>& part, const Verdict& verdict, const Vie
 
 // grid: a block a row, or fewer; threads: 1024.
 template <class T, bool kEntropy>
-GFT_KERNEL(kTwoPassThreads, 1) two_pass_row(const RowTask task) {
+GFT_KERNEL(kTwoPassThreads, 1)
+two_pass_row(const RowTask task) {
     auto& shared = *reinterpret_cast<TwoPassShared*>(shared_memory());
     const int whole_row = slice_capacity(task.logits.V, sizeof(T), 1);
     for (long long row = block_index(); row < row_count(task.logits); row += block_count()) {

@@ -33,8 +33,9 @@ static bool run_logits(const RowTask& task, Choice choice) {
                       [&] { two_pass_row<T, kEntropy>(task); });
     const int capacity = slice_capacity(task.logits.V, sizeof(T), choice.blocks);
     const int shared = static_cast<int>(sizeof(ClusterShared)) + capacity * kVectorBytes;
-    return device_on_host::run_grid({static_cast<long long>(choice.grid) * choice.blocks, choice.threads, shared, choice.blocks},
-                                    choice.seed, [&] { cluster_row<T, kEntropy>(task, capacity); });
+    return device_on_host::run_grid(
+        {static_cast<long long>(choice.grid) * choice.blocks, choice.threads, shared, choice.blocks}, choice.seed,
+        [&] { cluster_row<T, kEntropy>(task, capacity); });
 }
 
 extern "C" {
@@ -59,10 +60,19 @@ bool emulate_rows(const RowCall* call, const Choice* choice, float* weights_R, f
         ran &= simple(1, 64, kMaxWarps * sizeof(int), choice->seed, [&] { count_items(credits); });
     ran &= simple(blocks(credit.R), 64, 0, choice->seed, [&] { credit_rows(credits); });
 
-    const RowTask task{call->logits, call->out.gradient, credit, call->out.advantages_R, weights_R,
-                       view_of(call->transform), call->objective, call->read_zero_advantage,
-                       per_row ? call->out.loss : loss_R, call->out.log_probs_R, call->out.coefficients_R,
-                       call->out.entropy_R, call->out.row_scale_R};
+    const RowTask task{call->logits,
+                       call->out.gradient,
+                       credit,
+                       call->out.advantages_R,
+                       weights_R,
+                       view_of(call->transform),
+                       call->objective,
+                       call->read_zero_advantage,
+                       per_row ? call->out.loss : loss_R,
+                       call->out.log_probs_R,
+                       call->out.coefficients_R,
+                       call->out.entropy_R,
+                       call->out.row_scale_R};
     ran &= with_type(call->logits.dtype, [&](auto type) {
         using T = decltype(type);
         return task.entropy_R != nullptr ? run_logits<T, true>(task, *choice) : run_logits<T, false>(task, *choice);

@@ -1,9 +1,9 @@
 // A GPU's threads as fibers of one host thread: blocks and clusters with real barriers, in a random order of execution.
 //
 // A fiber runs until it waits. Whoever is ready then is resumed in an order drawn anew each round, and now and then a
-// whole block sleeps while the others run ahead as far as the barriers let them: code that relies on an order it has not
-// fenced goes wrong here sooner than on a device. Asynchronous copies happen at the issue
-// or at the wait, drawn one by one: a slot read too early holds old bytes, a slot refilled too early loses them.
+// whole block sleeps while the others run ahead as far as the barriers let them: code that relies on an order it has
+// not fenced goes wrong here sooner than on a device. Asynchronous copies happen at the issue or at the wait, drawn one
+// by one: a slot read too early holds old bytes, a slot refilled too early loses them.
 #pragma once
 
 #include <ucontext.h>
@@ -113,7 +113,9 @@ inline bool run_cluster(Cluster& cluster) {
         std::shuffle(order.begin(), order.end(), cluster.random);
         bool moved = false, slept = false;
         for (Block& block : cluster.blocks)
-            block.naps = block.naps > 0 ? block.naps - 1 : cluster.random() % 16 == 0 ? static_cast<int>(cluster.random() % 64) : 0;
+            block.naps = block.naps > 0               ? block.naps - 1
+                         : cluster.random() % 16 == 0 ? static_cast<int>(cluster.random() % 64)
+                                                      : 0;
         for (Fiber* fiber : order) {
             if (!ready(*fiber)) continue;
             if (fiber->block->naps > 0) {

@@ -1,4 +1,5 @@
-// The host twin of csrc/cuda/device.cuh: the same names, carried out by scheduler.h. Found before it on the include path.
+// The host twin of csrc/cuda/device.cuh: the same names, carried out by scheduler.h. Found before it on the include
+// path.
 #pragma once
 
 #include <algorithm>
@@ -58,10 +59,14 @@ GFT_DEVICE Value exchange(Value value, int from) {
 }
 
 template <class Value>
-GFT_DEVICE Value shuffle_xor(Value value, int lanes) { return exchange(value, (me().thread % 32) ^ lanes); }
+GFT_DEVICE Value shuffle_xor(Value value, int lanes) {
+    return exchange(value, (me().thread % 32) ^ lanes);
+}
 
 template <class Value>
-GFT_DEVICE Value shuffle_first(Value value) { return exchange(value, 0); }
+GFT_DEVICE Value shuffle_first(Value value) {
+    return exchange(value, 0);
+}
 
 GFT_DEVICE void land(const device_on_host::Copy& copy) { std::memcpy(copy.to, copy.from, 16); }
 

@@ -1,0 +1,90 @@
+// What a device offers and how many clusters of a kernel it holds: asked of the driver once, then remembered.
+#pragma once
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "cuda/device.cuh"
+#include "cuda/launch.h"
+#include "cuda/plan.h"
+
+namespace gft::cuda {
+namespace {
+
+constexpr Outcome kDone{0, nullptr, nullptr};
+
+Outcome outcome(cudaError_t error, const char* doing) {
+    if (error == cudaSuccess) return kDone;
+    (void)cudaGetLastError();  // or the next call would report this error as its own
+    return {static_cast<int>(error), doing, cudaGetErrorString(error)};
+}
+
+struct Device {
+    Machine machine;
+    int capability;  // 90 for 9.0
+    cudaError_t error;
+};
+
+Device ask_device(int index) {
+    Device device{};
+    const auto read = [&](cudaDeviceAttr attribute) {
+        int value = 0;
+        const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, index);
+        if (error != cudaSuccess) device.error = error;
+        return value;
+    };
+    device.capability = 10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor);
+    device.machine = {read(cudaDevAttrMultiProcessorCount), read(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                      read(cudaDevAttrMaxSharedMemoryPerBlockOptin), read(cudaDevAttrReservedSharedMemoryPerBlock),
+                      device.capability >= 90 ? kMaxCluster : 1};
+    return device;
+}
+
+// Asked once per device and process.
+const Device& device_at(int index) {
+    static std::mutex mutex;
+    static std::map<int, Device> devices;
+    const std::lock_guard lock(mutex);
+    const auto found = devices.find(index);
+    return found != devices.end() ? found->second : devices.emplace(index, ask_device(index)).first->second;
+}
+
+// Clusters of this shape the device holds at once; 0: it cannot place one. Asked once per shape and process.
+int resident_clusters(const void* kernel, const ClusterPlan& plan, int device) {
+    static std::mutex mutex;
+    static std::map<std::tuple<int, const void*, int, int, int>, int> known;
+    const std::lock_guard lock(mutex);
+    const auto key = std::make_tuple(device, kernel, plan.blocks, plan.threads, plan.shared_bytes);
+    if (const auto found = known.find(key); found != known.end()) return found->second;
+
+    const Machine& machine = device_at(device).machine;
+    const auto set = [&](cudaFuncAttribute attribute, int value) {
+        return cudaFuncSetAttribute(kernel, attribute, value) == cudaSuccess;
+    };
+    bool fits = set(cudaFuncAttributeMaxDynamicSharedMemorySize, machine.shared_per_block) &&
+                set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (plan.blocks > 8) fits = fits && set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    int clusters = 0;
+    if (fits && machine.max_cluster > 1) {
+        cudaLaunchAttribute cluster{};
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
+        config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+        config.dynamicSmemBytes = static_cast<std::size_t>(plan.shared_bytes);
+        config.attrs = &cluster;
+        config.numAttrs = 1;
+        fits = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
+    } else if (fits) {
+        fits = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                   &clusters, kernel, plan.threads, static_cast<std::size_t>(plan.shared_bytes)) == cudaSuccess;
+        clusters *= machine.multiprocessors;
+    }
+    if (!fits) (void)cudaGetLastError();
+    return known[key] = fits ? clusters : 0;
+}
+
+}  // namespace
+}  // namespace gft::cuda
