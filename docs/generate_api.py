@@ -23,8 +23,8 @@ HEAD = """<!-- Written by docs/generate_api.py; edit the docstrings instead. -->
 
 # Reference
 
-Everything here is imported from `gft_kernels`. The trainer has [its own page](training.md). F1 to F7 are the formulas of
-[the mathematics](formulas.md); a row is one token position.
+Everything here is imported from `gft_kernels`. The trainer has [its own page](training.md). F1 to F7 are the formulas
+of [the mathematics](formulas.md); a row is one token position.
 """
 
 
@@ -46,7 +46,8 @@ def entry(name: str) -> str:
 def signature(name: str, thing: object) -> str:
     """The signature on one line if it fits, else one parameter a line."""
     if dataclasses.is_dataclass(thing):
-        return "\n".join([f"class {name}:", *(f"    {field.name}: {field.type}" for field in dataclasses.fields(thing))])
+        columns = [f"    {field.name}: {field.type}" for field in dataclasses.fields(thing)]
+        return "\n".join([f"class {name}:", *columns])
     found = inspect.signature(thing)  # type: ignore[arg-type]
     prefix = f"class {name}" if inspect.isclass(thing) else name
     arguments, starred = [], False

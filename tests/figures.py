@@ -66,7 +66,7 @@ def quoted(page: str) -> Iterator[Figure]:
 def _in_table(table: re.Match, line: int) -> Iterator[Figure]:
     common, *lines = table["spec"].strip().splitlines()
     columns = dict(map(str.strip, entry.split(":", 1)) for entry in lines)
-    header, _rule, *rows = [[cell.strip() for cell in row.strip().strip("|").split("|")] for row in table["rows"].splitlines()]
+    header, _rule, *rows = [_cells(row) for row in table["rows"].splitlines()]
     names = [re.sub(r"\s*\(.*\)$", "", name) for name in header]
     for column in columns:
         if column not in names:
@@ -83,16 +83,18 @@ def _in_table(table: re.Match, line: int) -> Iterator[Figure]:
             yield Figure(line + offset, shown["number"], unit, path)
 
 
+def _cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip().strip("|").split("|")]
+
+
 def unmarked(page: str) -> list[str]:
     """Numbers with a unit in a section on performance that name no source.
 
-    Such a section has a heading with one of the words of `PERFORMANCE`. Code and comments do not count, nor does × between
-    two numbers, which is a shape.
+    Such a section has a heading with one of the words of `PERFORMANCE`. Code and comments do not count, nor does ×
+    between two numbers, which is a shape.
     """
-    blank = lambda match: re.sub(r"[^\n]", "\0", match[0])  # noqa: E731 - keeps offsets and lines
-    text = re.sub(r"^```.*?^```|`[^`\n]*`", blank, page, flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```|`[^`\n]*`|<!--.*?-->", _blank, page, flags=re.M | re.S)
     known = {(figure.line, figure.number) for figure in quoted(page)}
-    text = re.sub(r"<!--.*?-->", blank, text, flags=re.S)
     found = []
     for start, stop in _performance_sections(text):
         for shown in SHOWN.finditer(text, start, stop):
@@ -100,6 +102,11 @@ def unmarked(page: str) -> list[str]:
             if shown["unit"] and (line, shown["number"]) not in known and not _marked(page, shown.end()):
                 found.append(f"line {line}: {shown[0]}")
     return found
+
+
+def _blank(match: re.Match) -> str:
+    """As long and as many lines as what it stands for, so that offsets stay what they are."""
+    return re.sub(r"[^\n]", "\0", match[0])
 
 
 def _marked(page: str, end: int) -> bool:
@@ -110,7 +117,8 @@ def _performance_sections(text: str) -> Iterator[tuple[int, int]]:
     headings = [(m.start(), len(m[1]), m[2]) for m in re.finditer(r"^(#+) (.*)$", text, re.M)]
     for start, level, title in headings:
         if PERFORMANCE.search(title):
-            yield start + level + len(title), next((s for s, other, _ in headings if s > start and other <= level), len(text))
+            stop = next((other for other, depth, _ in headings if other > start and depth <= level), len(text))
+            yield start + level + len(title), stop
 
 
 def disagreement(figure: Figure, results: Path) -> str | None:

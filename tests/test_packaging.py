@@ -24,7 +24,20 @@ tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Py
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-NOT_SOURCES = (".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", ".*_cache", ".hypothesis", ".benchmarks")
+BUILT = (
+    ".git",
+    ".venv",
+    "build",
+    "dist",
+    "runs",
+    "*.egg-info",
+    "__pycache__",
+    "*.so",
+    ".*_cache",
+    ".hypothesis",
+    ".b*",
+)
+"""What a clean checkout does not have."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +57,7 @@ def run(arguments: list[str], folder: Path, environment: dict[str, str]) -> None
 def sources(tmp_path_factory, environment) -> Path:
     """The unpacked source distribution of a clean copy: everything after it is built from what is shipped."""
     folder = tmp_path_factory.mktemp("sdist")
-    shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(*NOT_SOURCES))
+    shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(*BUILT))
     build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     run(["-c", build, str(folder)], folder / "copy", environment)
     (archive,) = folder.glob("*.tar.gz")
@@ -110,16 +123,17 @@ def test_the_wheel_asks_for_torch_by_a_lower_bound_alone(pure_wheel):
 
 
 @pytest.mark.slow  # compiles the CPU kernels
-def test_the_wheel_with_kernels_holds_the_compiled_module_and_no_cpp(sources, environment, tmp_path):
+def test_the_wheel_with_kernels_holds_the_compiled_module_and_no_sources_of_it(sources, environment, tmp_path):
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-    wheel = build_wheel(sources, tmp_path, {**environment, "GFT_BUILD": "cpu"})
+    # Unoptimised: what is in the wheel is asked here, not how fast it is, and this compiles in half the time.
+    unoptimised = {"GFT_BUILD": "cpu", "CMAKE_BUILD_TYPE": "None"}
+    wheel = build_wheel(sources, tmp_path, {**environment, **unoptimised})
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-    compiled = [name for name in names if name.startswith("gft_kernels/_C.") and not name.endswith(".pyi")]
-    assert len(compiled) == 1 and wheel.name.count("-none-any") == 0
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".cuh"))]
-    assert {name for name in names if name.startswith("gft_kernels/")} - set(compiled) == files_under(ROOT, "gft_kernels")
+        names = set(archive.namelist())
+    package = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    (compiled,) = package - files_under(ROOT, "gft_kernels")
+    assert compiled.startswith("gft_kernels/_C.") and not wheel.name.endswith("-none-any.whl")
 
 
 def test_building_requires_no_torch():

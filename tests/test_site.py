@@ -1,4 +1,4 @@
-"""docs/api.md is what docs/generate_api.py writes, and the generator reads docstrings as they are written here."""
+"""The documentation site: the reference page is the generated one, and the navigation knows every page."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import yaml
 
 import gft_kernels
 
@@ -33,7 +34,7 @@ def test_every_public_name_has_an_entry_with_a_docstring(generator):
 
 
 def test_sections_become_lists_with_links(generator):
-    docstring = """One sentence.
+    written = """One sentence.
 
 Args:
     tau, eps: numbers, the second
@@ -42,7 +43,7 @@ Args:
 
 Returns: a scalar.
 Source: docs/formulas.md#F4; elsewhere."""
-    assert generator.markdown(docstring) == """One sentence.
+    shown = """One sentence.
 
 **Args.**
 
@@ -53,7 +54,21 @@ Source: docs/formulas.md#F4; elsewhere."""
 **Returns.** a scalar.
 
 **Source.** [formulas.md#F4](formulas.md#F4); elsewhere."""
+    assert generator.markdown(written) == shown
 
 
 def test_signatures_keep_the_quotes_of_strings(generator):
     assert '    rectify: str = "all",' in generator.signature("gft_loss", gft_kernels.gft_loss).splitlines()
+
+
+def pages(navigation) -> list[str]:
+    if isinstance(navigation, str):
+        return [navigation]
+    entries = navigation.values() if isinstance(navigation, dict) else navigation
+    return [page for entry in entries for page in pages(entry)]
+
+
+def test_the_navigation_knows_every_page():
+    navigation = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    present = [path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")]
+    assert sorted(navigation) == sorted(present), "list each page of docs/ once in mkdocs.yml"
