@@ -30,6 +30,16 @@ def device(request) -> torch.device:
     return torch.device("cpu" if name == "interpreter" else name)
 
 
+@pytest.fixture
+def on_device(device):
+    """Tensors made without a device lie on the one asked for."""
+    if device.type == "cpu":
+        yield
+        return
+    with device:
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _backend_is_ready(request):
     """A backend this machine lacks skips its tests with the backend's own sentence."""

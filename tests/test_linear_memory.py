@@ -1,4 +1,4 @@
-"""The memory the linear loss takes beside its inputs: one chunk of logits and the head's gradient, however many rows."""
+"""The memory the linear loss takes beside its inputs: one chunk of logits and the head's gradient, whatever the rows."""
 
 from __future__ import annotations
 
@@ -75,7 +75,6 @@ def test_a_chunk_of_logits_and_the_heads_gradient(dtype):
 @pytest.mark.parametrize("mode", ["frozen head", "log-probs"])
 def test_no_head_gradient_where_none_is_asked_for(mode):
     assert peak(1024, mode=mode) <= LOGITS + 1024 * (3 * 4 * D + 200) + HEAD // 2
-
 
 
 def test_a_smaller_chunk_takes_less():
