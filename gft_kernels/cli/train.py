@@ -14,7 +14,7 @@ import yaml
 from gft_kernels.cli import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from gft_kernels.cli.settings import RunSettings, load
 from gft_kernels.trainer import GFTConfig, GFTTrainer, RewardError, SaveOnInterrupt, generate, read_records
-from gft_kernels.trainer.callbacks import read_metrics
+from gft_kernels.trainer.callbacks import StepLines, read_metrics
 from gft_kernels.trainer.data import check_record
 from gft_kernels.trainer.plots import draw
 from gft_kernels.trainer.rewards import find
@@ -91,6 +91,8 @@ def build(settings: RunSettings, options: dict, checkpoint: str | None, stop: Sa
         rollout_fn=find(settings.rollout, "rollout") if settings.rollout else generate,
         callbacks=[stop],
     )
+    if not args.disable_tqdm:
+        StepLines.install(trainer)
     if args.should_save:
         record = yaml.safe_dump({**vars(settings), **options}, sort_keys=False)
         Path(args.output_dir, "run.yaml").write_text(record, encoding="utf-8")

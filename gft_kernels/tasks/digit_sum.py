@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 ALPHABET = "$>0123456789+=;#.ACRSMI[],"
 DIGITS = 5
-STYLES = {"direct": 0.35, "left": 0.30, "right": 0.17, "odd-even": 0.08, "ends": 0.08, "bracket": 0.02}
+STYLES = {"direct": 0.20, "left": 0.40, "right": 0.20, "odd-even": 0.09, "ends": 0.09, "bracket": 0.02}
 TEACHERS = ("right", "odd-even", "ends")
 
 

@@ -1,4 +1,4 @@
-"""Two small callbacks: a line of metrics per log call on disk, and a checkpoint on Ctrl-C."""
+"""Small callbacks: the metrics on disk, a readable line for each log call, and a checkpoint on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
-from transformers import TrainerCallback
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -21,6 +22,37 @@ class RunLog(TrainerCallback):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+LINE = {
+    "loss": "loss",
+    "reward/expert": "expert",
+    "reward/teacher": "teacher",
+    "reward/sampled": "sampled",
+    "reward/offline": "offline",
+    "rectified": "rectified",
+    "entropy": "entropy",
+    "grad_norm": "gradient",
+    "tokens_per_second": "tokens/s",
+    "eval_reward": "held-out reward",
+    "eval_expert_log_likelihood": "held-out expert log-likelihood",
+}
+
+
+class StepLines(ProgressCallback):
+    """Trainer's progress bar, with one short line per log call instead of the whole dictionary."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = [f"{label} {logs[name]:.4g}" for name, label in LINE.items() if name in (logs or {})]
+        if state.is_world_process_zero and shown:
+            tqdm.write(f"step {state.global_step:>5}  " + "  ".join(shown))
+
+    @classmethod
+    def install(cls, trainer) -> None:
+        """Takes the place of the callbacks that print dictionaries."""
+        for other in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(other)
+        trainer.add_callback(cls)
 
 
 class SaveOnInterrupt(TrainerCallback):
