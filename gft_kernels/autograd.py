@@ -163,7 +163,8 @@ class _InPlace(torch.autograd.Function):
             )
         ctx.spent = True
         gradient, row_scale = ctx.saved_tensors
-        torch.ops.gft.scale_(gradient, row_scale, upstream, ctx.backend)
+        if row_scale.numel() or not _is_one(upstream):
+            torch.ops.gft.scale_(gradient, row_scale, upstream, ctx.backend)
         return gradient, *nothing
 
 
