@@ -117,7 +117,9 @@ def _backward(ctx, upstream: Tensor | None, *_non_differentiable) -> tuple:
 
 def _is_one(upstream: Tensor) -> bool:
     """Whether scaling can be left out, where looking is free: an untraced scalar on the CPU."""
-    return type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.dim() == 0 and float(upstream) == 1.0
+    if torch.compiler.is_compiling() or type(upstream) is not Tensor:
+        return False
+    return upstream.device.type == "cpu" and upstream.dim() == 0 and float(upstream) == 1.0
 
 
 def _scale(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str) -> Tensor:
