@@ -39,7 +39,7 @@ def row_launch(vocabulary: int, dtype: torch.dtype, architecture: str) -> RowLau
     """The launch of every row kernel. `architecture`: "sm_90", "gfx942", ... or "interpreter"."""
     size = dtype.itemsize
     if architecture == "interpreter":
-        return RowLaunch(block=256, warps=1)
+        return RowLaunch(block=512, warps=1)
     small = vocabulary * size < SMALL_BYTES
     block = (SMALL if small else LARGE) // size
     if architecture.startswith("gfx"):  # a wavefront has 64 threads

@@ -67,17 +67,14 @@ def group_advantage_kernel(
 
     count = tl.zeros((BLOCK,), tl.float64)
     total = tl.zeros((BLOCK,), tl.float64)
-    others = tl.zeros((BLOCK,), tl.float64)  # members with another reward
     start = first
     while start < last:
         member, rewards = members(rewards_S, group_ids_S, start + lane, last, own, group_size)
         count += tl.where(member, 1.0, 0.0)
         total += tl.where(member, rewards, 0.0)
-        others += tl.where(member & (rewards != reward), 1.0, 0.0)
         start += BLOCK
     size = tl.sum(count, 0)
-    # equal rewards are found by comparing them: a mean of equal numbers need not equal them to the last bit
-    mean = tl.where(tl.sum(others, 0) == 0.0, reward, tl.sum(total, 0) / size)
+    mean = tl.sum(total, 0) / size  # of equal float32 rewards exactly the reward, in float64: A is exactly 0
 
     squares = tl.zeros((BLOCK,), tl.float64)
     start = first
