@@ -16,7 +16,10 @@ import yaml
 
 from gft_kernels.cli import main
 from gft_kernels.cli.settings import load
+from gft_kernels.cli.train import rows
+from gft_kernels.trainer import GFTConfig
 from gft_kernels.trainer.plots import draw
+from gft_kernels.trainer.rewards import find
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,9 +32,9 @@ def model_path(tmp_path_factory):
     return path
 
 
-def write_run(tmp_path, model_path, rows=None, **options):
+def write_run(tmp_path, model_path, data=None, **options):
     """A configuration file and a data file; returns the path of the former."""
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rig.rows() if rows is None else rows)))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rig.rows() if data is None else data)))
     settings = {
         "model": str(model_path), "data": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path / "run"),
         "rewards": ["trainer_rig:digit_count"], "num_demonstrations": 2, "num_generations": 2,
@@ -99,9 +102,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, model_path, capsys,
 
 
 def test_a_malformed_row_is_named_by_file_line_and_field_before_training(tmp_path, model_path, capsys):
-    rows = rig.rows()
-    rows[4]["demonstrations"] = "1+1=2."
-    config = write_run(tmp_path, model_path, rows)
+    data = rig.rows()
+    data[4]["demonstrations"] = "1+1=2."
+    config = write_run(tmp_path, model_path, data)
     assert main(["train", "--config", config]) == 2
     assert f"{tmp_path / 'rows.jsonl'}, line 5: field `demonstrations` must be" in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -126,9 +129,9 @@ def test_a_finished_run_is_not_overwritten(tmp_path, model_path, capsys):
 
 
 def test_a_failing_reward_names_the_row_and_keeps_the_checkpoint(tmp_path, model_path, capsys):
-    rows = rig.rows()
-    rows[5]["answer"] = 7  # not text: str.endswith raises
-    config = write_run(tmp_path, model_path, rows, train_sampling_strategy="sequential")
+    data = rig.rows()
+    data[5]["answer"] = 7  # not text: str.endswith raises
+    config = write_run(tmp_path, model_path, data, train_sampling_strategy="sequential")
     assert main(["train", "--config", config]) == 1
     error = capsys.readouterr().err
     assert "digit_count raised TypeError" in error and "rows.jsonl, line 6" in error and "Traceback" not in error
@@ -140,6 +143,18 @@ def test_numbers_in_scientific_notation_and_lists_are_read(tmp_path):
     settings, options = load(str(tmp_path / "a.yaml"), ["--reward-weights", "[1, 0.5]", "--rewards", "a, b"], "other")
     assert options["learning_rate"] == 1e-4 and options["reward_weights"] == [1, 0.5] and options["warmup_steps"] == 3
     assert settings.rewards == ["a", "b"] and settings.data == "other"
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_the_examples_are_configurations_whose_parts_are_there(example, tmp_path):
+    settings, options = load(str(example), [], None)
+    options["bf16"] = False  # needs a GPU
+    GFTConfig(**{**options, "output_dir": str(tmp_path)})
+    for reward in settings.rewards or []:
+        find(reward)
+    if settings.data == "sample":
+        assert len(rows("sample", settings.reader, "train")) == 256
+        assert len(rows("sample", settings.reader, "test")) in (64, 128)
 
 
 def test_plot_says_what_is_missing(tmp_path, capsys):

@@ -17,7 +17,7 @@ from gft_kernels.trainer.data import check_record, encode_prompt
     ("row", "message"),
     [
         ({}, "field `prompt` must be text or a list of {role, content} messages, got nothing"),
-        ({"prompt": 3}, "field `prompt` must be text .* got int 3"),
+        ({"prompt": 3}, r"field `prompt` must be text .* got int 3"),
         ({"prompt": "  "}, "field `prompt` must be text"),
         ({"prompt": [{"role": "user"}]}, "field `prompt` must be text or a list"),
         (
@@ -68,7 +68,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path, text, message):
 
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("prompt\n")
-    with pytest.raises(ValueError, match="must be a .jsonl, .json or .parquet file, got"):
+    with pytest.raises(ValueError, match=r"must be a \.jsonl, \.json or \.parquet file, got"):
         read_records(tmp_path / "a.csv")
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         read_records(tmp_path / "b.jsonl")

@@ -8,15 +8,17 @@ from __future__ import annotations
 import functools
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gft_kernels.cli.train import summary
 from gft_kernels.tasks import digit_sum, gsm8k, scratch
 from gft_kernels.trainer import GFTConfig, GFTTrainer
 from gft_kernels.trainer.callbacks import StepLines
 
-SHARED = {"save_strategy": "no", "lr_scheduler_type": "cosine", "use_cpu": True, "seed": 0}
-SFT = {
+SHARED: dict[str, Any] = {"save_strategy": "no", "lr_scheduler_type": "cosine", "use_cpu": True, "seed": 0}
+SFT: dict[str, Any] = {
     "advantages": "ones",
     "tau": 0.0,
     "num_demonstrations": 1,
@@ -25,7 +27,7 @@ SFT = {
     "log_completions_steps": 0,
     **SHARED,
 }
-GFT = {"warmup_steps": 5, "log_kl": True, "eval_on_start": True, "eval_strategy": "steps", **SHARED}
+GFT: dict[str, Any] = {"warmup_steps": 5, "log_kl": True, "eval_on_start": True, "eval_strategy": "steps", **SHARED}
 
 
 def demo(out: str, data: str | None = None, only: str | None = None) -> None:
@@ -33,7 +35,7 @@ def demo(out: str, data: str | None = None, only: str | None = None) -> None:
 
     Raises: FileNotFoundError, RowError for `data` that is no GSM8K.
     """
-    parts = {"digit-sum": digit_sum_demo, "gsm8k": functools.partial(gsm8k_demo, data=data)}
+    parts: dict[str, Callable] = {"digit-sum": digit_sum_demo, "gsm8k": functools.partial(gsm8k_demo, data=data)}
     for name, part in parts.items():
         if only in (None, name):
             directory = Path(out, name)
@@ -75,7 +77,7 @@ def digit_sum_demo(directory: Path) -> None:
         eval_steps=20,
         **GFT,
     )
-    tune(model, tokenizer, tuning, digit_sum.records(256), digit_sum.records(128, seed=9), [digit_sum.strict])
+    tune(model, tokenizer, tuning, digit_sum.read_rows(), digit_sum.read_rows(split="test"), [digit_sum.strict])
 
 
 def gsm8k_demo(directory: Path, data: str | None) -> None:

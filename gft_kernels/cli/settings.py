@@ -81,8 +81,8 @@ def _read_flags(flags):
 
 def _as_kind(key, value, hint):
     """The value if it is of the option's type; YAML reads 1e-4 as text, which is meant as a number."""
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    kinds = [typing.get_origin(kind) or kind for kind in kinds]
+    alternatives = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kinds = [typing.get_origin(kind) or kind for kind in alternatives]
     if value is None and type(None) in kinds:
         return None
     if isinstance(value, str) and float in kinds and str not in kinds:

@@ -68,15 +68,15 @@ def last_checkpoint(output_dir: str) -> str | None:
 
 def build(settings: RunSettings, options: dict, checkpoint: str | None, stop: SaveOnInterrupt) -> GFTTrainer:
     """The trainer of a run, everything about it checked."""
-    has_eval = settings.eval_data is not None
-    options = {"eval_on_start": has_eval and checkpoint is None, **options}
-    if not has_eval and (options["eval_on_start"] or options.get("eval_strategy", "no") != "no"):
+    held_out = settings.eval_data
+    options = {"eval_on_start": held_out is not None and checkpoint is None, **options}
+    if held_out is None and (options["eval_on_start"] or options.get("eval_strategy", "no") != "no"):
         raise ValueError(
             "eval_data must be given where eval_on_start or eval_strategy asks for evaluation, got nothing."
         )
     args = GFTConfig(**options)
     train_rows = rows(settings.data, settings.reader, "train")
-    eval_rows = rows(settings.eval_data, settings.eval_reader or settings.reader, "test") if has_eval else None
+    eval_rows = None if held_out is None else rows(held_out, settings.eval_reader or settings.reader, "test")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(settings.model)
@@ -95,11 +95,11 @@ def build(settings: RunSettings, options: dict, checkpoint: str | None, stop: Sa
         StepLines.install(trainer)
     if args.should_save:
         record = yaml.safe_dump({**vars(settings), **options}, sort_keys=False)
-        Path(args.output_dir, "run.yaml").write_text(record, encoding="utf-8")
+        Path(str(args.output_dir), "run.yaml").write_text(record, encoding="utf-8")
     return trainer
 
 
-def rows(path: str | None, reader: str | None, split: str) -> list:
+def rows(path: str, reader: str | None, split: str) -> list:
     """Rows of a file, or of whatever a reader makes of the path; each checked where it was read."""
     if reader is None:
         records = read_records(path)
@@ -113,27 +113,29 @@ def rows(path: str | None, reader: str | None, split: str) -> list:
 
 
 def announce(trainer: GFTTrainer, checkpoint: str | None) -> None:
-    args, size = trainer.args, sum(p.numel() for p in trainer.model.parameters())
-    held_out = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
-    given = "offline responses" if trainer.train_dataset.offline else f"{args.num_demonstrations} demonstrations"
-    print(f"{size / 1e6:.1f} M parameters on {args.device}, {len(trainer.train_dataset)} rows, {held_out} held out")
+    args, train_rows, held_out = trainer.args, trainer.train_dataset, trainer.eval_dataset
+    assert train_rows is not None and trainer.model is not None
+    size = sum(p.numel() for p in trainer.model.parameters())
+    given = "offline responses" if train_rows.offline else f"{args.num_demonstrations} demonstrations"
+    print(f"{size / 1e6:.1f} M parameters on {args.device}, {len(train_rows)} rows, {count(held_out)} held out")
     print(f"group: {given} + {args.num_generations} sampled; tau {args.tau}, backend {args.backend}")
     if checkpoint is not None:
         print(f"going on from {checkpoint}")
 
 
+def count(held_out) -> int:
+    return 0 if held_out is None else len(held_out)
+
+
 def finish(trainer: GFTTrainer) -> None:
     """Saves the model, evaluates once more if the last step was not, draws the curves, prints the summary."""
-    output_dir = trainer.args.output_dir
+    output_dir, step = str(trainer.args.output_dir), trainer.state.global_step
     trainer.save_model(output_dir)
-    if trainer.eval_dataset is not None and not evaluated_at(output_dir, trainer.state.global_step):
+    evaluated = {line["step"] for line in trainer.state.log_history if "eval_runtime" in line}
+    if trainer.eval_dataset is not None and step not in evaluated:
         trainer.evaluate()
     if trainer.is_world_process_zero():
         print(summary(output_dir))
-
-
-def evaluated_at(run: str, step: int) -> bool:
-    return any(line["step"] == step and "eval_runtime" in line for line in read_metrics(run))
 
 
 def summary(run: str) -> str:
@@ -153,6 +155,6 @@ def summary(run: str) -> str:
     return "\n".join(text + ([f"completions  {completions}"] if completions.is_file() else []))
 
 
-def go_on(output_dir: str) -> str:
-    last = last_checkpoint(output_dir)
+def go_on(output_dir: str | None) -> str:
+    last = last_checkpoint(str(output_dir))
     return f"go on from {last} with --resume" if last else "no checkpoint was saved"

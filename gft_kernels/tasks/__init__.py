@@ -1,1 +1,1 @@
-"""Two self-contained tasks for examples and the demo: GSM8K with a sample shipped, and sums of digits made on the fly."""
+"""Two self-contained tasks for examples and the demo: GSM8K (a sample ships) and sums of digits made on the fly."""

@@ -73,7 +73,7 @@ def base_records(count: int, noise: float = 0.1, seed: int = 0) -> list[dict]:
         if rng.random() < 0.5:
             prompt, answer = general_text(rng)
         else:
-            digits, style = query(rng), rng.choices(list(STYLES), STYLES.values())[0]
+            digits, style = query(rng), rng.choices(list(STYLES), list(STYLES.values()))[0]
             prompt, answer = prompt_of(digits), solution(digits, style, rng, noise)
         records.append({"prompt": prompt, "demonstrations": [answer]})
     return records
@@ -88,6 +88,13 @@ def records(count: int, teacher_noise: float = 0.03, seed: int = 1) -> list[dict
         teachers = [solution(digits, style, rng, teacher_noise) for style in TEACHERS]
         rows.append({"prompt": prompt_of(digits), "demonstrations": [solution(digits, "bracket"), *teachers]})
     return rows
+
+
+def read_rows(path: str | None = None, split: str = "train") -> list[dict]:
+    """The reader for `gft train`: 256 rows to train on or 128 held out, made on the fly; there is no file to read."""
+    if path is not None:
+        raise ValueError(f"data must be 'sample' for digit sums, got {path!r}; the rows are made on the fly.")
+    return records(256) if split == "train" else records(128, seed=9)
 
 
 SOLUTION = re.compile(r"((?:\d\+\d=\d;)+|(?:\[\d\+\d\]\d,)+)#(\d)\.")

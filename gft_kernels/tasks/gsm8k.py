@@ -26,7 +26,7 @@ def read_rows(path: str | Path | None = None, split: str = "train") -> list[Reco
     """
     if path is None:
         source = read_records(SAMPLE / f"gsm8k_{split}.jsonl")
-        return [_row(r.where, r["question"], [r["main"], r["socratic"]]) for r in source]
+        return [_row(Path(r.where).name, r["question"], [r["main"], r["socratic"]]) for r in source]
     path = Path(path)
     main = path / f"{split}.parquet" if path.is_dir() else path
     records = [_checked(record) for record in read_records(main)]

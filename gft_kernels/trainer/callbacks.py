@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -74,6 +75,10 @@ class SaveOnInterrupt(TrainerCallback):
         print("\nfinishing this step, then saving; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # signals reach ranks at different times, but all must stop after the same step
+            flag = torch.tensor(int(self.interrupted), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.interrupted = bool(flag.item())
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -12,7 +13,7 @@ MEAN_REDUCTIONS = ("token-mean", "sequence-mean")
 OVERLONG = ("error", "drop")
 
 
-def option(default, text):
+def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
@@ -31,7 +32,7 @@ class GFTConfig(TrainingArguments):
     num_demonstrations: int = option(4, "Demonstrations taken from each row: the expert's first, then teachers'.")
     num_generations: int = option(4, "Responses sampled from the current policy for each prompt.")
     advantages: str = option("group", "'group': F5 from the rewards; 'ones': A = 1, so tau 0 is SFT and tau 1 is DFT.")
-    reward_weights: list[float] | None = option(None, "One weight per reward function; None: all 1.")
+    reward_weights: list[float] | None = option(None, "One weight per reward function; None: all 1.")  # noqa: RUF009
     overlong: str = option("error", "'error' or 'drop': rows that exceed a length limit below.")
     max_prompt_length: int | None = option(None, "Longest prompt allowed, in tokens; None: the model's context.")
 

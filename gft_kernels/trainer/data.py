@@ -107,7 +107,7 @@ def check_record(record: dict, where: str) -> None:
     responses, rewards = record.get("responses"), record.get("rewards")
     require(rewards is None or (_is_list(rewards) and all(map(_is_number, rewards))), "rewards", "be a list of numbers")
     require((responses is None) == (rewards is None), "rewards", "come together with `responses`")
-    require(responses is None or len(responses) == len(rewards), "rewards", "hold one number per response")
+    require(responses is None or len(responses) == len(rewards or ()), "rewards", "hold one number per response")
     require(responses is None or len(responses) > 0, "responses", "hold at least one response")
     require(responses is None or not record.get("demonstrations"), "demonstrations", "be absent where `responses` is")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gft_kernels.advantages import group_advantages
 from gft_kernels.trainer.config import GFTConfig
-from gft_kernels.trainer.data import Response, Row
+from gft_kernels.trainer.data import Response, Row, Rows
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import Sampling, seeded
 
@@ -129,3 +129,18 @@ def collate(groups: Sequence[Group], pad_id: int) -> dict[str, Tensor]:
 def count_items(groups: Sequence[Group], reduction: str) -> int:
     """The denominator of a step: all response tokens, or all responses. Groups without advantage count as well."""
     return sum(len(r.ids) if reduction == "token-mean" else 1 for g in groups for r in g.responses)
+
+
+def check_sources(args: GFTConfig, rows: Rows, rewards: Rewards) -> None:
+    """Raises ValueError if the rows, the reward functions and the group's make-up contradict each other."""
+    if rows.offline:
+        if args.num_generations:
+            raise ValueError(
+                f"num_generations must be 0 where rows bring `responses` and `rewards`, got {args.num_generations}; "
+                "nothing says that samples would be rewarded alike."
+            )
+        return
+    if args.num_demonstrations + args.num_generations == 0:
+        raise ValueError("num_demonstrations + num_generations must be at least 1, got 0; a group would be empty.")
+    if args.advantages == "group" and not rewards:
+        raise ValueError("reward_funcs must hold at least one function, got none; or set advantages to 'ones' for SFT.")

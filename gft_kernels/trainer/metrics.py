@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gft_kernels.trainer.groups import SOURCES, Group
 
-GROUP_METRICS = tuple(f"reward/{s}" for s in SOURCES) + ("zero_std_groups", "truncated", "completion_length")
+GROUP_METRICS = (*(f"reward/{s}" for s in SOURCES), "zero_std_groups", "truncated", "completion_length")
 TOKEN_METRICS = ("pi", "rectified", "entropy", "kl_to_start")
 
 
@@ -22,7 +22,7 @@ class Means:
 
     def __init__(self, device: torch.device):
         # Every rank holds every name in the same order, so that one sum over ranks is enough.
-        self.names = GROUP_METRICS + TOKEN_METRICS + ("tokens",)
+        self.names = (*GROUP_METRICS, *TOKEN_METRICS, "tokens")
         self.sums = torch.zeros(len(self.names), 2, dtype=torch.float32 if device.type == "mps" else torch.float64)
         self.sums = self.sums.to(device)
 

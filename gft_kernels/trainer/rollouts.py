@@ -95,3 +95,10 @@ def seeded(*entropy: int, device: torch.device):
         finally:
             random.setstate(python)
             numpy.random.set_state(array)
+
+
+def end_tokens(model, tokenizer) -> tuple[int, ...]:
+    """Every token that ends a response: the tokenizer's, and those the model's generation defaults name."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    named = own if isinstance(own, list) else [] if own is None else [own]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *named]))

@@ -12,6 +12,7 @@ import inspect
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ from gft_kernels.loss import gft_loss
 from gft_kernels.trainer.callbacks import RunLog
 from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.data import Row, Rows
-from gft_kernels.trainer.groups import IGNORE, SOURCES, Group, GroupBuilder, collate, count_items
+from gft_kernels.trainer.groups import IGNORE, SOURCES, Group, GroupBuilder, check_sources, collate, count_items
 from gft_kernels.trainer.metrics import Means, append_completions, completions_table, heldout_summary
 from gft_kernels.trainer.rewards import Rewards
-from gft_kernels.trainer.rollouts import generate
+from gft_kernels.trainer.rollouts import end_tokens, generate
 
 TRAINING, EVALUATION = 0, 1  # what a step's random numbers are for
 
@@ -40,6 +41,8 @@ class GFTTrainer(Trainer):
 
     # compute_loss divides by the whole window's count: Trainer must not divide by the accumulation steps again.
     loss_is_scaled_for_ga = True
+    args: GFTConfig
+    train_dataset: Rows | None
 
     def __init__(
         self,
@@ -70,13 +73,13 @@ class GFTTrainer(Trainer):
         if train_rows is not None:
             check_sources(args, train_rows, rewards)
         if isinstance(eval_dataset, dict):
-            eval_rows = {name: rows(records, f"eval_dataset[{name!r}]") for name, records in eval_dataset.items()}
+            eval_rows: Any = {name: rows(records, f"eval_dataset[{name!r}]") for name, records in eval_dataset.items()}
         else:
             eval_rows = None if eval_dataset is None else rows(eval_dataset, "eval_dataset")
         super().__init__(
             model=model,
             args=args,
-            data_collator=list,  # rows stay rows until their groups are built
+            data_collator=keep,  # rows stay rows until their groups are built
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
@@ -88,9 +91,9 @@ class GFTTrainer(Trainer):
         # Read by transformers before 5.19, where loss_is_scaled_for_ga does not exist yet.
         self.model_accepts_loss_kwargs = True
         self.builder = GroupBuilder(args, processing_class, rewards, rollout_fn, end_tokens(model, processing_class))
-        self.start_model = copy.deepcopy(self.model).requires_grad_(False).eval() if args.log_kl else None
+        self.start_model = copy.deepcopy(model).requires_grad_(False).eval() if args.log_kl else None
         self.means = Means(self.args.device)
-        self._last_log = time.perf_counter()
+        self._last_log, self._eval_batches = time.perf_counter(), 0
         unwrapped = self.accelerator.unwrap_model(self.model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(unwrapped.forward).parameters
 
@@ -180,13 +183,13 @@ class GFTTrainer(Trainer):
     def _show(self, groups: Sequence[Group]) -> None:
         every, step = self.args.log_completions_steps, self.state.global_step
         if every and step % every == 0 and groups and self.is_world_process_zero():
-            append_completions(Path(self.args.output_dir, "completions.jsonl"), groups, step)
+            append_completions(Path(str(self.args.output_dir), "completions.jsonl"), groups, step)
             print("\n" + completions_table(groups[0], step), flush=True)
 
     # Evaluation
 
-    def prediction_step(self, model, inputs: list[Row], prediction_loss_only, ignore_keys=None):
-        """One line per row: the expert's log-probability and token count, fraction truncated, mean length, rewards.
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """One line per row of the list `inputs`, in the order that heldout_summary reads.
 
         The loss is left to the summary over the whole set: a mean of batch means would depend on the batch size.
         """
@@ -238,23 +241,6 @@ def expert_order(response) -> tuple[bool, float]:
     return response.source == "expert", response.reward if response.source == "offline" else 0.0
 
 
-def end_tokens(model, tokenizer) -> tuple[int, ...]:
-    """Every token that ends a response: the tokenizer's, and those the model's generation defaults name."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    named = own if isinstance(own, list) else [] if own is None else [own]
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *named]))
-
-
-def check_sources(args: GFTConfig, rows: Rows, rewards: Rewards) -> None:
-    """Raises ValueError if the rows, the reward functions and the group's make-up contradict each other."""
-    if rows.offline:
-        if args.num_generations:
-            raise ValueError(
-                f"num_generations must be 0 where rows bring `responses` and `rewards`, got {args.num_generations}; "
-                "nothing says that samples would be rewarded alike."
-            )
-        return
-    if args.num_demonstrations + args.num_generations == 0:
-        raise ValueError("num_demonstrations + num_generations must be at least 1, got 0; a group would be empty.")
-    if args.advantages == "group" and not rewards:
-        raise ValueError("reward_funcs must hold at least one function, got none; or set advantages to 'ones' for SFT.")
+def keep(rows: list[Row]) -> Any:
+    """The collator: rows as they are."""
+    return rows
