@@ -8,7 +8,10 @@ import pytest
 import torch
 import vocabulary_ranks as ranks
 
-from gft_kernels import distributed, formulas, registry
+from gft_kernels import distributed, formulas, linear_chunks, registry
+from gft_kernels.advantages import credit_rows
+from gft_kernels.linear_call import LinearCall
+from gft_kernels.options import Credit
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 
@@ -24,6 +27,7 @@ def said(tmp_path_factory):
     return [torch.load(path) if (path := folder / f"rank{rank}.pt").exists() else {} for rank in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "backend", "check"), ranks.COMBINATIONS, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_sharded_vocabulary(said, size, backend, check):
     reason = registry.backend(backend).absent()
@@ -70,3 +74,17 @@ def test_merging_shards_is_the_softmax_of_the_whole(monkeypatch):
                 torch.testing.assert_close(row.top_R + row.log_mass_R, torch.logsumexp(z, 1))
                 p = log_pi.exp()
                 torch.testing.assert_close(row.entropy_R, -torch.where(p > 0, p * log_pi, 0.0).sum(1))
+
+
+def test_the_widest_shard_decides_the_chunks_of_all():
+    """Ranks that cut different chunks would wait for each other for ever."""
+    targets = torch.zeros(5000, dtype=torch.long)
+    hidden, widths = torch.zeros(1, 5000, 2), torch.tensor([3, 40_000])
+    credit = credit_rows(Credit(targets))
+    chosen = [
+        linear_chunks.choose_rows(
+            LinearCall(hidden, torch.zeros(width, 2), None, Credit(targets)), credit, distributed.Shard(widths, offset)
+        )
+        for width, offset in ((3, torch.tensor(0)), (40_000, torch.tensor(3)))
+    ]
+    assert chosen[0].chunk == chosen[1].chunk == linear_chunks.chunk_rows(5000, 40_000, 4, "cpu") < 5000
