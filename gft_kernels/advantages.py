@@ -67,7 +67,7 @@ def normalise(rewards_S: Tensor, group_ids_S: Tensor, normalize: str, eps: float
     S·log S work, and a NaN reward spoils its own group only.
     """
     ids, order = torch.sort(group_ids_S, stable=True)
-    # Float32 first: float64 sums of K equal float32 numbers are exact, so equal rewards give exactly 0, not 1e-17 / eps.
+    # Float32 first: float64 sums of K equal float32 numbers are exact, so equal rewards give 0, not 1e-17 / eps.
     rewards = rewards_S.float().double()[order]
     start = torch.searchsorted(ids, ids, right=False)
     stop = torch.searchsorted(ids, ids, right=True)

@@ -66,7 +66,9 @@ def _compute(logits: Tensor, arguments: tuple) -> tuple[RowResult, tuple[Tensor,
     if not call.process_group:  # else the vocabulary's size is known once the ranks have met
         checks.check_values(call.credit, logits.shape[-1])
     result = registry.choose(backend, call).run(call)
-    empty = [logits.new_empty(0, dtype=torch.float32) if x is None else x for x in (result.row_scale_R, result.entropy_R)]
+    empty = [
+        logits.new_empty(0, dtype=torch.float32) if x is None else x for x in (result.row_scale_R, result.entropy_R)
+    ]
     return result, (result.loss, result.log_probs_R, result.coefficients_R, result.advantages_R, *empty)
 
 
@@ -97,7 +99,7 @@ def _fake(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    loss, *others, row_scale, _entropy, gradient = output
+    _loss, *others, row_scale, _entropy, gradient = output
     ctx.mark_non_differentiable(*others, row_scale, _entropy, gradient)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(gradient, row_scale)
@@ -171,7 +173,10 @@ class _InPlace(torch.autograd.Function):
 
 
 _FUNCTIONAL = torch.library.custom_op(
-    "gft::row_loss", _row_loss, mutates_args=(), schema=f"(Tensor logits, {_ARGUMENTS}) -> ({_PER_ROW}, Tensor gradient)"
+    "gft::row_loss",
+    _row_loss,
+    mutates_args=(),
+    schema=f"(Tensor logits, {_ARGUMENTS}) -> ({_PER_ROW}, Tensor gradient)",
 )
 _FUNCTIONAL.register_fake(_fake)
 _FUNCTIONAL.register_autograd(_backward, setup_context=_setup_context)

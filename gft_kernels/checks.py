@@ -211,9 +211,7 @@ def check_rewards(rewards: Tensor, responses: int | None, device: torch.device |
         raise ValueError(f"rewards must have shape (S,), got {tuple(rewards.shape)}; pass one reward per response")
 
 
-def check_groups(
-    responses: int, group_size: int | None, group_ids: Tensor | None, device: torch.device | None
-) -> None:
+def check_groups(responses: int, group_size: int | None, group_ids: Tensor | None, device: torch.device | None) -> None:
     if (group_size is None) == (group_ids is None):
         given = "neither" if group_size is None else "both"
         raise ValueError(
@@ -223,7 +221,9 @@ def check_groups(
     if group_ids is not None:
         check_tensor("group_ids", group_ids, INDEX_DTYPES, (responses,), device, "pass one group id per response")
     elif isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"group_size must be a whole number of at least 1, got {group_size!r}; pass responses per prompt")
+        raise ValueError(
+            f"group_size must be a whole number of at least 1, got {group_size!r}; pass responses per prompt"
+        )
     elif responses % group_size:
         raise ValueError(
             f"group_size must divide the number of responses, got {group_size} for {responses}; "
@@ -264,7 +264,9 @@ def check_finite(name: str, values: Tensor) -> None:
     bad = (~torch.isfinite(values)).nonzero()
     if len(bad):
         at = int(bad[0])
-        raise ValueError(f"{name} must be finite, got {float(values[at])} at position {at}; drop or score that response")
+        raise ValueError(
+            f"{name} must be finite, got {float(values[at])} at position {at}; drop or score that response"
+        )
 
 
 def check_tensor(
@@ -291,7 +293,9 @@ def known_options(function: Callable, options: dict) -> None:
     known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for name in options:
         if name not in known:
-            raise TypeError(f"{name} must be an option of {function.__name__}, got an unknown name; choose from {', '.join(known)}")
+            raise TypeError(
+                f"{name} must be an option of {function.__name__}, got an unknown name; choose from {', '.join(known)}"
+            )
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -337,14 +341,18 @@ def _refuse_unused(
     ):
         if value is not default and (isinstance(value, Tensor) or value != default):
             shown = "a tensor" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"{name} must be left out without rewards, got {shown}; it only shapes how rewards become advantages")
+            raise ValueError(
+                f"{name} must be left out without rewards, got {shown}; it only shapes how rewards become advantages"
+            )
 
 
 def _num_items(value: float | Tensor | None, reduction: str, device: torch.device) -> Tensor | None:
     if value is None:
         return None
     if reduction in ("sum", "none"):
-        raise ValueError(f"num_items_in_batch must be None with reduction={reduction!r}, got a value; nothing is divided")
+        raise ValueError(
+            f"num_items_in_batch must be None with reduction={reduction!r}, got a value; nothing is divided"
+        )
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"num_items_in_batch must hold one number, got shape {tuple(value.shape)}; sum it first")

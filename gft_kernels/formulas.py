@@ -22,7 +22,7 @@ def transform(logit, logit_scale, softcap, temperature):
 def transform_slope(logit, logit_scale, softcap, temperature):
     """d transform / d logit, the chain rule's factor in F7.
 
-    With a softcap, 1 - tanh^2 is formed as 4e / (1 + e)^2, e = exp(-2|x|): near saturation the difference has no digits.
+    With a softcap, 1 - tanh^2 is formed as 4e / (1 + e)^2, e = exp(-2|x|): near saturation a difference has no digits.
     """
     slope = logit_scale / temperature
     if softcap != 0.0:

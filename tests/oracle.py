@@ -53,7 +53,9 @@ def row_weights(live, responses, reduction, num_items=None):
     return out
 
 
-def token_losses(logits, targets, live, advantage, *, tau, rectify="all", temperature=1.0, softcap=None, logit_scale=1.0):
+def token_losses(
+    logits, targets, live, advantage, *, tau, rectify="all", temperature=1.0, softcap=None, logit_scale=1.0
+):
     """Per-row loss (R,) in float64, differentiable in `logits` (R, V), with the log-probs, C and entropy beside it."""
     losses, log_probs, coefficients, entropies = [], [], [], []
     zero = torch.zeros((), dtype=torch.float64)

@@ -17,7 +17,9 @@ UPSTREAM = 3.7
 def bound(case, backend, device, **options):
     """gft_loss of a problem as a function of the logits alone."""
     case = type(case)(*(x.to(device) for x in (case.logits, case.targets, case.mask, case.rewards)), case.group_size)
-    return lambda z: gft_loss(z, case.targets, mask=case.mask, rewards=case.rewards, group_size=2, backend=backend, **options)
+    return lambda z: gft_loss(
+        z, case.targets, mask=case.mask, rewards=case.rewards, group_size=2, backend=backend, **options
+    )
 
 
 def test_a_retained_graph_can_be_walked_again(backend, device):
@@ -64,7 +66,7 @@ def test_out_of_place_leaves_the_logits_alone(backend, device):
     logits = case.logits.to(device).requires_grad_(True) * 1
     before = logits.detach().clone()
     loss = bound(case, backend, device)(logits)
-    ((3 * loss + logits.square().sum())).backward()
+    (3 * loss + logits.square().sum()).backward()
     assert torch.equal(logits.detach(), before)
 
 
@@ -97,7 +99,7 @@ def test_double_backward_is_an_error(backend, device):
     loss = bound(problem(), backend, device)(leaf)
     weight = torch.tensor(2.0, device=device, requires_grad=True)
     (gradient,) = torch.autograd.grad(loss * weight, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|autograd formula"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|autograd formula"):
         gradient.sum().backward()
 
 
@@ -107,7 +109,9 @@ def test_checkpointing(backend, device, inplace):
     function = bound(case, backend, device, inplace=inplace)
     _, expected = run(function, case.logits.to(device))
     for reentrant in (False, True):
-        _, gradient = run(lambda z, r=reentrant: checkpoint(lambda x: function(x * 1), z, use_reentrant=r), case.logits.to(device))
+        _, gradient = run(
+            lambda z, r=reentrant: checkpoint(lambda x: function(x * 1), z, use_reentrant=r), case.logits.to(device)
+        )
         assert torch.equal(gradient, expected)
 
 
@@ -147,18 +151,16 @@ def test_many_lengths_compile_at_most_twice(backend, device):
 
 def operator_arguments(dtype, **options):
     case = problem(dtype=dtype)
-    defaults = {
-        p.name: p.default
-        for p in inspect.signature(gft_loss).parameters.values()
-        if p.kind is p.KEYWORD_ONLY
-    }
+    defaults = {p.name: p.default for p in inspect.signature(gft_loss).parameters.values() if p.kind is p.KEYWORD_ONLY}
     defaults.update(rewards=case.rewards, group_size=2, mask=case.mask, **options)
     call = checks.row_call(case.logits.requires_grad_(True), case.targets, **defaults)
     return (call.logits_STV, *autograd._pack(call, "reference"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"reduction": "none", "return_entropy": True}, {"inplace": False, "softcap": 5.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none", "return_entropy": True}, {"inplace": False, "softcap": 5.0}]
+)
 def test_opcheck_of_the_functional_operator(dtype, options):
     torch.library.opcheck(torch.ops.gft.row_loss.default, operator_arguments(dtype, **options))
 

@@ -14,11 +14,19 @@ REWARDS = torch.rand(4)
 BAD = {
     "logits type": (dict(logits=[1.0]), TypeError, "logits must be a torch.Tensor, got list"),
     "logits shape": (dict(logits=torch.randn(7)), ValueError, r"logits must have shape .*got \(7,\)"),
-    "logits dtype": (dict(logits=LOGITS.double()), TypeError, "logits must be float32, bfloat16 or float16, got torch.float64"),
+    "logits dtype": (
+        dict(logits=LOGITS.double()),
+        TypeError,
+        "logits must be float32, bfloat16 or float16, got torch.float64",
+    ),
     "empty vocabulary": (dict(logits=torch.randn(4, 3, 0)), ValueError, "logits must have a vocabulary of at least 1"),
     "targets shape": (dict(targets=TARGETS[:, :2]), ValueError, r"targets must have shape \(4, 3\), got \(4, 2\)"),
     "targets dtype": (dict(targets=TARGETS.float()), TypeError, "targets must be int64 or int32, got torch.float32"),
-    "target too large": (dict(targets=TARGETS.clone().fill_(7)), ValueError, r"targets must lie in \[0, 7\), got 7 at row 0"),
+    "target too large": (
+        dict(targets=TARGETS.clone().fill_(7)),
+        ValueError,
+        r"targets must lie in \[0, 7\), got 7 at row 0",
+    ),
     "target negative": (
         dict(targets=torch.tensor([[0, 1, 2], [3, -5, 0], [0, 0, 0], [0, 0, 0]])),
         ValueError,
@@ -26,43 +34,95 @@ BAD = {
     ),
     "mask dtype": (dict(mask=torch.ones(4, 3)), TypeError, "mask must be bool, got torch.float32"),
     "mask shape": (dict(mask=torch.ones(4, dtype=torch.bool)), ValueError, r"mask must have shape \(4, 3\)"),
-    "both": (dict(rewards=REWARDS, advantages=REWARDS, group_size=2), ValueError, "rewards and advantages must not both be given"),
-    "no groups": (dict(rewards=REWARDS), ValueError, "group_size or group_ids must be given with rewards, .*got neither"),
+    "both": (
+        dict(rewards=REWARDS, advantages=REWARDS, group_size=2),
+        ValueError,
+        "rewards and advantages must not both be given",
+    ),
+    "no groups": (
+        dict(rewards=REWARDS),
+        ValueError,
+        "group_size or group_ids must be given with rewards, .*got neither",
+    ),
     "two groupings": (
         dict(rewards=REWARDS, group_size=2, group_ids=torch.zeros(4, dtype=torch.long)),
         ValueError,
         "exactly one of them, got both",
     ),
-    "group size": (dict(rewards=REWARDS, group_size=3), ValueError, "group_size must divide the number of responses, got 3 for 4"),
-    "group size 0": (dict(rewards=REWARDS, group_size=0), ValueError, "group_size must be a whole number of at least 1, got 0"),
+    "group size": (
+        dict(rewards=REWARDS, group_size=3),
+        ValueError,
+        "group_size must divide the number of responses, got 3 for 4",
+    ),
+    "group size 0": (
+        dict(rewards=REWARDS, group_size=0),
+        ValueError,
+        "group_size must be a whole number of at least 1, got 0",
+    ),
     "group ids": (
         dict(rewards=REWARDS, group_ids=torch.zeros(3, dtype=torch.long)),
         ValueError,
         r"group_ids must have shape \(4,\), got \(3,\)",
     ),
-    "rewards shape": (dict(rewards=torch.rand(3), group_size=3), ValueError, r"rewards must have shape \(4,\), got \(3,\)"),
+    "rewards shape": (
+        dict(rewards=torch.rand(3), group_size=3),
+        ValueError,
+        r"rewards must have shape \(4,\), got \(3,\)",
+    ),
     "rewards NaN": (
         dict(rewards=torch.tensor([1.0, float("nan"), 0, 0]), group_size=2),
         ValueError,
         "rewards must be finite, got nan at position 1",
     ),
-    "advantages shape": (dict(advantages=torch.rand(5)), ValueError, r"advantages must have shape \(4, 3\) or \(4,\), got \(5,\)"),
+    "advantages shape": (
+        dict(advantages=torch.rand(5)),
+        ValueError,
+        r"advantages must have shape \(4, 3\) or \(4,\), got \(5,\)",
+    ),
     "group_size unused": (dict(group_size=2), ValueError, "group_size must be left out without rewards, got 2"),
-    "normalize unused": (dict(advantages=REWARDS, normalize="mean"), ValueError, "normalize must be left out without rewards"),
+    "normalize unused": (
+        dict(advantages=REWARDS, normalize="mean"),
+        ValueError,
+        "normalize must be left out without rewards",
+    ),
     "tau low": (dict(tau=-0.1), ValueError, r"tau must lie in \[0, 1\], got -0.1"),
     "tau high": (dict(tau=1.5), ValueError, r"tau must lie in \[0, 1\], got 1.5"),
     "tau NaN": (dict(tau=float("nan")), ValueError, r"tau must lie in \[0, 1\], got nan"),
     "rectify": (dict(rectify="some"), ValueError, "rectify must be one of all, positive, got 'some'"),
     "temperature": (dict(temperature=0.0), ValueError, "temperature must be finite and positive, got 0.0"),
     "softcap": (dict(softcap=-1.0), ValueError, "softcap must be finite and positive, got -1.0"),
-    "reduction": (dict(reduction="mean"), ValueError, "reduction must be one of token-mean, sequence-mean, sum, none, got 'mean'"),
-    "normalize": (dict(rewards=REWARDS, group_size=2, normalize="z"), ValueError, "normalize must be one of std, mean, leave-one-out"),
-    "singleton": (dict(rewards=REWARDS, group_size=1, singleton="one"), ValueError, "singleton must be one of reward, zero"),
+    "reduction": (
+        dict(reduction="mean"),
+        ValueError,
+        "reduction must be one of token-mean, sequence-mean, sum, none, got 'mean'",
+    ),
+    "normalize": (
+        dict(rewards=REWARDS, group_size=2, normalize="z"),
+        ValueError,
+        "normalize must be one of std, mean, leave-one-out",
+    ),
+    "singleton": (
+        dict(rewards=REWARDS, group_size=1, singleton="one"),
+        ValueError,
+        "singleton must be one of reward, zero",
+    ),
     "eps": (dict(rewards=REWARDS, group_size=2, eps=-1.0), ValueError, "eps must be finite and not negative, got -1.0"),
-    "items with sum": (dict(reduction="sum", num_items_in_batch=4), ValueError, "num_items_in_batch must be None with reduction='sum'"),
+    "items with sum": (
+        dict(reduction="sum", num_items_in_batch=4),
+        ValueError,
+        "num_items_in_batch must be None with reduction='sum'",
+    ),
     "items 0": (dict(num_items_in_batch=0), ValueError, "num_items_in_batch must be positive, got 0"),
-    "items shape": (dict(num_items_in_batch=torch.ones(2)), ValueError, r"num_items_in_batch must hold one number, got shape \(2,\)"),
-    "backend": (dict(backend="gpu"), ValueError, "backend must be one of auto, reference, cpu, triton, cuda, got 'gpu'"),
+    "items shape": (
+        dict(num_items_in_batch=torch.ones(2)),
+        ValueError,
+        r"num_items_in_batch must hold one number, got shape \(2,\)",
+    ),
+    "backend": (
+        dict(backend="gpu"),
+        ValueError,
+        "backend must be one of auto, reference, cpu, triton, cuda, got 'gpu'",
+    ),
     "sequence ids, padded": (dict(sequence_ids=TARGETS), ValueError, "sequence_ids must be left out for padded rows"),
     "packed rewards": (
         dict(logits=PACKED, targets=PACKED_TARGETS, rewards=REWARDS, group_size=2),
@@ -105,7 +165,7 @@ def test_a_masked_row_may_hold_any_target():
 def test_inplace_refuses_parameters_and_shared_rows():
     leaf = torch.randn(4, 3, 7, requires_grad=True)
     for logits in (leaf, leaf[1:], leaf.transpose(0, 1).transpose(0, 1)):
-        with pytest.raises(ValueError, match="inplace must be False for logits that are .a view of. a leaf"):
+        with pytest.raises(ValueError, match=r"inplace must be False for logits that are .a view of. a leaf"):
             gft_loss(logits, TARGETS[: len(logits)], inplace=True)
     shared = (torch.randn(1, 3, 7, requires_grad=True) * 1).expand(4, 3, 7)
     with pytest.raises(ValueError, match="inplace must be False for expanded logits"):
@@ -120,7 +180,7 @@ def test_a_backend_named_but_unable_says_why(name):
 
 
 def test_group_advantages_checks_its_arguments():
-    with pytest.raises(TypeError, match="rewards must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"rewards must be a torch.Tensor, got list"):
         group_advantages([1.0], group_size=1)
     with pytest.raises(ValueError, match=r"rewards must have shape \(S,\), got \(2, 2\)"):
         group_advantages(torch.ones(2, 2), group_size=1)

@@ -16,11 +16,14 @@ LAYERS = [
     {"checks", "advantages", "registry", "_extension", "triton_kernels"},
     {"backends"},
     {"autograd"},
-    {"loss", "distributed", "linear_loss"} | {f"linear_{x}" for x in ("call", "checks", "products", "chunks", "operator")},
+    {"loss", "distributed", "linear_loss"}
+    | {f"linear_{x}" for x in ("call", "checks", "products", "chunks", "operator")},
     {"trainer", "tasks", "integrations", "cli", "demo", "__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
-MODULES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)
+MODULES = sorted(
+    p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE
+)
 
 
 def room_of(module: Path) -> str:
@@ -56,7 +59,9 @@ def test_a_room_imports_only_from_below(module):
 def test_triton_and_the_extension_have_one_door_each(module):
     for name in imports(PACKAGE / module):
         if name.split(".")[0] == "triton":
-            assert room_of(module) == "triton_kernels" or module == Path("backends/triton.py"), f"{module} imports {name}"
+            assert room_of(module) == "triton_kernels" or module == Path("backends/triton.py"), (
+                f"{module} imports {name}"
+            )
         if name == "gft_kernels._C" or name.startswith("gft_kernels._C."):
             assert room_of(module) == "_extension", f"{module} imports {name}"
 
@@ -72,7 +77,9 @@ NATIVE = sorted(p for p in ROOT.glob("csrc/**/*") if p.suffix in {".h", ".cpp", 
 def test_native_code_knows_nothing_of_torch_python_or_its_neighbour(path):
     side = path.relative_to(ROOT / "csrc").parts[0]
     for header in includes(path):
-        assert not header.startswith(("torch/", "ATen/", "c10/", "pybind11/", "Python.h")), f"{path.name} includes {header}"
+        assert not header.startswith(("torch/", "ATen/", "c10/", "pybind11/", "Python.h")), (
+            f"{path.name} includes {header}"
+        )
         other = {"cpu": "cuda/", "cuda": "cpu/"}.get(side)
         if side == "gft":
             assert not header.startswith(("cpu/", "cuda/")), f"the shared {path.name} includes {header}"

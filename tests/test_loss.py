@@ -183,7 +183,9 @@ def test_banned_tokens_have_no_probability_and_no_gradient(backend, device, tau,
     case = cases.Problem(case.logits, targets, case.mask, case.rewards, 2, case.options)
     loss, gradient = loss_of(case, backend, device)
     assert gradient[..., 100:900].eq(0).all()
-    assert_matches(case, loss, gradient) if dtype != torch.float32 else assert_matches_with_rectify(case, loss, gradient)
+    assert_matches(case, loss, gradient) if dtype != torch.float32 else assert_matches_with_rectify(
+        case, loss, gradient
+    )
 
 
 def test_a_vocabulary_banned_up_to_its_end(backend, device):
@@ -267,7 +269,7 @@ def test_any_strides(backend, device, layout, dtype, inplace):
 def test_expanded_logits_targets_and_upstream(backend, device):
     row = torch.randn(1, 1, 57, device=device)
     targets = torch.tensor([[3], [4]], device=device).expand(2, 5)
-    out, gradient = run(gft_loss, row.expand(2, 5, 57), targets, reduction="none", backend=backend,
+    _out, gradient = run(gft_loss, row.expand(2, 5, 57), targets, reduction="none", backend=backend,
                         upstream=torch.tensor(2.5).expand(2, 5))  # fmt: skip
     expected = run(gft_loss, row.expand(2, 5, 57).contiguous(), targets.contiguous(), reduction="sum",
                    backend="reference", upstream=2.5)[1]  # fmt: skip
@@ -325,7 +327,9 @@ def test_advantages_given(backend, device, shape):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_no_rows(backend, device, shape, inplace):
     leaf = torch.randn(shape, device=device, requires_grad=True)
-    loss = gft_loss(leaf * 1, torch.zeros(shape[:-1], dtype=torch.long, device=device), inplace=inplace, backend=backend)
+    loss = gft_loss(
+        leaf * 1, torch.zeros(shape[:-1], dtype=torch.long, device=device), inplace=inplace, backend=backend
+    )
     loss.backward()
     assert loss == 0 and leaf.grad.shape == shape
 
@@ -333,7 +337,9 @@ def test_no_rows(backend, device, shape, inplace):
 @pytest.mark.parametrize("reduction", ["token-mean", "sequence-mean", "sum"])
 def test_nothing_live_gives_zero_and_a_connected_gradient(backend, device, reduction):
     logits = torch.full((2, 3, 9), float("nan"), device=device)
-    loss, gradient = run(gft_loss, logits, torch.full((2, 3), -100, device=device), reduction=reduction, backend=backend)
+    loss, gradient = run(
+        gft_loss, logits, torch.full((2, 3), -100, device=device), reduction=reduction, backend=backend
+    )
     assert loss == 0 and gradient.eq(0).all()
 
 
