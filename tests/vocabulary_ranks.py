@@ -118,6 +118,17 @@ def bans_and_bad_rows_stay_in_their_row(ranks: Ranks):
             torch.testing.assert_close(shard.grad, whole.grad[:, mine], equal_nan=True)
 
 
+def fp16_survives_a_gradient_scaler(ranks: Ranks):
+    """At weight 2^-16 most of a float16 gradient is gone before the scaler's 65536 reaches it."""
+    case = problem(2, 3, VOCABULARY, torch.float16)
+    options = rows_of(case, num_items_in_batch=2.0**16)
+    _, truth = case.truth(UPSTREAM, reduction="sum")
+    for mine in ranks.splits():
+        shard = case.logits[..., mine].clone().requires_grad_(True)
+        (gft_loss(shard, case.targets, **options, **ranks.shared()) * (UPSTREAM * 2.0**16)).backward()
+        close(shard.grad, truth[..., mine], 1e-3)
+
+
 def linear_case(dtype=torch.float32):
     case = problem(6, 3, VOCABULARY)
     generator = torch.Generator().manual_seed(4)
@@ -235,6 +246,7 @@ CHECKS = (
     every_dtype_reduction_and_statistic,
     peaked_rows_keep_their_digits,
     bans_and_bad_rows_stay_in_their_row,
+    fp16_survives_a_gradient_scaler,
     the_linear_loss_matches_the_whole_head,
     nothing_live_does_not_hang,
     a_target_beyond_the_whole_vocabulary_is_an_error_everywhere,
