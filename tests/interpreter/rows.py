@@ -1,6 +1,6 @@
 """What the public tests cannot reach of the Triton kernels: rows cut at every place, bad indices, many blocks.
 
-Run by tests/test_triton_interpreter.py, with Triton's interpreter in place of a GPU and a block of a few hundred elements.
+Run by tests/test_triton_interpreter.py, with Triton's interpreter in place of a GPU and blocks of 512 elements.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from gft_kernels.advantages import credit_rows
 from gft_kernels.backends import triton as backend
 from gft_kernels.options import FP16_PEAK, Credit, RowCall
-from gft_kernels.triton_kernels import scale_rows
+from gft_kernels.triton_kernels import row_loss, scale_rows
 from gft_kernels.triton_kernels.configs import row_launch
 from gft_kernels.triton_kernels.credit import total_kernel
 from gft_kernels.triton_kernels.row_credit import row_credit
@@ -48,7 +48,10 @@ def assert_right(call, result, upstream=1.0, rtol=1e-5):
 def row_call(logits, targets, **options):
     rows = len(targets)
     credit = Credit(
-        targets, advantages_R=torch.randn(rows), weights_R=torch.rand(rows) + 0.1, tokens_per_response=logits.shape[1]
+        targets,
+        advantages_R=torch.linspace(2.0, -1.5, rows),
+        weights_R=torch.linspace(0.1, 1.0, rows),
+        tokens_per_response=logits.shape[1],
     )
     return RowCall(logits, credit, **{"want_gradient": True, **options})
 
@@ -64,17 +67,17 @@ def test_a_target_at_every_kind_of_place(vocabulary, offset):
     assert_right(call, backend.run(call))
 
 
-@pytest.mark.parametrize("row_stride", [1027, 1028, 1032])
+@pytest.mark.parametrize("row_stride", [1131, 1132, 1136])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_rows_further_apart_than_they_are_long(row_stride, inplace):
     """The gradient's rows lie at other alignments than the logits'; what lies between the rows stays as it is."""
-    logits = misaligned(4, 1027, 1, row_stride)
+    logits = misaligned(4, 1131, 1, row_stride)
     before = logits.clone()
-    call = row_call(logits, torch.tensor([0, 1026, 512, 2]), inplace=inplace)
+    call = row_call(logits, torch.tensor([0, 1130, 512, 2]), inplace=inplace)
     result = backend.run(call)
     assert (result.gradient_STV.data_ptr() == logits.data_ptr()) == inplace
     assert_right(replace(call, logits_STV=before), result)
-    between = logits.as_strided((4, row_stride - 1027), (row_stride, 1), logits.storage_offset() + 1027)
+    between = logits.as_strided((4, row_stride - 1131), (row_stride, 1), logits.storage_offset() + 1131)
     assert between.isnan().all()
 
 
@@ -84,6 +87,28 @@ def test_in_place_and_out_of_place_give_the_same_bits():
     apart = backend.run(call)
     together = backend.run(replace(call, inplace=True))
     assert torch.equal(apart.gradient_STV, together.gradient_STV) and torch.equal(apart.loss, together.loss)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_row_that_does_not_count_is_cleared_to_its_last_element(inplace):
+    logits = misaligned(3, 3 * BLOCK + 7, 1, 3 * BLOCK + 9)
+    logits[0, 1] = float("nan")
+    call = row_call(logits, torch.tensor([0, -100, 700]), inplace=inplace)
+    result = backend.run(call)
+    assert result.gradient_STV[0, 1].eq(0).all() and result.gradient_STV[0, [0, 2]].ne(0).any(-1).all()
+
+
+@pytest.mark.parametrize("want_gradient", [False, True])
+def test_rows_that_do_not_count_are_not_walked(want_gradient, monkeypatch):
+    def walked(*arguments):
+        raise AssertionError("a row was read")
+
+    call = row_call(torch.randn(1, 3, 40), torch.tensor([0, -100, 7]), want_gradient=want_gradient)
+    monkeypatch.setattr(row_loss, "row_statistics", walked)
+    monkeypatch.setattr(row_loss, "map_row", walked)
+    backend.run(replace(call, credit=replace(call.credit, advantages_R=torch.zeros(3))))
+    with pytest.raises(Exception, match="a row was read"):
+        backend.run(call)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 7.0])
@@ -195,8 +220,8 @@ def test_weights_of_the_reductions(reduction, num_items):
     for credit in many_rows(reduction=reduction, num_items=items, advantages_S=torch.randn(65).round()):
         assert_same_credit(credit)
         assert_same_credit(credit, read_all=True)
-    for credit in many_rows(reduction=reduction, num_items=items):  # as many responses as the rows leave room for
-        assert_same_credit(credit)
+    _, packed = many_rows(reduction=reduction, num_items=items)  # as many responses as the rows leave room for
+    assert_same_credit(replace(packed, sequence_ids_R=torch.randint(0, 1300, (1300,))))
 
 
 def test_the_sum_of_many_rows():
