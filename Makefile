@@ -6,14 +6,15 @@ BIN    := $(VENV)/bin
 RESULTS ?= runs/gpu
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc python_api -type f 2>/dev/null)
 
-.PHONY: demo test gpu bench gates lint format clean
+.PHONY: demo test gpu bench gates docs lint format clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m benchmarks.demo_table
 	$(BIN)/gft demo --out runs/demo
 
+# One worker a core, one thread a worker; a file's tests stay together, for what they build they share.
 test: $(VENV)/.built
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile --durations 10
 
 # On a machine with a GPU: builds, tests and measures everything there, with the Python that is there; JSON into RESULTS.
 gpu:
@@ -24,6 +25,9 @@ bench: $(VENV)/.built
 
 gates: $(VENV)/.built
 	$(BIN)/python -m benchmarks.gates
+
+docs: $(VENV)/.built
+	$(BIN)/python docs/generate_api.py
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

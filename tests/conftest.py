@@ -41,6 +41,15 @@ def on_device(device):
 
 
 @pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    """Random inputs come from seeds; threads set by one test are not the next one's."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
 def _backend_is_ready(request):
     """A backend this machine lacks skips its tests with the backend's own sentence."""
     name = request.getfixturevalue("backend") if "backend" in request.fixturenames else None
