@@ -7,7 +7,9 @@ read back by the host. Sizes: S, T, R, V as in options.py.
 from __future__ import annotations
 
 import importlib.util
+import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,13 +21,14 @@ MAX_VOCABULARY = 1 << 30  # columns are counted in 32 bits, with room for one ti
 MIN_CAPABILITY = (8, 0)
 
 
+@cache
 def absent() -> str | None:
     """Why this machine has no use for the backend; None: ready."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if not _interpreted() and not torch.cuda.is_available():
-        return "PyTorch sees no GPU"
-    return None
+    if torch.cuda.is_available() or ("TRITON_INTERPRET" in os.environ and _interpreted()):
+        return None
+    return "PyTorch sees no GPU"
 
 
 def refuses(call: RowCall) -> str | None:
@@ -179,6 +182,7 @@ def shard_gradient(
     return gradient
 
 
+@cache
 def _interpreted() -> bool:
     """Whether Triton made the kernels for its interpreter, as it does if TRITON_INTERPRET=1 when they are defined."""
     from triton import JITFunction
