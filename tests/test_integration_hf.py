@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import warnings
 
 import oracle
 import pytest
@@ -16,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gft_kernels import gft_loss
 from gft_kernels.integrations.hf import patch_model, unpatch_model
+
+# The logits path would compute the right thing the wrong way: unless a test asks for it, its warning is an error.
+pytestmark = pytest.mark.filterwarnings("error:the GFT loss")
 
 S, L = 4, 7
 ADVANTAGES_S = torch.tensor([0.7, -0.4, 1.3, 0.0])
@@ -89,14 +91,6 @@ def assert_same(ours, theirs, tolerance=2e-5):
         error = (ours[name] - gradient).norm()
         # Some gradients are zero but for rounding (a key's bias moves all of its scores alike).
         assert error <= tolerance * (gradient.norm() + 0.05 * largest), f"{name}: {error} of {gradient.norm()}"
-
-
-@pytest.fixture(autouse=True)
-def _no_warning():
-    """A silent change to the logits path would compute the right thing the wrong way."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="the GFT loss")
-        yield
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -261,6 +255,14 @@ def test_unpatching_leaves_nothing_behind():
     assert output.loss == loss and output.logits is not None
 
 
+def test_a_second_patch_replaces_the_first():
+    model, inputs = tiny("llama"), batch()
+    before = set(model.__dict__)
+    once = patch_model(copy.deepcopy(model), tau=0.2)(**inputs).loss
+    assert patch_model(patch_model(model, tau=0.9), tau=0.2)(**inputs).loss == once
+    assert set(unpatch_model(model).__dict__) == before
+
+
 def test_unpatching_under_another_librarys_wrapper_passes_calls_on():
     model, inputs = tiny("llama"), batch()
     loss = model(**inputs).loss
@@ -269,6 +271,31 @@ def test_unpatching_under_another_librarys_wrapper_passes_calls_on():
     model.forward = lambda *args, **kwargs: ours(*args, **kwargs)  # as accelerate wraps forward for mixed precision
     unpatch_model(model)
     assert model(**inputs).loss == loss
+
+
+def test_accelerates_mixed_precision_wraps_and_unwraps():
+    utils = pytest.importorskip("accelerate.utils", reason="accelerate is not installed")
+    model, inputs = patch_model(tiny("gemma2"), return_stats=True), batch()
+    loss = model(**inputs).loss
+    model._original_forward = model.forward  # as Accelerator.prepare_model does
+    model.forward = utils.convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    mixed = model(**inputs)
+    assert mixed.loss.item() == pytest.approx(loss.item(), rel=0.05) and mixed.loss != loss
+    assert mixed.stats.log_probs.shape == inputs["labels"].shape
+    assert utils.extract_model_from_parallel(model, keep_fp32_wrapper=False)(**inputs).loss == loss
+
+
+@pytest.mark.slow
+def test_a_compiled_model():
+    """With graph breaks, for the patch looks at the head; the layers are compiled."""
+    model, inputs = tiny("gemma2"), batch("right")
+    theirs = unfused(model, inputs)
+    compiled = torch.compile(patch_model(model), backend="eager")
+    for _ in range(2):
+        loss = (output := compiled(**inputs, gft_advantages=ADVANTAGES_S)).loss
+        assert output.logits is None
+        (UPSTREAM * loss).backward()
+        assert_same((loss.item(), gradients(model)), theirs)
 
 
 def test_a_failing_call_leaves_the_head_as_it_was():
@@ -402,8 +429,6 @@ def test_refusals():
     with pytest.raises(ValueError, match="model must have been patched"):
         unpatch_model(model)
     patch_model(model)
-    with pytest.raises(ValueError, match="model must not be patched already"):
-        patch_model(model)
     for call, error, message in (
         ({"gft_advantages": ADVANTAGES_S, "labels": None}, ValueError, "labels must be given with gft_advantages"),
         ({"gft_softcap": 3.0}, TypeError, "gft_softcap must be left to the model"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from test_integration_hf import ADVANTAGES_S, UPSTREAM, assert_same, batch, gradients
@@ -13,6 +11,7 @@ from gft_kernels import gft_loss
 from gft_kernels.integrations.hf import patch_model, unpatch_model
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
+pytestmark = pytest.mark.filterwarnings("error:the GFT loss")  # the logits are taken only where a test says so
 
 
 def adapted(family="llama", **options):
@@ -50,9 +49,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_head_is_used_as_it_is_trained(case):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="the GFT loss")
-        ours, theirs = losses(adapted(**CASES[case]), batch("right"))
+    ours, theirs = losses(adapted(**CASES[case]), batch("right"))
     assert_same(ours, theirs)
     assert ("base_model.model.lm_head.modules_to_save.default.weight" in ours[1]) == ("in full" in case)
 
@@ -92,10 +89,8 @@ def test_an_adapter_that_comes_after_the_patch():
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     torch.testing.assert_close(changed, gft_loss(logits[:, :-1], inputs["labels"][:, 1:]))
     assert changed != plain
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="the GFT loss")
-        merged = model.merge_and_unload()
-        torch.testing.assert_close(merged(**inputs).loss, changed)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(**inputs).loss, changed)
 
 
 def test_prompt_tuning_shifts_what_it_puts_in_front():

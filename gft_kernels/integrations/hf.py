@@ -27,7 +27,8 @@ def patch_model(model: nn.Module, *, head: str | None = None, **loss_options: An
     the shape of the labels, or `gft_rewards` (S,) with `gft_group_size` or `gft_group_ids`; `gft_mask` of the shape
     of the labels; `gft_sequence_ids` of the shape of the labels, which makes the batch packed rows; `gft_return_stats`.
     It returns its own output class with `loss` and without logits (with statistics asked for: also `stats`).
-    Logit scale, softcap and bias are the model's own. Without labels the model is as it was.
+    Logit scale, softcap and bias are the model's own. Without labels the model is as it was. Patching again replaces
+    the patch.
 
     Args:
         model: a transformers causal language model; wrapped by PEFT or DDP, the model inside is changed.
@@ -38,8 +39,6 @@ def patch_model(model: nn.Module, *, head: str | None = None, **loss_options: An
     computed from the logits after all. Source: docs/integrations/huggingface.md.
     """
     inner = unwrapped(model)
-    if "_gft_forward" in inner.__dict__:
-        raise ValueError("model must not be patched already, got a patched one; call unpatch_model(model) first")
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"model must be a decoder-only language model, got the encoder-decoder {type(inner).__name__}; "
@@ -48,6 +47,8 @@ def patch_model(model: nn.Module, *, head: str | None = None, **loss_options: An
     checks.known_options(gft_linear_loss, loss_options)
     refuse(loss_options, OF_THE_MODEL, "", "be left to the model, got a value; leave it out")
     refuse(loss_options, PER_CALL, "", f"come with each call, got a value for all; pass {PREFIX}<name>= to the model")
+    if "_gft_forward" in inner.__dict__:
+        unpatch_model(inner)
     forward = PatchedForward(inner, head, loss_options)
     forward.output_head()  # raises if there is none
     inner._gft_forward = inner.forward = forward

@@ -44,6 +44,8 @@ class PatchedForward:
         self.takes_use_cache = "use_cache" in self.names or passes_on
 
     def __call__(self, *args, **kwargs):
+        if args and args[0] is self.model:  # accelerate binds what it unwraps to the model, as if it were a function
+            args = args[1:]
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if self.model.__dict__.get("_gft_forward") is not self:  # unpatched, but another library holds on to this
             return self.plain(kwargs)
