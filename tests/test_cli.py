@@ -82,7 +82,7 @@ def test_resuming_goes_on_to_the_same_end(tmp_path, model_path):
         (["--tau", "2"], "tau must lie in [0, 1], got 2"),
         (["--tau", "high"], "key `tau` must be float, got 'high'"),
         (["--num_generations", "2.5"], "key `num_generations` must be int, got 2.5"),
-        (["--inplace", "maybe"], "key `inplace` must be bool, got 'maybe'"),
+        (["--token_metrics", "maybe"], "key `token_metrics` must be bool, got 'maybe'"),
         (["--tau"], "flag --tau must be followed by a value, got nothing"),
         (["tau=1"], "flags must have the form --key value, got 'tau=1'"),
         (["--resume"], "--resume must find a checkpoint in output_dir, got none"),

@@ -11,7 +11,7 @@ import torch
 import trainer_rig as rig
 from transformers import TrainerCallback
 
-from gft_kernels.trainer import Sampling, generate
+from gft_kernels.trainer import GFTTrainer, Sampling, generate
 from gft_kernels.trainer.groups import IGNORE, Group, collate
 from gft_kernels.trainer.rollouts import cut, seeded
 
@@ -37,6 +37,7 @@ def step_gradients(tmp_path, rows, micro_batch, accumulation, **options):
         max_steps=-1,
         num_train_epochs=1,
         max_grad_norm=0.0,
+        optim="sgd",  # Adam's first step takes the sign of the gradient, and so its rounding, for full
         **options,
     )
     trainer.train()
@@ -52,11 +53,10 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_cut(tmp_path, reduction, 
     whole, whole_losses = step_gradients(tmp_path, rows, 8, 1, reduction=reduction)
     parts, parts_losses = step_gradients(tmp_path, rows, micro_batch, accumulation, reduction=reduction)
     assert len(whole) == len(parts) == 2
-    assert parts_losses == pytest.approx(whole_losses, rel=1e-5)
-    # The second step starts from weights that the first step's rounding has already touched.
-    for a, b, tolerance in zip(whole, parts, (1e-6, 1e-3), strict=True):
+    assert parts_losses == pytest.approx(whole_losses, rel=1e-4)
+    for a, b in zip(whole, parts, strict=True):
         assert a.norm() > 1e-2
-        assert (a - b).norm() <= tolerance * a.norm()
+        assert (a - b).norm() <= 1e-6 * a.norm()
 
 
 @pytest.mark.parametrize("reduction", ["token-mean", "sequence-mean"])
@@ -99,6 +99,23 @@ def textbook_loss(model, rows, tau, temperature, reduction):
             terms.append(loss.sum() if reduction == "token-mean" else loss.mean())
             items += len(ids) if reduction == "token-mean" else 1
     return sum(terms) / items, items
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+@pytest.mark.filterwarnings("error:the GFT loss")
+def test_a_step_holds_no_logits(tmp_path, precision):
+    """Not even where accelerate has wrapped the patched forward for mixed precision."""
+    seen = []
+
+    class Watched(GFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            seen.append(outputs)
+            return loss
+
+    args = rig.config(tmp_path, max_steps=1, log_kl=True, **precision)
+    Watched(rig.llama(), args, rig.rows(4), None, rig.tokenizer(), reward_funcs=rig.digit_count).train()
+    assert seen and all(outputs.logits is None and outputs.stats is not None for outputs in seen)
 
 
 def test_groups_of_equal_rewards_dilute_the_step_and_nothing_else(tmp_path):

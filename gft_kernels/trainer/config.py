@@ -50,7 +50,6 @@ class GFTConfig(TrainingArguments):
     advantage_eps: float = option(1e-6, "F5: added to the standard deviation.")
     singleton: str = option("reward", "A of a group of one: 'reward' or 'zero'.")
     reduction: str = option("token-mean", "'token-mean' or 'sequence-mean', over all responses of the step.")
-    inplace: bool = option(False, "Write the gradient where the logits are.")
     backend: str = option("auto", "Loss backend: auto, reference, cpu, triton or cuda.")
 
     # What is logged

@@ -1,4 +1,4 @@
-"""GFTTrainer: transformers.Trainer whose batches are hybrid groups and whose loss is gft_loss.
+"""GFTTrainer: transformers.Trainer whose batches are hybrid groups; the model, patched, computes the loss in its head.
 
 One optimizer step: `get_batch_samples` builds the groups of the whole accumulation window and counts their tokens over
 all ranks; `compute_loss` runs the wrapped model on one micro-batch of whole groups and divides by that count.
@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from gft_kernels.loss import gft_loss
+from gft_kernels.integrations.hf import patch_model
 from gft_kernels.trainer.callbacks import RunLog
 from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.data import Row, Rows
@@ -91,11 +92,22 @@ class GFTTrainer(Trainer):
         # Read by transformers before 5.19, where loss_is_scaled_for_ga does not exist yet.
         self.model_accepts_loss_kwargs = True
         self.builder = GroupBuilder(args, processing_class, rewards, rollout_fn, end_tokens(model, processing_class))
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(unwrapped.forward).parameters
+        patch_model(
+            unwrapped,
+            tau=args.tau,
+            rectify=args.rectify,
+            temperature=args.temperature,
+            reduction=args.reduction,
+            ignore_index=IGNORE,
+            return_stats=args.token_metrics,
+            return_entropy=args.token_metrics,
+            backend=args.backend,
+        )
         self.start_model = copy.deepcopy(model).requires_grad_(False).eval() if args.log_kl else None
         self.means = Means(self.args.device)
         self._last_log, self._eval_batches = time.perf_counter(), 0
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(unwrapped.forward).parameters
 
     def _refuse_layouts(self):
         if self.args.n_gpu > 1:
@@ -124,46 +136,33 @@ class GFTTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the step's loss. `model` is the wrapped one: its hooks average gradients."""
-        args, targets_ST = self.args, inputs["targets"]
-        logits_STV, outputs = self._response_logits(model, inputs)
-        result = gft_loss(
-            logits_STV,
-            targets_ST,
-            advantages=inputs["advantages"] if args.advantages == "group" else None,
-            tau=args.tau,
-            rectify=args.rectify,
-            temperature=args.temperature,
-            reduction=args.reduction,
-            num_items_in_batch=num_items_in_batch,
-            ignore_index=IGNORE,
-            inplace=args.inplace,
-            return_stats=args.token_metrics,
-            return_entropy=args.token_metrics,
-            backend=args.backend,
-        )
-        loss, stats = result if args.token_metrics else (result, None)
+        given = {"gft_advantages": inputs["advantages"]} if self.args.advantages == "group" else {}
+        outputs, targets_ST = self._with_loss(model, inputs, num_items_in_batch=num_items_in_batch, **given)
+        loss, stats = outputs.loss, outputs.stats if self.args.token_metrics else None
         if stats is not None:
             self.means.add_tokens(stats, targets_ST != IGNORE)
         if self.start_model is not None and self._logs_after_this_step():
-            self._add_kl(stats, inputs)
+            self._add_kl(stats, targets_ST, inputs)
         # Data parallelism averages gradients over the ranks, but the denominator is already the sum over ranks.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _response_logits(self, model, inputs) -> tuple[Tensor, object]:
-        """Logits aligned with `targets`, (S, T, V); a model that can will not compute those of the prompts."""
-        keep = inputs["targets"].shape[1] + 1
-        selection = {"logits_to_keep": keep} if self._keeps_logits else {}
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **selection)
-        return outputs.logits[:, -keep:-1], outputs
+    def _with_loss(self, model, inputs, **options) -> tuple[Any, Tensor]:
+        """The output of a patched model for the responses' tokens, and the targets its statistics have the shape of."""
+        length, behind = inputs["input_ids"].shape[1], inputs["targets"].shape[1] + 1
+        # Where the loss needs logits after all, a model that can will not compute those of the prompts.
+        selection = {"logits_to_keep": behind} if self._keeps_logits else {}
+        before = 0 if selection else length - behind
+        targets_ST = functional.pad(inputs["targets"], (before, 1), value=IGNORE)
+        texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return model(**texts, **selection, shift_labels=targets_ST, **options), targets_ST
 
-    def _add_kl(self, stats, inputs):
+    def _add_kl(self, stats, targets_ST, inputs):
         """Mean over sampled tokens of r - 1 - log r with r = pi_start/pi: unbiased, never negative (nats)."""
         with torch.no_grad():
-            logits_STV, _ = self._response_logits(self.start_model, inputs)
-            _, start = gft_loss(logits_STV, inputs["targets"], temperature=self.args.temperature, return_stats=True)
+            start = self._with_loss(self.start_model, inputs)[0].stats
         sampled_S = inputs["sources"] == SOURCES.index("sampled")
-        live_ST = (inputs["targets"] != IGNORE) & sampled_S[:, None]
+        live_ST = (targets_ST != IGNORE) & sampled_S[:, None]
         log_ratio_ST = start.log_probs - stats.log_probs
         self.means.add("kl_to_start", ((log_ratio_ST.expm1() - log_ratio_ST) * live_ST).sum(), live_ST.sum())
 
@@ -228,10 +227,9 @@ class GFTTrainer(Trainer):
         if experts:
             inputs = self._prepare_inputs(collate(experts, self.builder.pad_id))
             with torch.no_grad():
-                logits_STV, _ = self._response_logits(model, inputs)
-                _, stats = gft_loss(logits_STV, inputs["targets"], return_stats=True, backend=self.args.backend)
+                outputs, _ = self._with_loss(model, inputs, gft_temperature=1.0, gft_return_stats=True)
             where = [i for i, row in enumerate(rows) if row.given]
-            out_B2[where, 0] = stats.log_probs.sum(1).float()
+            out_B2[where, 0] = outputs.stats.log_probs.sum(1)
             out_B2[where, 1] = (inputs["targets"] != IGNORE).sum(1).float()
         return out_B2
 
