@@ -23,6 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"gft: {error}; run pip install 'gft-kernels[train]'.", file=sys.stderr)
         return BAD_INPUT
+    except ImportError as error:
+        print(f"gft: {error}", file=sys.stderr)
+        return BAD_INPUT
 
 
 def _parser():

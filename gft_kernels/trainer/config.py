@@ -4,9 +4,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers import TrainingArguments
 
 from gft_kernels.options import BACKENDS, NORMALIZE, RECTIFY, SINGLETON
+
+OLDEST = "5.6"
+if Version(transformers.__version__) < Version(OLDEST):
+    # Before 5.5.4 the accumulation steps divided the loss a second time: a silent factor in the gradient.
+    raise ImportError(
+        f"transformers must be at least {OLDEST} for the trainer, got {transformers.__version__}; upgrade it."
+    )
 
 ADVANTAGES = ("group", "ones")
 MEAN_REDUCTIONS = ("token-mean", "sequence-mean")
