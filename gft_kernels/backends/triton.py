@@ -19,6 +19,7 @@ from gft_kernels.options import FP16_PEAK, RowCall, RowResult
 
 MAX_VOCABULARY = 1 << 30  # columns are counted in 32 bits, with room for one tile more
 MIN_CAPABILITY = (8, 0)
+MIN_TRITON = (3, 3)  # earlier ones know no tuples inside kernels
 
 
 @cache
@@ -26,9 +27,13 @@ def absent() -> str | None:
     """Why this machine has no use for the backend; None: ready."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if torch.cuda.is_available() or ("TRITON_INTERPRET" in os.environ and _interpreted()):
-        return None
-    return "PyTorch sees no GPU"
+    if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:  # before the slow import
+        return "PyTorch sees no GPU"
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
+        return f"Triton must be 3.3 or later, got {triton.__version__} (PyTorch 2.7 brings 3.3)"
+    return None if torch.cuda.is_available() or _interpreted() else "PyTorch sees no GPU"
 
 
 def refuses(call: RowCall) -> str | None:

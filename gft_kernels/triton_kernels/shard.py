@@ -7,6 +7,7 @@ shard is any number outside [0, V), V being the shard's width.
 
 import triton.language as tl
 
+from gft_kernels.triton_kernels.formulas import NEG_INF
 from gft_kernels.triton_kernels.row_loss import dlogit, target_logit
 from gft_kernels.triton_kernels.spans import row_start
 from gft_kernels.triton_kernels.specialisation import compiled_once
@@ -33,7 +34,7 @@ def shard_statistics_kernel(
     BLOCK: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
-    top, mass, gap, z_y = float("-inf"), 0.0, 0.0, 0.0
+    top, mass, gap, z_y = NEG_INF, 0.0, 0.0, 0.0
     if tl.load(read_R + r) != 0:
         row = row_start(logits, r, tokens, outer_stride, inner_stride)
         z_y, y = target_logit(row, tl.load(targets_R + r), V, logit_scale, temperature, SOFTCAP)
