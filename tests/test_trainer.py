@@ -219,6 +219,14 @@ def expert_log_likelihood(model, rows):
     return total, tokens
 
 
+def test_the_experts_likelihood_is_the_models_own_at_any_training_temperature(tmp_path):
+    plain, tempered = (
+        rig.trainer(tmp_path, evaluation=rig.rows(3), temperature=temperature).evaluate()["eval_loss"]
+        for temperature in (1.0, 1.5)
+    )
+    assert tempered == pytest.approx(plain, rel=1e-6)
+
+
 def test_metrics_say_why_a_loss_is_zero(tmp_path):
     def constant(prompts, completions, **columns):
         return [1.0] * len(completions)
