@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gft_kernels.cli.train import summary
 from gft_kernels.tasks import digit_sum, gsm8k, scratch
 from gft_kernels.trainer import GFTConfig, GFTTrainer
@@ -47,7 +49,12 @@ def demo(out: str, data: str | None = None, only: str | None = None) -> None:
 
 
 def digit_sum_demo(directory: Path) -> None:
-    """A policy that solves a third of the sums, and how its reward rises within a minute of GFT."""
+    """A policy that solves a third of the sums, and how its reward rises within a minute of GFT.
+
+    One thread: the operations are so small that several threads mostly wait for each other.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     tokenizer = scratch.character_tokenizer(digit_sum.ALPHABET)
     model = scratch.small_gpt2(tokenizer, width=64, layers=2, heads=4, context=64)
     base = GFTConfig(
@@ -78,6 +85,7 @@ def digit_sum_demo(directory: Path) -> None:
         **GFT,
     )
     tune(model, tokenizer, tuning, digit_sum.read_rows(), digit_sum.read_rows(split="test"), [digit_sum.strict])
+    torch.set_num_threads(threads)
 
 
 def gsm8k_demo(directory: Path, data: str | None) -> None:
