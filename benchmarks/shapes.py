@@ -117,7 +117,7 @@ def linear_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[
         small = LinearCase(64, 128, 32000, device=device, threads=threads)
         return [small, replace(small, dead="zero-advantage")]
     if device == "cpu":
-        qwen = LinearCase(256, 896, 151936, threads=threads)  # Qwen2.5-0.5B
+        qwen = LinearCase(512, 896, 151936, threads=threads)  # Qwen2.5-0.5B
         cases = [qwen, replace(qwen, dtype="bfloat16"), replace(qwen, dead="zero-advantage"), replace(qwen, rows=1024)]
         return cases + [replace(qwen, chunk_rows=rows) for rows in (32, 64, 128, 256)]
     heads = ((4096, 128256), (4096, 151936), (896, 151936), (2304, 256000), (1152, 262144))
