@@ -100,7 +100,8 @@ def recipe(variant: Variant) -> tuple[object, dict[str, object], dict[str, int]]
     home = {"row_loss": row_loss, "scale_rows": scale_rows, "shard_statistics": shard, "shard_gradient": shard}
     kernel = getattr(home.get(variant.kernel, credit), f"{variant.kernel}_kernel")
     if variant.vocabulary:
-        launch = configs.row_launch(variant.vocabulary, DTYPES[variant.dtype], variant.target)
+        softcapped = dict(variant.constants).get("SOFTCAP", 0.0) != 0.0
+        launch = configs.row_launch(variant.vocabulary, DTYPES[variant.dtype], variant.target, softcapped)
         return kernel, {**dict(variant.constants), "BLOCK": launch.block}, launch.options()
     launch = configs.CreditLaunch()
     if variant.kernel == "count_responses":

@@ -66,7 +66,7 @@ def run(call: RowCall) -> RowResult:
         loss_R, log_prob_R, coefficient_R = (_float32(logits, rows) for _ in range(3))
         entropy_R = _float32(logits, rows) if call.want_entropy else None
         row_scale_R = _float32(logits, rows) if call.defer_scale and gradient is not None else None
-        launch = _row_launch(logits)
+        launch = _row_launch(logits, call.softcap)
         row_loss_kernel[(rows,)](
             logits,
             logits if gradient is None else gradient,
@@ -140,7 +140,7 @@ def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardS
     logits = call.logits_STV.detach()
     with _on(logits.device):
         top_R, mass_R, gap_R, target_logit_R = (_float32(logits, columns_R.numel()) for _ in range(4))
-        launch = _row_launch(logits)
+        launch = _row_launch(logits, call.softcap)
         shard_statistics_kernel[(columns_R.numel(),)](
             logits,
             columns_R,
@@ -168,7 +168,7 @@ def shard_gradient(
     logits = call.logits_STV.detach()
     with _on(logits.device):
         gradient = _gradient_for(logits, call.inplace)
-        launch = _row_launch(logits)
+        launch = _row_launch(logits, call.softcap)
         shard_gradient_kernel[(columns_R.numel(),)](
             logits,
             gradient,
@@ -202,11 +202,11 @@ def _on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _row_launch(logits: Tensor):
+def _row_launch(logits: Tensor, softcap: float = 0.0):
     from gft_kernels.triton_kernels.configs import architecture, row_launch
 
     name = architecture(logits.device.index) if logits.device.type == "cuda" else "interpreter"
-    return row_launch(logits.shape[-1], logits.dtype, name)
+    return row_launch(logits.shape[-1], logits.dtype, name, softcapped=softcap != 0.0)
 
 
 def _gradient_for(logits: Tensor, inplace: bool) -> Tensor:
