@@ -1,5 +1,9 @@
 #include "cpu/loss.h"
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include <cmath>
 #include <cstring>
 
@@ -14,8 +18,23 @@ void* row_of(const LogitRows& rows, std::int64_t r) {
     return static_cast<char*>(rows.data) + row_offset(rows, r) * element_size(rows.dtype);
 }
 
+// A row that does not count is cleared without being read: streaming stores do not fetch the lines they overwrite, and
+// clear a long row in half the time of memset. A short row is better left in cache.
 void write_zeros(const LogitRows& rows, std::int64_t r) {
-    std::memset(row_of(rows, r), 0, static_cast<std::size_t>(rows.V * element_size(rows.dtype)));
+    char* row = static_cast<char*>(row_of(rows, r));
+    std::int64_t bytes = rows.V * element_size(rows.dtype);
+#ifdef __SSE2__
+    constexpr std::int64_t kLong = 1 << 15, kWidth = 16;
+    if (bytes >= kLong) {
+        const auto head = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(row) % kWidth);
+        std::memset(row, 0, static_cast<std::size_t>(head));
+        row += head, bytes -= head;
+        for (; bytes >= kWidth; row += kWidth, bytes -= kWidth)
+            _mm_stream_si128(reinterpret_cast<__m128i*>(row), _mm_setzero_si128());
+        _mm_sfence();
+    }
+#endif
+    std::memset(row, 0, static_cast<std::size_t>(bytes));
 }
 
 double transformed(double logit, const Transform& t) {
