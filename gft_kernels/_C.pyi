@@ -1,4 +1,4 @@
-"""What python_api/ binds. Addresses are `tensor.data_ptr()`, 0 for "absent"; python_api/README.md says what may cross."""
+"""What python_api/ binds. Addresses are `tensor.data_ptr()`, 0 for "absent"; see python_api/README.md."""
 
 from types import ModuleType
 

@@ -1,4 +1,4 @@
-"""The memory the linear loss takes beside its inputs: one chunk of logits and the head's gradient, whatever the rows."""
+"""The memory the linear loss takes beside its inputs: one chunk of logits and the head's gradient, at any length."""
 
 from __future__ import annotations
 

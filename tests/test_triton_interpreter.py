@@ -1,8 +1,9 @@
 """The Triton kernels without a GPU: the tests below run again in a process where Triton interprets its kernels.
 
 Triton decides between compiler and interpreter when a kernel is defined, hence a process of its own. Left out are
-bfloat16 (the interpreter truncates where a GPU rounds), rows too long for Python, repetition, most of float16, what does not depend
-on the backend, and one softcap case in float32, where one unit in the last place of tanh is 2.1e-6 for a limit of 2e-6.
+bfloat16 (the interpreter truncates where a GPU rounds), rows too long for Python, repetition, most of float16, what
+does not depend on the backend, and one softcap case in float32, where one unit in the last place of tanh is 2.1e-6 for
+a limit of 2e-6.
 """
 
 from __future__ import annotations
