@@ -83,9 +83,7 @@ def _weigh(kind: str, case, outcomes: list[Outcome]) -> list[Outcome]:
             tick(outcome.name)
             # a floor's buffers are there before it starts: its extra memory says nothing
             worth_it = outcome.status == "timed" and outcome.objective is not None
-            weighed.append(
-                replace(outcome, extra_bytes=peak_extra_bytes(kind, case, outcome.name) if worth_it else None)
-            )
+            weighed.append(_weighed(kind, case, outcome) if worth_it else outcome)
         return weighed
 
 
