@@ -15,7 +15,7 @@ from pathlib import Path
 import gft_kernels
 
 PAGE = Path(__file__).parent / "api.md"
-LOSSES = ("gft_loss", "gft_linear_loss", "group_advantages", "token_log_probs")
+LOSSES = ("gft_loss", "gft_linear_loss", "policy_loss", "group_advantages", "token_log_probs")
 MODULES = ("GFTLoss", "GFTLinearLoss")
 SECTIONS = ("Args", "Returns", "Raises", "Source")
 

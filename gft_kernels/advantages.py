@@ -97,9 +97,7 @@ def normalise(rewards_S: Tensor, group_ids_S: Tensor, normalize: str, eps: float
 
 def credit_rows(credit: Credit) -> RowCredit:
     """Spread a call's rewards or advantages over its rows and weigh each row by the reduction."""
-    live_R = credit.targets_R != credit.ignore_index
-    if credit.mask_R is not None:
-        live_R = live_R & credit.mask_R
+    live_R = credit.live_R
     zero = torch.zeros((), device=live_R.device)
     advantages_R = torch.where(live_R, _advantages(credit, live_R), zero)
     weights_R = torch.where(live_R, _weights(credit, live_R), zero)

@@ -1,7 +1,8 @@
 """The loss as torch operators with a gradient that is ready when the loss is.
 
-Two operators share one schema, derived from the fields of `Credit` and `RowCall`: `gft::row_loss` returns the gradient
-beside the loss; `gft::row_loss_` writes it where the logits were. A torch.compile graph sees each as one node.
+Two operators share one schema, derived from the fields of `Credit`, `Objective` and `RowCall`: `gft::row_loss` returns
+the gradient beside the loss; `gft::row_loss_` writes it where the logits were. A torch.compile graph sees each as one
+node.
 
 Backward is one multiplication by the upstream gradient. Out of place it leaves the saved gradient as it was, so a
 retained graph can be walked again; in place it scales the storage itself, and a second walk is refused.
@@ -9,14 +10,16 @@ retained graph can be walked again; in place it scales the storage itself, and a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gft_kernels import checks, registry
-from gft_kernels.options import Credit, RowCall, RowResult
+from gft_kernels.options import Credit, Objective, RowCall, RowResult
 
 SCHEMA_TYPES = {
     "Tensor": "Tensor",
@@ -26,9 +29,13 @@ SCHEMA_TYPES = {
     "str": "str",
     "bool": "bool",
 }
-CREDIT = {field.name: SCHEMA_TYPES[str(field.type)] for field in fields(Credit)}
-_OPTIONS = {f.name: SCHEMA_TYPES[str(f.type)] for f in fields(RowCall) if f.name not in ("logits_STV", "credit")}
-_ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in [*CREDIT.items(), *_OPTIONS.items(), ("backend", "str")])
+SHARED = {  # of every loss's operator: the fields of its Credit, then those of its Objective
+    field.name: SCHEMA_TYPES[str(field.type)] for part in (Credit, Objective) for field in fields(part)
+}
+_OPTIONS = {
+    f.name: SCHEMA_TYPES[str(f.type)] for f in fields(RowCall) if f.name not in ("logits_STV", "credit", "objective")
+}
+_ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in [*SHARED.items(), *_OPTIONS.items(), ("backend", "str")])
 _PER_ROW = "Tensor loss, Tensor log_probs, Tensor coefficients, Tensor advantages, Tensor row_scale, Tensor entropy"
 
 
@@ -44,15 +51,27 @@ def row_loss(call: RowCall, backend: str) -> RowResult:
 
 def _pack(call: RowCall, backend: str) -> tuple:
     """A call as the operators' arguments; `_unpack` is the way back."""
-    credit = [getattr(call.credit, name) for name in CREDIT]
-    return (*credit, *(getattr(call, name) for name in _OPTIONS), backend)
+    return (*pack_shared(call.credit, call.objective), *(getattr(call, name) for name in _OPTIONS), backend)
+
+
+def pack_shared(credit: Credit, objective: Objective) -> list:
+    """What calls of every loss share, as an operator's arguments; `unpack_shared` is the way back."""
+    return [getattr(part, field.name) for part in (credit, objective) for field in fields(part)]
+
+
+def unpack_shared(arguments: Sequence) -> dict[str, Any]:
+    """`credit` and `objective` of a call, from `pack_shared`."""
+    given = dict(zip(SHARED, arguments, strict=True))
+    return {
+        "credit": Credit(**{field.name: given[field.name] for field in fields(Credit)}),
+        "objective": Objective(**{field.name: given[field.name] for field in fields(Objective)}),
+    }
 
 
 def _unpack(logits: Tensor, arguments: tuple) -> tuple[RowCall, str]:
     *packed, backend = arguments
-    credit = Credit(**dict(zip(CREDIT, packed, strict=False)))
-    options = dict(zip(_OPTIONS, packed[len(CREDIT) :], strict=True))
-    return RowCall(logits_STV=logits, credit=credit, **options), backend
+    options = dict(zip(_OPTIONS, packed[len(SHARED) :], strict=True))
+    return RowCall(logits_STV=logits, **unpack_shared(packed[: len(SHARED)]), **options), backend
 
 
 def _result(call: RowCall, outputs: tuple, gradient: Tensor | None) -> RowResult:

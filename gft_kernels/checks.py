@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gft_kernels.options import BACKENDS, NORMALIZE, RECTIFY, REDUCTIONS, SINGLETON, Credit, RowCall
+from gft_kernels.options import BACKENDS, NORMALIZE, RECTIFY, REDUCTIONS, SINGLETON, Credit, Objective, RowCall
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -30,8 +30,7 @@ def row_call(
     group_ids: Tensor | None,
     sequence_ids: Tensor | None,
     mask: Tensor | None,
-    tau: float,
-    rectify: str,
+    objective: Objective,
     temperature: float,
     softcap: float | None,
     reduction: str,
@@ -47,12 +46,12 @@ def row_call(
     process_group: torch.distributed.ProcessGroup | None,
     logit_scale: float | None = None,
 ) -> RowCall:
-    """The canonical form of a `gft_loss` call. Raises ValueError or TypeError."""
+    """The canonical form of a loss over logits. Raises ValueError or TypeError."""
     check_logits(logits, sharded=process_group is not None)
     want_gradient = torch.is_grad_enabled() and logits.requires_grad
     if inplace and want_gradient:
         check_inplace(logits)
-    check_objective(tau, rectify, temperature, softcap, logit_scale)
+    check_transform(temperature, softcap, logit_scale)
     one_of("backend", backend, BACKENDS)
     credit = row_credit(
         targets,
@@ -74,8 +73,7 @@ def row_call(
     return RowCall(
         logits_STV=logits if logits.dim() == 3 else logits.unsqueeze(0),
         credit=credit,
-        tau=float(tau),
-        rectify=rectify,
+        objective=objective,
         logit_scale=1.0 if logit_scale is None else float(logit_scale),
         softcap=0.0 if softcap is None else float(softcap),
         temperature=float(temperature),
@@ -191,12 +189,15 @@ def check_inplace(logits: Tensor) -> None:
         )
 
 
-def check_objective(
-    tau: float, rectify: str, temperature: float, softcap: float | None, logit_scale: float | None
-) -> None:
+def gft_objective(tau: float, rectify: str) -> Objective:
+    """F4 with its options. Raises ValueError."""
     if not 0.0 <= tau <= 1.0:
         raise ValueError(f"tau must lie in [0, 1], got {tau}; 0 is SFT, 1 is DFT, the paper's best is 0.7")
     one_of("rectify", rectify, RECTIFY)
+    return Objective(tau=float(tau), rectify=rectify)
+
+
+def check_transform(temperature: float, softcap: float | None, logit_scale: float | None) -> None:
     positive("temperature", temperature, "1.0 leaves the logits as they are")
     if softcap is not None:
         positive("softcap", softcap, "pass None for no softcap")
@@ -242,9 +243,7 @@ def check_values(credit: Credit, vocabulary: int) -> None:
     """Targets, response ids, rewards and the denominator of a call on the CPU. Raises ValueError."""
     if credit.targets_R.device.type != "cpu":
         return
-    live_R = credit.targets_R != credit.ignore_index
-    if credit.mask_R is not None:
-        live_R = live_R & credit.mask_R
+    live_R = credit.live_R
     remedy = f"mark rows that do not count with ignore_index={credit.ignore_index} or mask=False"
     _in_range("targets", credit.targets_R, live_R, vocabulary, remedy)
     if credit.sequence_ids_R is not None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gft_kernels import checks, formulas
-from gft_kernels.advantages import RowCredit, credit_rows
+from gft_kernels.advantages import credit_rows
 from gft_kernels.backends import reference
 from gft_kernels.options import RowCall, RowResult
 
@@ -95,22 +95,23 @@ class VocabularyParallel:
             checks.check_values(call.credit, int(shard.widths_W.sum()))
         credit = credit_rows(call.credit)
         read_R = credit.live_R
-        if not (call.want_stats or call.want_entropy):
+        if not call.reads_every_live_row:
             read_R = read_R & (credit.advantages_R != 0.0)
         columns_R = call.credit.targets_R - shard.offset
         row = self._observe(call, columns_R, read_R)
         log_pi_R = torch.where(read_R, row.log_pi_R, 0.0).float()
-        coefficient_R, kappa_R = reference.row_kappa(call, log_pi_R, credit.advantages_R)
-        loss_R = torch.where(read_R, credit.weights_R * formulas.token_loss(log_pi_R, kappa_R), 0.0)
-        gradient, row_scale_R = self._gradient(call, columns_R, row, log_pi_R, kappa_R, credit)
+        entropy_R = torch.where(read_R, row.entropy_R, 0.0).float()
+        terms = reference.row_terms(call.objective, log_pi_R, credit.advantages_R, entropy_R)
+        loss_R = torch.where(read_R, credit.weights_R * terms.loss, 0.0)
+        scales, unit_R = reference.row_scales(call, credit.weights_R, terms.kappa, entropy_R, read_R)
         return RowResult(
             loss=loss_R if call.credit.reduction == "none" else loss_R.double().sum().float(),
             log_probs_R=log_pi_R,
-            coefficients_R=torch.where(read_R, coefficient_R, 0.0),
+            coefficients_R=torch.where(read_R, terms.coefficient, 0.0),
             advantages_R=credit.advantages_R,
-            gradient_STV=gradient,
-            row_scale_R=row_scale_R,
-            entropy_R=torch.where(read_R, row.entropy_R, 0.0).float() if call.want_entropy else None,
+            gradient_STV=self._gradient(call, columns_R, row, log_pi_R, scales) if call.want_gradient else None,
+            row_scale_R=unit_R if call.defer_scale else None,
+            entropy_R=entropy_R if call.want_entropy else None,
         )
 
     def _observe(self, call: RowCall, columns_R: Tensor, read_R: Tensor) -> WholeRow:
@@ -127,15 +128,10 @@ class VocabularyParallel:
         return merge_shards(call.process_group, top_R, mass_R, gap_R, target_R, found_R.double())
 
     def _gradient(
-        self, call: RowCall, columns_R: Tensor, row: WholeRow, log_pi_R: Tensor, kappa_R: Tensor, credit: RowCredit
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """This shard's gradient, and for fp16 the factor each of its rows still lacks."""
-        if not call.want_gradient:
-            return None, None
-        scale_R, row_scale_R = torch.where(credit.live_R, credit.weights_R * kappa_R, 0.0), None
-        if call.defer_scale:
-            scale_R, row_scale_R = reference.split_scale(call, scale_R)
+        self, call: RowCall, columns_R: Tensor, row: WholeRow, log_pi_R: Tensor, scales: reference.RowScales
+    ) -> Tensor:
+        """This shard's gradient."""
         if not call.logits_STV.numel():
-            return call.logits_STV.detach() if call.inplace else torch.empty_like(call.logits_STV), row_scale_R
-        numbers = (x.float() for x in (log_pi_R, row.top_R, row.log_mass_R, scale_R))
-        return self.module.shard_gradient(call, columns_R, *numbers), row_scale_R
+            return call.logits_STV.detach() if call.inplace else torch.empty_like(call.logits_STV)
+        numbers = (x.float() for x in (log_pi_R, row.top_R, row.log_mass_R, *scales))
+        return self.module.shard_gradient(call, columns_R, *numbers)

@@ -1,4 +1,4 @@
-"""The mathematics of GFT, F1 to F7, once for Python. Derivations: docs/formulas.md.
+"""The mathematics of GFT and its family, F1 to F7, once for Python. Derivations: docs/formulas.md.
 
 Every function is elementwise, takes tensors (or blocks) that broadcast, and uses only the free names imported
 below, so that another array language can run the very same text by binding those names to its own operations.
@@ -75,6 +75,44 @@ def group_advantage(reward, mean, std, eps):
     return where(reward == mean, 0.0, (reward - mean) / (std + eps))
 
 
+def log_ratio(log_a, log_b):
+    """log(a / b), 0 where they are equal, also where both are 0."""
+    return where(log_a == log_b, 0.0, log_a - log_b)
+
+
+def is_clipped(ratio, advantage, clip_low, clip_high):
+    """Whether the clip is active: A would push rho further beyond its bound. At the bound itself it is not."""
+    above = (advantage > 0.0) & (ratio > 1.0 + clip_high)
+    return above | ((advantage < 0.0) & (ratio < 1.0 - clip_low))
+
+
+def clipped_coefficient(ratio, advantage, clip_low, clip_high):
+    """F4 of grpo: rho, 0 where the clip is active."""
+    return where(is_clipped(ratio, advantage, clip_low, clip_high), 0.0, ratio)
+
+
+def clipped_loss(ratio, advantage, clip_low, clip_high):
+    """F6 of grpo: -min(rho·A, clip(rho)·A), exactly 0 where A = 0."""
+    bound = where(advantage > 0.0, 1.0 + clip_high, 1.0 - clip_low)
+    bounded = where(is_clipped(ratio, advantage, clip_low, clip_high), bound, ratio)
+    return where(advantage == 0.0, 0.0, -advantage * bounded)
+
+
+def capped_coefficient(ratio, clip_high):
+    """F4 of cispo: min(rho, 1 + clip_high); a NaN stays a NaN."""
+    return where(ratio > 1.0 + clip_high, 1.0 + clip_high, ratio)
+
+
+def kl_loss(u):
+    """The k3 estimate of KL(pi, pi_ref) at one token, e^u - 1 - u >= 0 with u = log pi_ref - log pi."""
+    return where(u == -NEG_INF, -NEG_INF, expm1(u) - u)  # +inf there, not inf - inf
+
+
+def kl_kappa(u):
+    """What the k3 estimate adds to kappa, per unit of its weight: e^u - 1 with u = log pi_ref - log pi."""
+    return expm1(u)
+
+
 def kappa(advantage, coefficient):
     """The row coefficient of the gradient, A·C(pi): all that tells one objective of the family from another."""
     return where(advantage == 0.0, 0.0, advantage * coefficient)
@@ -93,6 +131,17 @@ def dlogit_other(log_pi_v, scale):
 def dlogit_target(log_pi_y, scale):
     """F7 at the target: scale·(pi_y - 1), formed by expm1 so that pi near 1 keeps its digits."""
     return where(scale == 0.0, 0.0, scale * expm1(log_pi_y))
+
+
+def dlogit_entropy(log_pi_v, entropy, tilt):
+    """What -lambda·H adds to F7 at any token: tilt·pi_v·(log pi_v + H), tilt = weight·lambda; 0 where pi_v = 0."""
+    pi_v = exp(log_pi_v)
+    return where((pi_v == 0.0) | (tilt == 0.0), 0.0, tilt * pi_v * (log_pi_v + entropy))
+
+
+def row_size(scale, tilt, entropy):
+    """A bound of a row's F7: |pi_v - 1| <= 1, and -1 < pi_v·(log pi_v + H) <= H."""
+    return abs(scale) + where(tilt == 0.0, 0.0, abs(tilt) * (1.0 + entropy))
 
 
 def entropy(log_mass, mean_gap):

@@ -6,12 +6,12 @@ Sizes: S responses, T positions per padded response, R = S·T rows (packed: S = 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from gft_kernels.options import Credit
+from gft_kernels.options import Credit, Objective
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,8 @@ class LinearCall:
     weight_VD: Tensor  # one of the same dtypes
     bias_V: Tensor | None
     credit: Credit
-    tau: float = 0.7  # this and the next seven as in RowCall
-    rectify: str = "all"
-    logit_scale: float = 1.0
+    objective: Objective = field(default_factory=Objective)
+    logit_scale: float = 1.0  # this and the next five as in RowCall
     softcap: float = 0.0
     temperature: float = 1.0
     want_stats: bool = False

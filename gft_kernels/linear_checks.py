@@ -13,6 +13,61 @@ from torch import Tensor
 
 from gft_kernels import checks
 from gft_kernels.checks import LOGIT_DTYPES
+from gft_kernels.linear_call import LinearCall
+from gft_kernels.options import Objective
+
+
+def linear_call(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    logit_scale: float | None,
+    chunk_rows: int | None,
+    accum_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    objective: Objective,
+    temperature: float,
+    softcap: float | None,
+    reduction: str,
+    return_stats: bool,
+    return_entropy: bool,
+    process_group: torch.distributed.ProcessGroup | None,
+    backend: str,
+    **credit: Any,
+) -> LinearCall:
+    """The canonical form of a loss over hidden states; `credit` as in `checks.row_credit`. Raises as those checks."""
+    check_head(weight, bias)
+    check_hidden(hidden, weight, sharded=process_group is not None)
+    product = product_dtype(hidden, weight)
+    check_precision(product, logits_dtype, accum_dtype)
+    check_chunk_rows(chunk_rows)
+    checks.check_transform(temperature, softcap, logit_scale)
+    checks.one_of("backend", backend, checks.BACKENDS)
+    rows_shape = tuple(hidden.shape[:-1])
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    per_row = reduction == "none"  # then the rows' weights, and the gradients with them, arrive in backward
+    return LinearCall(
+        hidden_STD=hidden if hidden.dim() == 3 else hidden.unsqueeze(0),
+        weight_VD=weight,
+        bias_V=bias,
+        credit=checks.row_credit(targets, rows_shape, hidden.device, reduction=reduction, **credit),
+        objective=objective,
+        logit_scale=1.0 if logit_scale is None else float(logit_scale),
+        softcap=0.0 if softcap is None else float(softcap),
+        temperature=float(temperature),
+        want_stats=return_stats,
+        want_entropy=return_entropy,
+        process_group=checks.group_name(process_group),
+        chunk_rows=chunk_rows or 0,
+        product_dtype=product,
+        logits_dtype=logits_dtype,
+        accum_dtype=accum_dtype,
+        want_hidden=wanted[0] and not per_row,
+        want_weight=wanted[1] and not per_row,
+        want_bias=wanted[2] and not per_row,
+    )
 
 
 def check_head(weight: Any, bias: Any) -> None:

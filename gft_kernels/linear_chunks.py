@@ -21,7 +21,9 @@ from gft_kernels.linear_call import LinearCall, LinearResult
 from gft_kernels.linear_products import Head, multiply, precision_of
 from gft_kernels.options import FP16_PEAK, Credit, RowCall, RowResult
 
-_ROW_OPTIONS = [f.name for f in fields(RowCall) if f.name in {g.name for g in fields(LinearCall)} - {"credit"}]
+_ROW_OPTIONS = [
+    f.name for f in fields(RowCall) if f.name in {g.name for g in fields(LinearCall)} - {"credit", "objective"}
+]
 
 ROW_ALIGNMENT = 64  # elements: rows of the buffer start on a cache line, also where V is odd
 
@@ -75,7 +77,7 @@ def run(call: LinearCall, backend: str) -> LinearResult:
 
 def choose_rows(call: LinearCall, credit: RowCredit, shard: distributed.Shard | None) -> Chosen:
     """Leave out rows that are masked or have A = 0. On a GPU this waits once: for how many rows are left."""
-    counts = credit.live_R & (credit.advantages_R != 0.0)
+    counts = credit.live_R & ((credit.advantages_R != 0.0) | call.objective.acts_without_advantage)
     kind_R = torch.where(counts, 0, torch.where(credit.live_R, 1, 2))
     order = torch.argsort(kind_R, stable=True)
     here = torch.full((1,), call.weight_VD.shape[0], device=order.device)
@@ -149,7 +151,14 @@ class _ChunkedLoss:
             ignore_index=self.call.credit.ignore_index,
         )
         options = {name: getattr(self.call, name) for name in _ROW_OPTIONS}
-        chunk = RowCall(logits_CV[None], credit, want_gradient=want_gradient, inplace=want_gradient, **options)
+        chunk = RowCall(
+            logits_CV[None],
+            credit,
+            self.call.objective.of_rows(rows_C),
+            want_gradient=want_gradient,
+            inplace=want_gradient,
+            **options,
+        )
         kernel = registry.choose(self.backend, chunk)
         return (kernel if self.shard is None else replace(kernel, shard=self.shard)).run(chunk)
 

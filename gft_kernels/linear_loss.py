@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gft_kernels import checks, linear_checks, linear_operator
-from gft_kernels.linear_call import LinearCall
 from gft_kernels.loss import as_asked
 from gft_kernels.options import TokenStats
 
@@ -77,52 +76,34 @@ def gft_linear_loss(
 
     Source: docs/linear.md; docs/formulas.md; GFT, arXiv 2604.14258.
     """
-    linear_checks.check_head(weight, bias)
-    linear_checks.check_hidden(hidden, weight, sharded=process_group is not None)
-    product = linear_checks.product_dtype(hidden, weight)
-    linear_checks.check_precision(product, logits_dtype, accum_dtype)
-    linear_checks.check_chunk_rows(chunk_rows)
-    checks.check_objective(tau, rectify, temperature, softcap, logit_scale)
-    checks.one_of("backend", backend, checks.BACKENDS)
-    credit = checks.row_credit(
+    call = linear_checks.linear_call(
+        hidden,
+        weight,
         targets,
-        tuple(hidden.shape[:-1]),
-        hidden.device,
+        bias=bias,
+        logit_scale=logit_scale,
+        chunk_rows=chunk_rows,
+        accum_dtype=accum_dtype,
+        logits_dtype=logits_dtype,
         rewards=rewards,
         advantages=advantages,
         group_size=group_size,
         group_ids=group_ids,
         sequence_ids=sequence_ids,
         mask=mask,
+        objective=checks.gft_objective(tau, rectify),
+        temperature=temperature,
+        softcap=softcap,
         reduction=reduction,
         num_items_in_batch=num_items_in_batch,
         ignore_index=ignore_index,
         normalize=normalize,
         eps=eps,
         singleton=singleton,
-    )
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    per_row = reduction == "none"  # then the rows' weights, and the gradients with them, arrive in backward
-    call = LinearCall(
-        hidden_STD=hidden if hidden.dim() == 3 else hidden.unsqueeze(0),
-        weight_VD=weight,
-        bias_V=bias,
-        credit=credit,
-        tau=float(tau),
-        rectify=rectify,
-        logit_scale=1.0 if logit_scale is None else float(logit_scale),
-        softcap=0.0 if softcap is None else float(softcap),
-        temperature=float(temperature),
-        want_stats=return_stats,
-        want_entropy=return_entropy,
-        process_group=checks.group_name(process_group),
-        chunk_rows=chunk_rows or 0,
-        product_dtype=product,
-        logits_dtype=logits_dtype,
-        accum_dtype=accum_dtype,
-        want_hidden=wanted[0] and not per_row,
-        want_weight=wanted[1] and not per_row,
-        want_bias=wanted[2] and not per_row,
+        return_stats=return_stats,
+        return_entropy=return_entropy,
+        process_group=process_group,
+        backend=backend,
     )
     result = linear_operator.linear_loss(call, backend)
     return as_asked(result, targets.shape, reduction, return_stats or return_entropy)

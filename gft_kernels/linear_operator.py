@@ -16,12 +16,14 @@ from torch.autograd.function import once_differentiable
 
 from gft_kernels import autograd, linear_chunks
 from gft_kernels.linear_call import LinearCall, LinearResult
-from gft_kernels.options import Credit, RowResult
+from gft_kernels.options import RowResult
 
 _TENSORS = ("hidden_STD", "weight_VD", "bias_V")
 _SCHEMA_TYPES = {**autograd.SCHEMA_TYPES, "torch.dtype": "ScalarType"}
-_OPTIONS = {f.name: _SCHEMA_TYPES[str(f.type)] for f in fields(LinearCall) if f.name not in (*_TENSORS, "credit")}
-_NAMED = {**autograd.CREDIT, **_OPTIONS, "backend": "str"}
+_OPTIONS = {
+    f.name: _SCHEMA_TYPES[str(f.type)] for f in fields(LinearCall) if f.name not in (*_TENSORS, "credit", "objective")
+}
+_NAMED = {**autograd.SHARED, **_OPTIONS, "backend": "str"}
 _ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in _NAMED.items())
 _SCHEMA = (
     f"(Tensor hidden_STD, Tensor weight_VD, Tensor? bias_V, {_ARGUMENTS}) -> (Tensor loss, Tensor log_probs, "
@@ -41,15 +43,19 @@ def linear_loss(call: LinearCall, backend: str) -> RowResult:
 def _pack(call: LinearCall, backend: str) -> tuple:
     """A call as the operator's arguments; `_unpack` is the way back."""
     tensors = [getattr(call, name) for name in _TENSORS]
-    credit = [getattr(call.credit, name) for name in autograd.CREDIT]
-    return (*tensors, *credit, *(getattr(call, name) for name in _OPTIONS), backend)
+    return (
+        *tensors,
+        *autograd.pack_shared(call.credit, call.objective),
+        *(getattr(call, name) for name in _OPTIONS),
+        backend,
+    )
 
 
 def _unpack(arguments: tuple) -> tuple[LinearCall, str]:
     tensors, rest = arguments[: len(_TENSORS)], arguments[len(_TENSORS) : -1]
-    credit = Credit(**dict(zip(autograd.CREDIT, rest, strict=False)))
-    options = dict(zip(_OPTIONS, rest[len(autograd.CREDIT) :], strict=True))
-    return LinearCall(**dict(zip(_TENSORS, tensors, strict=True)), credit=credit, **options), arguments[-1]
+    shared = autograd.unpack_shared(rest[: len(autograd.SHARED)])
+    options = dict(zip(_OPTIONS, rest[len(autograd.SHARED) :], strict=True))
+    return LinearCall(**dict(zip(_TENSORS, tensors, strict=True)), **shared, **options), arguments[-1]
 
 
 def _run(*arguments) -> tuple[Tensor, ...]:

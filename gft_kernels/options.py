@@ -6,7 +6,7 @@ Suffixes name shapes: logits_STV, targets_R, rewards_S.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ REDUCTIONS = ("token-mean", "sequence-mean", "sum", "none")
 NORMALIZE = ("std", "mean", "leave-one-out")
 SINGLETON = ("reward", "zero")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+SURROGATES = ("gft", "grpo", "cispo")  # what kappa and the loss are of; sft and dft are gft at tau = 0 and 1
 
 FP16_PEAK = 16384.0
 """The size an fp16 gradient row is stored at before its row scale; half the range is left free."""
@@ -49,6 +50,44 @@ class Credit:
     eps: float = 1e-6
     singleton: str = "reward"
 
+    @property
+    def live_R(self) -> Tensor:
+        """Which rows count: the target is not `ignore_index` and the mask, if any, allows it."""
+        live_R = self.targets_R != self.ignore_index
+        return live_R if self.mask_R is None else live_R & self.mask_R
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What tells one token-level objective from another: how kappa and the loss follow from log pi and A. No logits.
+
+    Sections 4 and 8 of docs/formulas.md. Tensors are contiguous and on the logits' device; masked rows may hold NaN.
+    """
+
+    surrogate: str = "gft"
+    tau: float = 0.7  # gft: F4
+    rectify: str = "all"
+    clip_low: float = 0.0  # grpo: rho below 1 - clip_low is clipped where A < 0
+    clip_high: float = 0.0  # grpo: rho above 1 + clip_high where A > 0; cispo: the cap of rho
+    beta: float = 0.0  # weight of the k3 penalty
+    entropy_coef: float = 0.0  # lambda of -lambda·H
+    old_log_probs_R: Tensor | None = None  # (R,) float32, of rho; None: on-policy, rho = 1
+    ref_log_probs_R: Tensor | None = None  # (R,) float32, of k3; given where beta is not 0
+
+    @property
+    def acts_without_advantage(self) -> bool:
+        """Whether a live row with A = 0 still has a loss and a gradient."""
+        return self.beta != 0.0 or self.entropy_coef != 0.0
+
+    def of_rows(self, rows: Tensor) -> Objective:
+        """The same objective for some of the rows."""
+        old_R, ref_R = self.old_log_probs_R, self.ref_log_probs_R
+        return replace(
+            self,
+            old_log_probs_R=None if old_R is None else old_R[rows],
+            ref_log_probs_R=None if ref_R is None else ref_R[rows],
+        )
+
 
 @dataclass(frozen=True)
 class RowCall:
@@ -56,8 +95,7 @@ class RowCall:
 
     logits_STV: Tensor  # float32, bfloat16 or float16; any strides
     credit: Credit
-    tau: float = 0.7
-    rectify: str = "all"
+    objective: Objective = Objective()
     logit_scale: float = 1.0
     softcap: float = 0.0  # 0: none
     temperature: float = 1.0
@@ -68,6 +106,16 @@ class RowCall:
     defer_scale: bool = False  # fp16: store the gradient at FP16_PEAK and hand back row_scale_R
     process_group: str = ""  # name of the group whose ranks hold the vocabulary's shards; "": all of V is here
 
+    @property
+    def reads_every_live_row(self) -> bool:
+        """Whether live rows with A = 0 are read as well: for their statistics, or because they have a loss."""
+        return self.want_stats or self.want_entropy or self.objective.acts_without_advantage
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether H is needed, for the caller or for the loss."""
+        return self.want_entropy or self.objective.entropy_coef != 0.0
+
 
 @dataclass(frozen=True)
 class RowResult:
@@ -75,7 +123,7 @@ class RowResult:
 
     loss: Tensor  # () float32; (R,) for reduction "none"
     log_probs_R: Tensor  # F3; 0 on rows that were not read
-    coefficients_R: Tensor  # F4; 0 on rows that were not read
+    coefficients_R: Tensor  # kappa / A without the penalties (F4); 0 on rows that were not read
     advantages_R: Tensor  # F5; 0 on masked rows
     gradient_STV: Tensor | None = None  # in the logits' dtype; times row_scale_R where that is given
     row_scale_R: Tensor | None = None
@@ -84,13 +132,20 @@ class RowResult:
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Detached per-token statistics, each of the shape of `targets` (float32).
+    """Detached per-token statistics, each of the shape of `targets` (float32). Masked positions hold 0.
 
-    log_probs: log pi of the target, in nats (F3). coefficients: C(pi) (F4). advantages: A (F5).
-    entropy: of the distribution the loss sees, in nats; None unless asked for. Masked positions hold 0.
+    log_probs: log pi of the target, in nats (F3). coefficients: C(pi) (F4); of other objectives kappa / A without the
+    penalties, 0 where a clip is active. advantages: A (F5). entropy: of the distribution the loss sees, in nats; None
+    unless asked for.
+
+    `policy_loss` adds, where there is such a thing: ratios, pi / pi_old. clipped (bool): the ratio is beyond its bound.
+    kl: the k3 estimate of KL(pi, pi_ref), in nats.
     """
 
     log_probs: Tensor
     coefficients: Tensor
     advantages: Tensor
     entropy: Tensor | None = None
+    ratios: Tensor | None = None
+    clipped: Tensor | None = None
+    kl: Tensor | None = None

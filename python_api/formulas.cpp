@@ -29,10 +29,19 @@ void bind_reals(py::module_ m) {
     m.def("row_tau", &row_tau<Real>);
     m.def("coefficient", &coefficient<Real>);
     m.def("group_advantage", &group_advantage<Real>);
+    m.def("log_ratio", &log_ratio<Real>);
+    m.def("is_clipped", &is_clipped<Real>);
+    m.def("clipped_coefficient", &clipped_coefficient<Real>);
+    m.def("clipped_loss", &clipped_loss<Real>);
+    m.def("capped_coefficient", &capped_coefficient<Real>);
+    m.def("kl_loss", &kl_loss<Real>);
+    m.def("kl_kappa", &kl_kappa<Real>);
     m.def("kappa", &kappa<Real>);
     m.def("token_loss", &token_loss<Real>);
     m.def("dlogit_other", &dlogit_other<Real>);
     m.def("dlogit_target", &dlogit_target<Real>);
+    m.def("dlogit_entropy", &dlogit_entropy<Real>);
+    m.def("row_size", &row_size<Real>);
     m.def("entropy", &entropy<Real>);
 }
 

@@ -128,7 +128,7 @@ class Backend:
         entropy, row_scale = out["entropy"] if call.want_entropy else None, out["scale"] if call.defer_scale else None
         native = NativeCall(
             rows(logits, logits), self.credit(credit, responses), self.transform(call),
-            Objective(call.tau, call.rectify != "all"), call.want_stats or call.want_entropy,
+            Objective(call.objective.tau, call.objective.rectify != "all"), call.reads_every_live_row,
             RowResults(at(loss), at(out["log_probs"]), at(out["coefficients"]), at(out["advantages"]), at(entropy),
                        at(row_scale), rows(gradient, logits)),
         )  # fmt: skip
@@ -163,7 +163,7 @@ class Backend:
         logits = call.logits_STV
         gradient = logits if call.inplace else self.empty_like(logits)
         ran = library().emulate_shade_shard(
-            c.byref(rows(logits, logits)), pointer(at(columns_R)), c.byref(ShardGradient(*map(at, agreed))),
+            c.byref(rows(logits, logits)), pointer(at(columns_R)), c.byref(ShardGradient(*map(at, agreed[:4]))),
             c.byref(self.transform(call)), c.byref(rows(gradient, logits)), c.byref(self.choice),
         )  # fmt: skip
         assert ran, "every thread waits for another"

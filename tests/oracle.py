@@ -1,4 +1,4 @@
-"""The textbook GFT loss in float64: the truth every backend is compared with. Imports nothing of the library.
+"""The textbook GFT loss and its family in float64: the truth of every backend. Imports nothing of the library.
 
 Written for clarity, with autograd for the gradient, one response and one group at a time.
 """
@@ -53,6 +53,14 @@ def row_weights(live, responses, reduction, num_items=None):
     return out
 
 
+def log_softmax(logits, temperature=1.0, softcap=None, logit_scale=1.0):
+    """(V,) log-probabilities in float64 of one row of raw logits."""
+    z = logits.double() * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return torch.log_softmax(z / temperature, dim=0)
+
+
 def token_losses(
     logits, targets, live, advantage, *, tau, rectify="all", temperature=1.0, softcap=None, logit_scale=1.0
 ):
@@ -63,10 +71,7 @@ def token_losses(
         if not bool(live[r]):
             losses.append(zero), log_probs.append(zero), coefficients.append(zero), entropies.append(zero)
             continue
-        z = logits[r].double() * logit_scale
-        if softcap is not None:
-            z = softcap * torch.tanh(z / softcap)
-        log_pi = torch.log_softmax(z / temperature, dim=0)
+        log_pi = log_softmax(logits[r], temperature, softcap, logit_scale)
         chosen = log_pi[int(targets[r])]
         pi = math.exp(float(chosen.detach()))
         a = float(advantage[r])
@@ -82,10 +87,51 @@ def token_losses(
     return tuple(torch.stack(x) for x in (losses, log_probs, coefficients, entropies))
 
 
+def surrogate(objective, log_pi, advantage, old, clip_low, clip_high, tau, rectify):
+    """One token's loss, differentiable in log_pi, as the papers write it. old None: the policy itself."""
+    pi = math.exp(float(log_pi.detach()))
+    if objective in ("sft", "dft", "gft"):
+        tau = {"sft": 0.0, "dft": 1.0, "gft": tau}[objective]
+        c = pi if pi < tau and (rectify == "all" or advantage > 0) else 1.0
+        return log_pi * 0.0 if advantage * c == 0 else -advantage * c * log_pi
+    ratio = torch.exp(log_pi - (log_pi.detach() if old is None else old))
+    if objective == "cispo":
+        return -advantage * ratio.clamp(max=1 + clip_high).detach() * log_pi
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+
+
+def policy_losses(
+    logits, targets, live, advantage, *, objective, old=None, ref=None, clip_low=0.2, clip_high=0.2, beta=0.0,
+    entropy_coef=0.0, tau=0.7, rectify="all", **transform,
+):  # fmt: skip
+    """Per-row loss (R,) in float64 of a named objective, differentiable in `logits` (R, V); `advantage`, `old`, `ref`
+    are (R,) or, the last two, None."""
+    losses = []
+    for r in range(len(targets)):
+        if not bool(live[r]):
+            losses.append(torch.zeros((), dtype=torch.float64))
+            continue
+        log_pi = log_softmax(logits[r], **transform)
+        chosen = log_pi[int(targets[r])]
+        before = None if old is None else old[r].double()
+        loss = surrogate(objective, chosen, float(advantage[r]), before, clip_low, clip_high, tau, rectify)
+        if beta:
+            u = ref[r].double() - chosen
+            loss = loss + beta * (torch.exp(u) - 1 - u)
+        if entropy_coef:
+            possible = log_pi[log_pi > -math.inf]
+            loss = loss + entropy_coef * (possible.exp() * possible).sum()
+        losses.append(loss)
+    return torch.stack(losses)
+
+
 def loss_and_gradient(logits, targets, live, advantage, weights, upstream, **options):
     """Sum of upstream·w·loss (upstream () or (R,)) and its gradient with respect to (R, V) logits, in float64."""
     z = logits.detach().double().requires_grad_(True)
-    losses, *_ = token_losses(z, targets, live, advantage, **options)
+    if "objective" in options:
+        losses = policy_losses(z, targets, live, advantage, **options)
+    else:
+        losses, *_ = token_losses(z, targets, live, advantage, **options)
     total = (losses * weights.double() * upstream).sum()
     if total.requires_grad:
         (gradient,) = torch.autograd.grad(total, z)

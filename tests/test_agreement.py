@@ -21,6 +21,9 @@ TOPS = (0.0, 2.0, 1e4, -1000.0, -INF, INF, NAN)
 MASSES = (0.0, 1e-38, 1.0, 151936.0, NAN)
 LOG_PROBS = (0.0, -1e-38, -1e-9, LOG_TAU, -1.0, -200.0, -INF, NAN)
 SCALES = (0.0, 1.0, -2.5, 1e-38, NAN)
+RATIOS = (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 1e30, INF, NAN)  # 0.75 and 1.25 are bounds, exactly
+CLIPS = (RATIOS, (0.0, 2.0, -2.0, NAN), (0.0, 0.25), (0.0, 0.25))
+LOG_RATIOS = (0.0, 1e-2, -0.3, 2.0, 80.0, -200.0, INF, -INF, NAN)
 GRID = {  # formula: the values of each of its arguments
     "transform": (LOGITS, (1.0, -0.5), (0.0, 30.0), (1.0, 0.6)),
     "transform_slope": ((*LOGITS, 600.0), (1.0, -0.5), (0.0, 30.0), (1.0, 0.6)),
@@ -31,10 +34,19 @@ GRID = {  # formula: the values of each of its arguments
     "row_tau": ((0.0, 1.0, -1.0, NAN), (0.0, 0.7, 1.0), (True, False)),
     "coefficient": (LOG_PROBS, (0.0, 1e-38, 0.7, 1.0)),
     "group_advantage": ((0.0, 1.0, 0.25, NAN), (0.0, 0.25, NAN), (0.0, 1e-17, 0.5), (0.0, 1e-6)),
+    "log_ratio": (LOG_PROBS, LOG_PROBS),
+    "is_clipped": CLIPS,
+    "clipped_coefficient": CLIPS,
+    "clipped_loss": CLIPS,
+    "capped_coefficient": (RATIOS, (0.0, 0.25, 4.0)),
+    "kl_loss": (LOG_RATIOS,),
+    "kl_kappa": (LOG_RATIOS,),
     "kappa": ((0.0, 1.0, -2.0, NAN), (0.0, 0.3, 1.0, NAN)),
     "token_loss": (LOG_PROBS, SCALES),
     "dlogit_other": (LOG_PROBS, SCALES),
     "dlogit_target": (LOG_PROBS, SCALES),
+    "dlogit_entropy": (LOG_PROBS, (0.0, 11.9, NAN), SCALES),
+    "row_size": (SCALES, SCALES, (0.0, 11.9, NAN)),
     "entropy": ((0.0, 11.9, -INF, NAN), (0.0, -3.0, NAN)),
 }
 PRECISIONS = {"formulas64": (torch.float64, 1e-14), "formulas32": (torch.float32, 3e-6)}

@@ -153,7 +153,8 @@ def operator_arguments(dtype, **options):
     case = problem(dtype=dtype)
     defaults = {p.name: p.default for p in inspect.signature(gft_loss).parameters.values() if p.kind is p.KEYWORD_ONLY}
     defaults.update(rewards=case.rewards, group_size=2, mask=case.mask, **options)
-    call = checks.row_call(case.logits.requires_grad_(True), case.targets, **defaults)
+    objective = checks.gft_objective(defaults.pop("tau"), defaults.pop("rectify"))
+    call = checks.row_call(case.logits.requires_grad_(True), case.targets, objective=objective, **defaults)
     return (call.logits_STV, *autograd._pack(call, "reference"))
 
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from gft_kernels import _extension, formulas
 from gft_kernels.backends import cpu, reference
-from gft_kernels.options import Credit, RowCall
+from gft_kernels.options import Credit, Objective, RowCall
 
 if (absence := cpu.absent()) is not None:
     pytest.skip(absence, allow_module_level=True)
@@ -26,7 +26,8 @@ TRANSFORMS = ({"softcap": 5.0}, {"temperature": 1.7}, {"logit_scale": -0.5, "sof
 def call_of(case, **options) -> RowCall:
     """A problem as the call that every backend sees; tests that need no reduction pass `credit`."""
     softcap = case.options.get("softcap")
-    given = {k: v for k, v in case.options.items() if k != "softcap"}
+    given = {k: v for k, v in case.options.items() if k not in ("softcap", "tau", "rectify")}
+    objective = Objective(**{k: case.options[k] for k in ("tau", "rectify") if k in case.options})
     credit = Credit(
         targets_R=case.targets.flatten().contiguous(),
         mask_R=case.mask.flatten().contiguous(),
@@ -35,16 +36,18 @@ def call_of(case, **options) -> RowCall:
         tokens_per_response=case.targets.shape[1],
     )
     fp16 = case.logits.dtype == torch.float16
-    base = RowCall(case.logits, credit, softcap=softcap or 0.0, want_gradient=True, defer_scale=fp16, **given)
+    base = RowCall(
+        case.logits, credit, objective, softcap=softcap or 0.0, want_gradient=True, defer_scale=fp16, **given
+    )
     return replace(base, **options)
 
 
-def rows_call(logits_RV, targets, advantages=None, **options) -> RowCall:
+def rows_call(logits_RV, targets, advantages=None, tau=0.7, **options) -> RowCall:
     """Packed rows with an advantage each, summed per row."""
     rows = len(targets)
     advantages = torch.ones(rows) if advantages is None else advantages
     credit = Credit(torch.as_tensor(targets), advantages_R=advantages, tokens_per_response=rows, reduction="none")
-    return RowCall(logits_RV[None], credit, **options)
+    return RowCall(logits_RV[None], credit, Objective(tau=tau), **options)
 
 
 def final_gradient(result, upstream, name):
@@ -207,8 +210,9 @@ def test_shards_make_the_whole(name, dtype):
     all_top, all_mass = formulas.observe(top_R, mass_R, target_R)
     agreed = (log_pi_R.float(), all_top.float(), torch.log(all_mass).float())
     scale_R = torch.where(read_R, torch.linspace(-2, 3, 6), 0.0)
-    gradient = torch.cat([cpu.shard_gradient(part, columns, *agreed, scale_R, name) for part, columns in parts], -1)
-    expected = reference.shard_gradient(replace(call, logits_STV=logits), targets_R, *agreed, scale_R)
+    scales = (scale_R, torch.zeros(6), torch.zeros(6))
+    gradient = torch.cat([cpu.shard_gradient(part, columns, *agreed, *scales, name) for part, columns in parts], -1)
+    expected = reference.shard_gradient(replace(call, logits_STV=logits), targets_R, *agreed, *scales)
     assert_close(gradient, expected, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-6)
     assert (gradient.flatten(0, 1)[~read_R] == 0).all()
 

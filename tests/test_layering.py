@@ -16,7 +16,7 @@ LAYERS = [
     {"checks", "advantages", "registry", "_extension", "triton_kernels"},
     {"backends"},
     {"autograd"},
-    {"loss", "distributed", "linear_loss"}
+    {"loss", "distributed", "linear_loss", "policy", "policy_checks"}
     | {f"linear_{x}" for x in ("call", "checks", "products", "chunks", "operator")},
     {"trainer", "tasks", "integrations", "cli", "demo", "__main__"},
 ]

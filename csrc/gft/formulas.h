@@ -118,6 +118,51 @@ GFT_HD Real advantage_in_group(Real reward, Group<Real> group, Real eps, Normali
     return centred * (Real(group.size) / Real(group.size - 1));  // R minus the mean of the others
 }
 
+// log(a / b), 0 where they are equal, also where both are 0.
+template <class Real>
+GFT_HD Real log_ratio(Real log_a, Real log_b) {
+    return log_a == log_b ? Real(0) : log_a - log_b;
+}
+
+// Whether the clip is active: A would push rho further beyond its bound. At the bound itself it is not.
+template <class Real>
+GFT_HD bool is_clipped(Real ratio, Real advantage, Real clip_low, Real clip_high) {
+    if (advantage > Real(0)) return ratio > Real(1) + clip_high;
+    return advantage < Real(0) && ratio < Real(1) - clip_low;
+}
+
+// F4 of grpo: rho, 0 where the clip is active.
+template <class Real>
+GFT_HD Real clipped_coefficient(Real ratio, Real advantage, Real clip_low, Real clip_high) {
+    return is_clipped(ratio, advantage, clip_low, clip_high) ? Real(0) : ratio;
+}
+
+// F6 of grpo: -min(rho*A, clip(rho)*A), exactly 0 where A = 0.
+template <class Real>
+GFT_HD Real clipped_loss(Real ratio, Real advantage, Real clip_low, Real clip_high) {
+    if (advantage == Real(0)) return Real(0);
+    if (!is_clipped(ratio, advantage, clip_low, clip_high)) return -advantage * ratio;
+    return -advantage * (advantage > Real(0) ? Real(1) + clip_high : Real(1) - clip_low);
+}
+
+// F4 of cispo: min(rho, 1 + clip_high); a NaN stays a NaN.
+template <class Real>
+GFT_HD Real capped_coefficient(Real ratio, Real clip_high) {
+    return ratio > Real(1) + clip_high ? Real(1) + clip_high : ratio;
+}
+
+// The k3 estimate of KL(pi, pi_ref) at one token, e^u - 1 - u >= 0 with u = log pi_ref - log pi; +inf at u = +inf.
+template <class Real>
+GFT_HD Real kl_loss(Real u) {
+    return u == -neg_inf<Real>() ? u : std::expm1(u) - u;
+}
+
+// What the k3 estimate adds to kappa, per unit of its weight: e^u - 1 with u = log pi_ref - log pi.
+template <class Real>
+GFT_HD Real kl_kappa(Real u) {
+    return std::expm1(u);
+}
+
 // The row coefficient of the gradient, A*C(pi): all that tells one objective of the family from another.
 template <class Real>
 GFT_HD Real kappa(Real advantage, Real coefficient) {
@@ -149,6 +194,19 @@ GFT_HD Real dlogit_other(Real log_pi_v, Real scale) {
 template <class Real>
 GFT_HD Real dlogit_target(Real log_pi_y, Real scale) {
     return scale == Real(0) ? Real(0) : scale * std::expm1(log_pi_y);
+}
+
+// What -lambda*H adds to F7 at any token: tilt * pi_v * (log pi_v + H), tilt = weight*lambda; 0 where pi_v = 0.
+template <class Real>
+GFT_HD Real dlogit_entropy(Real log_pi_v, Real entropy, Real tilt) {
+    const Real pi_v = std::exp(log_pi_v);
+    return pi_v == Real(0) || tilt == Real(0) ? Real(0) : tilt * pi_v * (log_pi_v + entropy);
+}
+
+// A bound of a row's F7: |pi_v - 1| <= 1, and -1 < pi_v * (log pi_v + H) <= H.
+template <class Real>
+GFT_HD Real row_size(Real scale, Real tilt, Real entropy) {
+    return std::fabs(scale) + (tilt == Real(0) ? Real(0) : std::fabs(tilt) * (Real(1) + entropy));
 }
 
 // H = log mass - E[z - top], in nats; mean_gap is that expectation and mass the whole row's, target included.

@@ -24,6 +24,8 @@ def absent() -> str | None:
 
 def refuses(call: RowCall) -> str | None:
     """Why this backend cannot serve a call."""
+    if call.objective.surrogate != "gft" or call.objective.acts_without_advantage:
+        return "these kernels know gft without penalties only"
     logits = call.logits_STV
     if logits.device.type != "cpu":
         return f"logits are on {logits.device}, and these kernels read the memory of the CPU"
@@ -106,6 +108,8 @@ def shard_gradient(
     top_R: Tensor,
     log_mass_R: Tensor,
     scale_R: Tensor,
+    tilt_R: Tensor,
+    entropy_R: Tensor,
     instruction_set: str = FASTEST,
 ) -> Tensor:
     """F7 over a vocabulary shard, from the whole row's log pi, top, log mass and scale = weight·kappa, float32 (R,).

@@ -34,6 +34,8 @@ def absent() -> str | None:
 
 def refuses(call: RowCall) -> str | None:
     """Why this call cannot be served; None: it can."""
+    if call.objective.surrogate != "gft" or call.objective.acts_without_advantage:
+        return "these kernels know gft without penalties only"
     logits = call.logits_STV
     if logits.device.type != "cuda":
         return f"logits must be on a CUDA GPU, got {logits.device}"
@@ -104,7 +106,14 @@ def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardS
 
 
 def shard_gradient(
-    call: RowCall, columns_R: Tensor, log_pi_R: Tensor, top_R: Tensor, log_mass_R: Tensor, scale_R: Tensor
+    call: RowCall,
+    columns_R: Tensor,
+    log_pi_R: Tensor,
+    top_R: Tensor,
+    log_mass_R: Tensor,
+    scale_R: Tensor,
+    tilt_R: Tensor,
+    entropy_R: Tensor,
 ) -> Tensor:
     """F7 over a vocabulary shard, from the whole row's log pi, top, log mass and scale = weight·kappa, float32 (R,)."""
     logits = call.logits_STV.detach()

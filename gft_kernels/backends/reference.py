@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gft_kernels import formulas
 from gft_kernels.advantages import RowCredit, credit_rows
-from gft_kernels.options import FP16_PEAK, RowCall, RowResult
+from gft_kernels.options import FP16_PEAK, Objective, RowCall, RowResult
 
 BLOCK_BYTES = 64 << 20
 """Float32 logits held at a time: large enough to hide the Python loop, small beside any logits worth a kernel."""
@@ -50,19 +50,18 @@ def run(call: RowCall) -> RowResult:
     for chosen, where in _row_blocks(logits, torch.arange(rows, device=logits.device)):
         part = RowCredit(*(column[chosen] for column in credit))
         block = statistics(call, logits[where], call.credit.targets_R[chosen])
-        read_C = part.live_R if call.want_stats or call.want_entropy else part.live_R & (part.advantages_R != 0.0)
-        coefficient, kappa = row_kappa(call, block.log_pi_C, part.advantages_R)
-        loss = part.weights_R * formulas.token_loss(block.log_pi_C, kappa)
-        out["loss"][chosen] = torch.where(part.live_R, loss, 0.0)
+        read_C = part.live_R if call.reads_every_live_row else part.live_R & (part.advantages_R != 0.0)
+        entropy_C = entropy(block) if call.needs_entropy else torch.zeros_like(block.log_pi_C)
+        row = row_terms(call.objective.of_rows(chosen), block.log_pi_C, part.advantages_R, entropy_C)
+        out["loss"][chosen] = torch.where(read_C, part.weights_R * row.loss, 0.0)
         out["log_prob"][chosen] = torch.where(read_C, block.log_pi_C, 0.0)
-        out["coefficient"][chosen] = torch.where(read_C, coefficient, 0.0)
-        if call.want_entropy:
-            out["entropy"][chosen] = torch.where(read_C, entropy(block), 0.0)
+        out["coefficient"][chosen] = torch.where(read_C, row.coefficient, 0.0)
+        out["entropy"][chosen] = torch.where(read_C, entropy_C, 0.0)
         if gradient is not None:
-            scale = torch.where(part.live_R, part.weights_R * kappa, 0.0)
+            scales, unit = row_scales(call, part.weights_R, row.kappa, entropy_C, read_C)
             if row_scale_R is not None:
-                scale, row_scale_R[chosen] = split_scale(call, scale)
-            gradient[where] = block_gradient(call, block, logits[where], call.credit.targets_R[chosen], scale)
+                row_scale_R[chosen] = unit
+            gradient[where] = block_gradient(call, block, logits[where], call.credit.targets_R[chosen], scales)
     loss = out["loss"] if call.credit.reduction == "none" else out["loss"].double().sum().float()
     return RowResult(
         loss=loss,
@@ -133,15 +132,24 @@ def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardS
 
 
 def shard_gradient(
-    call: RowCall, columns_R: Tensor, log_pi_R: Tensor, top_R: Tensor, log_mass_R: Tensor, scale_R: Tensor
+    call: RowCall,
+    columns_R: Tensor,
+    log_pi_R: Tensor,
+    top_R: Tensor,
+    log_mass_R: Tensor,
+    scale_R: Tensor,
+    tilt_R: Tensor,
+    entropy_R: Tensor,
 ) -> Tensor:
-    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass and scale = weight·kappa, float32 (R,)."""
+    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass and `RowScales`, float32 (R,)."""
     logits = call.logits_STV.detach()
+    scales = RowScales(scale_R, tilt_R, entropy_R)
     gradient = logits if call.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     for chosen, where in _row_blocks(logits, torch.arange(columns_R.numel(), device=logits.device)):
         z_CV = formulas.transform(logits[where].float(), call.logit_scale, call.softcap, call.temperature)
         block = Block(z_CV, top_R[chosen], torch.exp(log_mass_R[chosen]), log_pi_R[chosen])
-        gradient[where] = block_gradient(call, block, logits[where], columns_R[chosen], scale_R[chosen])
+        part = RowScales(*(x[chosen] for x in scales))
+        gradient[where] = block_gradient(call, block, logits[where], columns_R[chosen], part)
     return gradient
 
 
@@ -151,11 +159,37 @@ def _row_blocks(logits_STV: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, tupl
         yield chosen, (chosen // logits_STV.shape[1], chosen % logits_STV.shape[1])
 
 
-def row_kappa(call: RowCall, log_pi: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-    """F4 and kappa of each row, under the call's tau and rectify."""
-    tau = formulas.row_tau(advantages, call.tau, call.rectify == "all")
-    coefficient = formulas.coefficient(log_pi, tau)
-    return coefficient, formulas.kappa(advantages, coefficient)
+class RowTerms(NamedTuple):
+    """What an objective makes of each row; float32 of the shape of log pi."""
+
+    coefficient: Tensor  # kappa / A without the penalties
+    kappa: Tensor
+    loss: Tensor
+
+
+def row_terms(objective: Objective, log_pi: Tensor, advantages: Tensor, entropy: Tensor) -> RowTerms:
+    """F4, kappa and F6 of each row under the objective: the only place here that knows one from another."""
+    o = objective
+    if o.surrogate == "gft":
+        coefficient = formulas.coefficient(log_pi, formulas.row_tau(advantages, o.tau, o.rectify == "all"))
+    else:
+        ratio = torch.exp(formulas.log_ratio(log_pi, log_pi if o.old_log_probs_R is None else o.old_log_probs_R))
+        if o.surrogate == "grpo":
+            coefficient = formulas.clipped_coefficient(ratio, advantages, o.clip_low, o.clip_high)
+        else:
+            coefficient = formulas.capped_coefficient(ratio, o.clip_high)
+    kappa = formulas.kappa(advantages, coefficient)
+    if o.surrogate == "grpo":
+        loss = formulas.clipped_loss(ratio, advantages, o.clip_low, o.clip_high)
+    else:
+        loss = formulas.token_loss(log_pi, kappa)
+    if o.beta != 0.0:
+        log_ratio = formulas.log_ratio(o.ref_log_probs_R, log_pi)
+        kappa = kappa + o.beta * formulas.kl_kappa(log_ratio)
+        loss = loss + o.beta * formulas.kl_loss(log_ratio)
+    if o.entropy_coef != 0.0:
+        loss = loss - o.entropy_coef * entropy
+    return RowTerms(coefficient, kappa, loss)
 
 
 def entropy(block: Block) -> Tensor:
@@ -165,23 +199,44 @@ def entropy(block: Block) -> Tensor:
     return formulas.entropy(torch.log(block.mass_C), torch.where(pi_CV == 0.0, 0.0, pi_CV * gap_CV).sum(1))
 
 
-def split_scale(call: RowCall, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """An fp16 row's scale as (what the stored row carries, what the backward multiplies by)."""
-    slope = call.logit_scale / call.temperature
-    stored = torch.where(scale == 0.0, 0.0, torch.copysign(torch.full_like(scale, FP16_PEAK), scale * slope))
-    return stored / slope, (scale * slope).abs() / FP16_PEAK
+class RowScales(NamedTuple):
+    """What F7 multiplies a row's parts by; float32 of shape (C,) or (R,). Where both are 0 the row is not read."""
+
+    scale: Tensor  # weight·kappa
+    tilt: Tensor  # weight·lambda
+    entropy: Tensor  # the row's, in nats
 
 
-def block_gradient(call: RowCall, block: Block, logits_CV: Tensor, targets_C: Tensor, scale_C: Tensor) -> Tensor:
+def row_scales(
+    call: RowCall, weights: Tensor, kappa: Tensor, entropy: Tensor, read: Tensor
+) -> tuple[RowScales, Tensor]:
+    """The scales of rows, 0 where they are not read, and what the backward multiplies the stored row by.
+
+    Without `defer_scale` that is 1; with it the stored row is as large as FP16_PEAK lets it be.
+    """
+    scale = torch.where(read, weights * kappa, 0.0)
+    tilt = torch.where(read, weights * call.objective.entropy_coef, 0.0)
+    if not call.defer_scale:
+        return RowScales(scale, tilt, entropy), torch.ones_like(scale)
+    slope = abs(call.logit_scale / call.temperature)
+    size = formulas.row_size(scale, tilt, entropy)
+    scale, tilt = (torch.where(size == 0.0, 0.0, x / size * FP16_PEAK / slope) for x in (scale, tilt))
+    return RowScales(scale, tilt, entropy), size * slope / FP16_PEAK
+
+
+def block_gradient(call: RowCall, block: Block, logits_CV: Tensor, targets_C: Tensor, scales_C: RowScales) -> Tensor:
     """F7 over a block of rows, with the transform's chain rule, rounded once to the logits' dtype."""
     log_pi_CV = (block.z_CV - block.top_C[:, None]) - torch.log(block.mass_C)[:, None]
-    scale_CV = scale_C[:, None]
+    scale_CV, tilt_CV, entropy_CV = (x[:, None] for x in scales_C)
     gradient_CV = formulas.dlogit_other(log_pi_CV, scale_CV)
-    at_target = formulas.dlogit_target(block.log_pi_C, scale_C)
+    at_target = formulas.dlogit_target(block.log_pi_C, scales_C.scale)
+    if call.objective.entropy_coef != 0.0:
+        gradient_CV = gradient_CV + formulas.dlogit_entropy(log_pi_CV, entropy_CV, tilt_CV)
+        at_target = at_target + formulas.dlogit_entropy(block.log_pi_C, scales_C.entropy, scales_C.tilt)
     at_C1, inside_C = targets_C.clamp(0, gradient_CV.shape[1] - 1)[:, None], _inside(targets_C, gradient_CV)
     gradient_CV.scatter_(1, at_C1, torch.where(inside_C, at_target, gradient_CV.gather(1, at_C1)[:, 0])[:, None])
     slope = formulas.transform_slope(logits_CV.float(), call.logit_scale, call.softcap, call.temperature)
-    gradient_CV = torch.where(scale_CV == 0.0, 0.0, gradient_CV * slope)
+    gradient_CV = torch.where((scale_CV == 0.0) & (tilt_CV == 0.0), 0.0, gradient_CV * slope)
     return gradient_CV.to(logits_CV.dtype)
 
 

@@ -38,6 +38,8 @@ def absent() -> str | None:
 
 def refuses(call: RowCall) -> str | None:
     """Why this call cannot be served; None: it can."""
+    if call.objective.surrogate != "gft" or call.objective.acts_without_advantage:
+        return "these kernels know gft without penalties only"
     logits = call.logits_STV
     kind = logits.device.type
     if kind != ("cpu" if _interpreted() else "cuda"):
@@ -60,7 +62,7 @@ def run(call: RowCall) -> RowResult:
 
     logits = call.logits_STV.detach()
     with _on(logits.device):
-        credit = row_credit(call.credit, read_all=call.want_stats or call.want_entropy)
+        credit = row_credit(call.credit, read_all=call.reads_every_live_row)
         gradient = _gradient_for(logits, call.inplace) if call.want_gradient else None
         rows = call.credit.targets_R.numel()
         loss_R, log_prob_R, coefficient_R = (_float32(logits, rows) for _ in range(3))
@@ -80,8 +82,8 @@ def run(call: RowCall) -> RowResult:
             *_shape(logits),
             *_outer_strides(logits),
             *_outer_strides(logits if gradient is None else gradient),
-            tau=call.tau,
-            rectify_all=int(call.rectify == "all"),
+            tau=call.objective.tau,
+            rectify_all=int(call.objective.rectify == "all"),
             **_transform(call),
             peak=0.0 if row_scale_R is None else FP16_PEAK,
             want_gradient=int(gradient is not None),
@@ -160,7 +162,14 @@ def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardS
 
 
 def shard_gradient(
-    call: RowCall, columns_R: Tensor, log_pi_R: Tensor, top_R: Tensor, log_mass_R: Tensor, scale_R: Tensor
+    call: RowCall,
+    columns_R: Tensor,
+    log_pi_R: Tensor,
+    top_R: Tensor,
+    log_mass_R: Tensor,
+    scale_R: Tensor,
+    tilt_R: Tensor,
+    entropy_R: Tensor,
 ) -> Tensor:
     """F7 over a vocabulary shard, from the whole row's log pi, top, log mass and scale = weight·kappa, float32 (R,)."""
     from gft_kernels.triton_kernels.shard import shard_gradient_kernel

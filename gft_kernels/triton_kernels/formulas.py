@@ -109,10 +109,19 @@ log_prob = _in_triton(formulas.log_prob)  # F3
 row_tau = _in_triton(formulas.row_tau)
 coefficient = _in_triton(formulas.coefficient)  # F4
 group_advantage = _in_triton(formulas.group_advantage)  # F5
+log_ratio = _in_triton(formulas.log_ratio)
+is_clipped = _in_triton(formulas.is_clipped)
+clipped_coefficient = _in_triton(formulas.clipped_coefficient)
+clipped_loss = _in_triton(formulas.clipped_loss)
+capped_coefficient = _in_triton(formulas.capped_coefficient)
+kl_loss = _in_triton(formulas.kl_loss)
+kl_kappa = _in_triton(formulas.kl_kappa)
 kappa = _in_triton(formulas.kappa)
 token_loss = _in_triton(formulas.token_loss)  # F6
 dlogit_other = _in_triton(formulas.dlogit_other)  # F7
 dlogit_target = _in_triton(formulas.dlogit_target)  # F7
+dlogit_entropy = _in_triton(formulas.dlogit_entropy)
+row_size = _in_triton(formulas.row_size)
 entropy = _in_triton(formulas.entropy)
 
 

@@ -23,6 +23,9 @@ SCALE = [0.0, -0.0, 1.0, -0.25, 1e-38, 3e4, float("nan")]
 STATES = [(-INF, 0.0), (-3.0, 1e-7), (0.0, 1.0), (2.5, 7.0), (1e4, 1.0), (INF, 1.0)]
 MERGES = [(*a, *b) for a, b in itertools.product(STATES, STATES)]
 
+RATIO = [0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 1e30, INF, float("nan")]
+CLIPS = list(itertools.product(RATIO, (0.0, 2.0, -2.0, float("nan")), (0.0, 0.25), (0.0, 0.25)))
+LOG_RATIO = [0.0, 1e-2, -0.3, 2.0, 80.0, -200.0, INF, -INF, float("nan")]
 GRIDS = {
     "transform": [(x, a, c, t) for x in LOGIT for a in (1.0, 0.0625) for c in (0.0, 30.0) for t in (1.0, 0.6)],
     "transform_slope": [(x, a, c, t) for x in LOGIT for a in (1.0, 0.0625) for c in (0.0, 30.0) for t in (1.0, 0.6)],
@@ -33,10 +36,19 @@ GRIDS = {
     "row_tau": [(a, t, r) for a in (-1.0, 0.0, 1.0) for t in (0.0, 0.7) for r in (0.0, 1.0)],
     "coefficient": [(x, t) for x in LOG_PI for t in (0.0, 0.5, 0.7, 1.0)],
     "group_advantage": [(r, 0.5, s, 1e-6) for r in (0.5, 0.4999999, 1.0, -2.0) for s in (0.0, 0.3)],
+    "log_ratio": list(itertools.product(LOG_PI, LOG_PI)),
+    "is_clipped": CLIPS,
+    "clipped_coefficient": CLIPS,
+    "clipped_loss": CLIPS,
+    "capped_coefficient": list(itertools.product(RATIO, (0.0, 0.25, 4.0))),
+    "kl_loss": [(u,) for u in LOG_RATIO],
+    "kl_kappa": [(u,) for u in LOG_RATIO],
     "kappa": list(itertools.product([0.0, -1.5, 2.0, float("nan")], [0.0, 1e-38, 1.0, float("nan")])),
     "token_loss": list(itertools.product(LOG_PI, SCALE)),
     "dlogit_other": list(itertools.product(LOG_PI, SCALE)),
     "dlogit_target": list(itertools.product(LOG_PI, SCALE)),
+    "dlogit_entropy": list(itertools.product(LOG_PI, (0.0, 11.9, float("nan")), SCALE)),
+    "row_size": list(itertools.product(SCALE, SCALE, (0.0, 11.9, float("nan")))),
     "entropy": list(itertools.product([0.0, 0.1, 12.0], [0.0, -0.5, -12.0])),
 }
 
@@ -48,7 +60,9 @@ def evaluate(inputs, first, second, function: tl.constexpr, ARITY: tl.constexpr,
     b = tl.load(inputs + N + at)
     c = tl.load(inputs + 2 * N + at)
     d = tl.load(inputs + 3 * N + at)
-    if ARITY == 2:
+    if ARITY == 1:
+        value = function(a)
+    elif ARITY == 2:
         value = function(a, b)
     elif ARITY == 3:
         value = function(a, b, c)
@@ -105,7 +119,9 @@ def in_torch(name: str, columns: torch.Tensor) -> list[torch.Tensor]:
         if name == "row_tau":
             arguments[2] = bool(arguments[2])
         value = function(*arguments)
-        rows.append(torch.stack([torch.as_tensor(v) for v in (value if isinstance(value, tuple) else (value,))]))
+        rows.append(
+            torch.stack([torch.as_tensor(v).float() for v in (value if isinstance(value, tuple) else (value,))])
+        )
     return list(torch.stack(rows, 1))
 
 

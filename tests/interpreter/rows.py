@@ -35,10 +35,10 @@ def assert_right(call, result, upstream=1.0, rtol=1e-5):
     """Per-row losses and gradient against the oracle, for calls with advantages_R and weights_R."""
     credit, logits = call.credit, call.logits_STV
     live = credit.targets_R != credit.ignore_index
-    options = {name: getattr(call, name) for name in ("tau", "rectify", "temperature", "logit_scale")}
+    options = {name: getattr(call, name) for name in ("temperature", "logit_scale")}
     losses, truth = oracle.loss_and_gradient(
         logits.reshape(-1, logits.shape[-1]), credit.targets_R, live, credit.advantages_R, credit.weights_R, upstream,
-        softcap=call.softcap or None, **options,
+        softcap=call.softcap or None, tau=call.objective.tau, rectify=call.objective.rectify, **options,
     )  # fmt: skip
     torch.testing.assert_close(result.loss.double(), losses.sum(), rtol=rtol, atol=1e-6)
     if result.gradient_STV is not None:

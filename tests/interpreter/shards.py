@@ -51,6 +51,9 @@ def test_shards_make_the_row(softcap):
 
     scale = torch.where(read, credit.advantages_R * whole.coefficients_R, 0.0)
     numbers = (torch.where(read, log_pi, 0.0), torch.where(read, top_all, 0.0), torch.where(read, mass_all.log(), 0.0))
-    pieces = [backend.shard_gradient(shard, columns, *numbers, scale) for shard, columns in shards]
+    pieces = [
+        backend.shard_gradient(shard, columns, *numbers, scale, torch.zeros(5), torch.zeros(5))
+        for shard, columns in shards
+    ]
     torch.testing.assert_close(torch.cat(pieces, -1), whole.gradient_STV, rtol=1e-5, atol=1e-8)
     assert torch.cat(pieces, -1)[0, 3].eq(0).all()
