@@ -21,7 +21,7 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu --results $(RESULTS)
 
 bench: $(VENV)/.built
-	$(BIN)/python -m benchmarks.bench_row --quick
+	$(BIN)/gft bench --quick
 
 gates: $(VENV)/.built
 	$(BIN)/python -m benchmarks.gates

@@ -1,4 +1,4 @@
-"""The floor of the linear benchmark: three matrix products into memory that is there already, best orientation each."""
+"""The floor of losses over hidden states: matrix products into memory that is there already, best orientation each."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.linear_problem import LinearProblem
-
 Product = Callable[[], object]
 
 
-def bare_products_step(problem: LinearProblem) -> Callable[[], None]:
+def bare_products_step(hidden_ND: Tensor, weight_VD: Tensor, products: int = 3) -> Callable[[], None]:
     """logits = X·Wᵀ, dX = G·W and dW = Gᵀ·X, with the logits themselves standing in for G; nothing is allocated.
+
+    products: 1 leaves it at the logits.
 
     For each product both orientations are tried once, A·B into a matrix and Bᵀ·Aᵀ into its transpose, and the faster
     is kept: libraries differ in which layout of a skinny product they do well.
     """
-    hidden_ND, weight_VD = problem.hidden_ND.detach(), problem.weight_VD.detach()
-    logits_NV = hidden_ND.new_empty(problem.case.rows, problem.case.vocab)
+    hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+    logits_NV = hidden_ND.new_empty(hidden_ND.shape[0], weight_VD.shape[0])
     dhidden_ND, dweight_VD = torch.empty_like(hidden_ND), torch.empty_like(weight_VD)
     chosen: list[Product] = []
 
     def choose() -> None:
         # in this order: the products that read the logits need them filled with numbers of their own size
         chosen.append(_faster(hidden_ND, weight_VD.t(), logits_NV))
+        if products == 1:
+            return
         chosen.append(_faster(logits_NV, weight_VD, dhidden_ND))
         chosen.append(_faster(logits_NV.t(), hidden_ND, dweight_VD))
 

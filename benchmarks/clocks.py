@@ -19,10 +19,15 @@ class Clock(Protocol):
     def time(self, step: Step) -> float: ...  # seconds of one step
 
 
+def _alone() -> None:
+    """Nobody to wait for."""
+
+
 class CpuClock:
     """Wall time. cold: a buffer of twice the last-level cache is swept before each step."""
 
-    def __init__(self, *, cold: bool):
+    def __init__(self, *, cold: bool, meet: Step = _alone):
+        self._meet = meet
         self.name = f"perf_counter, {'cold' if cold else 'warm'} cache"
         self._sweep = torch.zeros(2 * last_level_cache_bytes() // 4 if cold else 0)
 
@@ -31,6 +36,7 @@ class CpuClock:
 
     def time(self, step: Step) -> float:
         self._sweep.add_(1.0)
+        self._meet()
         start = time.perf_counter()
         result = step()
         elapsed = time.perf_counter() - start
@@ -41,7 +47,8 @@ class CpuClock:
 class CudaClock:
     """Device time between two events on the current stream. cold: the L2 cache is overwritten before each step."""
 
-    def __init__(self, *, cold: bool):
+    def __init__(self, *, cold: bool, meet: Step = _alone):
+        self._meet = meet
         self.name = f"CUDA events, {'cold' if cold else 'warm'} L2"
         cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
         self._sweep = torch.zeros(4 * cache if cold else 0, dtype=torch.uint8, device="cuda")
@@ -52,6 +59,7 @@ class CudaClock:
     def time(self, step: Step) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._sweep.zero_()
+        self._meet()
         start.record()
         result = step()
         end.record()
@@ -84,7 +92,8 @@ class CudaGraphClock(CudaClock):
         return graph.replay
 
 
-def clock_for(device: str, *, cold: bool = True, graph: bool = False) -> Clock:
+def clock_for(device: str, *, cold: bool = True, graph: bool = False, meet: Step = _alone) -> Clock:
+    """meet: called when caches are swept and the step is about to start; ranks wait for each other in it."""
     if device == "cpu":
-        return CpuClock(cold=cold)
-    return CudaGraphClock(cold=cold) if graph else CudaClock(cold=cold)
+        return CpuClock(cold=cold, meet=meet)
+    return CudaGraphClock(cold=cold) if graph else CudaClock(cold=cold, meet=meet)

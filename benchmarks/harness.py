@@ -25,7 +25,7 @@ CHECK_UPSTREAM = 1.7
 
 @dataclass(frozen=True)
 class Answer:
-    """What a step hands back to be checked: loss () and the gradients, in the problem's order."""
+    """What a step hands back to be checked: its loss (), or its values where nothing is differentiated; gradients."""
 
     loss: Tensor
     gradients: tuple[Tensor, ...]
@@ -93,6 +93,9 @@ class Outcome:
     extra_bytes: int | None = None  # peak beyond the inputs in one step
     reads: float | None = None  # passes of the traffic model, where known
     writes: float | None = None
+    longest_tokens: int | None = None  # of a response, within budget_bytes beyond the inputs (longest.py)
+    budget_bytes: int | None = None
+    peaks: list[tuple[int, int]] = field(default_factory=list)  # (tokens, bytes) that were measured on the way
     note: str = ""
 
 

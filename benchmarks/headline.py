@@ -7,15 +7,15 @@ gives, extra memory. Documentation quotes these lines, with the file they come f
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.plots import best_of_ours, loses, timed
+from benchmarks import report
+from benchmarks.verdicts import best_of_ours, timed, winner_over_us
 
 
-def lines(report: dict) -> Iterator[str]:
-    results = report["results"]
+def lines(saved: dict) -> Iterator[str]:
+    results = [result for result in saved["results"] if result["benchmark"] == "row"]
     for dtype in dict.fromkeys(result["case"]["dtype"] for result in results):
         of_dtype = [result for result in results if result["case"]["dtype"] == dtype]
         head, ours = of_dtype[0], best_of_ours(of_dtype[0])
@@ -27,7 +27,7 @@ def lines(report: dict) -> Iterator[str]:
             if outcome["objective"] == "gft" and outcome is not ours:
                 yield f"  {outcome['name']}: {outcome['median_s'] / ours['median_s']:.1f} × our time"
         yield from (f"  {text}" for text in (*_threads(of_dtype, head, ours), *_memory(of_dtype)))
-        lost = [result["label"] for result in of_dtype if loses(result)]
+        lost = [result["label"] for result in of_dtype if winner_over_us(result)]
         yield f"  shapes where another contender was faster: {'; '.join(lost) or 'none'}"
 
 
@@ -56,9 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.headline", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("results", type=Path)
-    report = json.loads(parser.parse_args(argv).results.read_text())
-    print(f"{report['machine'].get('gpu') or report['machine']['cpu']}, commit {report['commit']['revision'][:12]}")
-    print("\n".join(lines(report)))
+    saved = report.load(parser.parse_args(argv).results)
+    print(f"{saved['machine'].get('gpu') or saved['machine']['cpu']}, commit {saved['commit']['revision'][:12]}")
+    print("\n".join(lines(saved)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -20,13 +23,17 @@ def tempered(hidden_ND: Tensor, problem: LinearProblem) -> Tensor:
     return hidden_ND if problem.case.temperature == 1 else hidden_ND / problem.case.temperature
 
 
-def _trl_loss(hidden_ND: Tensor, weight_VD: Tensor, problem: LinearProblem) -> Tensor:
+def trl_log_probs(hidden_ND: Tensor, weight_VD: Tensor, problem: LinearProblem) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     targets_N, temperature = problem.targets_N.clamp(min=0), problem.case.temperature
     tensors, nothing = (hidden_ND, weight_VD, None, targets_N), ()
     log_pi_N, *_ = ChunkedLogProbFunction.apply(*tensors, temperature, TRL_TILE, None, 1.0, nothing)
-    return gft_of_log_probs(log_pi_N, problem)
+    return log_pi_N
+
+
+def _trl_loss(hidden_ND: Tensor, weight_VD: Tensor, problem: LinearProblem) -> Tensor:
+    return gft_of_log_probs(trl_log_probs(hidden_ND, weight_VD, problem), problem)
 
 
 def _liger_grpo(hidden_ND: Tensor, weight_VD: Tensor, problem: LinearProblem) -> Tensor:
@@ -72,13 +79,23 @@ def _quack_loss(hidden_ND: Tensor, weight_VD: Tensor, problem: LinearProblem) ->
     )
 
 
+@dataclass(frozen=True)
+class Library:
+    """A loss and where it comes from; `on_cpu`: it runs there too."""
+
+    module: str
+    loss: Callable[[Tensor, Tensor, Any], Tensor]
+    objective: str
+    on_cpu: bool = False
+
+
 _LIGER = "liger_kernel.transformers.functional"
-LOSSES = {  # name: (module, loss, objective, whether it runs on a CPU)
-    "TRL chunked log-probabilities + 3 lines": ("trl.kernels.chunked_logprob", _trl_loss, "gft", True),
-    "Liger fused linear GRPO": ("liger_kernel.chunked_loss.grpo_loss", _liger_grpo, "grpo", True),
-    "Liger fused linear cross-entropy": (_LIGER, partial(_liger_cross_entropy, 1), "cross-entropy", False),
+LOSSES = {
+    "TRL chunked log-probabilities + 3 lines": Library("trl.kernels.chunked_logprob", _trl_loss, "gft", True),
+    "Liger fused linear GRPO": Library("liger_kernel.chunked_loss.grpo_loss", _liger_grpo, "grpo", True),
+    "Liger fused linear cross-entropy": Library(_LIGER, partial(_liger_cross_entropy, 1), "cross-entropy"),
     # by default Liger's chunk of logits is about as large as the hidden states; larger ones cost memory, save time
-    "Liger fused linear cross-entropy, 8 × chunks": (_LIGER, partial(_liger_cross_entropy, 8), "cross-entropy", False),
-    "CCE": ("cut_cross_entropy", _cut_cross_entropy, "cross-entropy", False),
-    "quack chunked linear cross-entropy": ("quack.linear_cross_entropy", _quack_loss, "cross-entropy", False),
+    "Liger fused linear cross-entropy, 8 × chunks": Library(_LIGER, partial(_liger_cross_entropy, 8), "cross-entropy"),
+    "CCE": Library("cut_cross_entropy", _cut_cross_entropy, "cross-entropy"),
+    "quack chunked linear cross-entropy": Library("quack.linear_cross_entropy", _quack_loss, "cross-entropy"),
 }

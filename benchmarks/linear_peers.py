@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,9 @@ from benchmarks.peers import BACKENDS, compile_or_absent
 from benchmarks.row_losses import gft_of_log_probs
 from benchmarks.row_problem import IGNORE_INDEX
 
-LinearLoss = Callable[[Tensor, Tensor, LinearProblem], Tensor]
-Maker = Callable[[str, LinearProblem], "Contender | Absent"]
+LinearLoss = Callable[[Tensor, Tensor, Any], Tensor]
+StepOf = Callable[[LinearLoss, Any], Callable[[], Answer]]
+Maker = Callable[[str, Any], "Contender | Absent"]
 FLOOR = "floor: three bare products"
 
 
@@ -32,36 +34,35 @@ def linear_contenders(problem: LinearProblem, only: str = "") -> list[Contender 
     backend="auto" is another entry's twin, so it comes only when it is asked for. A case that sets our chunk size has
     nothing new to ask of others.
     """
-    makers = _makers()
-    names = [name for name in makers if "auto" not in name or "auto" in only]
+    everyone = makers()
+    names = [name for name in everyone if "auto" not in name or "auto" in only]
     if problem.case.chunk_rows is not None:
         names = [name for name in names if name.startswith(("floor", "gft_linear_loss"))]
-    return [makers[name](name, problem) for name in names if name == FLOOR or only in name]
+    return [everyone[name](name, problem) for name in names if name == FLOOR or only in name]
 
 
 def linear_contender(problem: LinearProblem, name: str) -> Contender | Absent:
     """The one of that name."""
-    return _makers()[name](name, problem)
+    return makers()[name](name, problem)
 
 
-def _makers() -> dict[str, Maker]:
-    makers: dict[str, Maker] = {FLOOR: _floor}
-    makers |= {f"gft_linear_loss {backend}": partial(_ours, backend) for backend in BACKENDS}
-    makers |= {
-        "eager PyTorch, lean": partial(_torch, eager_loss, "gft"),
-        "torch.compile of lean": _compiled,
-        "F.linear_cross_entropy": partial(_torch, _linear_cross_entropy, "cross-entropy"),
-        "F.linear_cross_entropy, chunked": partial(_torch, _chunked_cross_entropy, "cross-entropy"),
-    }
-    makers |= {
-        name: partial(_library, module, loss, objective, on_cpu)
-        for name, (module, loss, objective, on_cpu) in linear_libraries.LOSSES.items()
-    }
-    return makers
+def makers(step_of: StepOf | None = None) -> dict[str, Maker]:
+    """How each contender is made. step_of: what a step does with a loss; None: forward and backward of it alone."""
+    step_of = step_of or forward_and_backward
+    return {
+        FLOOR: _floor,
+        **{f"gft_linear_loss {backend}": partial(_torch, partial(_ours, backend), "gft", step_of)
+           for backend in BACKENDS},
+        "eager PyTorch, lean": partial(_torch, eager_loss, "gft", step_of),
+        "torch.compile of lean": partial(_compiled, step_of),
+        "F.linear_cross_entropy": partial(_torch, _linear_cross_entropy, "cross-entropy", step_of),
+        "F.linear_cross_entropy, chunked": partial(_torch, _chunked_cross_entropy, "cross-entropy", step_of),
+        **{name: partial(_library, library, step_of) for name, library in linear_libraries.LOSSES.items()},
+    }  # fmt: skip
 
 
-def step_of(loss: LinearLoss, problem: LinearProblem) -> Callable[[], Answer]:
-    """Forward and backward of one loss under the problem's upstream gradient."""
+def forward_and_backward(loss: LinearLoss, problem: LinearProblem) -> Callable[[], Answer]:
+    """Loss and gradients under the problem's upstream gradient."""
 
     def step() -> Answer:
         hidden_ND, weight_VD = problem.hidden_ND, problem.weight_VD
@@ -73,53 +74,48 @@ def step_of(loss: LinearLoss, problem: LinearProblem) -> Callable[[], Answer]:
 
 
 def _floor(name: str, problem: LinearProblem) -> Contender:
-    return Contender(name, bare_products_step(problem), None)
+    return Contender(name, bare_products_step(problem.hidden_ND, problem.weight_VD), None)
 
 
-def _torch(loss: LinearLoss, objective: str, name: str, problem: LinearProblem) -> Contender:
+def _torch(loss: LinearLoss, objective: str, step_of: StepOf, name: str, problem) -> Contender:
     return Contender(name, step_of(loss, problem), objective)
 
 
-def _library(
-    module: str, loss: LinearLoss, objective: str, on_cpu: bool, name: str, problem: LinearProblem
-) -> Contender | Absent:
-    """A loss of another library; `on_cpu`: it runs there too."""
-    absent = absent_peer(name, module, "cuda" if on_cpu else problem.case.device)
-    return absent or Contender(name, step_of(loss, problem), objective)
+def _compiled(step_of: StepOf, name: str, problem) -> Contender:
+    return Contender(name, step_of(compile_or_absent(eager_loss), problem), "gft")
 
 
-def _ours(backend: str, name: str, problem: LinearProblem) -> Contender | Absent:
+def _library(library: linear_libraries.Library, step_of: StepOf, name: str, problem) -> Contender | Absent:
+    absent = absent_peer(name, library.module, "cuda" if library.on_cpu else problem.case.device)
+    return absent or Contender(name, step_of(library.loss, problem), library.objective)
+
+
+def _ours(backend: str, hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:
+    from gft_kernels import gft_linear_loss
+    from gft_kernels.options import BackendUnavailable
+
+    case = problem.case
+    options = {"tau": case.tau, "temperature": case.temperature, "chunk_rows": getattr(case, "chunk_rows", None)}
+    tensors = hidden_ND, weight_VD, problem.targets_N
     try:
-        from gft_kernels import gft_linear_loss
-        from gft_kernels.options import BackendUnavailable
-    except ImportError as error:
-        return Absent(name, f"gft_linear_loss cannot be imported: {error}")
-
-    def loss(hidden_ND: Tensor, weight_VD: Tensor, problem: LinearProblem) -> Tensor:
-        case = problem.case
-        options = {"tau": case.tau, "temperature": case.temperature, "chunk_rows": case.chunk_rows}
-        tensors = hidden_ND, weight_VD, problem.targets_N
-        try:
-            return gft_linear_loss(*tensors, advantages=problem.advantages_N, backend=backend, **options)
-        except BackendUnavailable as reason:
-            raise AbsentError(str(reason)) from reason
-
-    return Contender(name, step_of(loss, problem), "gft")
+        return gft_linear_loss(*tensors, advantages=problem.advantages_N, backend=backend, **options)
+    except BackendUnavailable as reason:
+        raise AbsentError(str(reason)) from reason
 
 
 def eager_loss(hidden_ND: Tensor, weight_VD: Tensor, problem: LinearProblem) -> Tensor:
     """All logits at once, then the lean row loss: one fp32 log-softmax and one gather."""
+    return gft_of_log_probs(log_probs_of_all_logits(hidden_ND, weight_VD, problem), problem)
+
+
+def log_probs_of_all_logits(hidden_ND: Tensor, weight_VD: Tensor, problem: LinearProblem) -> Tensor:
     log_pi_NV = torch.log_softmax(_logits(hidden_ND, weight_VD, problem), dim=-1, dtype=torch.float32)
-    return gft_of_log_probs(log_pi_NV.gather(1, problem.targets_N.clamp(min=0)[:, None])[:, 0], problem)
+    return log_pi_NV.gather(1, problem.targets_N.clamp(min=0)[:, None])[:, 0]
 
 
 def _logits(hidden_ND: Tensor, weight_VD: Tensor, problem: LinearProblem) -> Tensor:
     logits_NV = F.linear(hidden_ND, weight_VD)
     return logits_NV if problem.case.temperature == 1 else logits_NV / problem.case.temperature
-
-
-def _compiled(name: str, problem: LinearProblem) -> Contender:
-    return Contender(name, step_of(compile_or_absent(eager_loss), problem), "gft")
 
 
 def _linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, problem: LinearProblem, options=None) -> Tensor:

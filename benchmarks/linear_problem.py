@@ -44,6 +44,12 @@ class LinearProblem:
         self.upstream.fill_(upstream)
 
     @cached_property
+    def target_logits_N(self) -> Tensor:
+        """The logit of every row's target, fp64; of token 0 where there is none."""
+        target_weight_ND = self.weight_VD.detach()[self.targets_N.clamp(min=0)]
+        return (self.hidden_ND.detach().double() * target_weight_ND.double()).sum(1) / self.case.temperature
+
+    @cached_property
     def log_masses_N(self) -> Tensor:
         """log Σ e^z of every row, fp64, in nats: one product of the full size, so it is kept for all contenders."""
         weight_DV = self.weight_VD.detach().double().t()
@@ -56,9 +62,8 @@ class LinearProblem:
         hidden_ND, weight_VD = self.hidden_ND.detach(), self.weight_VD.detach()
         dhidden_ND, dweight_VD = answer.gradients
         live_N, index_N = self.targets_N != IGNORE_INDEX, self.targets_N.clamp(min=0)
-        target_logits_N = (hidden_ND.double() * weight_VD[index_N].double()).sum(1) / self.case.temperature
         kappa_N, loss_N = coefficients(
-            target_logits_N - self.log_masses_N, self.advantages_N.double(), objective, self.case.tau
+            self.target_logits_N - self.log_masses_N, self.advantages_N.double(), objective, self.case.tau
         )
         weight_N = live_N / max(self.live_rows, 1)
         scale_N = weight_N * kappa_N * CHECK_UPSTREAM / self.case.temperature

@@ -41,7 +41,7 @@ def _makers() -> dict[str, Callable[[str, RowProblem], Contender | Absent]]:
     liger = partial(_kernels, "liger_kernel.transformers.functional", gpu_peers.liger_cross_entropy)
     quack = partial(_kernels, "quack.cross_entropy", gpu_peers.quack_cross_entropy)
     trl = partial(_kernels, "trl.kernels.logprob_entropy", gpu_peers.trl_loss)
-    makers = {FLOOR: _floor}
+    makers = {FLOOR: floor}
     ours = [(backend, inplace) for backend in BACKENDS for inplace in (True, False)]
     ours.remove(("reference", True))  # plain torch, where in place only adds a copy
     makers |= {ours_name(backend, inplace): partial(_ours, backend, inplace) for backend, inplace in ours}
@@ -58,7 +58,7 @@ def _makers() -> dict[str, Callable[[str, RowProblem], Contender | Absent]]:
     return makers
 
 
-def _floor(name: str, problem: RowProblem) -> Contender:
+def floor(name: str, problem: RowProblem) -> Contender:
     """Reading and writing the logits once, in place: what no loss with a gradient can beat."""
     factor = torch.tensor(1.0009765625, dtype=problem.logits_NV.dtype, device=problem.logits_NV.device)
 
@@ -84,23 +84,22 @@ def ours_name(backend: str, inplace: bool) -> str:
     return f"gft_loss {backend}{', in place' if inplace else ''}"
 
 
-def _ours(backend: str, inplace: bool, name: str, problem: RowProblem) -> Contender | Absent:
+def ours_loss(backend: str, inplace: bool, logits_NV: Tensor, problem, **options) -> Tensor:
+    """`gft_loss` of a problem. Raises AbsentError where the backend cannot serve."""
+    from gft_kernels import gft_loss
+    from gft_kernels.options import BackendUnavailable
+
     try:
-        from gft_kernels import gft_loss
-        from gft_kernels.options import BackendUnavailable
-    except ImportError as error:
-        return Absent(name, f"gft_kernels cannot be imported: {error}")
+        return gft_loss(logits_NV, problem.targets_N, advantages=problem.advantages_N, tau=problem.case.tau,
+                        temperature=problem.case.temperature, inplace=inplace, backend=backend, **options)  # fmt: skip
+    except BackendUnavailable as reason:
+        raise AbsentError(str(reason)) from reason
 
-    def loss(logits_NV: Tensor, problem: RowProblem) -> Tensor:
-        try:
-            return gft_loss(logits_NV, problem.targets_N, advantages=problem.advantages_N, tau=problem.case.tau,
-                            temperature=problem.case.temperature, inplace=inplace, backend=backend)  # fmt: skip
-        except BackendUnavailable as reason:
-            raise AbsentError(str(reason)) from reason
 
+def _ours(backend: str, inplace: bool, name: str, problem: RowProblem) -> Contender:
     # the reference backend is plain torch: its traffic is whatever torch makes of it
     passes = None if backend == "reference" else traffic.FLOOR
-    return Contender(name, step_of(loss, problem), "gft", passes)
+    return Contender(name, step_of(partial(ours_loss, backend, inplace), problem), "gft", passes)
 
 
 def _compiled(loss: RowLoss, objective: str, name: str, problem: RowProblem) -> Contender:

@@ -1,105 +1,167 @@
-"""Plots of a row result file: `python -m benchmarks.plots RESULTS.json [--out FOLDER]`.
+"""Plots of result files: `python -m benchmarks.plots FILE.json ... [--out FOLDER]`: each draws what its cases allow.
 
-Time over the floor against the vocabulary, and peak extra memory against the number of rows. A shape where ours loses
-to any contender of the same objective is marked in red: losing shapes are published too.
+Time over the floor against the vocabulary; peak memory against rows; speed-up against the share of responses that
+count; and, if there are a row and a linear file, the roofline. A shape where anyone else was faster than our best entry
+is marked in red. Every SVG carries the digests of the files it was drawn from, so that a test finds stale ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-OURS = "gft_loss"
+from benchmarks import report, roofline
+from benchmarks.verdicts import OURS, best_of_ours, timed, winner_over_us
+
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 LOST, WON = "#c0392b", "#1f6f8b"
 
 
-def timed(result: dict) -> list[dict]:
-    return [outcome for outcome in result["outcomes"] if outcome["status"] == "timed"]
+@dataclass(frozen=True)
+class Curve:
+    """What a plot shows: a figure of each contender over something that varies from case to case."""
+
+    stem: str
+    x: Callable[[dict], float]  # of a case
+    y: Callable[[dict, dict], float | None]  # of a result and one of its outcomes
+    x_label: str
+    y_label: str
+    points: Callable[[dict, str], list[dict]]  # of a report and a dtype
+    scales: tuple[str, str] = ("log", "log")
+    marks_lost: bool = True
 
 
-def best_of_ours(result: dict) -> dict | None:
-    """Our fastest entry in a case."""
-    return min((o for o in timed(result) if o["name"].startswith(OURS)), key=lambda o: o["median_s"], default=None)
+def sweep(saved: dict, dtype: str, over: str, kind: str = "row") -> list[dict]:
+    """The cases of one dtype that differ from the first of that dtype in what is swept alone, ordered by it.
 
-
-def loses(result: dict) -> bool:
-    """Whether someone else's answer to the same question came faster."""
-    ours = best_of_ours(result)
-    others = [o for o in timed(result) if o["objective"] == "gft" and not o["name"].startswith(OURS)]
-    return ours is not None and any(other["median_s"] < ours["median_s"] for other in others)
-
-
-def sweep(report: dict, dtype: str, over: str) -> list[dict]:
-    """The cases of one dtype that differ from the first of that dtype in rows and vocabulary alone, ordered by `over`.
-
-    For `over="vocab"` the number of logits stays about the first case's; for "rows" the vocabulary is the first's.
+    over "vocab": the number of logits stays about the first case's. "rows": the vocabulary is the first's.
+    "live": how large a part of the responses has no advantage.
     """
-    of_dtype = [result for result in report["results"] if result["case"]["dtype"] == dtype]
-    if not of_dtype:
+    chosen = [r for r in saved["results"] if r["case"].get("dtype") == dtype and r["benchmark"] == kind]
+    if not chosen:
         return []
-    first = of_dtype[0]["case"]
-    chosen = []
-    for result in of_dtype:
-        case = result["case"]
-        if any(case[key] != first[key] for key in case if key not in ("rows", "vocab")):
-            continue
-        near = 0.9 < case["rows"] * case["vocab"] / (first["rows"] * first["vocab"]) < 1.1
-        if near if over == "vocab" else case["vocab"] == first["vocab"]:
-            chosen.append(result)
-    return sorted(chosen, key=lambda result: result["case"][over])
+    swept = {"vocab": ("rows", "vocab"), "rows": ("rows",), "live": ("dead", "dead_share")}[over]
+    first = chosen[0]["case"]
+    logits = first["rows"] * first["vocab"]
+    alike = [r for r in chosen if all(r["case"][key] == first[key] for key in first if key not in swept)]
+    if over == "vocab":
+        alike = [r for r in alike if 0.9 < r["case"]["rows"] * r["case"]["vocab"] / logits < 1.1]
+    if over == "live":
+        alike = [r for r in alike if r["case"]["dead"] != "masked"]
+    return sorted(alike, key=lambda r: _live(r["case"]) if over == "live" else r["case"][over])
 
 
-def draw(report: dict, folder: Path) -> list[Path]:
+def _live(case: dict) -> float:
+    return 1.0 if case["dead"] == "none" else 1.0 - case["dead_share"]
+
+
+def _over_eager(result: dict, outcome: dict) -> float | None:
+    eager = next((o for o in timed(result) if o["name"] == "eager PyTorch, lean"), None)
+    return eager["median_s"] / outcome["median_s"] if eager and outcome["objective"] is not None else None
+
+
+def _mebibytes(result: dict, outcome: dict) -> float | None:
+    return None if outcome["extra_bytes"] is None else outcome["extra_bytes"] / 2**20
+
+
+CURVES = (
+    Curve("time", lambda case: case["vocab"], lambda result, outcome: outcome["over_floor"], "vocabulary",
+          "time / time of reading and writing the logits once", lambda saved, dtype: sweep(saved, dtype, "vocab")),
+    Curve("memory", lambda case: case["rows"], _mebibytes, "rows", "peak memory beyond the inputs, MiB",
+          lambda saved, dtype: sweep(saved, dtype, "rows"), ("log", "symlog"), marks_lost=False),
+    Curve("live", _live, _over_eager, "share of responses with A ≠ 0", "times as fast as eager PyTorch, lean",
+          lambda saved, dtype: sweep(saved, dtype, "live", "linear"), ("linear", "log")),
+)  # fmt: skip
+
+
+def draw(paths: list[Path], folder: Path) -> list[Path]:
+    """Every plot the result files have the cases for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for path in paths:
+        saved = report.load(path)
+        for dtype in dict.fromkeys(r["case"].get("dtype") for r in saved["results"]):
+            for curve in CURVES:
+                points = curve.points(saved, dtype)
+                usable = [r for r in points if any(curve.y(r, o) is not None for o in timed(r))]
+                if len({curve.x(r["case"]) for r in usable}) > 1:
+                    name = folder / f"{path.stem}-{curve.stem}-{dtype}.svg"
+                    _save(name, [path], lambda axes, c=curve, p=usable: _curves(axes, c, p), _title(saved, dtype))
+                    written.append(name)
+    if roofline.headlines(paths):
+        name = folder / "roofline.svg"
+        _save(name, paths, lambda axes: roofline.draw(axes, paths), _title(report.load(paths[0]), "float32"))
+        written.append(name)
+    return written
+
+
+def _title(saved: dict, dtype: str) -> str:
+    return f"{dtype}, {saved['machine'].get('gpu') or saved['machine']['cpu']}"
+
+
+def _save(name: Path, sources: list[Path], paint: Callable, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for dtype in dict.fromkeys(result["case"]["dtype"] for result in report["results"]):
-        for over, value, scale, axis, stem in (
-            ("vocab", "over_floor", 1, "time / time of reading and writing the logits once", "time"),
-            ("rows", "extra_bytes", 2**20, "peak memory beyond the inputs, MiB", "memory"),
-        ):
-            points = [r for r in sweep(report, dtype, over) if any(o[value] is not None for o in timed(r))]
-            if len(points) < 2:
-                continue
-            figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-            _lines(axes, points, over, value, scale)
-            axes.set_xlabel({"vocab": "vocabulary", "rows": "rows"}[over])
-            axes.set_ylabel(axis)
-            axes.set_title(f"{dtype}, {report['machine'].get('gpu') or report['machine']['cpu']}", fontsize=9)
-            axes.legend(fontsize=7)
-            written.append(folder / f"{report['benchmark']}-{stem}-{dtype}.png")
-            figure.savefig(written[-1], dpi=150)
-            pyplot.close(figure)
-    return written
+    # text as text: small files that can be searched; the salt makes the same data the same file
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gft"}):
+        figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+        paint(axes)
+        axes.set_title(title, fontsize=9)
+        axes.legend(fontsize=7)
+        drawn_from = ", ".join(f"{path.name} {digest(path)}" for path in sources)
+        figure.savefig(name, metadata={"Date": None, "Source": drawn_from})
+        pyplot.close(figure)
 
 
-def _lines(axes, points: list[dict], over: str, value: str, scale: float) -> None:
-    names = dict.fromkeys(o["name"] for result in points for o in timed(result) if o[value] is not None)
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def sources(figure: Path) -> dict[str, str]:
+    """The result files an SVG was drawn from, and their digests then."""
+    found = re.search(r"<dc:source>(.*?)</dc:source>", figure.read_text())
+    return dict(entry.split(" ") for entry in found[1].split(", ")) if found else {}
+
+
+def _curves(axes, curve: Curve, points: list[dict]) -> None:
+    names = dict.fromkeys(o["name"] for r in points for o in timed(r) if curve.y(r, o) is not None)
     for name in names:
-        series = [(r, o) for r in points for o in timed(r) if o["name"] == name and o[value] is not None]
-        x, y = [r["case"][over] for r, _ in series], [o[value] / scale for _, o in series]
+        series = [(r, o) for r in points for o in timed(r) if o["name"] == name and curve.y(r, o) is not None]
+        x, y = [curve.x(r["case"]) for r, _ in series], [curve.y(r, o) for r, o in series]
         ours = name.startswith(OURS)
         axes.plot(x, y, marker="o", markersize=3, linewidth=2 if ours else 1, label=name,
-                  color=WON if name.endswith("in place") else None)  # fmt: skip
-        if ours and value == "over_floor":
-            lost = [(a, b) for a, b, (r, o) in zip(x, y, series, strict=True) if loses(r) and o == best_of_ours(r)]
-            axes.scatter([a for a, _ in lost], [b for _, b in lost], color=LOST, s=60, zorder=3)
-    axes.set_xscale("log")
-    axes.set_yscale("symlog" if value == "extra_bytes" else "log")
+                  color=WON if name == _leader(points) else None)  # fmt: skip
+    if curve.marks_lost:
+        lost = [(r, best_of_ours(r)) for r in points if winner_over_us(r)]
+        at = [(curve.x(r["case"]), curve.y(r, o)) for r, o in lost if curve.y(r, o) is not None]
+        axes.scatter([x for x, _ in at], [y for _, y in at], color=LOST, s=60, zorder=3,
+                     label="someone else is faster" if at else None)  # fmt: skip
+    axes.set_xscale(curve.scales[0])
+    axes.set_yscale(curve.scales[1])
+    axes.set_xlabel(curve.x_label)
+    axes.set_ylabel(curve.y_label)
+
+
+def _leader(points: list[dict]) -> str | None:
+    """Our fastest entry at the last point: the one that is drawn in our colour."""
+    ours = best_of_ours(points[-1])
+    return ours["name"] if ours else None
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, default=FIGURES)
     options = parser.parse_args(argv)
-    for path in draw(json.loads(options.results.read_text()), options.out):
+    for path in draw(options.results, options.out):
         print(path)
 
 

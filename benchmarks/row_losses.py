@@ -6,6 +6,7 @@ One signature: loss(logits_NV, problem) -> scalar loss, token mean over the live
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +33,17 @@ class _Head(torch.autograd.Function):
         return None, None, None
 
 
-def step_of(loss: RowLoss, problem: RowProblem) -> Callable[[], Answer]:
-    """Forward and backward of one loss under the problem's upstream gradient."""
+def step_of(
+    loss: RowLoss, problem: RowProblem, around: Callable[[], AbstractContextManager] = nullcontext
+) -> Callable[[], Answer]:
+    """Forward and backward of one loss under the problem's upstream gradient, both inside `around`."""
     anchor = torch.zeros((), device=problem.logits_NV.device, requires_grad=True)
 
     def step() -> Answer:
         kept: list[Tensor] = []
-        value = loss(_Head.apply(anchor, problem.logits_NV, kept), problem)
-        value.backward(problem.upstream.to(value.dtype))
+        with around():
+            value = loss(_Head.apply(anchor, problem.logits_NV, kept), problem)
+            value.backward(problem.upstream.to(value.dtype))
         return Answer(value.detach(), tuple(kept))
 
     return step

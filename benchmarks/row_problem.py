@@ -88,17 +88,18 @@ def build_row_problem(case: RowCase) -> RowProblem:
 
 
 def credit(case: RowCase | LinearCase, targets_N: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Advantages (N,) float32 of normal rewards, and targets with the dead half of the case taken out."""
+    """Advantages (N,) float32 of normal rewards, and targets with the dead part of the case taken out."""
     row_N = torch.arange(case.rows, device=case.device)
     response_N = row_N * case.responses // case.rows
     rewards_S = torch.randn(case.responses, generator=generator, device=case.device)
     advantages_S = (rewards_S - rewards_S.mean()) / (rewards_S.std() + 1e-6)
     if case.dead == "zero-advantage":
-        advantages_S[::2] = 0.0
-    if case.dead == "masked":  # the second half of each response, as padding is
+        response_S = torch.arange(case.responses, device=case.device)
+        advantages_S[response_S * case.dead_share % 1 < case.dead_share] = 0.0  # spread evenly; half: every other one
+    if case.dead == "masked":  # the end of each response, as padding is
         position_N = row_N - torch.searchsorted(response_N, response_N)
         length_N = torch.bincount(response_N, minlength=case.responses)[response_N]
-        targets_N = torch.where(2 * position_N < length_N, targets_N, IGNORE_INDEX)
+        targets_N = torch.where(position_N < (1 - case.dead_share) * length_N, targets_N, IGNORE_INDEX)
     return advantages_S[response_N], targets_N
 
 

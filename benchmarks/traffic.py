@@ -43,3 +43,17 @@ def linear_flop(rows: int, hidden: int, vocab: int, products: int = 3) -> int:
     Four are paid by whoever computes the logits again in the backward pass.
     """
     return 2 * products * rows * hidden * vocab
+
+
+ROW_FLOP = 22
+"""Operations a logit: two exponentials (degree 5: a reduction, five multiply-adds, a scaling are about 9), two sums."""
+
+
+def row_flop(rows: int, vocab: int) -> int:
+    """Useful operations of loss and gradient over logits, however a contender gets there."""
+    return ROW_FLOP * rows * vocab
+
+
+def linear_bytes(rows: int, hidden: int, vocab: int, dtype: str) -> int:
+    """What a loss over hidden states and head cannot do without: both read, both gradients written, no logits."""
+    return 2 * (rows + vocab) * hidden * ITEM_BYTES[dtype]

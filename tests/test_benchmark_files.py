@@ -9,14 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_row, compare, headline, plots, provenance, report, shapes, traffic
+from benchmarks import __main__ as command
+from benchmarks import compare, grids, headline, provenance, report, traffic, verdicts
 from benchmarks.harness import Outcome
 from benchmarks.kinds import KINDS
 from benchmarks.memory import NotMeasuredError, peak_extra_bytes
 from benchmarks.peers import FLOOR
 from benchmarks.row_problem import IGNORE_INDEX, build_row_problem
-from benchmarks.runner import run
-from benchmarks.shapes import LinearCase, RowCase
+from benchmarks.runner import Options, Plan, run
+from benchmarks.shapes import VOCABULARIES, LinearCase, RowCase
 
 SMALL = RowCase(rows=12, vocab=257, responses=4)
 SMALL_LINEAR = LinearCase(rows=24, hidden=48, vocab=311, responses=4)
@@ -39,11 +40,11 @@ def test_same_case_same_inputs():
 
 
 def test_grids_name_every_vocabulary_and_losing_sizes():
-    cases = shapes.row_cases("cpu")
-    assert {case.vocab for case in cases} == {v.size for v in shapes.VOCABULARIES}
+    cases = grids.row_cases("cpu")
+    assert {case.vocab for case in cases} == {v.size for v in VOCABULARIES}
     assert 1 in {case.rows for case in cases}, "small N, where fused kernels lose, must be in the grid"
     assert {case.dead for case in cases} == set(DEAD) and {case.threads for case in cases} == {1, 2}
-    assert len(shapes.row_cases("cpu", quick=True)) < 5
+    assert len(grids.row_cases("cpu", quick=True)) < 5
 
 
 def test_traffic_model():
@@ -71,9 +72,10 @@ def test_memory_that_cannot_be_measured_says_why():
 
 def test_row_benchmark_end_to_end(tmp_path, monkeypatch, capsys):
     tiny = [SMALL, replace(SMALL, dead="masked"), replace(SMALL, vocab=300)]
-    monkeypatch.setattr(shapes, "row_cases", lambda *_args, **_kwargs: tiny)
+    monkeypatch.setitem(KINDS, "row", replace(KINDS["row"], cases=lambda *_args, **_kwargs: tiny))
     file = tmp_path / "row.json"
-    bench_row.main(["--quick", "--rounds", "2", "--no-memory", "--warm", "--only", "reference", "--save", str(file)])
+    options = ["--quick", "--rounds", "2", "--no-memory", "--warm", "--only", "reference", "--save", str(file)]
+    assert command.main(["row", *options]) == 0
     printed = capsys.readouterr().out
     assert "gft_loss reference" in printed and "over floor" in printed
     saved = json.loads(file.read_text())
@@ -88,7 +90,7 @@ def test_row_benchmark_end_to_end(tmp_path, monkeypatch, capsys):
 
 
 def report_of(*outcomes: Outcome, **changes) -> dict:
-    result = report.CaseResult(vars(SMALL).copy(), SMALL.label(), 100, list(outcomes))
+    result = report.CaseResult("row", vars(SMALL).copy(), SMALL.label(), 100, list(outcomes))
     return report_with([result]) | changes
 
 
@@ -116,22 +118,55 @@ def test_compare_refuses_another_machine(tmp_path, capsys):
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     for path, cpu in zip(paths, ("one", "other"), strict=True):
         path.write_text(json.dumps(report_of(timed("a", 1.0), machine={"cpu": cpu})))
-    assert compare.main([str(path) for path in paths]) == 1
+    assert compare.compare(*paths) == 1
     assert "not comparable: machine differs" in capsys.readouterr().err
+
+
+def test_ratios_reproduce_or_are_named(tmp_path, capsys):
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    floor = timed("floor", 1.0, objective=None)
+    first = [floor, timed("a", 2.0), timed("b", 5.0), timed("gone", 1.0)]
+    for path, outcomes in zip(paths, (first, [floor, timed("a", 2.6), timed("b", 3.0)]), strict=True):
+        path.write_text(json.dumps(report_of(*outcomes, machine={"cpu": path.name})))  # any machine will do
+    assert command.main(["--compare", *map(str, paths), "--ratios"]) == 1
+    printed = capsys.readouterr().out
+    (bad,) = [line for line in printed.splitlines() if "DIFFERS" in line]
+    assert bad.split()[0] == "b" and "1 of 2 ratios agree within a factor of 1.5" in printed
+    assert command.main(["--compare", *map(str, paths), "--ratios", "--tolerance", "1.7"]) == 0
+    assert command.main(["--compare", str(paths[0]), str(tmp_path / "none.json")]) == 2
+
+
+@pytest.mark.parametrize("bad", [["rows"], ["row", "--sweep", "live"], ["--sweep", "tau"], ["--device", "tpu"]])
+def test_bad_input_is_refused_before_anything_runs(bad, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(bad)
+    assert ended.value.code == 2 and "gft bench: error:" in capsys.readouterr().err
+
+
+def test_sweeps_are_cases_of_their_kind():
+    for name, (kind, cases) in grids.SWEEPS.items():
+        found = cases("cpu", threads=1)
+        assert len(found) == len(set(found)) > 3 and all(isinstance(case, KINDS[kind].case) for case in found), name
+
+
+def winner_over(*outcomes: Outcome) -> str | None:
+    winner = verdicts.winner_over_us(as_json(report_of(*outcomes))["results"][0])
+    return winner and winner["name"]
 
 
 def test_losing_shapes_are_found():
     ours, objective = timed("gft_loss cpu", 2.0), "cross-entropy"
-    assert plots.loses(as_json(report_of(ours, timed("eager", 1.0)))["results"][0])
-    assert not plots.loses(as_json(report_of(ours, timed("eager", 3.0)))["results"][0])
-    assert not plots.loses(as_json(report_of(ours, timed("cross", 1.0, objective=objective)))["results"][0])
+    assert winner_over(ours, timed("eager", 1.0), timed("slow", 9.0)) == "eager"
+    assert winner_over(ours, timed("eager", 3.0)) is None
+    assert winner_over(ours, timed("cross", 1.0, objective=objective)) == "cross", "another objective counts too"
+    assert winner_over(ours, timed("floor", 1.0, objective=None)) is None
 
 
 def test_headline_quotes_ratios_scaling_memory_and_losses():
     def result(case: RowCase, ours: float, eager: float, memory: int) -> report.CaseResult:
         outcomes = [replace(timed("gft_loss cpu, in place", ours), extra_bytes=0),
                     replace(timed("eager", eager), extra_bytes=memory)]  # fmt: skip
-        return report.CaseResult(vars(case).copy(), case.label(), 100, outcomes)
+        return report.CaseResult("row", vars(case).copy(), case.label(), 100, outcomes)
 
     results = [result(SMALL, 2.0, 10.0, 350), result(replace(SMALL, threads=2), 1.25, 9.0, 350),
                result(replace(SMALL, vocab=300), 2.0, 1.0, 350)]  # fmt: skip
@@ -143,39 +178,18 @@ def test_headline_quotes_ratios_scaling_memory_and_losses():
     assert f"another contender was faster: {replace(SMALL, vocab=300).label()}" in text
 
 
-def test_plots_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    results = []
-    for vocab in (257, 514):
-        case = replace(SMALL, rows=SMALL.rows * 257 // vocab, vocab=vocab)
-        results.append(
-            report.CaseResult(vars(case).copy(), case.label(), 1, [timed("gft_loss cpu", 2.0), timed("x", 1.0)])
-        )
-    written = plots.draw(as_json(report_with(results)), tmp_path)
-    assert [path.name for path in written] == ["row-time-float32.png"] and written[0].stat().st_size > 1000
-
-
-def test_table_lists_fastest_first_and_tells_a_reason_once():
-    absent = Outcome("peer", "absent", why="needs a GPU")
-    result = report.CaseResult(vars(SMALL), SMALL.label(), 100, [timed("slow", 2.0), absent, timed("fast", 1.0)])
-    told: set = set()
-    first, second = report.table(result, told), report.table(result, told)
-    assert first.index("fast") < first.index("slow") < first.index("peer: absent: needs a GPU")
-    assert "needs a GPU" not in second
-
-
 def test_headline_allocator_restarts_once(monkeypatch):
     started = []
     monkeypatch.setattr(provenance.platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setattr(provenance.os, "execve", lambda *call: started.append(call))
     for name in provenance.KEEP_FREED_BLOCKS:
         monkeypatch.delenv(name, raising=False)
-    provenance.restart_under_headline_allocator("benchmarks.bench_row")
-    assert started[0][1][1:3] == ["-m", "benchmarks.bench_row"]
+    provenance.restart_under_headline_allocator("benchmarks")
+    assert started[0][1][1:3] == ["-m", "benchmarks"]
     assert started[0][2].items() >= provenance.KEEP_FREED_BLOCKS.items()
     for name, value in provenance.KEEP_FREED_BLOCKS.items():
         monkeypatch.setenv(name, value)
-    provenance.restart_under_headline_allocator("benchmarks.bench_row")
+    provenance.restart_under_headline_allocator("benchmarks")
     assert len(started) == 1
     assert "MALLOC_MMAP_MAX_=0" in provenance.allocator()
 
@@ -187,13 +201,7 @@ def test_kinds_build_from_json():
 
 
 def test_run_prints_provenance_first(capsys):
-    options = bench_row.arguments(
-        "benchmarks.bench_row", "", ["--rounds", "1", "--no-memory", "--warm", "--only", "lean"]
-    )
-    run("row", [SMALL], [], options)
+    run([Plan("row", [SMALL])], Options(rounds=1, warm=True, only="lean"))
     first = capsys.readouterr().out.splitlines()
-    assert (
-        first[1].startswith("commit ")
-        and "perf_counter, warm cache" in first[1]
-        and first[2].startswith("traffic model")
-    )
+    assert first[1].startswith("commit ") and "perf_counter, warm cache" in first[1]
+    assert first[2].startswith("traffic model") and first[4].startswith("row: loss and gradient")

@@ -144,12 +144,12 @@ def traffic(run: Run) -> StageResult:
     return result
 
 
-def benchmark(name: str, module: str, limit: float, *options: str) -> Callable[[Run], StageResult]:
-    """A benchmark of benchmarks/, saved as NAME.json."""
+def benchmark(name: str, kind: str, limit: float, *options: str) -> Callable[[Run], StageResult]:
+    """Some of the benchmarks, saved as NAME.json."""
 
     def stage(run: Run) -> StageResult:
         saved = run.results / f"{name}.json"
-        command = python("-m", f"benchmarks.{module}", "--device", "cuda", *options, "--save", str(saved))
+        command = python("-m", "benchmarks", kind, "--device", "cuda", *options, "--save", str(saved))
         return program(run, name, command, limit)
 
     return stage
@@ -160,9 +160,9 @@ STAGES: dict[str, Callable[[Run], StageResult]] = {
     "tests": tests,
     "sanitizers": sanitizers,
     "traffic": traffic,
-    "row-quick": benchmark("row-quick", "bench_row", 90, "--quick"),
-    "linear": benchmark("linear", "bench_linear", 80, "--quick"),
-    "row": benchmark("row", "bench_row", 300, "--rounds", "5", "--no-memory"),
+    "row-quick": benchmark("row-quick", "row", 90, "--quick"),
+    "linear": benchmark("linear", "linear", 80, "--quick"),
+    "row": benchmark("row", "row", 300, "--rounds", "5", "--no-memory"),
 }
 """In the order they run: right before fast; the long grid takes what time is left, and saves after each case."""
 

@@ -1,4 +1,4 @@
-"""The command `gft`: train, plot, env, demo. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+"""The command `gft`: train, plot, env, demo, bench. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code. Heavy imports wait until a command needs them."""
     parser, rest = _parser(), None
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
+    if rest and options.command not in ("train", "bench"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
     try:
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="gft", description="Group Fine-Tuning: train, look at runs, check the machine."
+        prog="gft", description="Group Fine-Tuning: train, look at runs, check and measure the machine."
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -58,6 +58,10 @@ def _parser():
     demo.add_argument("--data", help="full GSM8K: a directory with train.parquet, test.parquet and socratic/")
     demo.add_argument("--only", choices=("digit-sum", "gsm8k"), help="one of the two trainings")
     demo.set_defaults(run=_demo)
+
+    # its options are the benchmarks' own: gft bench --help shows them
+    bench = commands.add_parser("bench", help="measure against the floor and other libraries", add_help=False)
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -93,3 +97,13 @@ def _demo(options):
         print(f"gft demo: {error}", file=sys.stderr)
         return BAD_INPUT
     return DONE
+
+
+def _bench(options):
+    from gft_kernels.cli.bench import bench
+
+    try:
+        return bench(options.overrides)
+    except FileNotFoundError as error:
+        print(f"gft bench: {error}", file=sys.stderr)
+        return BAD_INPUT
