@@ -1,4 +1,4 @@
-"""examples/plain_pytorch.py: it learns, and a step is the same however it is cut into micro-batches and processes."""
+"""The examples run. plain_pytorch.py learns, and takes the same step however it is cut into parts and processes."""
 
 from __future__ import annotations
 
@@ -46,3 +46,12 @@ def test_micro_batches_do_not_change_a_step(one_process, prompts):
 def test_processes_do_not_change_a_step(one_process):
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
     assert_same_steps(lines_of(*torchrun, EXAMPLE, "--steps", "3"), one_process)
+
+
+def test_trl_digit_sum_fits_and_tunes():
+    pytest.importorskip("trl", reason="trl is not installed: pip install 'gft-kernels[trl]'")
+    example = str(ROOT / "examples" / "trl_digit_sum.py")
+    *fitted, before, first, second, after, last = lines_of(example, "--sft-steps", "60", "--steps", "2")
+    assert len(fitted) == 5 and fitted[-1][1] < 0.8 * fitted[0][1]  # the loss
+    assert before[0] == 0 and after[0] == 2 and len(last) == 3
+    assert 0.125 <= first[2] <= 1 and 0.125 <= second[2] <= 1  # the reward: the expert is always right

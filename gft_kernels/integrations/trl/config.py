@@ -1,0 +1,97 @@
+"""TRL's configurations plus what a group and the GFT loss need; what the loss would not read is refused."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, cast
+
+import trl
+from packaging.version import Version
+from trl import GRPOConfig, SFTConfig
+
+from gft_kernels import checks
+from gft_kernels.options import BACKENDS
+from gft_kernels.trainer.config import MEAN_REDUCTIONS, at_least, option
+
+OLDEST = "1.15"
+if Version(trl.__version__) < Version(OLDEST):
+    raise ImportError(f"trl must be at least {OLDEST} for its adapter, got {trl.__version__}; upgrade it.")
+
+OF_GRPO = (
+    "loss_type", "beta", "sync_ref_model", "use_bias_correction_kl", "epsilon", "epsilon_high", "delta",
+    "importance_sampling_level", "scale_rewards", "multi_objective_aggregation", "off_policy_mask_threshold",
+    "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "sapo_temperature_pos", "sapo_temperature_neg",
+    "vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg",
+)  # fmt: skip
+OF_SFT = ("loss_type", "label_smoothing_factor")
+
+
+@dataclass
+class GFTConfig(GRPOConfig):
+    """How groups are built and weighted; every other option is trl.GRPOConfig's.
+
+    `num_generations` is the size of a whole group, K: its first `num_demonstrations` responses are given by the row,
+    the rest are sampled. Raises: ValueError, one sentence, for a value out of range, groups cut over processes, or an
+    option of GRPO's objective. Source: docs/integrations/trl.md.
+    """
+
+    num_demonstrations: int = option(4, "Responses of each group that the row brings: the expert's, then teachers'.")
+    tau: float = option(0.7, "F4: C(pi) = pi below tau, else 1.")
+    rectify: str = option("all", "'all' is the paper; 'positive' applies C only where A > 0.")
+    normalize: str = option("std", "F5: 'std', 'mean' or 'leave-one-out'.")
+    advantage_eps: float = option(1e-6, "F5: added to the standard deviation.")
+    reduction: str = option("token-mean", "'token-mean' or 'sequence-mean', over all responses of a step.")
+    backend: str = option("auto", "Loss backend: auto, reference, cpu, triton or cuda.")
+    token_metrics: bool = option(True, "Log mean pi, entropy and rectified fraction (reads zero-advantage rows too).")
+    vllm_importance_sampling_correction: bool = option(False, "Must stay False: the loss has no importance ratio.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_changed(self, GRPOConfig, OF_GRPO, "GRPO's objective, in whose place GFT's stands")
+        if self.vllm_importance_sampling_correction:
+            raise ValueError(
+                "vllm_importance_sampling_correction must be False, got True; the GFT loss has no importance ratio."
+            )
+        at_least(self, 0, "num_demonstrations")
+        size, steps = cast(int, self.num_generations), cast(int, self.steps_per_generation)
+        if self.num_demonstrations > size:
+            raise ValueError(
+                f"num_demonstrations must be at most num_generations = {size}, the size of a group, "
+                f"got {self.num_demonstrations}; raise num_generations."
+            )
+        here = self.per_device_train_batch_size * steps
+        if here % size:
+            raise ValueError(
+                f"per_device_train_batch_size * steps_per_generation must be a multiple of num_generations = {size}, "
+                f"got {here}; groups must be whole on each process."
+            )
+        checks.check_objective(self.tau, self.rectify, self.temperature, None, None)
+        checks.check_normalisation(self.normalize, self.advantage_eps, "zero")
+        checks.one_of("reduction", self.reduction, MEAN_REDUCTIONS)
+        checks.one_of("backend", self.backend, BACKENDS)
+
+
+@dataclass
+class GFTSFTConfig(SFTConfig):
+    """Fine-tuning on demonstrations with C(pi) of F4 and A = 1; every other option is trl.SFTConfig's.
+
+    Raises: ValueError, one sentence. Source: docs/integrations/trl.md.
+    """
+
+    tau: float = option(0.7, "F4: C(pi) = pi below tau, else 1; 0 is SFT, 1 is DFT.")
+    backend: str = option("auto", "Loss backend: auto, reference, cpu, triton or cuda.")
+    token_metrics: bool = option(True, "Log mean pi, entropy and rectified fraction.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_changed(self, SFTConfig, OF_SFT, "TRL's own loss, in whose place GFT's stands; choose by tau")
+        checks.check_objective(self.tau, "all", 1.0, None, None)
+        checks.one_of("backend", self.backend, BACKENDS)
+
+
+def refuse_changed(config: Any, base: Any, names: tuple[str, ...], belongs_to: str) -> None:
+    """Raises ValueError for an option of `names` that is not at the default of the class `base`."""
+    defaults = {field.name: field.default for field in dataclasses.fields(base)}
+    for name in names:
+        value = getattr(config, name)
+        if value != defaults[name]:
+            raise ValueError(f"{name} must be left at {defaults[name]!r}, got {value!r}; it belongs to {belongs_to}.")

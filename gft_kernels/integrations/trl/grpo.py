@@ -1,0 +1,177 @@
+"""TRL's GRPOTrainer on hybrid groups: demonstrations take the first places of each group, and the loss is GFT's.
+
+Three of its methods are taken over: `_generate_single_turn` leaves out the places that are given,
+`_generate_and_score_completions` puts F5 where GRPO's advantages were, `_compute_loss` runs the patched model.
+Everything else is TRL's: batches, sampling (generate, continuous batching, vLLM), rewards, logs, checkpoints.
+
+Sizes: S responses of a micro-batch, N responses of a generation batch over all processes, K of a group, P and C tokens
+of the padded prompts and completions, T rows of the head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional
+from trl import GRPOTrainer
+
+from gft_kernels.advantages import group_advantages
+from gft_kernels.integrations.trl.config import GFTConfig
+from gft_kernels.integrations.trl.patch import add_token_means, parameters_of, patch_trainer
+from gft_kernels.trainer.data import RowError, check_record, encode_response
+from gft_kernels.trainer.groups import IGNORE
+
+NOT_HYBRID = ("tools", "rollout_func", "environment_factory")
+
+
+class GFTTrainer(GRPOTrainer):
+    """Group Fine-Tuning on TRL's GRPOTrainer, whose arguments it takes.
+
+    Rows of `train_dataset` have a column `demonstrations`, a list of texts, the expert's first. In evaluation all
+    responses are sampled. Raises: ValueError, RowError for what cannot work. Source: docs/integrations/trl.md.
+    """
+
+    args: GFTConfig
+    model: Any
+    _logs: Any
+
+    def __init__(self, model, reward_funcs=None, args: GFTConfig | None = None, **arguments):
+        for name in NOT_HYBRID:
+            if arguments.get(name) is not None:
+                raise ValueError(f"{name} must be left out, got a value; a demonstration is one turn of text.")
+        if not isinstance(args, GFTConfig):
+            raise TypeError(f"args must be a gft_kernels.integrations.trl.GFTConfig, got {type(args).__name__}.")
+        super().__init__(model, reward_funcs, args, **arguments)
+        if self._is_vlm:
+            raise ValueError("processing_class must be a tokenizer, got a processor of images; only text is supported.")
+        if isinstance(self.train_dataset, Dataset):  # the rows of a stream are checked as they come
+            for i, row in enumerate(self.train_dataset):
+                self._demonstrations(row, f"train_dataset[{i}]")
+        patch_trainer(
+            self,
+            rectify=self.args.rectify,
+            temperature=self.args.temperature,
+            reduction=self.args.reduction,
+        )
+        self._given: list[list[int] | None] = []  # of the batch being generated: a demonstration's ids, None: to sample
+        self._rewards_NF: Tensor | None = None
+
+    def _demonstrations(self, row: dict, where: str) -> list[list[int]]:
+        """Token ids of the row's demonstrations, each with its end token. Raises RowError."""
+        check_record(row, where)
+        wanted, longest = self.args.num_demonstrations, self.args.max_completion_length
+        texts = list(row.get("demonstrations") or [])[:wanted]
+        if len(texts) < wanted:
+            raise RowError(
+                f"{where}: field `demonstrations` must hold at least num_demonstrations = {wanted} texts, "
+                f"got {len(texts)}."
+            )
+        ids = [encode_response(self._tokenizer, text) for text in texts]
+        length = max(map(len, ids), default=0)
+        if longest is not None and length > longest:
+            raise RowError(
+                f"{where}: a demonstration has {length} tokens, max_completion_length is {longest}; raise it."
+            )
+        return ids
+
+    # One generation batch
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch of completions with the given ones among them and F5 for advantages."""
+        size: Any = self.num_generations if self.model.training else self.num_generations_eval
+        self._given = [None] * len(inputs)
+        if self.model.training:
+            for start in range(0, len(inputs), size):
+                row = inputs[start]
+                if any(other["prompt"] != row["prompt"] for other in inputs[start : start + size]):
+                    raise RuntimeError("a batch must hold whole groups of one prompt, got one that does not.")
+                given = self._demonstrations(row, f"row with prompt {row['prompt']!r}")
+                self._given[start : start + len(given)] = given
+        output = super()._generate_and_score_completions(inputs)
+        advantages_N = self._advantages(size)
+        before = self.accelerator.process_index * len(inputs)
+        output["advantages"] = advantages_N[before : before + len(inputs)]
+        shown = self._logs["advantages"]
+        for _ in range(min(len(shown), len(advantages_N))):
+            shown.pop()  # TRL's own, which are not those of the loss
+        shown.extend(advantages_N.tolist())
+        return output
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *rest, **named):
+        """The given responses where there are some; the other places are sampled as TRL would."""
+        places = [i for i, ids in enumerate(self._given) if ids is None]
+        completion_ids = list(self._given)
+        if places:
+            fields = {name: [values[i] for i in places] for name, values in multimodal_fields.items()}
+            sampled_of_group = num_generations * len(places) // len(prompt_ids)
+            sampled, _ = super()._generate_single_turn(
+                [prompt_ids[i] for i in places], images, fields, sampled_of_group, *rest, **named
+            )
+            for i, ids in zip(places, sampled, strict=True):
+                completion_ids[i] = ids
+        return completion_ids, None
+
+    def _calculate_rewards(self, *arguments) -> Tensor:
+        self._rewards_NF = super()._calculate_rewards(*arguments)
+        return self._rewards_NF
+
+    def _advantages(self, size: int) -> Tensor:
+        """(N,) F5 of the weighted rewards; a completion no function applies to has A = 0 and is no one's baseline."""
+        rewards_NF = self._rewards_NF
+        assert rewards_NF is not None
+        alone_N = rewards_NF.isnan().all(1)
+        place_N = torch.arange(len(rewards_NF), device=rewards_NF.device)
+        return group_advantages(
+            (rewards_NF.nan_to_num(nan=0.0) * self.reward_weights.to(rewards_NF.device)).sum(1),
+            group_ids=torch.where(alone_N, len(place_N) + place_N, place_N // size),
+            normalize=self.args.normalize,
+            eps=self.args.advantage_eps,
+            singleton="zero",
+        )
+
+    # One micro-batch
+
+    def _compute_loss(self, model, inputs: dict[str, Any]) -> Tensor:
+        """The micro-batch's share of the step's loss, computed inside the call of the wrapped model."""
+        mode = "train" if self.model.training else "eval"
+        texts, targets_ST = self._aligned(inputs)
+        outputs = model(
+            **texts,
+            shift_labels=targets_ST,
+            gft_advantages=inputs["advantages"],
+            num_items_in_batch=self._num_items(inputs, mode),
+        )
+        if self.args.token_metrics:
+            add_token_means(self, mode, outputs.stats, targets_ST != IGNORE)
+        return outputs.loss
+
+    def _aligned(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+        """The model's inputs, and the target of each row of its head: those of the completions, (S, T)."""
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        texts = {
+            "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            "attention_mask": attention_mask,
+        }
+        taken, completions = parameters_of(self.model), inputs["completion_ids"].shape[1]
+        if "position_ids" in taken:  # prompts are padded on the left; generate counts from the first token as well
+            texts["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        before = inputs["prompt_ids"].shape[1] - 1
+        if "logits_to_keep" in taken:  # where the loss needs logits after all, those of the prompts are left out
+            texts["logits_to_keep"], before = completions + 1, 0
+        targets_SC = inputs["completion_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE)
+        return texts, functional.pad(targets_SC, (before, 1), value=IGNORE)
+
+    def _num_items(self, inputs: dict[str, Any], mode: str) -> Tensor | float:
+        """What the loss is divided by so that an optimizer step sums to one mean over all processes.
+
+        Gradients are averaged over the processes, so theirs is a share of the whole. Tokens are counted over the
+        generation batch, of which a step takes an equal part.
+        """
+        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+        if self.args.reduction == "sequence-mean":
+            return float(len(inputs["completion_ids"]) * steps)
+        batches: Any = self.args.steps_per_generation if mode == "train" else 1
+        return inputs["num_items_in_batch"].clamp(min=1) * (steps / batches / self.accelerator.num_processes)

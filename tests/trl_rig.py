@@ -1,0 +1,53 @@
+"""TRL trainers small enough for a test, on the rows and models of trainer_rig.py."""
+
+from __future__ import annotations
+
+import trainer_rig as rig
+from datasets import Dataset
+
+from gft_kernels.integrations.trl import GFTConfig, GFTSFTConfig, GFTSFTTrainer, GFTTrainer
+
+QUIET = {
+    "per_device_train_batch_size": 8,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "max_steps": 2,
+    "learning_rate": 1e-2,
+    "max_grad_norm": 0.0,
+    "optim": "sgd",
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "seed": 3,
+}
+
+
+def config(tmp_path, **options) -> GFTConfig:
+    """Groups of four, two of them given."""
+    group = {"num_generations": 4, "num_demonstrations": 2, "max_completion_length": 10, "shuffle_dataset": False}
+    return GFTConfig(str(tmp_path), **{**QUIET, **group, **options})
+
+
+def trainer(tmp_path, model=None, rows=None, reward_funcs=rig.digit_count, evaluation=None, callbacks=None, **options):
+    return GFTTrainer(
+        rig.llama() if model is None else model,
+        reward_funcs,
+        config(tmp_path, **options),
+        train_dataset=Dataset.from_list(rig.rows() if rows is None else rows),
+        eval_dataset=evaluation,
+        processing_class=rig.tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def sft_rows(count=8) -> list[dict]:
+    return [{"prompt": row["prompt"], "completion": row["demonstrations"][0]} for row in rig.rows(count)]
+
+
+def sft_trainer(tmp_path, model=None, rows=None, callbacks=None, **options) -> GFTSFTTrainer:
+    args = GFTSFTConfig(str(tmp_path), **{**QUIET, "shuffle_dataset": False, **options})
+    data = Dataset.from_list(sft_rows() if rows is None else rows)
+    model = rig.llama() if model is None else model
+    return GFTSFTTrainer(model, args, train_dataset=data, processing_class=rig.tokenizer(), callbacks=callbacks)
