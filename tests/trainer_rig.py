@@ -19,6 +19,16 @@ def llama(seed=0):
     return scratch.small_llama(tokenizer(), width=32, layers=1, heads=2, context=64, seed=seed)
 
 
+def untied_llama():
+    """The head is a weight of its own."""
+    model = llama()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.2)
+    return model
+
+
 def gpt2(dropout=0.1, seed=0):
     """Learned absolute positions and dropout: wrong positions and a lost random state both show."""
     with torch.random.fork_rng(devices=[]):

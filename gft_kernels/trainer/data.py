@@ -49,6 +49,7 @@ class Row:
     given: list[Response]
     columns: dict = field(default_factory=dict)
     where: str = "a row"
+    absent: bool = False  # a place in a batch that the rows did not suffice for (ranks.EvenSampler)
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -156,7 +157,9 @@ class Rows(Dataset):
     def __len__(self):
         return len(self.kept)
 
-    def __getitem__(self, index) -> Row:
+    def __getitem__(self, index: int | None) -> Row:
+        if index is None:
+            return Row("", [self.tokenizer.eos_token_id], [], where="no row", absent=True)
         return self._row(self.kept[index])
 
     def _row(self, i):

@@ -5,6 +5,7 @@ Sizes: S responses of a micro-batch, L tokens of the longest prompt and response
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from gft_kernels.advantages import group_advantages
 from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.data import Response, Row, Rows
+from gft_kernels.trainer.ranks import forward_is_collective
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import Sampling, seeded
 
@@ -38,34 +40,37 @@ class GroupBuilder:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def build(self, model, rows: Sequence[Row], entropy: Sequence[int]) -> list[Group]:
-        """Groups of the rows, in order; `entropy` decides the samples."""
+        """Groups of the rows, in order, without responses where a row is absent; `entropy` decides the samples."""
         config = self.config
         sampled = self.sample(model, rows, config.num_generations, config.temperature, entropy)
-        groups = [Group(row, [*row.given, *samples]) for row, samples in zip(rows, sampled, strict=True)]
+        groups = [
+            Group(row, [] if row.absent else [*row.given, *samples]) for row, samples in zip(rows, sampled, strict=True)
+        ]
         if config.advantages == "group":
             self._reward(groups)
             weigh(groups, config)
         return groups
 
     def sample(self, model, rows, number, temperature, entropy) -> list[list[Response]]:
-        """`number` responses of the policy per row.
+        """`number` responses of the policy per row, none where a row is absent.
 
         All rows of a step are sampled in the same calls however they are cut into micro-batches, so that the
         accumulation does not change what is sampled.
         """
-        if number == 0:
-            return [[] for _ in rows]
-        size = self.config.generation_batch_size or len(rows)
+        # Where weights lie in parts on all ranks, one without a row must call as often as the others.
+        asks = [number > 0 and (not row.absent or forward_is_collective(model)) for row in rows]
+        asked = [row.prompt_ids for row, asks_too in zip(rows, asks, strict=True) if asks_too]
+        size = self.config.generation_batch_size or max(len(asked), 1)
         sampling = Sampling(number, self.config.max_completion_length, temperature, self.eos_ids, self.pad_id)
         completions = []
         with seeded(*entropy, device=model.device):
-            for start in range(0, len(rows), size):
-                prompts = [row.prompt_ids for row in rows[start : start + size]]
-                completions += self._rollout(model, prompts, sampling)
-        responses = [
+            for start in range(0, len(asked), size):
+                completions += self._rollout(model, asked[start : start + size], sampling)
+        responses = iter(
             Response(self.tokenizer.decode(ids, skip_special_tokens=True), ids, "sampled") for ids in completions
-        ]
-        return [responses[i * number : (i + 1) * number] for i in range(len(rows))]
+        )
+        drawn = [list(itertools.islice(responses, number)) if asks_too else [] for asks_too in asks]
+        return [[] if row.absent else samples for row, samples in zip(rows, drawn, strict=True)]
 
     def _rollout(self, model, prompts, sampling):
         completions = self.rollout_fn(model, prompts, sampling)
@@ -90,7 +95,7 @@ def weigh(groups: Sequence[Group], config: GFTConfig) -> None:
     responses = [r for g in groups for r in g.responses]
     advantages_S = group_advantages(
         torch.tensor([r.reward for r in responses], dtype=torch.float32),
-        group_ids=torch.tensor([i for i, g in enumerate(groups) for _ in g.responses]),
+        group_ids=torch.tensor([i for i, g in enumerate(groups) for _ in g.responses], dtype=torch.int64),
         normalize=config.normalize,
         eps=config.advantage_eps,
         singleton=config.singleton,
@@ -104,8 +109,11 @@ def collate(groups: Sequence[Group], pad_id: int) -> dict[str, Tensor]:
 
     input_ids, attention_mask (S, L); targets (S, T), aligned with the last T + 1 logits but the very last: position
     t predicts targets[:, t], IGNORE on prompt and padding; advantages (S,) float32; sources (S,) index SOURCES.
+    Groups without responses give one row without a target: its loss is 0, and every rank has a forward to take.
     """
     pairs = [(g.row.prompt_ids, r) for g in groups for r in g.responses]
+    if not pairs:
+        return collate_nothing(pad_id)
     length = max(len(prompt) + len(r.ids) for prompt, r in pairs)
     # The first position any row's loss reads is its last prompt token's.
     first = min(len(prompt) for prompt, _ in pairs) - 1
@@ -123,6 +131,17 @@ def collate(groups: Sequence[Group], pad_id: int) -> dict[str, Tensor]:
         "targets": targets[:, first : length - 1],
         "advantages": torch.tensor([r.advantage for _, r in pairs], dtype=torch.float32),
         "sources": torch.tensor([SOURCES.index(r.source) for _, r in pairs]),
+    }
+
+
+def collate_nothing(pad_id: int) -> dict[str, Tensor]:
+    """The tensors of `collate` for no response at all."""
+    return {
+        "input_ids": torch.full((1, 2), pad_id, dtype=torch.int64),
+        "attention_mask": torch.ones(1, 2, dtype=torch.int64),
+        "targets": torch.full((1, 1), IGNORE, dtype=torch.int64),
+        "advantages": torch.zeros(1),
+        "sources": torch.zeros(1, dtype=torch.int64),
     }
 
 

@@ -11,6 +11,8 @@ import numpy
 import torch
 from transformers import GenerationConfig
 
+from gft_kernels.trainer.ranks import forward_is_collective
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -41,6 +43,7 @@ def generate(model, prompts_ids: Sequence[Sequence[int]], sampling: Sampling) ->
         out = model.generate(
             input_ids=input_ids.repeat_interleave(sampling.num_generations, 0).to(device),
             attention_mask=attention.repeat_interleave(sampling.num_generations, 0).to(device),
+            synced_gpus=forward_is_collective(model),  # a rank that has finished goes on until all have
         )
     return [cut(ids, sampling.eos_ids) for ids in out[:, width:].tolist()]
 

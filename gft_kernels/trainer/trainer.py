@@ -25,6 +25,7 @@ from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.data import Row, Rows
 from gft_kernels.trainer.groups import IGNORE, SOURCES, Group, GroupBuilder, check_sources, collate, count_items
 from gft_kernels.trainer.metrics import Means, append_completions, completions_table, heldout_summary
+from gft_kernels.trainer.ranks import even_sampler, refuse_layouts
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import end_tokens, generate
 
@@ -88,7 +89,7 @@ class GFTTrainer(Trainer):
             callbacks=[RunLog(), *(callbacks or [])],
             optimizers=optimizers,
         )
-        self._refuse_layouts()
+        refuse_layouts(args, self.accelerator)
         # Read by transformers before 5.19, where loss_is_scaled_for_ga does not exist yet.
         self.model_accepts_loss_kwargs = True
         self.builder = GroupBuilder(args, processing_class, rewards, rollout_fn, end_tokens(model, processing_class))
@@ -109,13 +110,9 @@ class GFTTrainer(Trainer):
         self.means = Means(self.args.device)
         self._last_log, self._eval_batches = time.perf_counter(), 0
 
-    def _refuse_layouts(self):
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"the trainer must run one process per GPU, got {self.args.n_gpu} in one process; start it by torchrun."
-            )
-        if getattr(self.accelerator, "parallelism_config", None) is not None:
-            raise ValueError("parallelism_config must be absent, got one; only data parallelism is supported.")
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        return sampler if sampler is None else even_sampler(sampler, self.args)
 
     # One optimizer step
 
@@ -125,8 +122,9 @@ class GFTTrainer(Trainer):
         rows = [row for batch in batches for row in batch]
         entropy = (self.args.seed, TRAINING, self.state.global_step, self.args.process_index)
         groups = self.builder.build(self.model, rows, entropy) if rows else []
-        self.means.add_groups(groups, self.builder.eos_ids)
-        self._show(groups)
+        present = [group for group in groups if group.responses]
+        self.means.add_groups(present, self.builder.eos_ids)
+        self._show(present)
         micro_batches, start = [], 0
         for batch in batches:
             micro_batches.append(collate(groups[start : start + len(batch)], self.builder.pad_id))

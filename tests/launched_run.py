@@ -1,0 +1,128 @@
+"""What one rank does when test_trainer_launch.py starts two: small runs of the trainer, their weights into a folder.
+
+Started by torchrun or accelerate launch: `launched_run.py ddp|fsdp|deepspeed FOLDER [NAME OF A RUN...]`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import trainer_rig as rig
+from transformers import TrainerCallback
+
+from gft_kernels.trainer import GFTTrainer, SaveOnInterrupt
+
+OFFLINE = {"reward_funcs": (), "num_generations": 0}
+
+
+def brief_llama():
+    """Many tokens end a response, so its responses are of different lengths."""
+    model = rig.untied_llama()
+    model.generation_config.eos_token_id = list(range(1, 8))
+    return model
+
+
+MODELS = {
+    "llama": rig.untied_llama,
+    "brief": brief_llama,
+    "gpt2": lambda: rig.gpt2(dropout=0.0),  # its head is tied to its embedding
+}
+
+
+def equal_rewards_on_the_second_rank() -> list[dict]:
+    """Four groups; the last two, which fall to the second of two ranks, have no advantage."""
+    rows = rig.offline_rows(4)
+    return [row | {"rewards": [0.5] * len(row["rewards"])} if i >= 2 else row for i, row in enumerate(rows)]
+
+
+RUNS = {
+    # name: (model, rows, options)
+    "ragged": ("llama", rig.offline_rows(11), OFFLINE),  # a full step of 8 groups, one of 3
+    "tied": ("gpt2", rig.offline_rows(11), OFFLINE),
+    "a rank without a live token": ("llama", equal_rewards_on_the_second_rank(), OFFLINE),
+    "a rank without a row": ("llama", rig.offline_rows(1), OFFLINE),
+    "sampled": ("brief", rig.rows(7), {"generation_batch_size": 1, "num_generations": 3}),
+    "head in its own group": ("llama", rig.offline_rows(11), OFFLINE),
+}
+
+SHARDED_ONLY = ("head in its own group",)
+
+
+class Gradients(TrainerCallback):
+    """The gradient of every optimizer step, whole and flattened."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        grads = [p.grad for p in model.parameters() if p.grad is not None]  # DeepSpeed keeps its own elsewhere
+        whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+        self.steps.append(torch.cat([g.flatten().clone() for g in whole]) if whole else None)
+
+
+def run(name: str, path: Path, micro_batch: int, kind: str = "alone") -> dict:
+    """Gradients, final weights and logged losses of one run."""
+    model, rows, options = RUNS[name]
+    seen = Gradients()
+    options = dict(options)
+    reward_funcs = options.pop("reward_funcs", rig.digit_count)
+    args = rig.config(
+        path, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=2, max_steps=-1, num_train_epochs=1,
+        max_grad_norm=0.0, optim="sgd", learning_rate=0.1, ddp_backend=None if kind == "alone" else "gloo", **options,
+    )  # fmt: skip
+    if kind == "fsdp":
+        shard_on_a_cpu(head_alone=name == "head in its own group")
+    trainer = GFTTrainer(
+        MODELS[model](), args, rows, None, rig.tokenizer(), reward_funcs=reward_funcs, callbacks=[seen]
+    )
+    trainer.train()
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # FSDP2, ZeRO-3: gathered on rank 0
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    logged = [(line["loss"], line["zero_std_groups"], line.get("completion_length", 0.0)) for line in lines]
+    return {"gradients": seen.steps, "weights": weights, "logged": logged}
+
+
+def shard_on_a_cpu(head_alone: bool) -> None:
+    """accelerate shards on accelerators only: these gloo ranks take the name of GPU ranks, and it shards here too."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    layers = "LlamaDecoderLayer,Linear" if head_alone else ""  # without a name: the layers the model names
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = layers
+    if not layers:
+        del os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"]
+
+
+def stopping_step(path: Path, interrupted: bool) -> tuple[int, bool]:
+    """Where a run ends if only one rank has seen Ctrl-C, and whether it saved."""
+    stop = SaveOnInterrupt()
+    stop.interrupted = interrupted
+    trainer = rig.trainer(
+        path, train=rig.offline_rows(8), reward_funcs=(), callbacks=[stop], num_generations=0, max_steps=4,
+        ddp_backend="gloo",
+    )  # fmt: skip
+    trainer.train()
+    return trainer.state.global_step, (path / "checkpoint-1").is_dir()
+
+
+def main(kind: str, folder: str, *only: str) -> None:
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    warnings.filterwarnings("error", message="the GFT loss")
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    names = only or [name for name in RUNS if kind == "fsdp" or name not in SHARDED_ONLY]
+    results: dict = {name: run(name, Path(folder, str(rank)), micro_batch=2, kind=kind) for name in names}
+    if kind == "ddp" and not only:
+        results["stop"] = stopping_step(Path(folder, str(rank)), interrupted=rank == 0)
+    torch.save(results, Path(folder, f"{rank}.pt"))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
