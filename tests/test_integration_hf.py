@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -13,7 +14,7 @@ import transformers
 from tiny_families import FAMILIES, HIDDEN, VOCABULARY, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gft_kernels import gft_loss
+from gft_kernels import gft_loss, policy_loss
 from gft_kernels.integrations.hf import patch_model, unpatch_model
 
 # The logits path would compute the right thing the wrong way: unless a test asks for it, its warning is an error.
@@ -166,6 +167,58 @@ def test_what_a_call_may_bring(case, for_all_calls):
     call = {k if k == "num_items_in_batch" else f"gft_{k}": v for k, v in brought.items()}
     call |= {} if for_all_calls else {f"gft_{k}": v for k, v in options.items()}
     assert_same(patched(model, inputs, **{"gft_advantages": None, **call}), theirs)
+
+
+OBJECTIVES = {
+    "sft": {"advantages": None},
+    "dft": {"advantages": None},
+    "grpo": {"clip_low": 0.1, "beta": 0.2, "entropy_coef": 0.05},
+    "dapo": {"entropy_coef": 0.1},
+    "dr_grpo": {"num_items_in_batch": 40},
+    "cispo": {"clip_high": 1.5, "beta": 0.3},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("fallback", [False, True], ids=["in the head", "from the logits"])
+def test_every_objective_of_policy_loss(objective, fallback):
+    """Old and reference log-probabilities are shifted with the labels; tests/test_policy.py has the oracle."""
+    model, inputs = tiny("gemma2"), batch("left")
+    options = dict(OBJECTIVES[objective])
+    noise = torch.randn(2, S, L, generator=torch.Generator().manual_seed(5)) * 0.4
+    with torch.no_grad():
+        log_pi = model(**model_inputs(inputs)).logits[:, :-1].log_softmax(-1)
+        log_pi = log_pi.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+    aligned = {}
+    if objective not in ("sft", "dft"):
+        aligned["old_log_probs"] = log_pi + noise[0, :, 1:]
+    if "beta" in options:
+        aligned["ref_log_probs"] = log_pi + noise[1, :, 1:]
+    logits = model(**model_inputs(inputs)).logits[:, :-1]
+    rest = {"advantages": ADVANTAGES_S, **options}
+    loss = policy_loss(logits, inputs["labels"][:, 1:], objective=objective, **aligned, **rest)
+    (UPSTREAM * loss).backward()
+    theirs = loss.item(), gradients(model)
+    if fallback:
+        replaced_forward(model, factor=1.0)
+    items = options.pop("num_items_in_batch", None)
+    patch_model(model, objective=objective, **{k: v for k, v in options.items() if v is not None})
+    call = {f"gft_{k}": torch.nn.functional.pad(v, (1, 0), value=7.0) for k, v in aligned.items()}
+    call |= {"gft_advantages": options.get("advantages", ADVANTAGES_S), "num_items_in_batch": items}
+    with pytest.warns(UserWarning, match="replaced the forward") if fallback else contextlib.nullcontext():
+        assert_same(patched(model, inputs, **call), theirs)
+
+
+def test_only_a_mean_over_tokens_takes_the_trainers_token_count():
+    for options, takes in (
+        ({}, True),
+        ({"reduction": "sequence-mean"}, False),
+        ({"objective": "dapo"}, True),
+        ({"objective": "grpo"}, False),
+        ({"objective": "grpo", "reduction": "token-mean"}, True),
+        ({"objective": "dr_grpo"}, False),  # its denominator is no count of tokens
+    ):
+        assert patch_model(tiny("llama"), **options).accepts_loss_kwargs is takes, options
 
 
 def test_statistics_lie_where_the_next_token_is_predicted():
@@ -392,9 +445,9 @@ def normed_head(model):
     model.lm_head = head
 
 
-def replaced_forward(model):
+def replaced_forward(model, factor=1.1):
     own = model.lm_head.forward
-    model.lm_head.forward = lambda hidden: own(hidden) * 1.1
+    model.lm_head.forward = lambda hidden: own(hidden) * factor
 
 
 FALLBACKS = {
@@ -422,7 +475,9 @@ def test_refusals():
     for options, error, message in (
         ({"softcap": 3.0}, TypeError, "softcap must be left to the model"),
         ({"rewards": ADVANTAGES_S}, TypeError, "rewards must come with each call"),
-        ({"tua": 0.5}, TypeError, "tua must be an option of gft_linear_loss"),
+        ({"inplace": True}, TypeError, "inplace must be left to the model"),
+        ({"old_log_probs": ADVANTAGES_S}, TypeError, "old_log_probs must come with each call"),
+        ({"tua": 0.5}, TypeError, "tua must be an option of policy_loss"),
     ):
         with pytest.raises(error, match=message):
             patch_model(model, **options)
@@ -434,6 +489,7 @@ def test_refusals():
         ({"gft_softcap": 3.0}, TypeError, "gft_softcap must be left to the model"),
         ({"gft_tua": 0.5}, TypeError, "tua must be an option"),
         ({"labels": inputs["labels"][:, 1:]}, ValueError, "labels must cover"),
+        ({"gft_objective": "grpo", "gft_tau": 0.5}, ValueError, "tau must be left out with objective='grpo'"),
         ({"gft_num_items_in_batch": 3}, TypeError, "pass num_items_in_batch="),
     ):
         with pytest.raises(error, match=message):

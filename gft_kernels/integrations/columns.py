@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PER_TOKEN = ("advantages", "mask", "sequence_ids")
+PER_TOKEN = ("advantages", "mask", "sequence_ids", "old_log_probs", "ref_log_probs")
 PER_CALL = ("rewards", "group_ids", "num_items_in_batch", *PER_TOKEN)
 
 

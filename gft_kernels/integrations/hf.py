@@ -15,17 +15,18 @@ from torch import nn
 from gft_kernels import checks
 from gft_kernels.integrations.columns import PER_CALL
 from gft_kernels.integrations.patched_forward import OF_THE_MODEL, PREFIX, PatchedForward, refuse
-from gft_kernels.linear_loss import gft_linear_loss
+from gft_kernels.policy import policy_loss
+from gft_kernels.policy_checks import PRESETS
 
 
 def patch_model(model: nn.Module, *, head: str | None = None, **loss_options: Any) -> nn.Module:
-    """Let a causal language model return the GFT loss (F6) of its labels, computed inside its output head.
+    """Let a causal language model return the GFT loss (F6) of its labels, or another objective's, from inside its head.
 
     The model, changed where it stands, then takes `labels` (S, L) int64 as before (position t is predicted from t - 1;
     -100 does not count), or `shift_labels` (S, T) aligned with the rows its head sees; `num_items_in_batch`; and any
-    option of `gft_linear_loss` under its name with `gft_` before it, for this call alone: `gft_advantages` (S,) or of
-    the shape of the labels, or `gft_rewards` (S,) with `gft_group_size` or `gft_group_ids`; `gft_mask` of the shape
-    of the labels; `gft_sequence_ids` of the shape of the labels, which makes the batch packed rows; `gft_return_stats`.
+    option of `policy_loss` under its name with `gft_` before it, for this call alone: `gft_advantages` (S,) or of
+    the shape of the labels, or `gft_rewards` (S,) with `gft_group_size` or `gft_group_ids`; `gft_mask`,
+    `gft_old_log_probs` and `gft_ref_log_probs` of the shape of the labels; `gft_sequence_ids` of the shape of the labels, which makes the batch packed rows; `gft_return_stats`.
     It returns its own output class with `loss` and without logits (with statistics asked for: also `stats`).
     Logit scale, softcap and bias are the model's own. Without labels the model is as it was. Patching again replaces
     the patch.
@@ -33,7 +34,7 @@ def patch_model(model: nn.Module, *, head: str | None = None, **loss_options: An
     Args:
         model: a transformers causal language model; wrapped by PEFT or DDP, the model inside is changed.
         head: the name of the output head, if it is not what `get_output_embeddings()` returns.
-        loss_options: options of `gft_linear_loss` for every call.
+        loss_options: options of `policy_loss` for every call, such as tau=0.7, or objective="grpo" and clip_high=0.28.
 
     Returns: model. Raises: ValueError, TypeError. Warns once (UserWarning), with the reason, if the loss must be
     computed from the logits after all. Source: docs/integrations/huggingface.md.
@@ -44,7 +45,7 @@ def patch_model(model: nn.Module, *, head: str | None = None, **loss_options: An
             f"model must be a decoder-only language model, got the encoder-decoder {type(inner).__name__}; "
             "pass its logits to gft_loss"
         )
-    checks.known_options(gft_linear_loss, loss_options)
+    checks.known_options(policy_loss, loss_options)
     refuse(loss_options, OF_THE_MODEL, "", "be left to the model, got a value; leave it out")
     refuse(loss_options, PER_CALL, "", f"come with each call, got a value for all; pass {PREFIX}<name>= to the model")
     if "_gft_forward" in inner.__dict__:
@@ -53,8 +54,15 @@ def patch_model(model: nn.Module, *, head: str | None = None, **loss_options: An
     forward.output_head()  # raises if there is none
     inner._gft_forward = inner.forward = forward
     # transformers.Trainer hands over its count of label tokens only if told so; it is the denominator of this mean.
-    inner.accepts_loss_kwargs = loss_options.get("reduction", "token-mean") == "token-mean"
+    inner.accepts_loss_kwargs = divides_by_tokens(loss_options)
     return model
+
+
+def divides_by_tokens(loss_options: dict[str, Any]) -> bool:
+    preset = PRESETS.get(loss_options.get("objective", "gft"))
+    if preset is None or preset.constant_denominator:
+        return False
+    return (loss_options.get("reduction") or preset.reduction) == "token-mean"
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:

@@ -15,12 +15,11 @@ from gft_kernels import checks
 from gft_kernels.integrations import output_head
 from gft_kernels.integrations.columns import PER_CALL, aligned_columns
 from gft_kernels.integrations.output_head import HeadCall, Transform
-from gft_kernels.linear_loss import gft_linear_loss
-from gft_kernels.loss import gft_loss
 from gft_kernels.options import TokenStats
+from gft_kernels.policy import policy_loss
 
 PREFIX = "gft_"
-OF_THE_MODEL = ("bias", "logit_scale", "softcap", "process_group")
+OF_THE_MODEL = ("weight", "bias", "logit_scale", "softcap", "process_group", "inplace")
 _LINEAR_ONLY = ("chunk_rows", "accum_dtype", "logits_dtype")
 _COLUMNS = tuple(name for name in PER_CALL if name != "num_items_in_batch")
 _REPLACED = ("forward", "accepts_loss_kwargs")
@@ -66,7 +65,7 @@ class PatchedForward:
 
     def call_options(self, named: dict[str, Any]) -> dict[str, Any]:
         """The options of every call and those of this one."""
-        checks.known_options(gft_linear_loss, named)
+        checks.known_options(policy_loss, named)
         refuse(named, OF_THE_MODEL, PREFIX, "be left to the model, got a value; leave it out")
         refuse(named, ("num_items_in_batch",), PREFIX, "be left out, got a value; pass num_items_in_batch=")
         return {**self.options, **named}
@@ -123,10 +122,10 @@ class PatchedForward:
     def attempt(self, head: Any, transform: Transform, kwargs, columns: Callable, check: bool):
         def loss_of(hidden_STD: Tensor):
             hidden, targets, options = columns(hidden_STD)
-            return gft_linear_loss(
+            return policy_loss(
                 hidden,
-                head.weight,
                 targets,
+                weight=head.weight,
                 bias=head.bias,
                 logit_scale=transform.logit_scale,
                 softcap=transform.softcap,
@@ -141,7 +140,7 @@ class PatchedForward:
         """The model's output, and the loss of its logits; options about the head's product have nothing to say here."""
         output = self.plain(kwargs)
         logits, targets, options = columns(output.logits)
-        return output, gft_loss(logits, targets, **{k: v for k, v in options.items() if k not in _LINEAR_ONLY})
+        return output, policy_loss(logits, targets, **{k: v for k, v in options.items() if k not in _LINEAR_ONLY})
 
     def finished(self, output, loss: Tensor, stats: TokenStats | None):
         """The output's own class with the loss, and the router's with it where the model returned that."""
