@@ -54,6 +54,12 @@ def absent() -> str | None:
     return None
 
 
+def compiler() -> str:
+    """nvcc's release."""
+    found = re.search(r"release [\d.]+, V([\d.]+)", output(["nvcc", "--version"]))
+    return f"nvcc {found[1]}" if found else "nvcc of an unknown version"
+
+
 def disassembler() -> str | None:
     """nvdisasm of the toolkit, or the one that triton's wheel carries."""
     if (found := shutil.which("nvdisasm")) is not None:

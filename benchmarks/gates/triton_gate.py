@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -61,6 +62,10 @@ def absent() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     return None
+
+
+def compiler() -> str:
+    return f"Triton {importlib.metadata.version('triton')}"
 
 
 def variants(targets=tuple(TARGETS)) -> Iterator[Variant]:
