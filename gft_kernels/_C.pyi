@@ -36,6 +36,21 @@ class Credit:
         singleton: str,
     ) -> None: ...
 
+class Objective:
+    def __init__(
+        self,
+        *,
+        surrogate: str,
+        tau: float,
+        rectify: str,
+        clip_low: float,
+        clip_high: float,
+        beta: float,
+        entropy_coef: float,
+        old_log_probs_R: int,
+        ref_log_probs_R: int,
+    ) -> None: ...
+
 class RowCall:
     def __init__(
         self,
@@ -43,8 +58,7 @@ class RowCall:
         logits: LogitRows,
         credit: Credit,
         transform: Transform,
-        tau: float,
-        rectify: str,
+        objective: Objective,
         read_zero_advantage: bool,
         loss: int,
         log_probs_R: int,
@@ -79,6 +93,8 @@ def shard_gradient(
     top_R: int,
     log_mass_R: int,
     scale_R: int,
+    tilt_R: int,
+    entropy_R: int,
     transform: Transform,
     instruction_set: str = "",
     threads: int = 1,

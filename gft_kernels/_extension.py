@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gft_kernels.options import BackendUnavailable, Credit, RowCall, RowResult
+from gft_kernels.options import BackendUnavailable, Credit, Objective, RowCall, RowResult
 
 
 @lru_cache(maxsize=1)
@@ -88,8 +88,7 @@ def native_call(call: RowCall, result: RowResult) -> object:
         logits=logit_rows(call.logits_STV),
         credit=_native_credit(call.credit),
         transform=transform(call.logit_scale, call.softcap, call.temperature),
-        tau=call.objective.tau,
-        rectify=call.objective.rectify,
+        objective=_native_objective(call.objective),
         read_zero_advantage=call.reads_every_live_row,
         loss=address(result.loss),
         log_probs_R=address(result.log_probs_R),
@@ -98,6 +97,20 @@ def native_call(call: RowCall, result: RowResult) -> object:
         entropy_R=address(result.entropy_R),
         row_scale_R=address(result.row_scale_R),
         gradient=None if result.gradient_STV is None else logit_rows(result.gradient_STV),
+    )
+
+
+def _native_objective(objective: Objective) -> object:
+    return kernels().Objective(
+        surrogate=objective.surrogate,
+        tau=objective.tau,
+        rectify=objective.rectify,
+        clip_low=objective.clip_low,
+        clip_high=objective.clip_high,
+        beta=objective.beta,
+        entropy_coef=objective.entropy_coef,
+        old_log_probs_R=address(objective.old_log_probs_R),
+        ref_log_probs_R=address(objective.ref_log_probs_R),
     )
 
 

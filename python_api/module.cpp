@@ -34,6 +34,7 @@ constexpr std::array<const char*, 4> kReductions{"token-mean", "sequence-mean", 
 constexpr std::array<const char*, 3> kNormalize{"std", "mean", "leave-one-out"};
 constexpr std::array<const char*, 2> kSingleton{"reward", "zero"};
 constexpr std::array<const char*, 2> kRectify{"all", "positive"};
+constexpr std::array<const char*, 3> kSurrogates{"gft", "grpo", "cispo"};
 
 LogitRows make_rows(Address data, const std::string& dtype, std::array<std::int64_t, 3> shape,
                     std::array<std::int64_t, 2> strides) {
@@ -68,14 +69,27 @@ Credit make_credit(std::int64_t S, std::int64_t R, Address targets_R, Address ma
     return credit;
 }
 
-RowCall make_call(const LogitRows& logits, const Credit& credit, const Transform& transform, double tau,
-                  const std::string& rectify, bool read_zero_advantage, Address loss, Address log_probs_R,
-                  Address coefficients_R, Address advantages_R, Address entropy_R, Address row_scale_R,
-                  std::optional<LogitRows> gradient) {
+Objective make_objective(const std::string& surrogate, double tau, const std::string& rectify, double clip_low,
+                         double clip_high, double beta, double entropy_coef, Address old_log_probs_R,
+                         Address ref_log_probs_R) {
+    return {tau,
+            parse<Rectify>(rectify, "rectify", kRectify),
+            parse<Surrogate>(surrogate, "surrogate", kSurrogates),
+            clip_low,
+            clip_high,
+            beta,
+            entropy_coef,
+            to<const float>(old_log_probs_R),
+            to<const float>(ref_log_probs_R)};
+}
+
+RowCall make_call(const LogitRows& logits, const Credit& credit, const Transform& transform, const Objective& objective,
+                  bool read_zero_advantage, Address loss, Address log_probs_R, Address coefficients_R,
+                  Address advantages_R, Address entropy_R, Address row_scale_R, std::optional<LogitRows> gradient) {
     const RowResults out{
         to<float>(loss),      to<float>(log_probs_R), to<float>(coefficients_R),     to<float>(advantages_R),
         to<float>(entropy_R), to<float>(row_scale_R), gradient.value_or(LogitRows{})};
-    return {logits, credit, transform, {tau, parse<Rectify>(rectify, "rectify", kRectify)}, read_zero_advantage, out};
+    return {logits, credit, transform, objective, read_zero_advantage, out};
 }
 
 void bind_arguments(py::module_& m) {
@@ -91,8 +105,11 @@ void bind_arguments(py::module_& m) {
              "advantages_S"_a, "advantages_R"_a, "weights_R"_a, "group_size"_a, "group_ids_S"_a, "sequence_ids_R"_a,
              "tokens_per_response"_a, "num_items"_a, "reduction"_a, "ignore_index"_a, "normalize"_a, "eps"_a,
              "singleton"_a);
+    py::class_<Objective>(m, "Objective")
+        .def(py::init(&make_objective), py::kw_only(), "surrogate"_a, "tau"_a, "rectify"_a, "clip_low"_a, "clip_high"_a,
+             "beta"_a, "entropy_coef"_a, "old_log_probs_R"_a, "ref_log_probs_R"_a);
     py::class_<RowCall>(m, "RowCall")
-        .def(py::init(&make_call), py::kw_only(), "logits"_a, "credit"_a, "transform"_a, "tau"_a, "rectify"_a,
+        .def(py::init(&make_call), py::kw_only(), "logits"_a, "credit"_a, "transform"_a, "objective"_a,
              "read_zero_advantage"_a, "loss"_a, "log_probs_R"_a, "coefficients_R"_a, "advantages_R"_a, "entropy_R"_a,
              "row_scale_R"_a, "gradient"_a);
 }
@@ -125,10 +142,10 @@ void shard_statistics(const LogitRows& logits, Address columns_R, Address read_R
 }
 
 void shard_gradient(const LogitRows& logits, const LogitRows& out, Address columns_R, Address log_pi_R, Address top_R,
-                    Address log_mass_R, Address scale_R, const Transform& transform, const std::string& instruction_set,
-                    int threads) {
-    const cpu::WholeRows given{to<const float>(log_pi_R), to<const float>(top_R), to<const float>(log_mass_R),
-                               to<const float>(scale_R)};
+                    Address log_mass_R, Address scale_R, Address tilt_R, Address entropy_R, const Transform& transform,
+                    const std::string& instruction_set, int threads) {
+    const cpu::WholeRows given{to<const float>(log_pi_R), to<const float>(top_R),  to<const float>(log_mass_R),
+                               to<const float>(scale_R),  to<const float>(tilt_R), to<const float>(entropy_R)};
     cpu::shard_gradient(logits, out, to<const std::int64_t>(columns_R), given, transform,
                         execution(instruction_set, threads));
 }
@@ -154,8 +171,8 @@ void bind_cpu(py::module_& m) {
           "transform"_a, "top_R"_a, "mass_R"_a, "gap_R"_a, "target_logit_R"_a, "instruction_set"_a = "",
           "threads"_a = 1, "A vocabulary shard's part of each row's softmax (float64), without the target.");
     m.def("shard_gradient", &shard_gradient, unlocked, py::kw_only(), "logits"_a, "out"_a, "columns_R"_a, "log_pi_R"_a,
-          "top_R"_a, "log_mass_R"_a, "scale_R"_a, "transform"_a, "instruction_set"_a = "", "threads"_a = 1,
-          "F7 on a vocabulary shard.");
+          "top_R"_a, "log_mass_R"_a, "scale_R"_a, "tilt_R"_a, "entropy_R"_a, "transform"_a, "instruction_set"_a = "",
+          "threads"_a = 1, "F7 on a vocabulary shard.");
     m.def("scale_rows", &scale_rows, unlocked, py::kw_only(), "gradient"_a, "out"_a, "row_scale_R"_a, "upstream"_a,
           "upstream_per_row"_a, "instruction_set"_a = "", "threads"_a = 1,
           "out = gradient * row_scale * upstream, rounded once.");

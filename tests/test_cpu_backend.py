@@ -98,6 +98,23 @@ def test_transforms_and_entropy(name, options):
     assert_close(result.coefficients_R, expected.coefficients_R, rtol=1e-5, atol=1e-30)
 
 
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_entropy_bonus(name, dtype):
+    """Loss and tilted gradient of every instruction set; a row with A = 0 has them too."""
+    case = problem(4, 3, 1009, dtype, std=2.0, softcap=20.0)
+    case.rewards[:2] = 0.5
+    call = replace(call_of(case), objective=Objective(entropy_coef=0.3))
+    expected = reference.run(replace(call, logits_STV=case.logits.float(), defer_scale=False))
+    result = cpu.run(call, name)
+    assert_close(result.loss, expected.loss, rtol=1e-5, atol=1e-8)
+    truth = expected.gradient_STV.double()
+    assert truth[0][case.mask[0]].ne(0).any(-1).all()
+    rounding = max(1.5 * torch.finfo(dtype).eps, 2e-5)
+    allowed = rounding * truth.abs().clamp(min=torch.finfo(torch.float16).tiny) + 1e-6 * truth.abs().amax(-1, True)
+    assert ((final_gradient(result, 1.0, name).double() - truth).abs() <= allowed).all()
+
+
 def hard_rows(vocabulary: int = 5000) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows on which a kernel that anchors its exponentials carelessly goes wrong."""
     generator = torch.Generator().manual_seed(5)

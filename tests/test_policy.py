@@ -12,7 +12,6 @@ from policy_cases import CLIPS, OBJECTIVES, PENALTIES, WITH_RATIO, assert_right,
 
 from gft_kernels import gft_loss, policy_loss
 
-pytestmark = pytest.mark.parametrize("backend", ["reference"])
 NAN, INF = float("nan"), float("inf")
 
 
@@ -43,7 +42,7 @@ def test_lengths_and_transforms(backend, objective, vocabulary, options):
     assert_right(case, loss, gradient, rtol=5e-5)
 
 
-def test_the_problem_has_rows_on_both_sides_of_every_clip(backend):
+def test_the_problem_has_rows_on_both_sides_of_every_clip():
     for objective in WITH_RATIO:
         case = problem(objective)
         _, stats = case.loss(backend="reference", return_stats=True)
@@ -54,7 +53,7 @@ def test_the_problem_has_rows_on_both_sides_of_every_clip(backend):
         assert (below & (a > 0)).any() and (below & (a < 0)).any()
 
 
-def test_the_truth_is_the_slope_of_its_own_value(backend):
+def test_the_truth_is_the_slope_of_its_own_value():
     """Finite differences of the oracle: the sign of the KL term and of the entropy bonus hang on it."""
     case = problem("grpo", 2, 2, 7, **PENALTIES)
 

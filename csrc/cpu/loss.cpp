@@ -71,7 +71,7 @@ RowView view_row(const RowCall& call, std::int64_t r, const RowKernels& kernels)
     const std::int64_t target = call.credit.targets_R[r];
     const double raw = read_element(row_of(call.logits, r), call.logits.dtype, target);
     const double logit = transformed(raw, call.transform);
-    const bool want_entropy = call.out.entropy_R != nullptr;
+    const bool want_entropy = needs_entropy(call.objective, call.out.entropy_R);
     const RowSoftmax row = read_row(call.logits, r, target, logit, call.transform, want_entropy, kernels);
     const double log_mass = std::log(row.all.mass);
     return {raw,
@@ -80,25 +80,25 @@ RowView view_row(const RowCall& call, std::int64_t r, const RowKernels& kernels)
             want_entropy ? entropy(log_mass, row.gap / row.all.mass) : 0.0};
 }
 
-struct GradientScale {
-    double stored;     // what the row's F7 is multiplied by before its transform's slope
-    double row_scale;  // what backward multiplies by
-};
-
-// fp16: a weight of 1/N times pi = 1e-6 is below the smallest half, so the row is stored at kFp16Peak instead.
-GradientScale split_scale(double scale, const RowCall& call) {
-    if (call.out.row_scale_R == nullptr) return {scale, 1.0};
-    const double slope = call.transform.logit_scale / call.transform.temperature;
-    if (scale == 0.0) return {0.0, 0.0};
-    return {std::copysign(kFp16Peak, scale * slope) / slope, std::fabs(scale * slope) / kFp16Peak};
+// fp16: a weight of 1/N times pi = 1e-6 is below the smallest half, so the row is stored at kFp16Peak instead. Returns
+// what backward multiplies the row by.
+double split_scales(RowScales<double>& scales, const Transform& t) {
+    const double size = row_size(scales.scale, scales.tilt, scales.entropy);
+    if (size == 0.0) return 0.0;
+    const double slope = std::fabs(t.logit_scale / t.temperature);
+    scales.scale = scales.scale / size * kFp16Peak / slope;
+    scales.tilt = scales.tilt / size * kFp16Peak / slope;
+    return size * slope / kFp16Peak;
 }
 
 void write_gradient(const void* row, void* out, const LogitRows& logits, std::int64_t target, const RowView& view,
-                    double scale, const Transform& t, const RowKernels& kernels) {
-    kernels.gradient(row, out, logits.dtype, logits.V, view.normaliser, scale, t);
+                    const RowScales<double>& scales, const Transform& t, const RowKernels& kernels) {
+    kernels.gradient(row, out, logits.dtype, logits.V, view.normaliser, scales, t);
     if (target < 0 || target >= logits.V) return;
     const double slope = transform_slope(view.target_logit, t.logit_scale, t.softcap, t.temperature);
-    write_element(out, logits.dtype, target, dlogit_target(view.log_pi, scale) * slope);
+    const double in_nats =
+        dlogit_target(view.log_pi, scales.scale) + dlogit_entropy(view.log_pi, scales.entropy, scales.tilt);
+    write_element(out, logits.dtype, target, in_nats * slope);
 }
 
 // Writes everything about row r; the row's loss in double is returned, for a sum that does not depend on threads.
@@ -106,30 +106,28 @@ double run_row(const RowCall& call, const RowCredit& credit, std::int64_t r, con
     const RowResults& out = call.out;
     const bool read = credit.live && (credit.advantage != 0.0f || call.read_zero_advantage);
     RowView view{};
-    RowCoefficient<double> row{};
-    double loss = 0.0, scale = 0.0;
+    RowTerms<double> row{};
+    RowScales<double> scales{};
     const std::int64_t target = call.credit.targets_R[r];
     if (read) {
         view = view_row(call, r, kernels);
-        row = row_coefficient(view.log_pi, static_cast<double>(credit.advantage), call.objective);
-        loss = credit.weight * token_loss(view.log_pi, row.kappa);
-        scale = credit.weight * row.kappa;
+        row = row_terms(view.log_pi, view.entropy, static_cast<double>(credit.advantage), r, call.objective);
+        scales = {credit.weight * row.kappa, credit.weight * call.objective.entropy_coef, view.entropy};
     }
     out.log_probs_R[r] = static_cast<float>(view.log_pi);
     out.coefficients_R[r] = static_cast<float>(row.coefficient);
     out.advantages_R[r] = credit.advantage;
     if (out.entropy_R != nullptr) out.entropy_R[r] = static_cast<float>(view.entropy);
-    const GradientScale split = split_scale(scale, call);
-    if (out.row_scale_R != nullptr) out.row_scale_R[r] = static_cast<float>(split.row_scale);
+    if (out.row_scale_R != nullptr) out.row_scale_R[r] = static_cast<float>(split_scales(scales, call.transform));
     if (out.gradient.data != nullptr) {
-        if (split.stored == 0.0) {
+        if (scales.scale == 0.0 && scales.tilt == 0.0) {
             write_zeros(out.gradient, r);
         } else {
-            write_gradient(row_of(call.logits, r), row_of(out.gradient, r), call.logits, target, view, split.stored,
+            write_gradient(row_of(call.logits, r), row_of(out.gradient, r), call.logits, target, view, scales,
                            call.transform, kernels);
         }
     }
-    return loss;
+    return credit.weight * row.loss;
 }
 
 }  // namespace
@@ -171,12 +169,12 @@ void shard_statistics(const LogitRows& logits, const std::int64_t* columns_R, co
 void shard_gradient(const LogitRows& logits, const LogitRows& out, const std::int64_t* columns_R,
                     const WholeRows& given, const Transform& t, const Execution& execution) {
     for_each_row(row_count(logits), logits.V, execution.threads, [&](std::int64_t r) {
-        if (given.scale_R[r] == 0.0f) return write_zeros(out, r);
+        const RowScales<double> scales{given.scale_R[r], given.tilt_R[r], given.entropy_R[r]};
+        if (scales.scale == 0.0 && scales.tilt == 0.0) return write_zeros(out, r);
         RowView view{0.0, given.log_pi_R[r], {given.top_R[r], given.log_mass_R[r]}, 0.0};
         const bool here = columns_R[r] >= 0 && columns_R[r] < logits.V;
         if (here) view.target_logit = read_element(row_of(logits, r), logits.dtype, columns_R[r]);
-        write_gradient(row_of(logits, r), row_of(out, r), logits, columns_R[r], view, given.scale_R[r], t,
-                       *execution.kernels);
+        write_gradient(row_of(logits, r), row_of(out, r), logits, columns_R[r], view, scales, t, *execution.kernels);
     });
 }
 

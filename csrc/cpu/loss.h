@@ -33,9 +33,9 @@ struct WholeRows {
     const float* log_pi_R;
     const float* top_R;
     const float* log_mass_R;
-    const float* scale_R;  // weight * kappa
+    const float *scale_R, *tilt_R, *entropy_R;  // RowScales
 };
-// F7 on a shard. A row of scale 0 is not read; its gradient is exactly 0.
+// F7 on a shard. A row whose scale and tilt are 0 is not read; its gradient is exactly 0.
 void shard_gradient(const LogitRows& logits, const LogitRows& out, const std::int64_t* columns_R,
                     const WholeRows& given, const Transform& transform, const Execution& execution);
 

@@ -24,20 +24,28 @@ namespace gft::cpu {
 namespace {
 
 // F7 away from the target, block by block; `out` may be `row`. The anchor is near the log-normaliser, so that neither
-// the powers nor the factor leave float's range; what its rounding leaves over is part of the factor.
-template <class T, class Warp>
-void write_gradient(const T* row, T* out, std::int64_t V, const Normaliser& given, double scale, const Warp& warp) {
+// the powers nor the factor leave float's range; what its rounding leaves over is part of the factor. With t near
+// log2 pi_v at hand, an entropy's tilt makes the factor linear in t: kTilted.
+template <bool kTilted, class T, class Warp>
+void write_gradient(const T* row, T* out, std::int64_t V, const Normaliser& given, const RowScales<double>& scales,
+                    const Warp& warp) {
     const double top = given.top / warp.unit, log_mass = given.log_mass / warp.unit;
     const Exponent exponent(warp.unit, static_cast<float>(top + log_mass));
-    const double left_over = std::exp2(exponent.k * (exponent.anchor - top - log_mass));
-    const Vec factor = Simd::all(static_cast<float>(scale * warp.slope() * left_over));
+    const double rest_of_t = exponent.k * (exponent.anchor - top - log_mass);  // log2 pi_v - t
+    const double size = warp.slope() * std::exp2(rest_of_t);
+    const double at_zero = kTilted ? scales.scale + scales.tilt * (scales.entropy + kLn2 * rest_of_t) : scales.scale;
+    const Vec factor = Simd::all(static_cast<float>(at_zero * size));
+    const Vec per_t = Simd::all(static_cast<float>(scales.tilt * kLn2 * size));
     const auto step = [&](const T* from, T* to) {
         Block<T> block(from);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             const Vec z = block.z[i];
             constexpr int kDegree = Degree<T>::gradient;
-            block.z[i] = warp.template bent<kDegree>(exp2<kDegree>(exponent(warp(z))) * factor, z);
+            const Vec t = exponent(warp(z));
+            Vec share = factor;
+            if constexpr (kTilted) share = Simd::fma(Simd::max(t, Simd::all(-200.0f)), per_t, factor);  // no -inf * 0
+            block.z[i] = warp.template bent<kDegree>(exp2<kDegree>(t) * share, z);
         }
         block.store(to);
     };
@@ -89,12 +97,15 @@ RowStatistics statistics_of_row(const void* row, Dtype dtype, std::int64_t V, st
 }
 
 void gradient_of_row(const void* row, void* out, Dtype dtype, std::int64_t V, const Normaliser& normaliser,
-                     double scale, const Transform& transform) {
+                     const RowScales<double>& scales, const Transform& transform) {
     const FlushDenormals flush;
     with_dtype(dtype, [&](auto element) {
         using T = decltype(element);
         with_warp(transform, [&](const auto& warp) {
-            write_gradient(static_cast<const T*>(row), static_cast<T*>(out), V, normaliser, scale, warp);
+            const T* logits = static_cast<const T*>(row);
+            T* gradient = static_cast<T*>(out);
+            if (scales.tilt == 0.0) return write_gradient<false>(logits, gradient, V, normaliser, scales, warp);
+            write_gradient<true>(logits, gradient, V, normaliser, scales, warp);
         });
     });
 }

@@ -25,10 +25,10 @@ struct RowKernels {
     RowStatistics (*statistics)(const void* row, Dtype dtype, std::int64_t V, std::int64_t skipped, double least_top,
                                 const Transform& transform, bool want_gap);
 
-    // F7 away from the target: out[v] = scale * pi_v * dz_v/dlogit, pi_v = e^(z_v - top - log_mass). `out` may be
-    // `row`.
+    // F7 away from the target: out[v] = pi_v * (scale + tilt * (log pi_v + H)) * dz_v/dlogit, with
+    // pi_v = e^(z_v - top - log_mass). `out` may be `row`.
     void (*gradient)(const void* row, void* out, Dtype dtype, std::int64_t V, const Normaliser& normaliser,
-                     double scale, const Transform& transform);
+                     const RowScales<double>& scales, const Transform& transform);
 
     // out[v] = factor * row[v], rounded once. `out` may be `row`.
     void (*scale)(const void* row, void* out, Dtype dtype, std::int64_t V, float factor);

@@ -22,6 +22,7 @@ enum class Reduction : int { token_mean, sequence_mean, sum, none };
 enum class Normalize : int { std, mean, leave_one_out };
 enum class Singleton : int { reward, zero };
 enum class Rectify : int { all, positive };
+enum class Surrogate : int { gft, grpo, cispo };
 
 // An fp16 gradient row is stored at this size before its row scale; half the range (65504) is left free.
 constexpr float kFp16Peak = 16384.0f;
@@ -68,10 +69,15 @@ struct Transform {
     double logit_scale, softcap, temperature;
 };
 
-// What tells one token-level objective from another: only how kappa follows from (log pi, A).
+// What tells one token-level objective from another: how kappa and the loss follow from log pi and A.
 struct Objective {
-    double tau;
+    double tau;  // gft
     Rectify rectify;
+    Surrogate surrogate;
+    double clip_low, clip_high;    // of rho: grpo; cispo has the upper one
+    double beta, entropy_coef;     // weights of the k3 penalty and of the entropy bonus
+    const float* old_log_probs_R;  // of rho; null: on-policy, rho = 1
+    const float* ref_log_probs_R;  // of k3; read where beta is not 0
 };
 
 // Where the results go. Per-row arrays are contiguous, R long.
@@ -85,13 +91,26 @@ struct RowResults {
     LogitRows gradient;  // data null: not wanted; data equal to the logits': in place
 };
 
+// Whether a row's entropy is needed, for the caller or for the loss.
+GFT_HD bool needs_entropy(const Objective& objective, const float* entropy_R) {
+    return entropy_R != nullptr || objective.entropy_coef != 0.0;
+}
+
+// What F7 multiplies the parts of a row by; where scale and tilt are 0 the gradient is exactly 0.
+template <class Real>
+struct RowScales {
+    Real scale;    // weight * kappa: of pi_v - 1[v = y]
+    Real tilt;     // weight * lambda: of pi_v * (log pi_v + H)
+    Real entropy;  // H in nats
+};
+
 // One loss over logits.
 struct RowCall {
     LogitRows logits;
     Credit credit;
     Transform transform;
     Objective objective;
-    bool read_zero_advantage;  // live rows with A = 0 are read as well, for their statistics
+    bool read_zero_advantage;  // live rows with A = 0 are read as well: for their statistics, or for a penalty
     RowResults out;
 };
 

@@ -23,9 +23,10 @@ struct Group {       // the rewards of one group
 };
 
 template <class Real>
-struct RowCoefficient {
-    Real coefficient;  // C(pi)
-    Real kappa;        // A * C(pi)
+struct RowTerms {
+    Real coefficient;  // C(pi), or what another surrogate has in its place
+    Real kappa;        // A * coefficient, and what a penalty adds
+    Real loss;
 };
 
 template <class Real>
@@ -169,19 +170,38 @@ GFT_HD Real kappa(Real advantage, Real coefficient) {
     return advantage == Real(0) ? Real(0) : advantage * coefficient;
 }
 
-// C and kappa of one row: the only place that knows the objective. Another objective of the family is another body
-// here.
-template <class Real>
-GFT_HD RowCoefficient<Real> row_coefficient(Real log_pi, Real advantage, Objective objective) {
-    const Real tau = row_tau(advantage, Real(objective.tau), objective.rectify == Rectify::all);
-    const Real c = coefficient(log_pi, tau);
-    return {c, kappa(advantage, c)};
-}
-
 // F6: loss = -kappa * log pi, 0 where kappa = 0 (the limit of pi*log pi, never 0*inf).
 template <class Real>
 GFT_HD Real token_loss(Real log_pi, Real kappa) {
     return kappa == Real(0) ? Real(0) : -kappa * log_pi;
+}
+
+// F4, kappa and F6 of row r: the only place that knows one objective from another.
+template <class Real>
+GFT_HD RowTerms<Real> row_terms(Real log_pi, Real entropy, Real advantage, std::int64_t r, const Objective& o) {
+    RowTerms<Real> row{};
+    if (o.surrogate == Surrogate::gft) {
+        row.coefficient = coefficient(log_pi, row_tau(advantage, Real(o.tau), o.rectify == Rectify::all));
+    } else {
+        const Real low = Real(o.clip_low), high = Real(o.clip_high);
+        const Real old_log_pi = o.old_log_probs_R == nullptr ? log_pi : Real(o.old_log_probs_R[r]);
+        const Real ratio = std::exp(log_ratio(log_pi, old_log_pi));
+        if (o.surrogate == Surrogate::grpo) {
+            row.coefficient = clipped_coefficient(ratio, advantage, low, high);
+            row.loss = clipped_loss(ratio, advantage, low, high);
+        } else {
+            row.coefficient = capped_coefficient(ratio, high);
+        }
+    }
+    row.kappa = kappa(advantage, row.coefficient);
+    if (o.surrogate != Surrogate::grpo) row.loss = token_loss(log_pi, row.kappa);
+    if (o.beta != 0.0) {
+        const Real u = log_ratio(Real(o.ref_log_probs_R[r]), log_pi);
+        row.kappa += Real(o.beta) * kl_kappa(u);
+        row.loss += Real(o.beta) * kl_loss(u);
+    }
+    if (o.entropy_coef != 0.0) row.loss -= Real(o.entropy_coef) * entropy;
+    return row;
 }
 
 // F7 away from the target: scale * pi_v with scale = weight*kappa; exactly 0 where scale = 0.

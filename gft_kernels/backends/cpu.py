@@ -24,8 +24,6 @@ def absent() -> str | None:
 
 def refuses(call: RowCall) -> str | None:
     """Why this backend cannot serve a call."""
-    if call.objective.surrogate != "gft" or call.objective.acts_without_advantage:
-        return "these kernels know gft without penalties only"
     logits = call.logits_STV
     if logits.device.type != "cpu":
         return f"logits are on {logits.device}, and these kernels read the memory of the CPU"
@@ -93,12 +91,12 @@ def shard_statistics(
         transform=_extension.transform(call.logit_scale, call.softcap, call.temperature),
         top_R=_extension.address(top_R),
         mass_R=_extension.address(mass_R),
-        gap_R=_extension.address(gap_R if call.want_entropy else None),
+        gap_R=_extension.address(gap_R if call.needs_entropy else None),
         target_logit_R=_extension.address(target_logit_R),
         instruction_set=instruction_set,
         threads=torch.get_num_threads(),
     )
-    return ShardStatistics(top_R, mass_R, gap_R if call.want_entropy else None, target_logit_R)
+    return ShardStatistics(top_R, mass_R, gap_R if call.needs_entropy else None, target_logit_R)
 
 
 def shard_gradient(
@@ -112,9 +110,10 @@ def shard_gradient(
     entropy_R: Tensor,
     instruction_set: str = FASTEST,
 ) -> Tensor:
-    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass and scale = weight·kappa, float32 (R,).
+    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass, scale = weight·kappa, tilt =
+    weight·lambda and entropy, float32 (R,).
 
-    A row of scale 0 is not read; its gradient is exactly 0.
+    A row whose scale and tilt are 0 is not read; its gradient is exactly 0.
     """
     logits = call.logits_STV.detach()
     out = _gradient_for(logits, call.inplace)
@@ -126,6 +125,8 @@ def shard_gradient(
         top_R=_extension.address(top_R),
         log_mass_R=_extension.address(log_mass_R),
         scale_R=_extension.address(scale_R),
+        tilt_R=_extension.address(tilt_R),
+        entropy_R=_extension.address(entropy_R),
         transform=_extension.transform(call.logit_scale, call.softcap, call.temperature),
         instruction_set=instruction_set,
         threads=torch.get_num_threads(),

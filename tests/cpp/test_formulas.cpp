@@ -36,17 +36,43 @@ void test_log_prob(Real tolerance) {
 }
 
 void test_coefficients() {
-    const Objective all{0.7, Rectify::all}, positive{0.7, Rectify::positive};
+    Objective all{}, positive{};
+    all.tau = positive.tau = 0.7;
+    positive.rectify = Rectify::positive;
     CHECK(coefficient(std::log(0.7), 0.7) == 1.0);  // at pi = tau the weight is 1
     CHECK(coefficient(-kInf, 0.0) == 1.0);          // tau = 0 is SFT, also where pi = 0
     CHECK(coefficient(-kInf, 0.7) == 0.0);
     CHECK(std::isnan(coefficient(double{NAN}, 0.7)));
-    CHECK(is_near(row_coefficient(std::log(0.2), -2.0, all).kappa, -0.4, 1e-15));
-    CHECK(row_coefficient(std::log(0.2), -2.0, positive).kappa == -2.0);
+    CHECK(is_near(row_terms(std::log(0.2), 0.0, -2.0, 0, all).kappa, -0.4, 1e-15));
+    CHECK(row_terms(std::log(0.2), 0.0, -2.0, 0, positive).kappa == -2.0);
     CHECK(token_loss(-kInf, 0.0) == 0.0);  // the limit of pi log pi
     CHECK(token_loss(-kInf, 1.0) == kInf);
     CHECK(dlogit_other(double{NAN}, 0.0) == 0.0 && dlogit_target(double{NAN}, 0.0) == 0.0);
     CHECK(is_near(dlogit_target(-1e-12, 2.0), -2e-12, 1e-12));
+}
+
+// grpo with everything on: rho = 2, A on both sides of its clip and 0, k3 at u = log 2, entropy 3.
+void test_objectives() {
+    const float old_log_probs[] = {std::log(0.1f)}, ref_log_probs[] = {std::log(0.4f)};
+    Objective o{};
+    o.surrogate = Surrogate::grpo;
+    o.clip_low = o.clip_high = 0.2;
+    o.old_log_probs_R = old_log_probs;
+    const double log_pi = std::log(0.2);
+    CHECK(row_terms(log_pi, 3.0, 1.0, 0, o).kappa == 0.0);  // clipped
+    CHECK(is_near(row_terms(log_pi, 3.0, 1.0, 0, o).loss, -1.2, 1e-6));
+    CHECK(is_near(row_terms(log_pi, 3.0, -1.0, 0, o).kappa, -2.0, 1e-6));
+    CHECK(is_near(row_terms(log_pi, 3.0, -1.0, 0, o).loss, 2.0, 1e-6));
+    o.beta = 0.5;
+    o.entropy_coef = 0.25;
+    o.ref_log_probs_R = ref_log_probs;
+    const auto penalties = row_terms(log_pi, 3.0, 0.0, 0, o);
+    CHECK(is_near(penalties.kappa, 0.5 * (2.0 - 1.0), 1e-6));
+    CHECK(is_near(penalties.loss, 0.5 * (2.0 - 1.0 - std::log(2.0)) - 0.25 * 3.0, 1e-6));
+    o.surrogate = Surrogate::cispo;
+    CHECK(is_near(row_terms(log_pi, 3.0, 2.0, 0, o).coefficient, 1.2, 1e-6));
+    o.old_log_probs_R = nullptr;
+    CHECK(row_terms(-kInf, 3.0, 2.0, 0, o).coefficient == 1.0);  // on-policy, also where pi = 0
 }
 
 void test_advantages() {
@@ -79,6 +105,7 @@ void test_formulas() {
     test_log_prob<double>(1e-14);
     test_log_prob<float>(1e-6f);
     test_coefficients();
+    test_objectives();
     test_advantages();
     test_transforms();
 }

@@ -38,12 +38,16 @@ void test_row(const RowKernels& kernels, const std::vector<float>& row, const Tr
     }
     CHECK(std::fabs(found.gap - gap) <= 1e-5 * (found.mass + std::fabs(gap)));
     std::vector<float> gradient(row.size() + 1, 123.0f);
-    kernels.gradient(row.data(), gradient.data(), Dtype::f32, V, {state.top, std::log(state.mass)}, -3.0, t);
-    for (std::int64_t v = 0; v < V; ++v) {
-        const double slope = transform_slope<double>(row[v], t.logit_scale, t.softcap, t.temperature);
-        const double pi = std::exp(nats(row[v], t) - state.top - std::log(state.mass));
-        const double truth = -3.0 * pi * slope;
-        CHECK(std::fabs(gradient[v] - truth) <= 1e-5 * std::fabs(truth) + 1e-36);  // float denormals are flushed
+    for (const RowScales<double>& scales : {RowScales<double>{-3.0, 0.0, 0.0}, RowScales<double>{-3.0, 0.7, 2.5}}) {
+        kernels.gradient(row.data(), gradient.data(), Dtype::f32, V, {state.top, std::log(state.mass)}, scales, t);
+        for (std::int64_t v = 0; v < V; ++v) {
+            const double slope = transform_slope<double>(row[v], t.logit_scale, t.softcap, t.temperature);
+            const double log_pi = nats(row[v], t) - state.top - std::log(state.mass), pi = std::exp(log_pi);
+            const double tilted = dlogit_entropy(log_pi, scales.entropy, scales.tilt);
+            const double truth = (dlogit_other(log_pi, scales.scale) + tilted) * slope;
+            const double parts = (3.0 * pi + std::fabs(tilted)) * std::fabs(slope);  // they may cancel
+            CHECK(std::fabs(gradient[v] - truth) <= 1e-5 * parts + 1e-36);           // float denormals are flushed
+        }
     }
     CHECK(gradient.back() == 123.0f);  // nothing is written past the row
 }
