@@ -15,7 +15,7 @@ from test_trainer import Gradients
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'gft-kernels[trl]'")
 
-import trl_rig  # noqa: E402
+import trl_rig
 
 WORLD = 2
 ROWS = {"grpo": rig.rows(8), "sft": trl_rig.sft_rows(8)}

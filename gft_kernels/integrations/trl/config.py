@@ -64,7 +64,8 @@ class GFTConfig(GRPOConfig):
                 f"per_device_train_batch_size * steps_per_generation must be a multiple of num_generations = {size}, "
                 f"got {here}; groups must be whole on each process."
             )
-        checks.check_objective(self.tau, self.rectify, self.temperature, None, None)
+        checks.gft_objective(self.tau, self.rectify)
+        checks.check_transform(self.temperature, None, None)
         checks.check_normalisation(self.normalize, self.advantage_eps, "zero")
         checks.one_of("reduction", self.reduction, MEAN_REDUCTIONS)
         checks.one_of("backend", self.backend, BACKENDS)
@@ -84,7 +85,7 @@ class GFTSFTConfig(SFTConfig):
     def __post_init__(self):
         super().__post_init__()
         refuse_changed(self, SFTConfig, OF_SFT, "TRL's own loss, in whose place GFT's stands; choose by tau")
-        checks.check_objective(self.tau, "all", 1.0, None, None)
+        checks.gft_objective(self.tau, "all")
         checks.one_of("backend", self.backend, BACKENDS)
 
 
