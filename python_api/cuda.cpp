@@ -41,9 +41,10 @@ void shard_statistics(const LogitRows& logits, Address columns_R, Address read_R
 }
 
 void shard_gradient(const LogitRows& logits, const LogitRows& out, Address columns_R, Address log_pi_R, Address top_R,
-                    Address log_mass_R, Address scale_R, const Transform& transform, int device, Address stream) {
-    const cuda::ShardGradient agreed{to<const float>(log_pi_R), to<const float>(top_R), to<const float>(log_mass_R),
-                                     to<const float>(scale_R)};
+                    Address log_mass_R, Address scale_R, Address tilt_R, Address entropy_R, const Transform& transform,
+                    int device, Address stream) {
+    const cuda::ShardGradient agreed{to<const float>(log_pi_R), to<const float>(top_R),  to<const float>(log_mass_R),
+                                     to<const float>(scale_R),  to<const float>(tilt_R), to<const float>(entropy_R)};
     raise_failure(
         cuda::shade_shard(logits, to<const std::int64_t>(columns_R), agreed, transform, out, place_of(device, stream)));
 }
@@ -64,7 +65,8 @@ void bind_cuda(py::module_& parent) {
           "transform"_a, "top_R"_a, "mass_R"_a, "gap_R"_a, "target_logit_R"_a, "device"_a, "stream"_a,
           "A vocabulary shard's part of each row's softmax, without the target.");
     m.def("shard_gradient", &shard_gradient, unlocked, py::kw_only(), "logits"_a, "out"_a, "columns_R"_a, "log_pi_R"_a,
-          "top_R"_a, "log_mass_R"_a, "scale_R"_a, "transform"_a, "device"_a, "stream"_a, "F7 on a vocabulary shard.");
+          "top_R"_a, "log_mass_R"_a, "scale_R"_a, "tilt_R"_a, "entropy_R"_a, "transform"_a, "device"_a, "stream"_a,
+          "F7 on a vocabulary shard.");
 }
 
 }  // namespace gft::python_api

@@ -21,6 +21,7 @@ from gft_kernels.options import RowCall, RowResult
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("token-mean", "sequence-mean", "sum", "none")
+SURROGATES = ("gft", "grpo", "cispo")
 NORMALIZE = ("std", "mean", "leave-one-out")
 
 pointer, i64, i32, f64 = c.c_void_p, c.c_int64, c.c_int, c.c_double
@@ -40,7 +41,10 @@ Credit = structure(
     tokens_per_response=i64, num_items=pointer, reduction=i32, normalize=i32, singleton=i32, eps=f64, ignore_index=i64,
 )  # fmt: skip
 Transform = structure("Transform", logit_scale=f64, softcap=f64, temperature=f64)
-Objective = structure("Objective", tau=f64, rectify=i32)
+Objective = structure(
+    "Objective", tau=f64, rectify=i32, surrogate=i32, clip_low=f64, clip_high=f64, beta=f64, entropy_coef=f64,
+    old_log_probs_R=pointer, ref_log_probs_R=pointer,
+)  # fmt: skip
 RowResults = structure(
     "RowResults", loss=pointer, log_probs_R=pointer, coefficients_R=pointer, advantages_R=pointer, entropy_R=pointer,
     row_scale_R=pointer, gradient=LogitRows,
@@ -53,7 +57,8 @@ ScaleTask = structure(
     "ScaleTask", gradient=LogitRows, scaled=LogitRows, row_scale_R=pointer, upstream=pointer, per_row=c.c_bool
 )
 ShardStatistics = structure("ShardStatistics", top_R=pointer, mass_R=pointer, gap_R=pointer, target_logit_R=pointer)
-ShardGradient = structure("ShardGradient", log_pi_R=pointer, top_R=pointer, log_mass_R=pointer, scale_R=pointer)
+ShardGradient = structure("ShardGradient", log_pi_R=pointer, top_R=pointer, log_mass_R=pointer, scale_R=pointer,
+                          tilt_R=pointer, entropy_R=pointer)  # fmt: skip
 NativeChoice = structure("NativeChoice", blocks=i32, threads=i32, grid=i32, seed=c.c_uint)
 Machine = structure("Machine", multiprocessors=i32, shared_per_multiprocessor=i32, shared_per_block=i32,
                     shared_reserved=i32, max_cluster=i32)  # fmt: skip
@@ -128,7 +133,7 @@ class Backend:
         entropy, row_scale = out["entropy"] if call.want_entropy else None, out["scale"] if call.defer_scale else None
         native = NativeCall(
             rows(logits, logits), self.credit(credit, responses), self.transform(call),
-            Objective(call.objective.tau, call.objective.rectify != "all"), call.reads_every_live_row,
+            self.objective(call.objective), call.reads_every_live_row,
             RowResults(at(loss), at(out["log_probs"]), at(out["coefficients"]), at(out["advantages"]), at(entropy),
                        at(row_scale), rows(gradient, logits)),
         )  # fmt: skip
@@ -161,13 +166,21 @@ class Backend:
 
     def shard_gradient(self, call: RowCall, columns_R: torch.Tensor, *agreed: torch.Tensor) -> torch.Tensor:
         logits = call.logits_STV
+        agreed = agreed if call.objective.entropy_coef else (*agreed[:4], None, None)
         gradient = logits if call.inplace else self.empty_like(logits)
         ran = library().emulate_shade_shard(
-            c.byref(rows(logits, logits)), pointer(at(columns_R)), c.byref(ShardGradient(*map(at, agreed[:4]))),
+            c.byref(rows(logits, logits)), pointer(at(columns_R)), c.byref(ShardGradient(*map(at, agreed))),
             c.byref(self.transform(call)), c.byref(rows(gradient, logits)), c.byref(self.choice),
         )  # fmt: skip
         assert ran, "every thread waits for another"
         return gradient
+
+    @staticmethod
+    def objective(o) -> Objective:
+        return Objective(
+            o.tau, o.rectify != "all", SURROGATES.index(o.surrogate), o.clip_low, o.clip_high, o.beta, o.entropy_coef,
+            at(o.old_log_probs_R), at(o.ref_log_probs_R),
+        )  # fmt: skip
 
     @staticmethod
     def transform(call: RowCall) -> Transform:

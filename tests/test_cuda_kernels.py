@@ -8,9 +8,11 @@ from __future__ import annotations
 import cuda_on_host
 import pytest
 import test_loss as semantics
+import test_policy as policy
 import torch
 from cases import DTYPES
 from cuda_on_host import Backend
+from policy_cases import OBJECTIVES, PENALTIES, WITH_RATIO
 
 from gft_kernels import registry
 from gft_kernels.options import Credit, RowCall
@@ -97,6 +99,45 @@ def test_credit(launch):
 def test_statistics(launch, want_gradient):
     semantics.test_statistics("cuda", CPU, want_gradient, torch.float32)
     semantics.test_entropy_skips_banned_tokens("cuda", CPU)
+
+
+@pytest.mark.parametrize("penalties", [{}, PENALTIES], ids=["plain", "penalties"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objectives(launch, objective, penalties):
+    policy.test_every_objective("cuda", objective, penalties, torch.float32)
+    if objective in ("gft", "grpo"):
+        for dtype in (torch.bfloat16, torch.float16):
+            policy.test_every_objective("cuda", objective, penalties, dtype)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "options"),
+    [(1, {}), (7, {"temperature": 0.6}), (1003, {"softcap": 5.0}), (301, {"logit_scale": -0.5})],
+)
+def test_objectives_at_any_length(launch, vocabulary, options):
+    policy.test_lengths_and_transforms("cuda", "dapo", vocabulary, options)
+
+
+def test_edges_of_the_objectives(launch):
+    for advantage in (1.5, -1.5):
+        policy.test_at_the_edge_of_the_clip_the_gradient_still_flows("cuda", advantage)
+    for objective in WITH_RATIO:
+        policy.test_on_policy_the_ratio_is_one_and_its_gradient_flows("cuda", objective)
+        policy.test_masked_rows_may_hold_anything("cuda", objective)
+        policy.test_a_banned_target("cuda", objective, -2.0)
+    for penalties in ({}, {"beta": 0.3}, {"entropy_coef": 0.2}):
+        policy.test_without_advantage_only_the_penalties_act("cuda", "grpo", penalties)
+    policy.test_a_banned_token_has_no_entropy_gradient("cuda")
+    policy.test_a_ratio_that_overflows("cuda")
+    for bad in ("old", "ref", "logits"):
+        policy.test_a_bad_live_row_is_reported_in_that_row_only("cuda", bad)
+
+
+def test_what_is_reported_of_an_objective(launch):
+    policy.test_gft_by_name_is_gft_loss_to_the_bit("cuda", True)
+    policy.test_statistics("cuda", "cispo")
+    for entropy_coef in (0.0, 0.5):
+        policy.test_fp16_survives_a_gradient_scaler("cuda", entropy_coef)
 
 
 @pytest.mark.parametrize("blocks", [0, 4])

@@ -58,12 +58,12 @@ cluster_row(const RowTask task, const int capacity) {
         const auto* logits = reinterpret_cast<const uint4*>(next.logits + next.first);
         for (int s = 0; s < kStages; ++s) {
             for (int i = s * stage + thread_index(); i < (s + 1) * stage && i < capacity; i += thread_count()) {
-                if (i < part.vectors) shade_vector(part, i, slots[i], verdict, task.view);
+                if (i < part.vectors) shade_vector<kEntropy>(part, i, slots[i], verdict, task.view);
                 if (i < next.vectors) copy_async(slots + i, logits + i);
             }
             commit_copies();
         }
-        shade_edge(part, verdict, task.view);
+        shade_edge<kEntropy>(part, verdict, task.view);
         if (!next.read)
             return;  // nobody reads this block's shared memory any more: the others passed the barrier below
         part = next;

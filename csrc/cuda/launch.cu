@@ -161,7 +161,8 @@ Outcome run_rows(const RowCall& call, void* workspace, Place place) {
     task.row_scale_R = call.out.row_scale_R;
     done = with_type(call.logits.dtype, [&](auto type) {
         using T = decltype(type);
-        return task.entropy_R != nullptr ? run_logits<T, true>(task, place) : run_logits<T, false>(task, place);
+        const bool entropy = needs_entropy(task.objective, task.entropy_R);
+        return entropy ? run_logits<T, true>(task, place) : run_logits<T, false>(task, place);
     });
     if (done.code != 0 || per_row) return done;
     return launch("launching sum_losses", sum_losses, {1, kSumThreads, kMaxWarps * sizeof(double), 1}, place,
@@ -198,7 +199,9 @@ Outcome shade_shard(const LogitRows& logits, const std::int64_t* columns_R, cons
     if (chosen.code != 0) return chosen;
     const ShardTask task{logits, gradient, columns_R, nullptr, view_of(transform), {}, agreed};
     return with_type(logits.dtype, [&](auto type) {
-        return launch("launching shade_shard_row", shade_shard_row<decltype(type)>,
+        using T = decltype(type);
+        return launch("launching shade_shard_row",
+                      agreed.tilt_R != nullptr ? shade_shard_row<T, true> : shade_shard_row<T, false>,
                       block_per_row(row_count(logits), kTwoPassThreads, 0), place, task);
     });
 }

@@ -48,12 +48,14 @@ struct ShardStatistics {
     float* target_logit_R;  // transformed; 0 where the target is on another device
 };
 
-// What the devices agreed on, R long: the whole row's log pi, top, log mass; scale = weight * kappa.
+// What the devices agreed on, R long: the whole row's log pi, top, log mass and RowScales.
 struct ShardGradient {
     const float* log_pi_R;
     const float* top_R;
     const float* log_mass_R;
-    const float* scale_R;  // 0: the row is not read and its gradient is 0
+    const float* scale_R;
+    const float* tilt_R;     // null: no entropy bonus; where it and scale are 0 the row is not read, its gradient is 0
+    const float* entropy_R;  // null with tilt_R
 };
 
 // columns_R: the target's column on this device, or anything outside [0, V). Rows with read_R false keep the neutral

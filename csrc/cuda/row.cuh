@@ -115,11 +115,25 @@ GFT_DEVICE void observe_others(Softmax& state, float (&logits)[kSize], bool targ
     observe<kEntropy>(state, logits, view.slope);
 }
 
-// How a row's gradient is written: factor * 2^(z - anchor) away from the target. Nobody divides by the mass again.
+// How a row's gradient is written: (factor + tilt * t) * 2^t with t = z - anchor, away from the target. Nobody divides
+// by the mass again.
 struct Verdict {
-    float anchor, factor, at_target;
-    bool silent;  // scale 0: the gradient is exactly 0, also where the logits are NaN
+    float anchor, factor, tilt, at_target;
+    bool silent;  // scale and tilt 0: the gradient is exactly 0, also where the logits are NaN
 };
+
+// F7 at the target, before the transform's curve.
+template <bool kEntropy>
+GFT_DEVICE float at_target(float log_pi, const RowScales<float>& scales) {
+    const float pull = dlogit_target(log_pi, scales.scale);
+    return kEntropy ? pull + dlogit_entropy(log_pi, scales.entropy, scales.tilt) : pull;
+}
+
+// F7 at t = z - anchor. A banned token has t = -inf, and 2^-200 is 0 as well.
+template <bool kEntropy>
+GFT_DEVICE float share(float t, const Verdict& verdict) {
+    return (kEntropy ? fmaf(verdict.tilt, fmaxf(t, -200.0f), verdict.factor) : verdict.factor) * exp2_fast(t);
+}
 
 // F3, F4, F6 and the row's share of F7 from the softmax of everything but the target. The leader writes them down.
 template <bool kEntropy, class T>
@@ -132,54 +146,68 @@ GFT_DEVICE Verdict settle(const RowTask& task, const Part<T>& part, Softmax othe
     const bool spoilt = part.target < 0 || all.mass != all.mass;
     const float log_pi = spoilt ? NAN : log_prob(gap, State<float>{0.0f, others.mass});
 
-    const RowCoefficient<float> row = row_coefficient(log_pi, part.advantage, task.objective);
-    const float scale = part.weight * row.kappa * task.view.chain;
-    const bool silent = scale == 0.0f;
-    const float stored = task.row_scale_R == nullptr || silent ? scale : copysignf(kFp16Peak, scale);
+    const float mean_gap = kEntropy ? kLn2 * all.gap / all.mass : 0.0f;
+    RowScales<float> scales{};
+    if (kEntropy) scales.entropy = entropy(logf(all.mass), mean_gap);
+    const RowTerms<float> row = row_terms(log_pi, scales.entropy, part.advantage, part.row, task.objective);
+    scales.scale = part.weight * row.kappa * task.view.chain;
+    if (kEntropy) scales.tilt = part.weight * static_cast<float>(task.objective.entropy_coef) * task.view.chain;
+    const bool silent = scales.scale == 0.0f && scales.tilt == 0.0f;
+    const float size = row_size(scales.scale, scales.tilt, scales.entropy);
     if (leader) {
-        task.loss_R[part.row] = part.weight * token_loss(log_pi, row.kappa);
+        task.loss_R[part.row] = part.weight * row.loss;
         task.log_probs_R[part.row] = log_pi;
         task.coefficients_R[part.row] = row.coefficient;
-        if (kEntropy) task.entropy_R[part.row] = entropy(logf(all.mass), kLn2 * all.gap / all.mass);
-        if (task.row_scale_R != nullptr) task.row_scale_R[part.row] = fabsf(scale) * (1.0f / kFp16Peak);
+        if (kEntropy && task.entropy_R != nullptr) task.entropy_R[part.row] = scales.entropy;
+        if (task.row_scale_R != nullptr) task.row_scale_R[part.row] = size * (1.0f / kFp16Peak);
     }
+    if (task.row_scale_R != nullptr && !silent) {
+        scales.scale = scales.scale / size * kFp16Peak;
+        scales.tilt = scales.tilt / size * kFp16Peak;
+    }
+    Verdict verdict{};
+    verdict.anchor = all.top;
+    verdict.factor = spoilt ? NAN : (scales.scale - scales.tilt * mean_gap) / all.mass;  // log pi_v + H = t - mean_gap
+    verdict.tilt = kLn2 * scales.tilt / all.mass;
     const float curve = task.view.bent ? bend_one(part.target_logit, task.view).curve : 1.0f;
-    return {all.top, spoilt ? NAN : stored / all.mass, dlogit_target(log_pi, stored) * curve, silent};
+    verdict.at_target = at_target<kEntropy>(log_pi, scales) * curve;
+    verdict.silent = silent;
+    return verdict;
 }
 
 // F7 away from the target, over one vector or edge element: logits in, gradient out.
-template <int kSize>
+template <bool kEntropy, int kSize>
 GFT_DEVICE void shade(float (&values)[kSize], const Verdict& verdict, const View& view) {
     if (view.bent) {
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
             const Bent bent = bend_one(values[j], view);
-            values[j] = verdict.factor * bent.curve * exp2_fast(bent.z - verdict.anchor);
+            values[j] = bent.curve * share<kEntropy>(bent.z - verdict.anchor, verdict);
         }
     } else {
 #pragma unroll
         for (int j = 0; j < kSize; ++j)
-            values[j] = verdict.factor * exp2_fast(fmaf(values[j], view.slope, -verdict.anchor));
+            values[j] = share<kEntropy>(fmaf(values[j], view.slope, -verdict.anchor), verdict);
     }
 #pragma unroll
     for (int j = 0; j < kSize; ++j) values[j] = verdict.silent ? 0.0f : values[j];
 }
 
 // The gradient of this thread's edge element.
-template <class T>
+template <bool kEntropy, class T>
 GFT_DEVICE void shade_edge(const Part<T>& part, const Verdict& verdict, const View& view) {
     if (part.edge < 0) return;
     float value[1] = {part.edge_logit};
-    shade(value, verdict, view);
+    shade<kEntropy>(value, verdict, view);
     narrow(part.gradient + part.edge, part.edge == part.target ? verdict.at_target : value[0]);
 }
 
 // The gradient of vector i of the part, whose logits are `logits`.
-template <class T>
+template <bool kEntropy, class T>
 GFT_DEVICE void shade_vector(const Part<T>& part, int i, uint4 logits, const Verdict& verdict, const View& view) {
     float values[kWidth<T>];
     unpack(logits, values, T{});
-    shade(values, verdict, view);
+    shade<kEntropy>(values, verdict, view);
     if (i == target_vector(part)) put(values, target_lane(part), verdict.at_target);
     write_vector(part.gradient + part.first, i, values, part.aligned);
 }

@@ -60,29 +60,37 @@ observe_shard_row(const ShardTask task) {
     }
 }
 
-template <class T>
+template <class T, bool kEntropy>
 GFT_KERNEL(kTwoPassThreads, 1)
 shade_shard_row(const ShardTask task) {
     const ShardGradient& agreed = task.agreed;
     for (long long row = block_index(); row < row_count(task.logits); row += block_count()) {
         Part<T> part = open_shard<T>(task, row);
-        const float scale = agreed.scale_R[row] * task.view.chain;
+        RowScales<float> scales{agreed.scale_R[row] * task.view.chain, 0.0f, 0.0f};
+        if (kEntropy) {
+            scales.tilt = agreed.tilt_R[row] * task.view.chain;
+            scales.entropy = agreed.entropy_R[row];
+        }
         const double top = agreed.top_R[row] * kLog2EDouble;
         Verdict verdict{};
         verdict.anchor = static_cast<float>(top);
-        verdict.factor = scale * expf(-agreed.log_mass_R[row]) * exp2f(static_cast<float>(verdict.anchor - top));
-        verdict.silent = scale == 0.0f;
+        const float past_top = static_cast<float>(verdict.anchor - top), log_mass = agreed.log_mass_R[row];
+        const float unit = expf(-log_mass) * exp2f(past_top);
+        const float log_pi_and_entropy = fmaf(kLn2, past_top, scales.entropy - log_mass);  // at t = 0
+        verdict.factor = (kEntropy ? fmaf(scales.tilt, log_pi_and_entropy, scales.scale) : scales.scale) * unit;
+        verdict.tilt = kLn2 * scales.tilt * unit;
+        verdict.silent = scales.scale == 0.0f && scales.tilt == 0.0f;
         if (part.target >= 0) {
             const float logit = widen(part.logits[part.target]);
             const float curve = task.view.bent ? bend_one(logit, task.view).curve : 1.0f;
-            verdict.at_target = dlogit_target(agreed.log_pi_R[row], scale) * curve;
+            verdict.at_target = at_target<kEntropy>(agreed.log_pi_R[row], scales) * curve;
         }
         if (part.edge >= 0) part.edge_logit = widen(part.logits[part.edge]);
         block_barrier();  // in place: the target's logit has been read by all before it is overwritten
         if (verdict.silent) {
             clear_gradient(part);
         } else {
-            shade_row(part, verdict, task.view);
+            shade_row<kEntropy>(part, verdict, task.view);
         }
     }
 }

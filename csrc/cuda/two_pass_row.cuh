@@ -56,10 +56,10 @@ GFT_DEVICE Softmax observe_row(const Part<T>& part, const View& view, TwoPassSha
     return shared.row;
 }
 
-template <class T>
+template <bool kEntropy, class T>
 GFT_DEVICE void shade_row(const Part<T>& part, const Verdict& verdict, const View& view) {
-    for_each_vector<true>(part, [&](int i, uint4 vector) { shade_vector(part, i, vector, verdict, view); });
-    shade_edge(part, verdict, view);
+    for_each_vector<true>(part, [&](int i, uint4 vector) { shade_vector<kEntropy>(part, i, vector, verdict, view); });
+    shade_edge<kEntropy>(part, verdict, view);
 }
 
 // grid: a block a row, or fewer; threads: 1024.
@@ -76,7 +76,7 @@ two_pass_row(const RowTask task) {
         }
         const Softmax others = observe_row<kEntropy>(part, task.view, shared);
         const Verdict verdict = settle<kEntropy>(task, part, others, thread_index() == 0);
-        if (part.gradient != nullptr) shade_row(part, verdict, task.view);
+        if (part.gradient != nullptr) shade_row<kEntropy>(part, verdict, task.view);
     }
 }
 

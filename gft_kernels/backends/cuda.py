@@ -34,8 +34,6 @@ def absent() -> str | None:
 
 def refuses(call: RowCall) -> str | None:
     """Why this call cannot be served; None: it can."""
-    if call.objective.surrogate != "gft" or call.objective.acts_without_advantage:
-        return "these kernels know gft without penalties only"
     logits = call.logits_STV
     if logits.device.type != "cuda":
         return f"logits must be on a CUDA GPU, got {logits.device}"
@@ -102,7 +100,7 @@ def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardS
             target_logit_R=_extension.address(target_logit_R),
             **_place(logits),
         )
-    return ShardStatistics(top_R, mass_R, gap_R if call.want_entropy else None, target_logit_R)
+    return ShardStatistics(top_R, mass_R, gap_R if call.needs_entropy else None, target_logit_R)
 
 
 def shard_gradient(
@@ -115,8 +113,9 @@ def shard_gradient(
     tilt_R: Tensor,
     entropy_R: Tensor,
 ) -> Tensor:
-    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass and scale = weight·kappa, float32 (R,)."""
-    logits = call.logits_STV.detach()
+    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass, scale = weight·kappa, tilt =
+    weight·lambda and entropy, float32 (R,)."""
+    logits, tilted = call.logits_STV.detach(), call.objective.entropy_coef != 0.0
     with torch.cuda.device(logits.device):
         out = _gradient_for(logits, call.inplace)
         _extension.kernels().cuda.shard_gradient(
@@ -127,6 +126,8 @@ def shard_gradient(
             top_R=_extension.address(top_R),
             log_mass_R=_extension.address(log_mass_R),
             scale_R=_extension.address(scale_R),
+            tilt_R=_extension.address(tilt_R if tilted else None),
+            entropy_R=_extension.address(entropy_R if tilted else None),
             transform=_extension.transform(call.logit_scale, call.softcap, call.temperature),
             **_place(logits),
         )

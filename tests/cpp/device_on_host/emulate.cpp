@@ -75,7 +75,8 @@ bool emulate_rows(const RowCall* call, const Choice* choice, float* weights_R, f
                        call->out.row_scale_R};
     ran &= with_type(call->logits.dtype, [&](auto type) {
         using T = decltype(type);
-        return task.entropy_R != nullptr ? run_logits<T, true>(task, *choice) : run_logits<T, false>(task, *choice);
+        const bool entropy = needs_entropy(task.objective, task.entropy_R);
+        return entropy ? run_logits<T, true>(task, *choice) : run_logits<T, false>(task, *choice);
     });
     if (!per_row)
         ran &= simple(1, 64, kMaxWarps * sizeof(double), choice->seed,
@@ -102,7 +103,10 @@ bool emulate_shade_shard(const LogitRows* logits, const std::int64_t* columns_R,
                          const Transform* transform, const LogitRows* gradient, const Choice* choice) {
     const ShardTask task{*logits, *gradient, columns_R, nullptr, view_of(*transform), {}, *agreed};
     return with_type(logits->dtype, [&](auto type) {
-        return simple(choice->grid, choice->threads, 0, choice->seed, [&] { shade_shard_row<decltype(type)>(task); });
+        using T = decltype(type);
+        return simple(choice->grid, choice->threads, 0, choice->seed, [&] {
+            agreed->tilt_R != nullptr ? shade_shard_row<T, true>(task) : shade_shard_row<T, false>(task);
+        });
     });
 }
 
