@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(KINDS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: all kinds in 3 minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default 1; step: as many as cores)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default 1; step: 2)")
     parser.add_argument("--rounds", type=int, default=None, help="timed rounds (default 11, quick 3)")
     parser.add_argument("--only", default="", help="contenders whose name contains this (the floor always runs)")
     parser.add_argument("--skip", action="append", default=[], help="not those whose name contains this; repeatable")
@@ -67,7 +67,7 @@ def plans(options: argparse.Namespace) -> list[Plan]:
         return [Plan(kind, timed, timed if options.sweep == "memory" else [])]
     found = []
     for name in options.kinds or KINDS:
-        kind, threads = KINDS[name], options.threads or (torch.get_num_threads() if name == "step" else 1)
+        kind, threads = KINDS[name], options.threads or (2 if name == "step" else 1)
         grid = {"quick": options.quick, "threads": threads}
         found.append(Plan(name, kind.cases(options.device, **grid), kind.weighed(options.device, **grid)))
     return found

@@ -81,7 +81,7 @@ def shard_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[S
 def step_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[StepCase]:
     """A model small enough for a CPU under the headline vocabulary."""
     if device == "cpu":
-        return [StepCase(32 if quick else 128, hidden=64 if quick else 256, threads=threads)]
+        return [StepCase(32 if quick else 64, hidden=64 if quick else 256, threads=threads)]
     return [StepCase(128 if quick else 2048, hidden=896, layers=4, heads=14, dtype="bfloat16", device=device)]
 
 

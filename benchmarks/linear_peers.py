@@ -51,8 +51,7 @@ def makers(step_of: StepOf | None = None) -> dict[str, Maker]:
     step_of = step_of or forward_and_backward
     return {
         FLOOR: _floor,
-        **{f"gft_linear_loss {backend}": partial(_torch, partial(_ours, backend), "gft", step_of)
-           for backend in BACKENDS},
+        **{f"gft_linear_loss {backend}": partial(_ours, backend, step_of) for backend in BACKENDS},
         "eager PyTorch, lean": partial(_torch, eager_loss, "gft", step_of),
         "torch.compile of lean": partial(_compiled, step_of),
         "F.linear_cross_entropy": partial(_torch, _linear_cross_entropy, "cross-entropy", step_of),
@@ -90,12 +89,18 @@ def _library(library: linear_libraries.Library, step_of: StepOf, name: str, prob
     return absent or Contender(name, step_of(library.loss, problem), library.objective)
 
 
-def _ours(backend: str, hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:
+def _ours(backend: str, step_of: StepOf, name: str, problem) -> Contender:
+    loss = partial(ours_loss, backend, getattr(problem.case, "chunk_rows", None))
+    return _torch(loss, "gft", step_of, name, problem)
+
+
+def ours_loss(backend: str, chunk_rows: int | None, hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:
+    """`gft_linear_loss` of a problem. Raises AbsentError where the backend cannot serve."""
     from gft_kernels import gft_linear_loss
     from gft_kernels.options import BackendUnavailable
 
     case = problem.case
-    options = {"tau": case.tau, "temperature": case.temperature, "chunk_rows": getattr(case, "chunk_rows", None)}
+    options = {"tau": case.tau, "temperature": case.temperature, "chunk_rows": chunk_rows}
     tensors = hidden_ND, weight_VD, problem.targets_N
     try:
         return gft_linear_loss(*tensors, advantages=problem.advantages_N, backend=backend, **options)

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-GRAIN = 16  # tokens
+GRAIN = 4  # tokens
 CLOSE = 0.03  # a length that fits is good enough if one that is larger by this share does not
-PROBES = 9
+PROBES = 10
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Found:
     peaks: list[tuple[int, int]]
 
 
-def longest(peak: Callable[[int], int], budget_bytes: int, start: int = 4 * GRAIN) -> Found:
+def longest(peak: Callable[[int], int], budget_bytes: int, start: int = 8 * GRAIN) -> Found:
     """peak: bytes at a number of tokens. Lengths are multiples of GRAIN."""
     measured: dict[int, int] = {}
     tokens = start

@@ -1,5 +1,7 @@
 """Figures quoted in the documentation: where a page says they come from, and what the result file holds.
 
+`python tests/figures.py` rewrites every figure on every page as its source has it now.
+
 A figure in running text is followed by a comment that names its source, a path into benchmarks/results/:
 
     22.1 ms<!-- figure: row-cpu.json / 64 × 151936 float32 peaked, 1 thread / gft_loss cpu, in place / median_s -->
@@ -48,6 +50,7 @@ class Figure:
     number: str
     unit: str
     path: str
+    start: int  # of the number on the page
 
 
 def quoted(page: str) -> Iterator[Figure]:
@@ -58,7 +61,8 @@ def quoted(page: str) -> Iterator[Figure]:
         if shown is None:
             raise ValueError(f"line {_line(page, marker.start())}: a figure marker must follow a number and its unit")
         path = " ".join(marker["path"].split())
-        yield Figure(_line(page, marker.start()), shown["number"], shown["unit"] or "", path)
+        start = shown.start("number")
+        yield Figure(_line(page, marker.start()), shown["number"], shown["unit"] or "", path, start)
     for table in TABLE.finditer(page):
         yield from _in_table(table, _line(page, table.start()))
 
@@ -66,25 +70,30 @@ def quoted(page: str) -> Iterator[Figure]:
 def _in_table(table: re.Match, line: int) -> Iterator[Figure]:
     common, *lines = table["spec"].strip().splitlines()
     columns = dict(map(str.strip, entry.split(":", 1)) for entry in lines)
-    header, _rule, *rows = [_cells(row) for row in table["rows"].splitlines()]
+    rows = table["rows"].splitlines(keepends=True)
+    header = [cell for cell, _ in _cells(rows[0])]
     names = [re.sub(r"\s*\(.*\)$", "", name) for name in header]
     for column in columns:
         if column not in names:
             raise ValueError(f"line {line}: the table has no column {column!r}, only {', '.join(names)}")
-    for offset, row in enumerate(rows, start=2):
-        for name, title, cell in zip(names, header, row, strict=True):
+    for offset, row in enumerate(rows[2:], start=2):
+        begins = table.start() + sum(map(len, rows[:offset]))
+        cells = _cells(row)
+        for name, title, (cell, place) in zip(names, header, cells, strict=True):
             if name not in columns or cell in NOTHING:
                 continue
-            shown = SHOWN.fullmatch(cell.strip("*"))
+            bare = cell.strip("*")
+            shown = SHOWN.fullmatch(bare)
             if shown is None:
                 raise ValueError(f"line {line + offset}: {cell!r} in column {name!r} is not a figure")
             unit = shown["unit"] or next(iter(re.findall(rf"\(({UNIT})\)$", title)), "")
-            path = f"{common.strip()} / {columns[name]}".replace("{row}", re.sub(r"[`*]", "", row[0]))
-            yield Figure(line + offset, shown["number"], unit, path)
+            path = f"{common.strip()} / {columns[name]}".replace("{row}", re.sub(r"[`*]", "", cells[0][0]))
+            yield Figure(line + offset, shown["number"], unit, path, begins + place + cell.index(bare))
 
 
-def _cells(row: str) -> list[str]:
-    return [cell.strip() for cell in row.strip().strip("|").split("|")]
+def _cells(row: str) -> list[tuple[str, int]]:
+    """Each cell's text, and where in the row it begins."""
+    return [(m[1], m.start(1)) for m in re.finditer(r"\|[ ]*([^|\n]*?)[ ]*(?=\|)", row)]
 
 
 def unmarked(page: str) -> list[str]:
@@ -123,16 +132,42 @@ def _performance_sections(text: str) -> Iterator[tuple[int, int]]:
 
 def disagreement(figure: Figure, results: Path) -> str | None:
     """How a figure differs from its source, both rounded to the digits shown; None if it does not."""
+    value, expected = _in_its_unit(figure, results)
+    if expected is not None:
+        return f"line {figure.line}: {figure.number} {figure.unit} is shown in {expected}"
+    if abs(float(_plain(figure.number)) - value) <= 0.5 * _last_place(figure.number) * (1 + 1e-9):
+        return None
+    return f"line {figure.line}: {figure.number} {figure.unit} is shown, {figure.path} says {value:.6g}"
+
+
+def _in_its_unit(figure: Figure, results: Path) -> tuple[float, str | None]:
+    """The source's value in the unit shown; and, where that unit is of another kind, a word on both kinds."""
     value, kind = _value(figure.path, results)
     expected, scale = UNITS[figure.unit]
-    if kind != expected:
-        return f"line {figure.line}: {figure.number} {figure.unit} is shown in {expected}, {figure.path} is in {kind}"
-    number = figure.number.replace(",", "").replace("−", "-")
-    mantissa, _, exponent = number.partition("e")
-    last_place = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
-    if abs(float(number) - value / scale) <= 0.5 * last_place * (1 + 1e-9):
-        return None
-    return f"line {figure.line}: {figure.number} {figure.unit} is shown, {figure.path} says {value / scale:.6g}"
+    return value / scale, None if kind == expected else f"{expected}, {figure.path} is in {kind}"
+
+
+def _plain(number: str) -> str:
+    return number.replace(",", "").replace("−", "-")
+
+
+def _last_place(number: str) -> float:
+    mantissa, _, exponent = _plain(number).partition("e")
+    return 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+
+
+def rewritten(page: str, results: Path) -> str:
+    """The page with every figure as its source has it now, to as many decimals as were shown."""
+    for figure in sorted(quoted(page), key=lambda f: -f.start):
+        value, wrong_kind = _in_its_unit(figure, results)
+        if wrong_kind is not None or disagreement(figure, results) is None:
+            continue
+        decimals = len(figure.number.partition(".")[2])
+        if "e" in figure.number:
+            raise ValueError(f"line {figure.line}: {figure.number} has an exponent; write the new figure by hand")
+        shown = f"{value:,.{decimals}f}" if "," in figure.number else f"{value:.{decimals}f}"
+        page = page[: figure.start] + shown.replace("-", "−") + page[figure.start + len(figure.number) :]
+    return page
 
 
 def _value(path: str, results: Path) -> tuple[float, str]:
@@ -173,3 +208,18 @@ def _child(node, step: str, path: str):
 
 def _line(page: str, offset: int) -> int:
     return page.count("\n", 0, offset) + 1
+
+
+def main() -> None:
+    """Bring every page's figures up to date, and say which pages changed."""
+    root = Path(__file__).parents[1]
+    for path in (root / "README.md", *sorted(root.glob("docs/**/*.md"))):
+        before = path.read_text()
+        after = rewritten(before, root / "benchmarks" / "results")
+        if after != before:
+            path.write_text(after)
+            print(path.relative_to(root))
+
+
+if __name__ == "__main__":
+    main()

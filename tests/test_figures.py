@@ -115,6 +115,14 @@ def test_a_column_that_is_not_there_is_an_error(results):
         wrong(TABLE + COLUMNS.replace("memory:", "error:"), results)
 
 
+def test_figures_are_rewritten_as_they_were_shown(results):
+    page = TABLE + COLUMNS + f"\n## Speed\n\n**21.4 ms** <!-- figure: {OURS} / median_s -->, 22.1 ms as it is.\n"
+    stale = page.replace("| 157 ms", "| 1 ms").replace("| 1.5 |", "| 99.9 |").replace("3072", "1,000")
+    assert len(wrong(stale, results)) == 4
+    fresh = figures.rewritten(stale, results)
+    assert fresh == page.replace("21.4", "22.1").replace("3072", "3,072") and wrong(fresh, results) == []
+
+
 @pytest.mark.parametrize("number", ["3 ms", "2.5 ×", "7 times faster", "1,024 MiB", "4 GB", "12 %", "0.5 s"])
 @pytest.mark.parametrize("heading", ["# Performance", "## Measured on a CPU", "### Memory"])
 def test_a_number_with_a_unit_needs_a_source_where_performance_is_the_subject(heading, number):

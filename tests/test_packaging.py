@@ -6,6 +6,7 @@ on the path. How the C++ build chooses and fails is test_build.py's subject.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,9 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import gft_kernels
 
@@ -134,6 +138,43 @@ def test_the_wheel_with_kernels_holds_the_compiled_module_and_no_sources_of_it(s
     package = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
     (compiled,) = package - files_under(ROOT, "gft_kernels")
     assert compiled.startswith("gft_kernels/_C.") and not wheel.name.endswith("-none-any.whl")
+
+
+def locked() -> dict[str, Version]:
+    """The versions of requirements.lock; of a range, its lower end."""
+    pins = {}
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        if line and not line.startswith("#"):
+            need = Requirement(line)
+            lowest = min(Version(clause.version) for clause in need.specifier if clause.operator in ("==", ">="))
+            pins[canonicalize_name(need.name)] = lowest
+    return pins
+
+
+def needs_of(extra: str) -> list[Requirement]:
+    """An extra's requirements, those of the extras it names included."""
+    found = []
+    for need in map(Requirement, EXTRAS[extra]):
+        found += [need] if need.name != "gft-kernels" else [n for name in need.extras for n in needs_of(name)]
+    return found
+
+
+@pytest.mark.parametrize("extra", sorted(set(EXTRAS) - {"docs"}))
+def test_every_extra_resolves_to_tested_versions(extra):
+    pins = locked()
+    for need in needs_of(extra):
+        name = canonicalize_name(need.name)
+        assert name in pins, f"requirements.lock lacks {name}, which [{extra}] needs"
+        assert need.specifier.contains(pins[name]), f"[{extra}] needs {need}, requirements.lock has {pins[name]}"
+    assert not [need for need in needs_of(extra) if need.name == "torch"], "torch is the user's"
+
+
+def test_installing_leaves_torch_as_it_is(sources, environment, tmp_path):
+    """What pip would do in this environment: install the package, and nothing besides."""
+    options = ["--dry-run", "--no-index", "--no-build-isolation", "--quiet", "--report", str(tmp_path / "report.json")]
+    run(["-m", "pip", "install", *options, str(sources)], tmp_path, {**environment, "PYTHONPATH": ""})
+    planned = json.loads((tmp_path / "report.json").read_text())["install"]
+    assert [entry["metadata"]["name"] for entry in planned] == ["gft-kernels"]
 
 
 def test_building_requires_no_torch():
