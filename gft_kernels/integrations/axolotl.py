@@ -1,0 +1,69 @@
+"""axolotl: `plugins: [gft_kernels.integrations.axolotl.GFTPlugin]`, the loss's options under `gft:`.
+
+The plugin patches the model, brings the trainer that counts the tokens of a step, and reads rows of `response_rows`
+with the dataset type `gft_kernels.integrations.axolotl`. Only axolotl imports this file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from axolotl.prompt_tokenizers import PromptTokenizingStrategy
+from pydantic import BaseModel, field_validator, model_validator
+
+from gft_kernels.integrations.response_rows import check_loss_options, encode_row, patch_for_rows
+
+# What makes axolotl compute another loss, or cut rows so that their advantages would not follow.
+_REFUSED = ("rl", "reward_model", "process_reward_model", "use_eaft", "orpo_alpha", "label_smoothing_factor")
+
+
+class GFTArgs(BaseModel):
+    """The part of an axolotl configuration that is about GFT."""
+
+    gft: dict[str, Any] = {}
+
+    @field_validator("gft")
+    @classmethod
+    def _options_of_the_loss(cls, gft: dict[str, Any]) -> dict[str, Any]:
+        return check_loss_options(gft)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_that_takes_its_place(cls, config: Any) -> Any:
+        for name in _REFUSED:
+            if config.get(name):
+                raise ValueError(f"{name} must be unset with the GFT plugin, got {config[name]!r}; remove one of the two")
+        if (config.get("context_parallel_size") or 1) > 1:
+            raise ValueError(
+                f"context_parallel_size must be 1 with the GFT plugin, got {config['context_parallel_size']}; it cuts "
+                "rows into pieces that the loss does not see whole"
+            )
+        return config
+
+
+class GFTPlugin(BasePlugin):
+    """GFT inside axolotl's own fine-tuning."""
+
+    def get_input_args(self) -> str:
+        return f"{__name__}.GFTArgs"
+
+    def post_model_load(self, cfg: Any, model: Any) -> None:
+        patch_for_rows(model, **dict(cfg.gft or {}))
+
+    def get_trainer_cls(self, cfg: Any) -> type:
+        from gft_kernels.integrations.axolotl_trainer import GFTAxolotlTrainer
+
+        return GFTAxolotlTrainer
+
+
+class ResponseRows(PromptTokenizingStrategy):
+    """Tokenises `prompt` (text or messages) and `response`, and keeps `gft_advantages`."""
+
+    def tokenize_prompt(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        return encode_row(prompt, self.tokenizer)  # rows that are too long are axolotl's to drop
+
+
+def load(tokenizer: Any, cfg: Any) -> ResponseRows:
+    """The entry point of the dataset type."""
+    return ResponseRows(None, tokenizer, cfg.train_on_inputs, cfg.sequence_len)
