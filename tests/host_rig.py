@@ -86,7 +86,8 @@ class Gradients(TrainerCallback):
         self.losses: list[float] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters()})
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        self.steps.append({name.removeprefix("module."): gradient.clone() for name, gradient in found.items()})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:

@@ -148,9 +148,10 @@ def patch_for_rows(model: nn.Module, *, counted: bool = True, **loss_options: An
                     "a loss of its own from the logits (label smoothing, compute_loss_func, loss_type and the like)"
                 )
             return args, kwargs
-        if kwargs.get(COLUMN) is None:
+        advantages = kwargs.get(COLUMN)
+        if advantages is None or (isinstance(advantages, list) and None in advantages):
             raise ValueError(
-                f"{COLUMN} must come with every batch of labels, got {', '.join(kwargs)}; the trainer has dropped the "
+                f"{COLUMN} must come with every row of a batch of labels, got {', '.join(kwargs)}; the trainer has dropped the "
                 "column on its way from the data: see its page in the documentation"
             )
         if counted and module.training and kwargs.get("num_items_in_batch") is None:
@@ -158,8 +159,10 @@ def patch_for_rows(model: nn.Module, *, counted: bool = True, **loss_options: An
                 "num_items_in_batch must come with every training batch, got None; without the tokens of the whole "
                 "step each micro-batch would be a mean of its own"
             )
-        advantages = torch.as_tensor(kwargs[COLUMN], dtype=torch.float32, device=kwargs["labels"].device)
-        return args, {**kwargs, COLUMN: advantages}
+        return args, {
+            **kwargs,
+            COLUMN: torch.as_tensor(advantages, dtype=torch.float32, device=kwargs["labels"].device),
+        }
 
     # On the outermost module: PEFT's wrappers call the forward of what they wrap, past its hooks.
     model.register_forward_pre_hook(guard, with_kwargs=True)

@@ -1,0 +1,98 @@
+"""`register` in the installed ms-swift: its hooks as expected, settings checked, and steps equal to the formula's."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("swift.trainers", reason="ms-swift is not installed here: pip install ms-swift==4.6.0")
+
+import host_rig
+import transformers
+from swift import sft_main
+from swift.callbacks import callbacks_map
+from swift.template import TEMPLATE_MAPPING, TemplateMeta, register_template
+from swift.template.base import Template
+from swift.trainers import Seq2SeqTrainer
+
+from gft_kernels.integrations.swift import check_settings, message_rows, register
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Command line over the rig's model and rows, in their order, at learning rate 0."""
+    if "bare" not in TEMPLATE_MAPPING:
+        register_template(TemplateMeta("bare", prefix=[], prompt=["{{QUERY}}"], chat_sep=None, suffix=[["eos_token_id"]]))
+    register(tau=host_rig.TAU)
+    host_rig.write_model(tmp_path / "model")
+    host_rig.write_rows(tmp_path / "rows.jsonl", message_rows(host_rig.rows()))
+    return f"""
+        --model {tmp_path}/model --model_type llama --template bare --torch_dtype float32 --tuner_type full
+        --dataset {tmp_path}/rows.jsonl --output_dir {tmp_path}/out --num_train_epochs 1 --learning_rate 0
+        --dataset_shuffle false --train_dataloader_shuffle false --split_dataset_ratio 0 --save_strategy no
+        --logging_steps 1 --report_to none --max_grad_norm 0 --callbacks gft --remove_unused_columns false
+        --gradient_checkpointing false --load_from_cache_file false
+    """.split()
+
+
+def trained(arguments: list[str], monkeypatch) -> host_rig.Gradients:
+    seen = host_rig.Gradients()
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, seen])
+    sft_main(arguments)
+    return seen
+
+
+def test_the_hooks_are_where_the_adapter_looks_for_them():
+    assert list(inspect.signature(Template.compute_sft_loss).parameters)[1:] == [
+        "model", "inputs", "num_items_in_batch", "trainer"]  # fmt: skip
+    assert "(labels[:, 1:] != -100).sum() / num_items_in_batch" in inspect.getsource(Template.compute_sft_loss)
+    assert "callbacks_map[callback](args, self)" in inspect.getsource(Seq2SeqTrainer._get_callbacks)
+    assert "_extra_kwargs" in inspect.getsource(Template.data_collator)
+    assert "gft" not in callbacks_map or callbacks_map["gft"].__module__ == "gft_kernels.integrations.swift"
+
+
+@pytest.mark.parametrize(("micro_batch", "accumulation"), [(8, 1), (2, 4), (1, 8)])
+def test_a_step_is_the_formulas_however_it_is_cut(arguments, tmp_path, monkeypatch, micro_batch, accumulation):
+    cut = ["--per_device_train_batch_size", str(micro_batch), "--gradient_accumulation_steps", str(accumulation)]
+    seen = trained([*arguments, *cut], monkeypatch)
+    host_rig.assert_steps(seen, host_rig.expected_steps(tmp_path / "model", host_rig.encoded_rows()))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--remove_unused_columns", "true"], "remove_unused_columns must be False with GFT"),
+        (["--loss_type", "cross_entropy"], "loss_type must be None with GFT"),
+        (["--enable_dft_loss", "true"], "enable_dft_loss must be False with GFT"),
+        (["--use_logits_to_keep", "true"], "use_logits_to_keep must be unset with GFT"),
+    ],
+)
+def test_settings_that_would_change_the_loss_are_errors(arguments, monkeypatch, more, message):
+    with pytest.raises(ValueError, match=message):
+        trained([*arguments, *more], monkeypatch)
+
+
+def test_rows_without_advantages_are_an_error(arguments, tmp_path, monkeypatch):
+    made = message_rows(host_rig.rows())
+    host_rig.write_rows(tmp_path / "rows.jsonl", [{"messages": row["messages"]} for row in made])
+    with pytest.raises(ValueError, match="gft_advantages must come with every row"):
+        trained(arguments, monkeypatch)
+
+
+def test_options_are_checked_at_registration():
+    with pytest.raises(ValueError, match=r"tau must lie in \[0, 1\]"):
+        register(tau=2.0)
+    with pytest.raises(TypeError, match="reduction must be left out"):
+        register(reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("packing", True), ("padding_free", True), ("sequence_parallel_size", 2)]
+)
+def test_templates_that_lose_columns_are_errors(name, value):
+    """They need a GPU's attention to get as far as the trainer."""
+    right = {"remove_unused_columns": False, "packing": False, "padding_free": False, "sequence_parallel_size": 1}
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        check_settings(SimpleNamespace(), SimpleNamespace(**{**right, name: value}))
