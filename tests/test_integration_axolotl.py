@@ -11,9 +11,9 @@ pytest.importorskip("axolotl.train", reason="axolotl is not installed here: pip 
 import host_rig
 import torch
 import transformers
+from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.cli.train import do_train
-from axolotl.cli.args import TrainerCliArgs
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.dict import DictDefault
@@ -88,7 +88,7 @@ def test_the_configuration_is_checked_before_anything_is_loaded(config, changes,
 
 
 def test_a_misspelt_option_is_an_error(config):
-    with pytest.raises(TypeError, match="taw must be an option of gft_linear_loss"):
+    with pytest.raises(TypeError, match="taw must be an option of policy_loss"):
         config(gft={"taw": 0.5})
 
 

@@ -24,7 +24,9 @@ from gft_kernels.integrations.swift import check_settings, message_rows, registe
 def arguments(tmp_path):
     """Command line over the rig's model and rows, in their order, at learning rate 0."""
     if "bare" not in TEMPLATE_MAPPING:
-        register_template(TemplateMeta("bare", prefix=[], prompt=["{{QUERY}}"], chat_sep=None, suffix=[["eos_token_id"]]))
+        register_template(
+            TemplateMeta("bare", prefix=[], prompt=["{{QUERY}}"], chat_sep=None, suffix=[["eos_token_id"]])
+        )
     register(tau=host_rig.TAU)
     host_rig.write_model(tmp_path / "model")
     host_rig.write_rows(tmp_path / "rows.jsonl", message_rows(host_rig.rows()))
@@ -88,9 +90,7 @@ def test_options_are_checked_at_registration():
         register(reduction="sum")
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("packing", True), ("padding_free", True), ("sequence_parallel_size", 2)]
-)
+@pytest.mark.parametrize(("name", "value"), [("packing", True), ("padding_free", True), ("sequence_parallel_size", 2)])
 def test_templates_that_lose_columns_are_errors(name, value):
     """They need a GPU's attention to get as far as the trainer."""
     right = {"remove_unused_columns": False, "packing": False, "padding_free": False, "sequence_parallel_size": 1}

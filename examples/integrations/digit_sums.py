@@ -83,4 +83,6 @@ def margin_of(folder: str | Path) -> float:
 
 
 def report(before: float, after: float) -> None:
-    print(f"right held-out answers are likelier than wrong ones by {before:+.3f} nats a token before, {after:+.3f} after")
+    print(
+        f"right held-out answers are likelier than wrong ones by {before:+.3f} nats a token before, {after:+.3f} after"
+    )

@@ -26,7 +26,8 @@ def patch_model(model: nn.Module, *, head: str | None = None, **loss_options: An
     -100 does not count), or `shift_labels` (S, T) aligned with the rows its head sees; `num_items_in_batch`; and any
     option of `policy_loss` under its name with `gft_` before it, for this call alone: `gft_advantages` (S,) or of
     the shape of the labels, or `gft_rewards` (S,) with `gft_group_size` or `gft_group_ids`; `gft_mask`,
-    `gft_old_log_probs` and `gft_ref_log_probs` of the shape of the labels; `gft_sequence_ids` of the shape of the labels, which makes the batch packed rows; `gft_return_stats`.
+    `gft_old_log_probs` and `gft_ref_log_probs` of the shape of the labels; `gft_sequence_ids` of the shape of the
+    labels, which makes the batch packed rows; `gft_return_stats`.
     It returns its own output class with `loss` and without logits (with statistics asked for: also `stats`).
     Logit scale, softcap and bias are the model's own. Without labels the model is as it was. Patching again replaces
     the patch.

@@ -17,7 +17,7 @@ from gft_kernels.integrations.response_rows import check_loss_options, encode_ro
 
 
 class GFTCallback(TrainerCallback):
-    """Puts the GFT loss into the model of the trainer it is given to; options of `gft_linear_loss` for every batch."""
+    """Puts the GFT loss into the model of the trainer it is given to; options of `policy_loss` for every batch."""
 
     def __init__(self, **loss_options: Any):
         self.options = check_loss_options(loss_options)

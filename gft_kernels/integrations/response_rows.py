@@ -20,8 +20,8 @@ from gft_kernels.advantages import group_advantages
 from gft_kernels.integrations.columns import PER_CALL
 from gft_kernels.integrations.hf import patch_model, unwrapped
 from gft_kernels.integrations.patched_forward import OF_THE_MODEL, PREFIX, refuse
-from gft_kernels.linear_loss import gft_linear_loss
 from gft_kernels.options import BACKENDS
+from gft_kernels.policy import policy_loss
 
 COLUMN = PREFIX + "advantages"
 _OF_THE_GROUP = ("responses", "rewards")
@@ -85,8 +85,12 @@ class CarryAdvantages:
 
     def __call__(self, features: list, *args: Any, **kwargs: Any) -> Any:
         packs = [feature if isinstance(feature, list) else None for feature in features]
-        taken = [[self._take(row) for row in (pack or [feature])] for pack, feature in zip(packs, features, strict=True)]
-        rows = [[without(row) for row in pack] if pack else without(row) for pack, row in zip(packs, features, strict=True)]
+        taken = [
+            [self._take(row) for row in (pack or [feature])] for pack, feature in zip(packs, features, strict=True)
+        ]
+        rows = [
+            [without(row) for row in pack] if pack else without(row) for pack, row in zip(packs, features, strict=True)
+        ]
         batch = self.collator(rows, *args, **kwargs)
         if packs[0] is None:
             batch[COLUMN] = torch.tensor([advantage for [(advantage, _)] in taken])
@@ -119,12 +123,17 @@ def check_loss_options(options: Mapping[str, Any]) -> dict[str, Any]:
     Returns: options as a dict. Raises: ValueError, TypeError.
     """
     found = dict(options)
-    checks.known_options(gft_linear_loss, found)
+    checks.known_options(policy_loss, found)
     refuse(found, (*PER_CALL, *OF_THE_MODEL, "group_size"), "", "be left out, got a value; it comes with each batch")
     checks.one_of("backend", found.get("backend", "auto"), BACKENDS)
+    if found.get("objective", "gft") != "gft":
+        raise ValueError(
+            f"objective must be 'gft' with rows, got {found['objective']!r}; rows bring an advantage and no "
+            "log-probability of the policy that sampled them"
+        )
     one_row = torch.zeros(1, 1)
     rehearsed = {name: value for name, value in found.items() if name != "backend"}  # the model's device is not here
-    gft_linear_loss(one_row, one_row, torch.zeros(1, dtype=torch.int64), **rehearsed)
+    policy_loss(one_row, torch.zeros(1, dtype=torch.int64), weight=one_row, advantages=torch.ones(1), **rehearsed)
     return found
 
 
@@ -151,8 +160,8 @@ def patch_for_rows(model: nn.Module, *, counted: bool = True, **loss_options: An
         advantages = kwargs.get(COLUMN)
         if advantages is None or (isinstance(advantages, list) and None in advantages):
             raise ValueError(
-                f"{COLUMN} must come with every row of a batch of labels, got {', '.join(kwargs)}; the trainer has dropped the "
-                "column on its way from the data: see its page in the documentation"
+                f"{COLUMN} must come with every row of a batch of labels, got {', '.join(kwargs)}; the trainer has "
+                "dropped the column on its way from the data: see its page in the documentation"
             )
         if counted and module.training and kwargs.get("num_items_in_batch") is None:
             raise ValueError(

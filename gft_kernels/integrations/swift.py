@@ -30,12 +30,14 @@ _REQUIRED_OF_THE_ARGUMENTS = {
 
 
 def register(name: str = "gft", **loss_options: Any) -> None:
-    """Make the callback `name` known to ms-swift, with options of `gft_linear_loss` for every batch.
+    """Make the callback `name` known to ms-swift, with options of `policy_loss` for every batch.
 
     Raises: ValueError, TypeError. `reduction` is left out: ms-swift weighs means over tokens.
     """
     if "reduction" in loss_options:
-        raise TypeError(f"reduction must be left out, got {loss_options['reduction']!r}; ms-swift weighs means over tokens")
+        raise TypeError(
+            f"reduction must be left out, got {loss_options['reduction']!r}; ms-swift weighs means over tokens"
+        )
     options = check_loss_options(loss_options)
 
     class GFTCallback(TrainerCallback):

@@ -16,7 +16,8 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 from verl.workers.config import PolicyLossConfig
 
-from gft_kernels import checks, formulas
+from gft_kernels import checks
+from gft_kernels.integrations.given_log_probs import token_losses
 
 NAME = "gft"
 
@@ -56,18 +57,14 @@ def gft_policy_loss(
     options = config.policy_loss
     tau, rectify = options.get("tau", GFTPolicyLossConfig.tau), options.get("rectify", GFTPolicyLossConfig.rectify)
     live_ST = response_mask.bool()
-    log_pi_ST = torch.where(live_ST, log_prob, 0.0)
-    advantages_ST = torch.where(live_ST, advantages, 0.0)
+    found = token_losses(log_prob, advantages, live_ST, tau, rectify)
     with torch.no_grad():
-        tau_ST = formulas.row_tau(advantages_ST, torch.as_tensor(float(tau), device=log_prob.device), rectify == "all")
-        coefficients_ST = formulas.coefficient(log_pi_ST, tau_ST)
-        kappa_ST = formulas.kappa(advantages_ST, coefficients_ST)
         tokens = live_ST.sum().clamp(min=1)
         metrics = {
-            "actor/pi": ((log_pi_ST.exp() * live_ST).sum() / tokens).item(),
-            "actor/rectified": (((coefficients_ST < 1) & live_ST).sum() / tokens).item(),
+            "actor/pi": ((found.log_probs_ST.exp() * live_ST).sum() / tokens).item(),
+            "actor/rectified": (found.rectified_ST.sum() / tokens).item(),
         }
-    losses_ST = formulas.token_loss(log_pi_ST, kappa_ST)
+    losses_ST = found.losses_ST
     if rollout_is_weights is not None:
         losses_ST = losses_ST * rollout_is_weights
     loss = agg_loss(losses_ST, response_mask, loss_agg_mode, **config.global_batch_info)
