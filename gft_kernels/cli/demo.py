@@ -18,6 +18,7 @@ from gft_kernels.cli.train import summary
 from gft_kernels.tasks import digit_sum, gsm8k, scratch
 from gft_kernels.trainer import GFTConfig, GFTTrainer
 from gft_kernels.trainer.callbacks import StepLines
+from gft_kernels.trainer.objective import described
 
 SHARED: dict[str, Any] = {"save_strategy": "no", "lr_scheduler_type": "cosine", "use_cpu": True, "seed": 0}
 SFT: dict[str, Any] = {
@@ -134,7 +135,7 @@ def fit_base(model, tokenizer, config, rows) -> None:
 def tune(model, tokenizer, config, rows, held_out, reward_funcs) -> None:
     given, sampled = config.num_demonstrations, config.num_generations
     print(f"GFT: groups of {given + sampled} = 1 expert + {given - 1} teacher + {sampled} sampled,", end=" ")
-    print(f"tau {config.tau}, rectify {config.rectify}", flush=True)
+    print(described(config), flush=True)
     run(GFTTrainer(model, config, rows, held_out, tokenizer, reward_funcs=reward_funcs))
     print(summary(config.output_dir), flush=True)
 

@@ -16,6 +16,7 @@ from gft_kernels.cli.settings import RunSettings, load
 from gft_kernels.trainer import GFTConfig, GFTTrainer, RewardError, SaveOnInterrupt, generate, read_records
 from gft_kernels.trainer.callbacks import StepLines, read_metrics
 from gft_kernels.trainer.data import check_record
+from gft_kernels.trainer.objective import described
 from gft_kernels.trainer.plots import draw
 from gft_kernels.trainer.rewards import find
 
@@ -118,7 +119,7 @@ def announce(trainer: GFTTrainer, checkpoint: str | None) -> None:
     size = sum(p.numel() for p in trainer.model.parameters())
     given = "offline responses" if train_rows.offline else f"{args.num_demonstrations} demonstrations"
     print(f"{size / 1e6:.1f} M parameters on {args.device}, {len(train_rows)} rows, {count(held_out)} held out")
-    print(f"group: {given} + {args.num_generations} sampled; tau {args.tau}, backend {args.backend}")
+    print(f"group: {given} + {args.num_generations} sampled; {described(args)}, backend {args.backend}")
     if checkpoint is not None:
         print(f"going on from {checkpoint}")
 

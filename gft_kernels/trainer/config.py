@@ -8,7 +8,8 @@ import transformers
 from packaging.version import Version
 from transformers import TrainingArguments
 
-from gft_kernels.options import BACKENDS, NORMALIZE, RECTIFY, SINGLETON
+from gft_kernels.options import BACKENDS, NORMALIZE, SINGLETON
+from gft_kernels.trainer import objective
 
 OLDEST = "5.6"
 if Version(transformers.__version__) < Version(OLDEST):
@@ -49,16 +50,22 @@ class GFTConfig(TrainingArguments):
     max_completion_length: int = option(256, "Longest response, in tokens; demonstrations must fit too.")
     temperature: float = option(1.0, "Divides the logits when sampling and in the loss.")
     generation_batch_size: int | None = option(None, "Prompts per generate call; None: all prompts of a step at once.")
+    steps_per_rollout: int = option(1, "Optimizer steps' prompts sampled at once, with the weights before the first.")
     eval_num_generations: int = option(1, "Responses per prompt in evaluation.")
     eval_temperature: float = option(0.0, "Temperature in evaluation; 0: greedy.")
 
     # The loss
-    tau: float = option(0.7, "F4: C(pi) = pi below tau, else 1.")
-    rectify: str = option("all", "'all' is the paper; 'positive' applies C only where A > 0.")
-    normalize: str = option("std", "F5: 'std', 'mean' or 'leave-one-out'.")
+    objective: str = option("gft", "'gft', 'sft', 'dft', 'grpo', 'dapo', 'dr_grpo' or 'cispo'.")
+    tau: float | None = option(None, "gft: C(pi) = pi below tau, else 1 (F4); None: 0.7.")
+    rectify: str | None = option(None, "gft: 'all' is the paper; 'positive': C only where A > 0.")
+    clip_low: float | None = option(None, "grpo, dapo, dr_grpo: ratios below 1 - this are clipped.")
+    clip_high: float | None = option(None, "The same and cispo: ratios above 1 + this are clipped.")
+    beta: float = option(0.0, "Weight of the KL to the starting weights; above 0 a frozen copy of them is kept.")
+    entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
+    normalize: str | None = option(None, "F5: 'std', 'mean', 'leave-one-out'; None: std, dr_grpo's mean.")
     advantage_eps: float = option(1e-6, "F5: added to the standard deviation.")
     singleton: str = option("reward", "A of a group of one: 'reward' or 'zero'.")
-    reduction: str = option("token-mean", "'token-mean' or 'sequence-mean', over all responses of the step.")
+    reduction: str | None = option(None, "'token-mean' or 'sequence-mean' over the step; None: the objective's.")
     backend: str = option("auto", "Loss backend: auto, reference, cpu, triton or cuda.")
 
     # What is logged
@@ -80,7 +87,7 @@ class GFTConfig(TrainingArguments):
 
     def _check_groups(self):
         at_least(self, 0, "num_demonstrations", "num_generations", "log_completions_steps")
-        at_least(self, 1, "max_completion_length", "eval_num_generations")
+        at_least(self, 1, "max_completion_length", "eval_num_generations", "steps_per_rollout")
         for name in ("max_prompt_length", "generation_batch_size"):
             if getattr(self, name) is not None:
                 at_least(self, 1, name)
@@ -96,22 +103,29 @@ class GFTConfig(TrainingArguments):
 
     def _check_loss(self):
         for name, choices in (
-            ("rectify", RECTIFY),
-            ("normalize", NORMALIZE),
+            ("objective", objective.OBJECTIVES),
+            ("normalize", (None, *NORMALIZE)),
             ("singleton", SINGLETON),
-            ("reduction", MEAN_REDUCTIONS),
+            ("reduction", (None, *MEAN_REDUCTIONS)),
             ("backend", BACKENDS),
         ):
             one_of(self, name, choices)
         for name, holds, condition in (
             ("tau", lambda x: 0 <= x <= 1, "lie in [0, 1]"),
+            ("clip_low", lambda x: 0 <= x <= 1, "lie in [0, 1]"),
+            ("clip_high", lambda x: 0 <= x < math.inf, "be 0 or positive and finite"),
+            ("beta", lambda x: 0 <= x < math.inf, "be 0 or positive and finite"),
+            ("entropy_coef", math.isfinite, "be finite"),
             ("temperature", lambda x: 0 < x < math.inf, "be positive and finite"),
             ("eval_temperature", lambda x: 0 <= x < math.inf, "be 0 (greedy) or positive and finite"),
             ("advantage_eps", lambda x: 0 <= x < math.inf, "be 0 or positive and finite"),
         ):
             value = getattr(self, name)
+            if value is None and name in objective.CHOSEN:
+                continue  # the objective's own
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
                 raise ValueError(f"{name} must {condition}, got {value!r}.")
+        objective.settle(self)
 
     def _check_training_arguments(self):
         for name, required, reason in (
@@ -140,4 +154,5 @@ def at_least(config, low, *names):
 def one_of(config, name, choices):
     value = getattr(config, name)
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        known = ", ".join(repr(choice) for choice in choices if choice is not None)
+        raise ValueError(f"{name} must be one of {known}, got {value!r}.")

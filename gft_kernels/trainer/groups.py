@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gft_kernels.advantages import group_advantages
+from gft_kernels.trainer import objective
 from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.data import Response, Row, Rows
 from gft_kernels.trainer.ranks import forward_is_collective
@@ -96,7 +97,7 @@ def weigh(groups: Sequence[Group], config: GFTConfig) -> None:
     advantages_S = group_advantages(
         torch.tensor([r.reward for r in responses], dtype=torch.float32),
         group_ids=torch.tensor([i for i, g in enumerate(groups) for _ in g.responses], dtype=torch.int64),
-        normalize=config.normalize,
+        normalize=str(config.normalize),
         eps=config.advantage_eps,
         singleton=config.singleton,
     )
@@ -148,6 +149,16 @@ def collate_nothing(pad_id: int) -> dict[str, Tensor]:
 def count_items(groups: Sequence[Group], reduction: str) -> int:
     """The denominator of a step: all response tokens, or all responses. Groups without advantage count as well."""
     return sum(len(r.ids) if reduction == "token-mean" else 1 for g in groups for r in g.responses)
+
+
+def denominator(groups: Sequence[Group], config: GFTConfig) -> int:
+    """What a step's loss is divided by: its response tokens or responses.
+
+    Dr. GRPO's is a constant, the longest response allowed times the number of responses.
+    """
+    if objective.has_constant_denominator(config):
+        return count_items(groups, "sequence-mean") * config.max_completion_length
+    return count_items(groups, str(config.reduction))
 
 
 def check_sources(args: GFTConfig, rows: Rows, rewards: Rewards) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,26 +12,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gft_kernels.options import TokenStats
 from gft_kernels.trainer.groups import SOURCES, Group
 
 GROUP_METRICS = (*(f"reward/{s}" for s in SOURCES), "zero_std_groups", "truncated", "completion_length")
-TOKEN_METRICS = ("pi", "rectified", "entropy", "kl_to_start")
+TOKEN_METRICS = ("pi", "rectified", "clipped", "entropy", "kl_to_start")
+DRIFT_METRICS = ("drift/kl", "drift/mean_abs_log_ratio", "drift/outside_clip")
+LARGEST, SMALLEST = ("drift/max_abs_log_ratio",), ("min_log_prob",)
 
 
 class Means:
-    """Weighted means by name, over every micro-batch and rank since the last drain."""
+    """Weighted means and extremes by name, over every micro-batch and rank since the last drain."""
 
     def __init__(self, device: torch.device):
         # Every rank holds every name in the same order, so that one sum over ranks is enough.
-        self.names = (*GROUP_METRICS, *TOKEN_METRICS, "tokens")
-        self.sums = torch.zeros(len(self.names), 2, dtype=torch.float32 if device.type == "mps" else torch.float64)
-        self.sums = self.sums.to(device)
+        self.names = (*GROUP_METRICS, *TOKEN_METRICS, *DRIFT_METRICS, "tokens")
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(len(self.names), 2, dtype=dtype, device=device)
+        self.extremes = torch.full((len(LARGEST + SMALLEST),), -torch.inf, dtype=dtype, device=device)
 
     def add(self, name: str, total, count) -> None:
         """One more term of a mean. Tensors stay on their device: nothing waits for it before the log line."""
         row = self.sums[self.names.index(name)]
         row[0] += total
         row[1] += count
+
+    def add_extreme(self, name: str, values: Tensor) -> None:
+        """Values of which the log line gives the largest, or for a name in SMALLEST the smallest."""
+        i = (LARGEST + SMALLEST).index(name)
+        largest = values.max() if name in LARGEST else -values.min()
+        self.extremes[i] = torch.maximum(self.extremes[i], largest.to(self.extremes.dtype))
 
     def add_groups(self, groups: Sequence[Group], eos_ids: Sequence[int]) -> None:
         responses = [r for g in groups for r in g.responses]
@@ -43,21 +54,49 @@ class Means:
         self.add("completion_length", sum(len(r.ids) for r in sampled), len(sampled))
         self.add("tokens", sum(len(r.ids) for r in responses), 1)
 
-    def add_tokens(self, stats, live_ST: Tensor) -> None:
-        """Mean pi, rectified fraction and entropy of the live positions, each of float32 shape (S, T)."""
+    def add_tokens(self, stats: TokenStats, live_ST: Tensor) -> None:
+        """Of the live positions (S, T): mean pi and entropy, the least log pi, and where the loss held back.
+
+        That is the fraction with C(pi) < 1, or, of an objective with a ratio, the fraction that is clipped.
+        """
         count = live_ST.sum()
         self.add("pi", (stats.log_probs.exp() * live_ST).sum(), count)
-        self.add("rectified", ((stats.coefficients < 1) & live_ST).sum(), count)
+        assert stats.entropy is not None
         self.add("entropy", (stats.entropy * live_ST).sum(), count)
+        self.add_extreme("min_log_prob", stats.log_probs * live_ST)
+        if stats.clipped is None:
+            self.add("rectified", ((stats.coefficients < 1) & live_ST).sum(), count)
+        else:
+            self.add("clipped", (stats.clipped & live_ST).sum(), count)
+
+    def add_sampled_kl(self, name: str, log_ratio_ST: Tensor, sources_S: Tensor, live_ST: Tensor) -> None:
+        """Mean over sampled tokens of r - 1 - log r: the KL from the policy that sampled to r times it, in nats."""
+        live_ST = live_ST & (sources_S == SOURCES.index("sampled"))[:, None]
+        log_ratio_ST = torch.where(live_ST, log_ratio_ST, 0.0)
+        self.add(name, (log_ratio_ST.expm1() - log_ratio_ST).sum(), live_ST.sum())
+
+    def add_drift(self, log_probs_ST: Tensor, old_ST: Tensor, sources_S: Tensor, live_ST: Tensor, clip: tuple) -> None:
+        """How far the policy has moved since it sampled, over live positions; clip: (lowest, highest) near ratio."""
+        log_ratio_ST = torch.where(live_ST, log_probs_ST - old_ST, 0.0)
+        ratio_ST, count = log_ratio_ST.exp(), live_ST.sum()
+        self.add("drift/mean_abs_log_ratio", log_ratio_ST.abs().sum(), count)
+        self.add_extreme("drift/max_abs_log_ratio", log_ratio_ST.abs())
+        self.add("drift/outside_clip", ((ratio_ST < clip[0]) | (ratio_ST > clip[1])).sum(), count)
+        self.add_sampled_kl("drift/kl", log_ratio_ST, sources_S, live_ST)
 
     def drain(self, accelerator, seconds: float) -> dict[str, float]:
-        """The means over all ranks by name, those without a term left out, and the response tokens a second."""
+        """What was added on all ranks, by name, names without a term left out, and the response tokens a second."""
         sums = accelerator.reduce(self.sums, reduction="sum").tolist()
+        extremes = accelerator.gather(self.extremes[None]).amax(0).tolist()
         self.sums.zero_()
+        self.extremes.fill_(-torch.inf)
         named = dict(zip(self.names, sums, strict=True))
         tokens, steps = named.pop("tokens")
-        means = {name: total / count for name, (total, count) in named.items() if count}
-        return means | ({"tokens_per_second": tokens / seconds} if steps and seconds > 0 else {})
+        drained = {name: total / count for name, (total, count) in named.items() if count}
+        for name, value in zip(LARGEST + SMALLEST, extremes, strict=True):
+            if value > -math.inf:
+                drained[name] = value if name in LARGEST else -value
+        return drained | ({"tokens_per_second": tokens / seconds} if steps and seconds > 0 else {})
 
 
 def heldout_summary(names: Sequence[str]):

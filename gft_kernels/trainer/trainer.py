@@ -1,7 +1,8 @@
 """GFTTrainer: transformers.Trainer whose batches are hybrid groups; the model, patched, computes the loss in its head.
 
-One optimizer step: `get_batch_samples` builds the groups of the whole accumulation window and counts their tokens over
-all ranks; `compute_loss` runs the wrapped model on one micro-batch of whole groups and divides by that count.
+One optimizer step: `get_batch_samples` hands out the groups of the whole accumulation window, sampled together with
+those of the next `steps_per_rollout` - 1, and counts their tokens over all ranks; `compute_loss` runs the wrapped model
+on one micro-batch of whole groups and divides by that count. Evaluation is in evaluation.py.
 """
 
 from __future__ import annotations
@@ -10,29 +11,32 @@ import copy
 import functools
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gft_kernels.integrations.hf import patch_model
+from gft_kernels.options import TokenStats
+from gft_kernels.trainer import collapse, objective
 from gft_kernels.trainer.callbacks import RunLog
 from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.data import Row, Rows
-from gft_kernels.trainer.groups import IGNORE, SOURCES, Group, GroupBuilder, check_sources, collate, count_items
+from gft_kernels.trainer.evaluation import TRAINING, HeldOut
+from gft_kernels.trainer.groups import IGNORE, Group, GroupBuilder, check_sources, denominator
 from gft_kernels.trainer.metrics import Means, append_completions, completions_table, heldout_summary
 from gft_kernels.trainer.ranks import even_sampler, refuse_layouts
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import end_tokens, generate
+from gft_kernels.trainer.windows import Queue, Window, window_of
 
-TRAINING, EVALUATION = 0, 1  # what a step's random numbers are for
 
-
-class GFTTrainer(Trainer):
+class GFTTrainer(HeldOut):
     """Group Fine-Tuning of a causal language model.
 
     model: a transformers model, or the name or path of one. train_dataset, eval_dataset: lists of rows or
@@ -43,7 +47,6 @@ class GFTTrainer(Trainer):
 
     # compute_loss divides by the whole window's count: Trainer must not divide by the accumulation steps again.
     loss_is_scaled_for_ga = True
-    args: GFTConfig
     train_dataset: Rows | None
 
     def __init__(
@@ -95,20 +98,15 @@ class GFTTrainer(Trainer):
         self.builder = GroupBuilder(args, processing_class, rewards, rollout_fn, end_tokens(model, processing_class))
         unwrapped = self.accelerator.unwrap_model(self.model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(unwrapped.forward).parameters
-        patch_model(
-            unwrapped,
-            tau=args.tau,
-            rectify=args.rectify,
-            temperature=args.temperature,
-            reduction=args.reduction,
-            ignore_index=IGNORE,
-            return_stats=args.token_metrics,
-            return_entropy=args.token_metrics,
-            backend=args.backend,
-        )
-        self.start_model = copy.deepcopy(model).requires_grad_(False).eval() if args.log_kl else None
-        self.means = Means(self.args.device)
-        self._last_log, self._eval_batches = time.perf_counter(), 0
+        # What every call has; a training step adds its objective, for others only ask for log-probabilities.
+        patch_model(unwrapped, objective="sft", temperature=args.temperature, ignore_index=IGNORE, backend=args.backend)
+        statistics = {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
+        self._loss_options = objective.call_options(args) | statistics
+        # The policy that sampled is remembered where later steps differ from it and something asks how far.
+        self._remembers = args.steps_per_rollout > 1 and (args.token_metrics or objective.has_ratio(args))
+        self.start_model = start_model(model, args.device) if args.log_kl or args.beta else None
+        self.queue, self.means = Queue(), Means(args.device)
+        self._last_log = time.perf_counter()
 
     def _get_train_sampler(self, *args, **kwargs):
         sampler = super()._get_train_sampler(*args, **kwargs)
@@ -117,35 +115,59 @@ class GFTTrainer(Trainer):
     # One optimizer step
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The window's micro-batches as tensors, and the denominator of its loss over all ranks."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        rows = [row for batch in batches for row in batch]
+        """The next window's micro-batches as tensors, and the denominator of its loss over all ranks."""
+        if self.queue.is_empty(epoch_iterator):
+            self.queue.windows = self._roll_out(epoch_iterator, num_batches, device)
+        window = self.queue.windows.pop(0)
+        self.means.add_groups(window.groups, self.builder.eos_ids)
+        self._show(window.groups)
+        num_items = torch.tensor(denominator(window.groups, self.args), dtype=torch.float32, device=device)
+        return window.micro_batches, self.accelerator.gather(num_items).sum()
+
+    def _roll_out(self, epoch_iterator, num_batches, device) -> list[Window]:
+        """The next windows, sampled with the weights as they are, and what those say of every response."""
+        steps = min(self.args.steps_per_rollout, self.state.max_steps - self.state.global_step)
+        windows = []
+        for _ in range(max(steps, 1)):  # the epoch may end before
+            windows.append(super().get_batch_samples(epoch_iterator, num_batches, device)[0])
+        rows = [row for batches in windows for batch in batches for row in batch]
         entropy = (self.args.seed, TRAINING, self.state.global_step, self.args.process_index)
-        groups = self.builder.build(self.model, rows, entropy) if rows else []
-        present = [group for group in groups if group.responses]
-        self.means.add_groups(present, self.builder.eos_ids)
-        self._show(present)
-        micro_batches, start = [], 0
-        for batch in batches:
-            micro_batches.append(collate(groups[start : start + len(batch)], self.builder.pad_id))
-            start += len(batch)
-        num_items = torch.tensor(count_items(groups, self.args.reduction), dtype=torch.float32, device=device)
-        return micro_batches, self.accelerator.gather(num_items).sum()
+        groups = iter(self.builder.build(self.model, rows, entropy))
+        cut = [window_of(groups, batches, self.builder.pad_id) for batches in windows if batches]
+        for inputs in (inputs for window in cut for inputs in window.micro_batches):
+            if self._remembers:
+                inputs["old_log_probs"] = self._log_probs(self.model, inputs)
+            if self.args.beta:
+                inputs["ref_log_probs"] = self._log_probs(self.start_model, inputs)
+        return cut or [Window([], [])]
+
+    @torch.no_grad()
+    def _log_probs(self, model, inputs) -> Tensor:
+        """log pi (nats) of each target under a model as it samples, without dropout; where `with_loss` has targets."""
+        training = model.training
+        model.eval()
+        with self.accelerator.autocast():
+            outputs, _ = self.with_loss(model, self._prepare_inputs(inputs), gft_return_stats=True)
+        model.train(training)
+        return outputs.stats.log_probs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the step's loss. `model` is the wrapped one: its hooks average gradients."""
         given = {"gft_advantages": inputs["advantages"]} if self.args.advantages == "group" else {}
-        outputs, targets_ST = self._with_loss(model, inputs, num_items_in_batch=num_items_in_batch, **given)
-        loss, stats = outputs.loss, outputs.stats if self.args.token_metrics else None
-        if stats is not None:
-            self.means.add_tokens(stats, targets_ST != IGNORE)
-        if self.start_model is not None and self._logs_after_this_step():
-            self._add_kl(stats, targets_ST, inputs)
+        if "old_log_probs" in inputs and objective.has_ratio(self.args):
+            given["gft_old_log_probs"] = inputs["old_log_probs"]
+        if "ref_log_probs" in inputs:
+            given["gft_ref_log_probs"] = inputs["ref_log_probs"]
+        outputs, targets_ST = self.with_loss(
+            model, inputs, num_items_in_batch=num_items_in_batch, **self._loss_options, **given
+        )
+        if self.args.token_metrics:
+            self._add_statistics(outputs.stats, targets_ST != IGNORE, inputs)
         # Data parallelism averages gradients over the ranks, but the denominator is already the sum over ranks.
-        loss = loss * self.accelerator.num_processes
+        loss = outputs.loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _with_loss(self, model, inputs, **options) -> tuple[Any, Tensor]:
+    def with_loss(self, model, inputs, **options) -> tuple[Any, Tensor]:
         """The output of a patched model for the responses' tokens, and the targets its statistics have the shape of."""
         length, behind = inputs["input_ids"].shape[1], inputs["targets"].shape[1] + 1
         # Where the loss needs logits after all, a model that can will not compute those of the prompts.
@@ -155,25 +177,30 @@ class GFTTrainer(Trainer):
         texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         return model(**texts, **selection, shift_labels=targets_ST, **options), targets_ST
 
-    def _add_kl(self, stats, targets_ST, inputs):
-        """Mean over sampled tokens of r - 1 - log r with r = pi_start/pi: unbiased, never negative (nats)."""
-        with torch.no_grad():
-            start = self._with_loss(self.start_model, inputs)[0].stats
-        sampled_S = inputs["sources"] == SOURCES.index("sampled")
-        live_ST = (targets_ST != IGNORE) & sampled_S[:, None]
-        log_ratio_ST = start.log_probs - stats.log_probs
-        self.means.add("kl_to_start", ((log_ratio_ST.expm1() - log_ratio_ST) * live_ST).sum(), live_ST.sum())
-
     # Reporting
+
+    def _add_statistics(self, stats: TokenStats, live_ST: Tensor, inputs) -> None:
+        """What the step's log line says of its tokens."""
+        self.means.add_tokens(stats, live_ST)
+        if "old_log_probs" in inputs:
+            clip = objective.clip_range(self.args)
+            self.means.add_drift(stats.log_probs, inputs["old_log_probs"], inputs["sources"], live_ST, clip)
+        if self.start_model is not None and ("ref_log_probs" in inputs or self._logs_after_this_step()):
+            start_ST = inputs["ref_log_probs"] if self.args.beta else self._log_probs(self.start_model, inputs)
+            self.means.add_sampled_kl("kl_to_start", start_ST - stats.log_probs, inputs["sources"], live_ST)
 
     def _logs_after_this_step(self) -> bool:
         return (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means since the last training log line."""
+        """Adds the means since the last training log line, and warns once of each sign of a collapse."""
         if "loss" in logs:
             now = time.perf_counter()
             logs = {**logs, **self.means.drain(self.accelerator, now - self._last_log)}
+            logs |= collapse.flags(self.state.log_history, logs)
+            if self.is_world_process_zero():
+                for sentence in collapse.warnings_of(self.state.log_history, logs):
+                    warnings.warn(sentence, stacklevel=2)
             self._last_log = now
         super().log(logs, start_time)
 
@@ -183,58 +210,15 @@ class GFTTrainer(Trainer):
             append_completions(Path(str(self.args.output_dir), "completions.jsonl"), groups, step)
             print("\n" + completions_table(groups[0], step), flush=True)
 
-    # Evaluation
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """One line per row of the list `inputs`, in the order that heldout_summary reads.
-
-        The loss is left to the summary over the whole set: a mean of batch means would depend on the batch size.
-        """
-        args, builder = self.args, self.builder
-        entropy = (args.seed, EVALUATION, self._eval_batches, args.process_index)
-        self._eval_batches += 1
-        sampled = builder.sample(self.model, inputs, args.eval_num_generations, args.eval_temperature, entropy)
-        lines = [
-            [
-                sum(r.ids[-1] not in builder.eos_ids for r in responses) / len(responses),
-                sum(len(r.ids) for r in responses) / len(responses),
-                *self._mean_rewards(row, responses),
-            ]
-            for row, responses in zip(inputs, sampled, strict=True)
-        ]
-        expert_B2 = self._expert_log_probs(model, inputs)
-        lines_BX = torch.cat([expert_B2, torch.tensor(lines, dtype=torch.float32, device=expert_B2.device)], 1)
-        return None, lines_BX, torch.zeros(len(inputs), device=expert_B2.device)
-
-    def evaluate(self, *args, **kwargs):
-        self._eval_batches = 0  # the same random numbers in every evaluation
-        return super().evaluate(*args, **kwargs)
-
-    def _mean_rewards(self, row, responses) -> list[float]:
-        """The weighted reward, then each function's own, averaged over one row's responses."""
-        if not self.builder.rewards:
-            return [0.0]
-        totals, parts = self.builder.rewards.score([row] * len(responses), [r.text for r in responses])
-        counted = [[value or 0.0 for value in part] for part in parts]
-        return [sum(values) / len(values) for values in (totals, *counted)]
-
-    def _expert_log_probs(self, model, rows: Sequence[Row]) -> Tensor:
-        """Summed log-probability (nats, temperature 1) and token count of each row's expert response, (B, 2)."""
-        experts = [Group(row, [max(row.given, key=expert_order)]) for row in rows if row.given]
-        out_B2 = torch.zeros(len(rows), 2, device=self.args.device)
-        if experts:
-            inputs = self._prepare_inputs(collate(experts, self.builder.pad_id))
-            with torch.no_grad():
-                outputs, _ = self._with_loss(model, inputs, gft_temperature=1.0, gft_return_stats=True)
-            where = [i for i, row in enumerate(rows) if row.given]
-            out_B2[where, 0] = outputs.stats.log_probs.sum(1)
-            out_B2[where, 1] = (inputs["targets"] != IGNORE).sum(1).float()
-        return out_B2
-
-
-def expert_order(response) -> tuple[bool, float]:
-    """The expert first; among offline responses the best rewarded."""
-    return response.source == "expert", response.reward if response.source == "offline" else 0.0
+def start_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """A frozen copy of a patched model as it is now, whole on this rank. Raises ValueError where it is not whole."""
+    if any(p.numel() == 0 for p in model.parameters()):
+        raise ValueError(
+            "zero3_init_flag must be false with log_kl or beta, got a model whose weights are elsewhere; "
+            "every rank keeps a whole copy of the starting weights."
+        )
+    return copy.deepcopy(model).requires_grad_(False).eval().to(device)
 
 
 def keep(rows: list[Row]) -> Any:
