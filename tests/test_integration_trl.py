@@ -161,26 +161,76 @@ def test_several_reward_functions_are_weighted(tmp_path):
     torch.testing.assert_close(output["advantages"], expected.flatten())
 
 
-def test_no_step_holds_logits_and_trl_still_gets_its_log_probabilities(tmp_path):
-    trainer, untouched = trl_rig.trainer(tmp_path, temperature=0.8), rig.llama()
-    _, output = generated(trainer, rows=2)
-    returned = []
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+def test_no_step_holds_logits(tmp_path, precision):
+    """Not even where accelerate has wrapped the patched forward for mixed precision."""
+    trainer, returned = trl_rig.trainer(tmp_path, max_steps=1, **precision), []
     trainer.model.register_forward_hook(lambda module, inputs, output: returned.append(output))
-    trainer.current_gradient_accumulation_steps = 1
-    trainer._compute_loss(trainer.model, output)
-    assert returned and all(result.logits is None and result.stats is not None for result in returned)
+    trainer.train()
+    losses = [output for output in returned if output.loss is not None]
+    assert losses and all(output.logits is None and output.stats is not None for output in losses)
 
-    texts, targets = trainer._aligned(output)
-    log_probs, _, _ = trainer._get_per_token_logps_and_entropies(
-        trainer.model, texts["input_ids"], texts["attention_mask"], output["completion_ids"].shape[1]
-    )
-    live = targets[:, :-1] != -100
-    assert torch.equal(live, output["completion_mask"].bool())
-    torch.testing.assert_close(log_probs[live], returned[0].stats.log_probs[:, :-1][live])
-    ids = texts["input_ids"]
-    whole = untouched(ids, attention_mask=texts["attention_mask"]).logits[:, :-1]
-    truth = torch.log_softmax(whole / 0.8, -1).gather(2, ids[:, 1:, None])[..., 0][:, -live.shape[1] :]
-    torch.testing.assert_close(log_probs[live], truth[live])
+
+@pytest.mark.parametrize("model", [rig.llama, lambda: rig.gpt2(dropout=0.0)])
+def test_log_probabilities_are_those_of_unpadded_rows(tmp_path, model):
+    trainer, untouched = trl_rig.trainer(tmp_path, model(), temperature=0.8), model()
+    _, output = generated(trainer, rows=2)
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
+    mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1).bool()
+    length = output["completion_ids"].shape[1]
+    found, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask.long(), length, batch_size=3)
+    assert len({int(n) for n in output["prompt_mask"].sum(1)}) > 1 and found.shape == (8, length)
+    for s in range(8):
+        row, tokens = ids[s][mask[s]], int(output["completion_mask"][s].sum())
+        log_pi = torch.log_softmax(untouched(row[None]).logits[0, :-1] / 0.8, -1)
+        truth = log_pi.gather(1, row[1:, None])[-tokens:, 0]
+        torch.testing.assert_close(found[s, :tokens], truth, rtol=1e-4, atol=1e-5)
+
+
+def test_several_steps_on_one_generation_log_how_far_the_policy_has_moved(tmp_path):
+    trainer = trl_rig.trainer(tmp_path, max_steps=2, num_iterations=2, learning_rate=3.0)
+    moved, start = [], copy.deepcopy(trainer.model.state_dict())
+    compute = trainer._compute_loss
+
+    def watched(model, inputs):
+        moved.append((copy.deepcopy(model.state_dict()), inputs))
+        return compute(model, inputs)
+
+    trainer._compute_loss = watched
+    trainer.train()
+    first, second = (line for line in trainer.state.log_history if "loss" in line)
+    assert first["drift/kl"] == pytest.approx(0, abs=1e-6)
+
+    (_, inputs), (weights, again) = moved
+    assert inputs["sampled"].sum() == 4 and torch.equal(inputs["old_per_token_logps"], again["old_per_token_logps"])
+    ratio = {}
+    for name, state in (("now", weights), ("then", start)):
+        trainer.model.load_state_dict(state)
+        ids = torch.cat([again["prompt_ids"], again["completion_ids"]], 1)
+        mask = torch.cat([again["prompt_mask"], again["completion_mask"]], 1)
+        arguments = (trainer.model, ids, mask, again["completion_ids"].shape[1])
+        ratio[name] = trainer._get_per_token_logps_and_entropies(*arguments)[0].double()
+    log_ratio, live = ratio["now"] - ratio["then"], again["completion_mask"].bool()
+    sampled = live & again["sampled"][:, None]
+    kl = (log_ratio.exp() - 1 - log_ratio)[sampled].mean().item()
+    assert second["drift/kl"] == pytest.approx(kl, rel=1e-3) and kl > 1e-4
+    assert second["drift/mean_abs_log_ratio"] == pytest.approx(log_ratio[live].abs().mean().item(), rel=1e-3)
+
+
+def test_truncated_completions_leave_the_loss_but_not_the_baseline(tmp_path):
+    """TRL's mask_truncated_completions: their tokens count nowhere, their rewards do."""
+    _, output = generated(trl_rig.trainer(tmp_path, per_device_train_batch_size=16), rows=4)
+    trainer = trl_rig.trainer(tmp_path, per_device_train_batch_size=16, mask_truncated_completions=True)
+    _, masked = generated(trainer, rows=4)
+    assert torch.equal(masked["completion_ids"], output["completion_ids"])
+    torch.testing.assert_close(masked["advantages"], output["advantages"])
+    cut = ~masked["completion_mask"].any(1)
+    assert 0 < cut.sum() < 8
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(trainer.model, masked)
+    kept = {name: value[~cut] if value.dim() else value for name, value in masked.items()}
+    assert kept["num_items_in_batch"] == kept["completion_mask"].sum()
+    torch.testing.assert_close(loss, trainer._compute_loss(trainer.model, kept))
 
 
 def test_a_run_learns_logs_and_saves_what_can_be_loaded(tmp_path):
@@ -267,6 +317,14 @@ def test_the_hooks_of_the_installed_trl_are_the_ones_taken_over():
         "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"],
         "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
         "_compute_loss": ["self", "model", "inputs"],
+        "_get_per_token_logps_and_entropies": [
+            "self",
+            "model",
+            "input_ids",
+            "attention_mask",
+            "logits_to_keep",
+            "batch_size",
+        ],
     }
     for name, parameters in expected.items():
         assert list(inspect.signature(getattr(base, name)).parameters)[: len(parameters)] == parameters, name
@@ -274,7 +332,7 @@ def test_the_hooks_of_the_installed_trl_are_the_ones_taken_over():
         (base._generate_and_score_completions, "self._calculate_rewards("),
         (base._generate, "self._generate_single_turn("),
         (base.compute_loss, "return self._compute_loss(model, inputs)"),
-        (base._get_per_token_logps_and_entropies, "fused_lm_head=True"),
+        (base._generate_and_score_completions, "old_per_token_logps, _, _ = self._get_per_token_logps_and_entropies("),
         (base._compute_loss, 'inputs["num_items_in_batch"]'),
     ):
         assert called in inspect.getsource(source)

@@ -104,6 +104,19 @@ def test_evaluation_is_trls(tmp_path):
     assert ours["eval_entropy"] == pytest.approx(expected["eval_entropy"], rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`")
+def test_metrics_of_the_logits_still_get_them(tmp_path):
+    """TRL's compute_metrics: the logits come from a forward of their own."""
+    seen = []
+    trainer = trl_rig.sft_trainer(tmp_path, per_device_eval_batch_size=8)
+    trainer.compute_metrics = lambda prediction: seen.append(prediction.predictions) or {}
+    rows = trainer.train_dataset
+    trainer.evaluate(rows)
+    batch = trainer.data_collator([rows[i] for i in range(8)])
+    expected = rig.llama()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(torch.from_numpy(seen[0]), expected)
+
+
 def test_what_would_be_ignored_is_refused(tmp_path):
     for options, sentence in (
         ({"loss_type": "dft"}, "loss_type must be left at 'nll', got 'dft'; it belongs to TRL's own loss"),

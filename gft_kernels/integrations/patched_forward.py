@@ -48,8 +48,6 @@ class PatchedForward:
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if self.model.__dict__.get("_gft_forward") is not self:  # unpatched, but another library holds on to this
             return self.plain(kwargs)
-        if kwargs.get("fused_lm_head"):  # TRL asks its own forward, beneath this one, for log-probabilities
-            return self.plain(kwargs)
         named = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(PREFIX)}
         named = {name.removeprefix(PREFIX): value for name, value in named.items() if value is not None}
         if kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None:

@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer on hybrid groups: demonstrations take the first places of each group, and the loss is GFT's.
 
-Three of its methods are taken over: `_generate_single_turn` leaves out the places that are given,
-`_generate_and_score_completions` puts F5 where GRPO's advantages were, `_compute_loss` runs the patched model.
+Methods taken over: `_generate_single_turn` leaves out the places that are given, `_generate_and_score_completions` puts
+F5 where GRPO's advantages were, `_compute_loss` and `_get_per_token_logps_and_entropies` run the patched model.
 Everything else is TRL's: batches, sampling (generate, continuous batching, vLLM), rewards, logs, checkpoints.
 
 Sizes: S responses of a micro-batch, N responses of a generation batch over all processes, K of a group, P and C tokens
@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 
 from gft_kernels.advantages import group_advantages
 from gft_kernels.integrations.trl.config import GFTConfig
-from gft_kernels.integrations.trl.patch import add_token_means, parameters_of, patch_trainer
+from gft_kernels.integrations.trl.patch import log_means, parameters_of, patch_trainer, token_means
 from gft_kernels.trainer.data import RowError, check_record, encode_response
 from gft_kernels.trainer.groups import IGNORE
 
@@ -94,6 +94,7 @@ class GFTTrainer(GRPOTrainer):
         advantages_N = self._advantages(size)
         before = self.accelerator.process_index * len(inputs)
         output["advantages"] = advantages_N[before : before + len(inputs)]
+        output["sampled"] = torch.tensor([ids is None for ids in self._given], device=advantages_N.device)
         shown = self._logs["advantages"]
         for _ in range(min(len(shown), len(advantages_N))):
             shown.pop()  # TRL's own, which are not those of the loss
@@ -136,42 +137,69 @@ class GFTTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs: dict[str, Any]) -> Tensor:
         """The micro-batch's share of the step's loss, computed inside the call of the wrapped model."""
-        mode = "train" if self.model.training else "eval"
-        texts, targets_ST = self._aligned(inputs)
+        texts, targets_ST = self._aligned(
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].shape[1],
+        )
         outputs = model(
             **texts,
             shift_labels=targets_ST,
             gft_advantages=inputs["advantages"],
-            num_items_in_batch=self._num_items(inputs, mode),
+            num_items_in_batch=self._num_items(inputs),
         )
         if self.args.token_metrics:
-            add_token_means(self, mode, outputs.stats, targets_ST != IGNORE)
+            means = token_means(outputs.stats, targets_ST != IGNORE)
+            log_means(self, {**means, **drift(outputs.stats.log_probs, inputs)})
         return outputs.loss
 
-    def _aligned(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **images
+    ) -> tuple[Tensor, None, None]:
+        """Log-probabilities (S, C) of the completions as the loss sees them, for the drift; TRL asks for no others."""
+        found = []
+        for ids, mask in zip(*(x.split(batch_size or len(x)) for x in (input_ids, attention_mask)), strict=True):
+            texts, targets_ST = self._aligned(ids, mask, logits_to_keep)
+            outputs = model(**texts, shift_labels=targets_ST, gft_return_stats=True, gft_return_entropy=False)
+            found.append(outputs.stats.log_probs[:, -logits_to_keep - 1 : -1])
+        return torch.cat(found), None, None
+
+    def _aligned(self, input_ids: Tensor, attention_mask: Tensor, completions: int) -> tuple[dict[str, Any], Tensor]:
         """The model's inputs, and the target of each row of its head: those of the completions, (S, T)."""
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        texts = {
-            "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            "attention_mask": attention_mask,
-        }
-        taken, completions = parameters_of(self.model), inputs["completion_ids"].shape[1]
+        texts: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        taken, before = parameters_of(self.model), input_ids.shape[1] - completions - 1
         if "position_ids" in taken:  # prompts are padded on the left; generate counts from the first token as well
             texts["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        before = inputs["prompt_ids"].shape[1] - 1
         if "logits_to_keep" in taken:  # where the loss needs logits after all, those of the prompts are left out
             texts["logits_to_keep"], before = completions + 1, 0
-        targets_SC = inputs["completion_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE)
-        return texts, functional.pad(targets_SC, (before, 1), value=IGNORE)
+        targets_SL = input_ids.masked_fill(attention_mask == 0, IGNORE)
+        return texts, functional.pad(targets_SL[:, -completions:], (before, 1), value=IGNORE)
 
-    def _num_items(self, inputs: dict[str, Any], mode: str) -> Tensor | float:
+    def _num_items(self, inputs: dict[str, Any]) -> Tensor | float:
         """What the loss is divided by so that an optimizer step sums to one mean over all processes.
 
         Gradients are averaged over the processes, so theirs is a share of the whole. Tokens are counted over the
         generation batch, of which a step takes an equal part.
         """
-        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+        training = self.model.training
+        steps = self.current_gradient_accumulation_steps if training else 1
         if self.args.reduction == "sequence-mean":
             return float(len(inputs["completion_ids"]) * steps)
-        batches: Any = self.args.steps_per_generation if mode == "train" else 1
+        batches: Any = self.args.steps_per_generation if training else 1
         return inputs["num_items_in_batch"].clamp(min=1) * (steps / batches / self.accelerator.num_processes)
+
+
+def drift(log_probs_ST: Tensor, inputs: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """How far the policy has moved since it sampled, where the batch says what it was then, as means by name.
+
+    The KL from the policy that sampled is r - 1 - log r over its samples, the absolute log r is over all tokens (nats).
+    """
+    if "old_per_token_logps" not in inputs:
+        return {}
+    old_SC, live_SC = inputs["old_per_token_logps"], inputs["completion_mask"].bool()
+    log_ratio_SC = log_probs_ST[:, -old_SC.shape[1] - 1 : -1] - old_SC
+    sampled_SC = live_SC & inputs["sampled"][:, None]
+    return {
+        "drift/kl": (log_ratio_SC.expm1() - log_ratio_SC, sampled_SC),
+        "drift/mean_abs_log_ratio": (log_ratio_SC.abs(), live_SC),
+    }

@@ -1,4 +1,4 @@
-"""What both trainers ask of a TRL trainer's model: the loss from inside its head, and means of its statistics."""
+"""What both trainers ask of a TRL trainer: the loss from inside its model's head, and means of what that says."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from gft_kernels.trainer.groups import IGNORE
 
 
 def patch_trainer(trainer: Any, **loss_options: Any) -> None:
-    """Patch the model of a TRL trainer. TRL's fused head stays: calls that ask for it pass the patch.
-
-    Raises: ValueError for a router loss, which TRL weighs by an option of its own.
-    """
+    """Patch the model of a TRL trainer. Raises ValueError for a router loss, which TRL weighs by its own option."""
     if trainer.aux_loss_enabled:
         raise ValueError(
             f"router_aux_loss_coef must be 0.0, got {trainer.router_aux_loss_coef}; the GFT loss has no router term."
@@ -29,15 +26,21 @@ def patch_trainer(trainer: Any, **loss_options: Any) -> None:
 
 def parameters_of(model: nn.Module) -> Any:
     """The names a model's forward takes, below every wrapper."""
-    return unwrapped(model).forward.__signature__.parameters
+    return unwrapped(model)._gft_forward.__signature__.parameters
+
+
+def token_means(stats: TokenStats, live: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean pi, rectified fraction and entropy by name: values per token, and the tokens that count."""
+    assert stats.entropy is not None
+    values = {"pi": stats.log_probs.exp(), "rectified": (stats.coefficients < 1).float(), "entropy": stats.entropy}
+    return {name: (value, live) for name, value in values.items()}
 
 
 @torch.no_grad()
-def add_token_means(trainer: Any, mode: str, stats: TokenStats, live: Tensor) -> None:
-    """Mean pi, rectified fraction and entropy over the live tokens of all ranks, under TRL's own means."""
-    assert stats.entropy is not None
-    values = (stats.log_probs.exp(), (stats.coefficients < 1).float(), stats.entropy)
-    sums = torch.stack([live.sum().float(), *((value * live).sum() for value in values)])
-    count, *totals = trainer.accelerator.reduce(sums, reduction="sum").tolist()
-    for name, total in zip(("pi", "rectified", "entropy"), totals, strict=True):
-        trainer._metrics[mode][name].append(total / max(count, 1.0))
+def log_means(trainer: Any, means: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Put means over the tokens of all ranks among TRL's own; a mean of no token is left out."""
+    sums = torch.stack([torch.stack([torch.where(live, v, 0.0).sum(), live.sum()]) for v, live in means.values()])
+    metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    for name, (total, count) in zip(means, trainer.accelerator.reduce(sums, reduction="sum").tolist(), strict=True):
+        if count:
+            metrics[name].append(total / count)

@@ -10,7 +10,7 @@ from trl import SFTTrainer
 
 from gft_kernels.integrations.columns import shifted
 from gft_kernels.integrations.trl.config import GFTSFTConfig
-from gft_kernels.integrations.trl.patch import add_token_means, patch_trainer
+from gft_kernels.integrations.trl.patch import log_means, patch_trainer, token_means
 from gft_kernels.trainer.groups import IGNORE
 
 
@@ -37,7 +37,6 @@ class GFTSFTTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's scaling of another loss; with `return_outputs` the logits take a second forward, as in TRL."""
-        mode = "train" if self.model.training else "eval"
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -45,12 +44,12 @@ class GFTSFTTrainer(SFTTrainer):
         if self.args.token_metrics:
             live_ST = shifted(inputs["labels"], IGNORE) != IGNORE
             virtual = outputs.stats.log_probs.shape[1] - live_ST.shape[1]  # prompt tuning puts tokens before the first
-            add_token_means(self, mode, outputs.stats, functional.pad(live_ST, (virtual, 0)))
-        if mode == "train":
+            log_means(self, token_means(outputs.stats, functional.pad(live_ST, (virtual, 0))))
+        if self.model.training:
             given = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].numel()
             here = torch.as_tensor(given, device=loss.device)
             self._total_train_tokens += int(self.accelerator.gather(here).sum())
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self._total_train_tokens]
         if not return_outputs:
             return loss
         with torch.no_grad():
