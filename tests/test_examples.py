@@ -48,9 +48,9 @@ def test_processes_do_not_change_a_step(one_process):
     assert_same_steps(lines_of(*torchrun, EXAMPLE, "--steps", "3"), one_process)
 
 
-def test_trl_digit_sum_fits_and_tunes():
+def test_trl_digit_sums_fits_and_tunes():
     pytest.importorskip("trl", reason="trl is not installed: pip install 'gft-kernels[trl]'")
-    example = str(ROOT / "examples" / "trl_digit_sum.py")
+    example = str(ROOT / "examples" / "integrations" / "trl_digit_sums.py")
     *fitted, before, first, second, after, last = lines_of(example, "--sft-steps", "60", "--steps", "2")
     assert len(fitted) == 5 and fitted[-1][1] < 0.8 * fitted[0][1]  # the loss
     assert before[0] == 0 and after[0] == 2 and len(last) == 3

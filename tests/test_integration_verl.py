@@ -172,22 +172,17 @@ def test_verl_finds_the_loss_by_the_entry_point(tmp_path):
 
 
 def test_the_example_configuration_is_one_verl_accepts():
-    """examples/verl_gft.yaml over verl's own defaults, made into its dataclasses."""
-    hydra, omegaconf = pytest.importorskip("hydra"), pytest.importorskip("omegaconf")
-    import verl.trainer
+    """examples/integrations/verl.yaml over verl's own defaults, made into its dataclasses."""
+    hydra = pytest.importorskip("hydra")
     from verl.utils.config import omega_conf_to_dataclass
 
-    ours = omegaconf.OmegaConf.load(ROOT / "examples" / "verl_gft.yaml")
-    ours.pop("defaults"), ours.pop("hydra")
-    folder = str(Path(verl.trainer.__file__).parent / "config")
-    with hydra.initialize_config_dir(folder, version_base=None):
-        defaults = hydra.compose("ppo_trainer")
-    omegaconf.OmegaConf.set_struct(defaults, False)
-    merged = omegaconf.OmegaConf.merge(defaults, ours)
-    config = omega_conf_to_dataclass(merged.actor_rollout_ref.actor)
+    with hydra.initialize_config_dir(str(ROOT / "examples" / "integrations"), version_base=None):
+        found = hydra.compose("verl")
+    config = omega_conf_to_dataclass(found.actor_rollout_ref.actor)
     assert isinstance(config.policy_loss, GFTPolicyLossConfig)
     assert (config.policy_loss.tau, config.policy_loss.loss_mode) == (0.7, "gft")
-    assert merged.algorithm.adv_estimator == "grpo" and merged.algorithm.norm_adv_by_std_in_grpo
+    assert found.algorithm.adv_estimator == "grpo" and found.algorithm.norm_adv_by_std_in_grpo
+    assert found.actor_rollout_ref.rollout.n == 8 and config.loss_agg_mode == "token-mean"
 
 
 def test_the_hooks_of_the_installed_verl_are_the_ones_used():
@@ -201,7 +196,7 @@ def test_the_hooks_of_the_installed_verl_are_the_ones_used():
 
 
 def test_the_example_takes_steps_with_verls_parts():
-    arguments = [str(ROOT / "examples" / "verl_digit_sum.py"), "--sft-steps", "40", "--steps", "12"]
+    arguments = [str(ROOT / "examples" / "integrations" / "verl_digit_sums.py"), "--sft-steps", "40", "--steps", "12"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *[p for p in sys.path if p]])}
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

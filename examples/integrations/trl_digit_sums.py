@@ -1,7 +1,7 @@
 """GFT with TRL's trainers: a small model is fitted to worked sums by SFTTrainer, then tuned in groups by GRPOTrainer.
 
     pip install 'gft-kernels[trl]'
-    python examples/trl_digit_sum.py
+    python examples/integrations/trl_digit_sums.py
 
 The task is the sum of five digits (gft_kernels.tasks.digit_sum), about a minute on one core of a CPU. A group is the
 expert's solution, three teachers' and four samples of the policy; printed last is the share of right samples for

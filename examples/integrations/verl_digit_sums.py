@@ -1,11 +1,11 @@
 """GFT with verl's parts on one process: its registry's `gft` loss, its agg_loss and its GRPO advantages.
 
     pip install verl gft-kernels
-    python examples/verl_digit_sum.py
+    python examples/integrations/verl_digit_sums.py
 
 verl itself samples on GPUs; this loop samples by `generate` and is otherwise what verl's actor does in a step, without
 Ray, on the sum of five digits (gft_kernels.tasks.digit_sum), about a minute on one core of a CPU. With
-examples/verl_gft.yaml the same loss runs in verl's own trainer.
+examples/integrations/verl.yaml the same loss runs in verl's own trainer.
 
 Sizes: S responses, T tokens of the longest, P of a prompt (the same for all), V vocabulary.
 """
