@@ -133,10 +133,13 @@ def dlogit_target(log_pi_y, scale):
     return where(scale == 0.0, 0.0, scale * expm1(log_pi_y))
 
 
-def dlogit_entropy(log_pi_v, entropy, tilt):
-    """What -lambda·H adds to F7 at any token: tilt·pi_v·(log pi_v + H), tilt = weight·lambda; 0 where pi_v = 0."""
+def dlogit_tilted(log_pi_v, scale, tilt, entropy):
+    """F7 away from the target with -lambda·H in the loss: pi_v·(scale + tilt·(log pi_v + H)), tilt = weight·lambda.
+
+    0 where pi_v = 0, never 0·inf. At the target the same with scale = 0 is added to what F7 is there.
+    """
     pi_v = exp(log_pi_v)
-    return where((pi_v == 0.0) | (tilt == 0.0), 0.0, tilt * pi_v * (log_pi_v + entropy))
+    return where(pi_v == 0.0, 0.0, pi_v * (scale + tilt * (log_pi_v + entropy)))
 
 
 def row_size(scale, tilt, entropy):

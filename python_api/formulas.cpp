@@ -40,7 +40,7 @@ void bind_reals(py::module_ m) {
     m.def("token_loss", &token_loss<Real>);
     m.def("dlogit_other", &dlogit_other<Real>);
     m.def("dlogit_target", &dlogit_target<Real>);
-    m.def("dlogit_entropy", &dlogit_entropy<Real>);
+    m.def("dlogit_tilted", &dlogit_tilted<Real>);
     m.def("row_size", &row_size<Real>);
     m.def("entropy", &entropy<Real>);
 }

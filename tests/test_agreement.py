@@ -45,7 +45,7 @@ GRID = {  # formula: the values of each of its arguments
     "token_loss": (LOG_PROBS, SCALES),
     "dlogit_other": (LOG_PROBS, SCALES),
     "dlogit_target": (LOG_PROBS, SCALES),
-    "dlogit_entropy": (LOG_PROBS, (0.0, 11.9, NAN), SCALES),
+    "dlogit_tilted": (LOG_PROBS, SCALES, SCALES, (0.0, 11.9, NAN)),
     "row_size": (SCALES, SCALES, (0.0, 11.9, NAN)),
     "entropy": ((0.0, 11.9, -INF, NAN), (0.0, -3.0, NAN)),
 }

@@ -208,7 +208,7 @@ def test_instruction_sets_agree():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_shards_make_the_whole(name, dtype):
     case = problem(2, 3, 1009, dtype, std=4.0, softcap=10.0)
-    call = replace(call_of(case, want_entropy=True), defer_scale=False)
+    call = replace(call_of(case, want_entropy=True), objective=Objective(entropy_coef=0.4), defer_scale=False)
     whole = cpu.run(replace(call, want_stats=True), name)
     logits, read_R = case.logits, case.mask.flatten()
     edges, targets_R = [0, 1, 400, 1009], call.credit.targets_R
@@ -227,7 +227,7 @@ def test_shards_make_the_whole(name, dtype):
     all_top, all_mass = formulas.observe(top_R, mass_R, target_R)
     agreed = (log_pi_R.float(), all_top.float(), torch.log(all_mass).float())
     scale_R = torch.where(read_R, torch.linspace(-2, 3, 6), 0.0)
-    scales = (scale_R, torch.zeros(6), torch.zeros(6))
+    scales = (scale_R, torch.where(read_R, 0.4, 0.0), whole.entropy_R)
     gradient = torch.cat([cpu.shard_gradient(part, columns, *agreed, *scales, name) for part, columns in parts], -1)
     expected = reference.shard_gradient(replace(call, logits_STV=logits), targets_R, *agreed, *scales)
     assert_close(gradient, expected, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-6)

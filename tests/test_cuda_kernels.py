@@ -15,7 +15,7 @@ from cuda_on_host import Backend
 from policy_cases import OBJECTIVES, PENALTIES, WITH_RATIO
 
 from gft_kernels import registry
-from gft_kernels.options import Credit, RowCall
+from gft_kernels.options import Credit, Objective, RowCall
 
 pytestmark = pytest.mark.skipif(cuda_on_host.absent() is not None, reason=str(cuda_on_host.absent()))
 
@@ -175,8 +175,8 @@ def test_an_upstream_of_one_in_place_leaves_every_bit(dtype):
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.7}, {"logit_scale": -0.5}], ids=str)
-@pytest.mark.parametrize("inplace", [False, True])
-def test_shards_of_uneven_width_make_the_whole_row(options, inplace):
+@pytest.mark.parametrize(("inplace", "entropy_coef"), [(False, 0.0), (True, 0.0), (True, 0.7)])
+def test_shards_of_uneven_width_make_the_whole_row(options, inplace, entropy_coef):
     """Widths 7, 500 and 3 with a common offset; row 2 is not read, row 3's target is banned."""
     torch.manual_seed(1)
     logits, targets = torch.randn(1, 5, 510) * 3 + 100, torch.tensor([3, 200, 9, 40, 509])
@@ -187,7 +187,8 @@ def test_shards_of_uneven_width_make_the_whole_row(options, inplace):
         z = 5.0 * torch.tanh(z / 5.0)
     z = z / options.get("temperature", 1.0)
     starts, backend = (0, 7, 507), Backend(blocks=0, grid=2)
-    calls = [RowCall(logits[..., a:b].clone(), Credit(targets), inplace=inplace, **options)
+    objective = Objective(entropy_coef=entropy_coef)
+    calls = [RowCall(logits[..., a:b].clone(), Credit(targets), objective, inplace=inplace, **options)
              for a, b in zip(starts, (7, 507, 510), strict=True)]  # fmt: skip
     parts = [backend.shard_statistics(call, targets - a, read) for call, a in zip(calls, starts, strict=True)]
     top = torch.stack([p[0] for p in parts]).amax(0)
@@ -204,10 +205,14 @@ def test_shards_of_uneven_width_make_the_whole_row(options, inplace):
     torch.testing.assert_close((gap / mass)[read].double(), expected, rtol=1e-5, atol=1e-5)
 
     log_pi = torch.log_softmax(z, 1)
-    agreed = [log_pi[range(5), targets].float(), z.amax(1).float(), (torch.logsumexp(z, 1) - z.amax(1)).float(), scale]
+    tilted = torch.where(log_pi == -float("inf"), 0.0, log_pi.exp() * log_pi)  # pi·log pi
+    entropy, tilt = -tilted.sum(1), torch.where(read, entropy_coef, 0.0)
+    agreed = [log_pi[range(5), targets].float(), z.amax(1).float(), (torch.logsumexp(z, 1) - z.amax(1)).float(), scale,
+              tilt, entropy.float()]  # fmt: skip
     gradient = torch.cat([backend.shard_gradient(call, targets - a, *agreed)
                           for call, a in zip(calls, starts, strict=True)], -1)[0]  # fmt: skip
     truth = scale[:, None] * (log_pi.exp() - torch.nn.functional.one_hot(targets, 510))
+    truth = truth + tilt[:, None] * (tilted + log_pi.exp() * entropy[:, None])
     slope = options.get("logit_scale", 1.0) / options.get("temperature", 1.0)
     if "softcap" in options:
         slope = slope * (1 - torch.tanh(logits[0].double() / 5.0) ** 2)

@@ -22,11 +22,16 @@ LEFT_OUT = (
     "lengths", "autocast", "0.6-30.0-torch.float32",
 )  # fmt: skip
 SLOW = "not (float16 and (tau or softcap or per_row or poison or strides or statistics or peaked))"
+POLICY = (  # each of these reads two dozen rows: some for all objectives, the edges for those that have them
+    "float32 and every_objective or edge or overflows or banned or scaler and 0.5 or bad_live and old"
+    " or lengths and cispo or (masked or without) and dapo"
+)
 PARTS = {
     "formulas": ["interpreter/formulas_agree.py"],
     "rows": ["interpreter/rows.py"],
     "shards": ["interpreter/shards.py"],
     "loss": ["test_loss.py", "-k", " and ".join([SLOW, *(f"not {name}" for name in LEFT_OUT)])],
+    "policy": ["test_policy.py", "-k", POLICY],
     "autograd": ["test_autograd.py", "-k", " and ".join(f"not {name}" for name in LEFT_OUT)],
 }
 

@@ -9,6 +9,7 @@ import traceback
 from datetime import timedelta
 
 import oracle
+import policy_cases
 import torch
 import torch.distributed as dist
 from cases import problem
@@ -179,6 +180,44 @@ def the_linear_loss_matches_the_whole_head(ranks: Ranks):
             close(log_probs, expected_stats.log_probs, 1e-5)
 
 
+def every_objective_matches_the_oracle(ranks: Ranks):
+    """Penalties on, A = 0 in some rows, NaN where rows are masked; the second row's targets lie on the last rank."""
+    for objective, dtype in [("grpo", torch.float32), ("cispo", torch.float32), ("gft", torch.float16)]:
+        case = policy_cases.problem(objective, 3, 3, VOCABULARY, dtype, **policy_cases.PENALTIES, softcap=20.0)
+        case.old = torch.where(case.mask, case.old, float("nan"))
+        losses, truth = case.truth(UPSTREAM)
+        whole_stats = case.loss(return_stats=True, return_entropy=True, backend="reference")[1]
+        for inplace in (False, True):
+            for mine in ranks.splits():
+                shard = case.logits[..., mine].clone().requires_grad_(True)
+                loss, stats = case.loss(
+                    shard * 1, inplace=inplace, return_stats=True, return_entropy=True, **ranks.shared()
+                )
+                (loss * UPSTREAM).backward()
+                ranks.same_everywhere(loss)
+                assert abs(loss.item() - float(losses.sum())) <= 1e-5 * float(losses.abs().sum())
+                close(shard.grad, truth[..., mine], 1e-5 if dtype == torch.float32 else 1e-3)
+                for name in ("log_probs", "coefficients", "entropy", "ratios", "kl"):
+                    if getattr(stats, name) is not None:
+                        close(getattr(stats, name), getattr(whole_stats, name), 1e-5)
+
+
+def a_linear_objective_matches_the_whole_head(ranks: Ranks):
+    _, *tensors = linear_case()
+    case = policy_cases.problem("dapo", 6, 3, VOCABULARY, **policy_cases.PENALTIES)
+    whole = leaves(*tensors)
+    expected = case.loss(whole[0], weight=whole[1], bias=whole[2], backend="reference")
+    (expected * UPSTREAM).backward()
+    for mine in ranks.splits():
+        x, w, b = leaves(tensors[0], tensors[1][mine], tensors[2][mine])
+        loss = case.loss(x, weight=w, bias=b, chunk_rows=5, **ranks.shared())
+        (loss * UPSTREAM).backward()
+        ranks.same_everywhere(x.grad)
+        close(loss, expected)
+        for leaf, truth in zip((x, w, b), (whole[0].grad, whole[1].grad[mine], whole[2].grad[mine]), strict=True):
+            close(leaf.grad, truth, 1e-5)
+
+
 def nothing_live_does_not_hang(ranks: Ranks):
     case, hidden, weight, _bias = linear_case()
     nothing = torch.full_like(case.targets, -100)
@@ -248,6 +287,8 @@ CHECKS = (
     bans_and_bad_rows_stay_in_their_row,
     fp16_survives_a_gradient_scaler,
     the_linear_loss_matches_the_whole_head,
+    every_objective_matches_the_oracle,
+    a_linear_objective_matches_the_whole_head,
     nothing_live_does_not_hang,
     a_target_beyond_the_whole_vocabulary_is_an_error_everywhere,
     two_reductions_a_block_of_rows,

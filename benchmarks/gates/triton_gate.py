@@ -80,7 +80,8 @@ def variants(targets=tuple(TARGETS)) -> Iterator[Variant]:
             yield Variant("row_loss", target, dtype, SMALL, full)
             yield Variant("scale_rows", target, dtype, LARGE)
             yield Variant("shard_statistics", target, dtype, LARGE, full)
-            yield Variant("shard_gradient", target, dtype, LARGE, full[:1])
+            yield Variant("shard_gradient", target, dtype, LARGE, plain)
+            yield Variant("shard_gradient", target, dtype, LARGE, full)
         for kernel in ("group_advantage", "count_tokens", "count_responses", "row_credit", "total"):
             yield Variant(kernel, target)
 

@@ -97,7 +97,7 @@ void write_gradient(const void* row, void* out, const LogitRows& logits, std::in
     if (target < 0 || target >= logits.V) return;
     const double slope = transform_slope(view.target_logit, t.logit_scale, t.softcap, t.temperature);
     const double in_nats =
-        dlogit_target(view.log_pi, scales.scale) + dlogit_entropy(view.log_pi, scales.entropy, scales.tilt);
+        dlogit_target(view.log_pi, scales.scale) + dlogit_tilted(view.log_pi, 0.0, scales.tilt, scales.entropy);
     write_element(out, logits.dtype, target, in_nats * slope);
 }
 

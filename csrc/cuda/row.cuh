@@ -126,7 +126,7 @@ struct Verdict {
 template <bool kEntropy>
 GFT_DEVICE float at_target(float log_pi, const RowScales<float>& scales) {
     const float pull = dlogit_target(log_pi, scales.scale);
-    return kEntropy ? pull + dlogit_entropy(log_pi, scales.entropy, scales.tilt) : pull;
+    return kEntropy ? pull + dlogit_tilted(log_pi, 0.0f, scales.tilt, scales.entropy) : pull;
 }
 
 // F7 at t = z - anchor. A banned token has t = -inf, and 2^-200 is 0 as well.

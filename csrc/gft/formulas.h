@@ -216,11 +216,12 @@ GFT_HD Real dlogit_target(Real log_pi_y, Real scale) {
     return scale == Real(0) ? Real(0) : scale * std::expm1(log_pi_y);
 }
 
-// What -lambda*H adds to F7 at any token: tilt * pi_v * (log pi_v + H), tilt = weight*lambda; 0 where pi_v = 0.
+// F7 away from the target with -lambda*H in the loss: pi_v * (scale + tilt * (log pi_v + H)), tilt = weight*lambda; 0
+// where pi_v = 0, never 0*inf. At the target the same with scale = 0 is added to what F7 is there.
 template <class Real>
-GFT_HD Real dlogit_entropy(Real log_pi_v, Real entropy, Real tilt) {
+GFT_HD Real dlogit_tilted(Real log_pi_v, Real scale, Real tilt, Real entropy) {
     const Real pi_v = std::exp(log_pi_v);
-    return pi_v == Real(0) || tilt == Real(0) ? Real(0) : tilt * pi_v * (log_pi_v + entropy);
+    return pi_v == Real(0) ? Real(0) : pi_v * (scale + tilt * (log_pi_v + entropy));
 }
 
 // A bound of a row's F7: |pi_v - 1| <= 1, and -1 < pi_v * (log pi_v + H) <= H.

@@ -231,8 +231,8 @@ def block_gradient(call: RowCall, block: Block, logits_CV: Tensor, targets_C: Te
     gradient_CV = formulas.dlogit_other(log_pi_CV, scale_CV)
     at_target = formulas.dlogit_target(block.log_pi_C, scales_C.scale)
     if call.objective.entropy_coef != 0.0:
-        gradient_CV = gradient_CV + formulas.dlogit_entropy(log_pi_CV, entropy_CV, tilt_CV)
-        at_target = at_target + formulas.dlogit_entropy(block.log_pi_C, scales_C.entropy, scales_C.tilt)
+        gradient_CV = formulas.dlogit_tilted(log_pi_CV, scale_CV, tilt_CV, entropy_CV)
+        at_target = at_target + formulas.dlogit_tilted(block.log_pi_C, 0.0, scales_C.tilt, scales_C.entropy)
     at_C1, inside_C = targets_C.clamp(0, gradient_CV.shape[1] - 1)[:, None], _inside(targets_C, gradient_CV)
     gradient_CV.scatter_(1, at_C1, torch.where(inside_C, at_target, gradient_CV.gather(1, at_C1)[:, 0])[:, None])
     slope = formulas.transform_slope(logits_CV.float(), call.logit_scale, call.softcap, call.temperature)

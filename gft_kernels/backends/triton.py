@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gft_kernels.options import FP16_PEAK, RowCall, RowResult
+from gft_kernels.options import FP16_PEAK, SURROGATES, Objective, RowCall, RowResult
 
 MAX_VOCABULARY = 1 << 30  # columns are counted in 32 bits, with room for one tile more
 MIN_CAPABILITY = (8, 0)
@@ -38,8 +38,6 @@ def absent() -> str | None:
 
 def refuses(call: RowCall) -> str | None:
     """Why this call cannot be served; None: it can."""
-    if call.objective.surrogate != "gft" or call.objective.acts_without_advantage:
-        return "these kernels know gft without penalties only"
     logits = call.logits_STV
     kind = logits.device.type
     if kind != ("cpu" if _interpreted() else "cuda"):
@@ -66,7 +64,7 @@ def run(call: RowCall) -> RowResult:
         gradient = _gradient_for(logits, call.inplace) if call.want_gradient else None
         rows = call.credit.targets_R.numel()
         loss_R, log_prob_R, coefficient_R = (_float32(logits, rows) for _ in range(3))
-        entropy_R = _float32(logits, rows) if call.want_entropy else None
+        entropy_R = _float32(logits, rows) if call.needs_entropy else None
         row_scale_R = _float32(logits, rows) if call.defer_scale and gradient is not None else None
         launch = _row_launch(logits, call.softcap)
         row_loss_kernel[(rows,)](
@@ -79,15 +77,16 @@ def run(call: RowCall) -> RowResult:
             coefficient_R,
             loss_R if entropy_R is None else entropy_R,
             loss_R if row_scale_R is None else row_scale_R,
+            loss_R if call.objective.old_log_probs_R is None else call.objective.old_log_probs_R,
+            loss_R if call.objective.ref_log_probs_R is None else call.objective.ref_log_probs_R,
             *_shape(logits),
             *_outer_strides(logits),
             *_outer_strides(logits if gradient is None else gradient),
-            tau=call.objective.tau,
-            rectify_all=int(call.objective.rectify == "all"),
+            **_objective(call.objective),
             **_transform(call),
             peak=0.0 if row_scale_R is None else FP16_PEAK,
             want_gradient=int(gradient is not None),
-            ENTROPY=call.want_entropy,
+            ENTROPY=call.needs_entropy,
             BLOCK=launch.block,
             **launch.options(),
         )
@@ -95,7 +94,8 @@ def run(call: RowCall) -> RowResult:
         if call.credit.reduction != "none":
             loss = torch.empty((), dtype=torch.float32, device=logits.device)
             total_kernel[(1,)](loss_R, loss, R=rows, BLOCK=LAUNCH.rows)
-    return RowResult(loss, log_prob_R, coefficient_R, credit.advantages_R, gradient, row_scale_R, entropy_R)
+    asked_R = entropy_R if call.want_entropy else None
+    return RowResult(loss, log_prob_R, coefficient_R, credit.advantages_R, gradient, row_scale_R, asked_R)
 
 
 def scale(gradient: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool) -> Tensor:
@@ -154,11 +154,11 @@ def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardS
             *_shape(logits),
             *_outer_strides(logits),
             **_transform(call),
-            ENTROPY=call.want_entropy,
+            ENTROPY=call.needs_entropy,
             BLOCK=launch.block,
             **launch.options(),
         )
-    return ShardStatistics(top_R, mass_R, gap_R if call.want_entropy else None, target_logit_R)
+    return ShardStatistics(top_R, mass_R, gap_R if call.needs_entropy else None, target_logit_R)
 
 
 def shard_gradient(
@@ -171,7 +171,8 @@ def shard_gradient(
     tilt_R: Tensor,
     entropy_R: Tensor,
 ) -> Tensor:
-    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass and scale = weight·kappa, float32 (R,)."""
+    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass, scale = weight·kappa, tilt =
+    weight·lambda and entropy, float32 (R,)."""
     from gft_kernels.triton_kernels.shard import shard_gradient_kernel
 
     logits = call.logits_STV.detach()
@@ -186,10 +187,13 @@ def shard_gradient(
             top_R,
             log_mass_R,
             scale_R,
+            tilt_R,
+            entropy_R,
             *_shape(logits),
             *_outer_strides(logits),
             *_outer_strides(gradient),
             **_transform(call),
+            ENTROPY=call.objective.entropy_coef != 0.0,
             BLOCK=launch.block,
             **launch.options(),
         )
@@ -224,6 +228,20 @@ def _gradient_for(logits: Tensor, inplace: bool) -> Tensor:
 
 def _float32(like: Tensor, rows: int) -> Tensor:
     return torch.empty(rows, dtype=torch.float32, device=like.device)
+
+
+def _objective(objective: Objective) -> dict[str, float]:
+    """The numbers of an objective, as the row kernel takes them."""
+    return {
+        "tau": objective.tau,
+        "rectify_all": int(objective.rectify == "all"),
+        "surrogate": SURROGATES.index(objective.surrogate),
+        "has_old": int(objective.old_log_probs_R is not None),
+        "clip_low": objective.clip_low,
+        "clip_high": objective.clip_high,
+        "beta": objective.beta,
+        "entropy_coef": objective.entropy_coef,
+    }
 
 
 def _transform(call: RowCall) -> dict[str, float]:

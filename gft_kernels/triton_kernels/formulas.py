@@ -120,7 +120,7 @@ kappa = _in_triton(formulas.kappa)
 token_loss = _in_triton(formulas.token_loss)  # F6
 dlogit_other = _in_triton(formulas.dlogit_other)  # F7
 dlogit_target = _in_triton(formulas.dlogit_target)  # F7
-dlogit_entropy = _in_triton(formulas.dlogit_entropy)
+dlogit_tilted = _in_triton(formulas.dlogit_tilted)
 row_size = _in_triton(formulas.row_size)
 entropy = _in_triton(formulas.entropy)
 

@@ -7,15 +7,24 @@ import triton
 import triton.language as tl
 
 from gft_kernels.triton_kernels.formulas import (
+    capped_coefficient,
+    clipped_coefficient,
+    clipped_loss,
     coefficient,
     dlogit_other,
     dlogit_target,
+    dlogit_tilted,
     entropy,
+    exp,
     kappa,
+    kl_kappa,
+    kl_loss,
     log,
     log_prob,
+    log_ratio,
     observe,
     raise_gap,
+    row_size,
     row_tau,
     seen,
     seen_slope,
@@ -25,16 +34,26 @@ from gft_kernels.triton_kernels.spans import row_start
 from gft_kernels.triton_kernels.specialisation import compiled_once
 from gft_kernels.triton_kernels.sweeps import clear_row, map_row, row_statistics
 
+# Surrogates by their place in options.SURROGATES; run-time values, so that no objective is compiled of its own.
+GFT = tl.constexpr(0)
+GRPO = tl.constexpr(1)
+
 
 @triton.jit
 def dlogit(x, column, parameters):
-    """F7 at some places of a row: x are the logits as stored, `column` says which."""
-    target, log_pi, top, log_mass, scale, logit_scale, temperature = parameters[:7]
-    SOFTCAP: tl.constexpr = parameters[7]
+    """F7 at some places of a row: x are the logits as stored, `column` says which. TILTED: with an entropy bonus."""
+    target, log_pi, top, log_mass, scale, tilt, h, logit_scale, temperature = parameters[:9]
+    SOFTCAP: tl.constexpr = parameters[9]
+    TILTED: tl.constexpr = parameters[10]
     z = seen(x, logit_scale, temperature, SOFTCAP)
-    scale = scale * seen_slope(x, logit_scale, temperature, SOFTCAP)
-    others = dlogit_other((z - top) - log_mass, scale)
-    return tl.where(column == target, dlogit_target(log_pi, scale), others)
+    slope = seen_slope(x, logit_scale, temperature, SOFTCAP)
+    if TILTED:  # the slope comes last: as a factor of scale and of tilt it would be two more registers an element
+        others = dlogit_tilted((z - top) - log_mass, scale, tilt, h)
+        at_target = dlogit_target(log_pi, scale) + dlogit_tilted(log_pi, 0.0, tilt, h)
+        return tl.where(column == target, at_target, others) * slope
+    else:
+        others = dlogit_other((z - top) - log_mass, scale * slope)
+        return tl.where(column == target, dlogit_target(log_pi, scale * slope), others)
 
 
 @triton.jit
@@ -55,11 +74,45 @@ def row_entropy(z_y, others_top, others_mass, others_gap, top, mass):
 
 
 @triton.jit
-def split_scale(scale, slope, peak):
-    """(what an fp16 row is stored with, what the backward multiplies it by): the stored row peaks at `peak`."""
-    sloped = scale * slope
-    stored = tl.where(sloped < 0.0, -peak, peak) / slope
-    return tl.where(scale == 0.0, 0.0, stored), tl.abs(sloped) / peak
+def row_terms(
+    r, log_pi, h, advantage, tau, rectify_all, surrogate, old_log_probs_R, has_old, ref_log_probs_R, clip_low,
+    clip_high, beta, entropy_coef, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """F4, kappa and F6 of row r: the only place here that knows one objective from another."""
+    if surrogate == GFT:
+        c = coefficient(log_pi, row_tau(advantage, tau, rectify_all != 0))
+        k = kappa(advantage, c)
+        loss = token_loss(log_pi, k)
+    else:
+        old_log_pi = log_pi
+        if has_old != 0:
+            old_log_pi = tl.load(old_log_probs_R + r)
+        ratio = exp(log_ratio(log_pi, old_log_pi))
+        if surrogate == GRPO:
+            c = clipped_coefficient(ratio, advantage, clip_low, clip_high)
+            k = kappa(advantage, c)
+            loss = clipped_loss(ratio, advantage, clip_low, clip_high)
+        else:
+            c = capped_coefficient(ratio, clip_high)
+            k = kappa(advantage, c)
+            loss = token_loss(log_pi, k)
+    if beta != 0.0:
+        u = log_ratio(tl.load(ref_log_probs_R + r), log_pi)
+        k += beta * kl_kappa(u)
+        loss += beta * kl_loss(u)
+    if ENTROPY:
+        loss -= tl.where(entropy_coef == 0.0, 0.0, entropy_coef * h)
+    return c, k, loss
+
+
+@triton.jit
+def split_scales(scale, tilt, h, slope, peak):
+    """(scale and tilt an fp16 row is stored with, what backward multiplies it by): the stored row peaks at `peak`."""
+    size = row_size(scale, tilt, h)
+    unit = peak / tl.abs(slope)
+    stored_scale = tl.where(size == 0.0, 0.0, scale / size * unit)
+    stored_tilt = tl.where(size == 0.0, 0.0, tilt / size * unit)
+    return stored_scale, stored_tilt, size / unit
 
 
 @compiled_once
@@ -75,6 +128,8 @@ def row_loss_kernel(
     coefficient_R,
     entropy_R,
     row_scale_R,
+    old_log_probs_R,
+    ref_log_probs_R,
     tokens: tl.int64,
     V: tl.int64,
     outer_stride: tl.int64,
@@ -83,6 +138,12 @@ def row_loss_kernel(
     gradient_inner_stride: tl.int64,
     tau: tl.float32,
     rectify_all: tl.int32,
+    surrogate: tl.int32,
+    has_old: tl.int32,  # 0: on-policy
+    clip_low: tl.float32,
+    clip_high: tl.float32,
+    beta: tl.float32,
+    entropy_coef: tl.float32,
     logit_scale: tl.float32,
     temperature: tl.float32,
     peak: tl.float32,  # 0: the gradient is stored as it is
@@ -97,7 +158,7 @@ def row_loss_kernel(
     width = V.to(tl.int32)
     read = tl.load(read_R + r) != 0
     # zeros for a row that is not read; the branch below overwrites them
-    loss, log_pi, c, h, scale, row_scale = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    loss, log_pi, c, h, scale, tilt, row_scale = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     top, log_mass, y = 0.0, 0.0, -1
     if read:
         z_y, y = target_logit(row, tl.load(targets_R + r), V, logit_scale, temperature, SOFTCAP)
@@ -112,12 +173,16 @@ def row_loss_kernel(
             h = row_entropy(z_y, others_top, others_mass, others_gap, top, mass)
         advantage = tl.load(advantages_R + r)
         weight = tl.load(weights_R + r)
-        c = coefficient(log_pi, row_tau(advantage, tau, rectify_all != 0))
-        k = kappa(advantage, c)
-        loss = tl.where(k == 0.0, 0.0, weight * token_loss(log_pi, k))
+        c, k, loss = row_terms(
+            r, log_pi, h, advantage, tau, rectify_all, surrogate, old_log_probs_R, has_old, ref_log_probs_R, clip_low,
+            clip_high, beta, entropy_coef, ENTROPY,
+        )  # fmt: skip
+        loss = tl.where(loss == 0.0, 0.0, weight * loss)
         scale = tl.where(k == 0.0, 0.0, weight * k)
+        if ENTROPY:
+            tilt = weight * entropy_coef
         if peak > 0.0:
-            scale, row_scale = split_scale(scale, logit_scale / temperature, peak)
+            scale, tilt, row_scale = split_scales(scale, tilt, h, logit_scale / temperature, peak)
             tl.store(row_scale_R + r, row_scale)
     elif peak > 0.0:
         tl.store(row_scale_R + r, 0.0)
@@ -127,12 +192,13 @@ def row_loss_kernel(
     if ENTROPY:
         tl.store(entropy_R + r, h)
     if want_gradient != 0:
-        if scale == 0.0:
+        if (scale == 0.0) & (tilt == 0.0):
             clear_row(into, width, BLOCK)
         else:
             # In place, the target's logit and every statistic must be in registers before the first store.
             tl.debug_barrier()
-            # (The tuple stands in the call: as a variable it would turn SOFTCAP into a run-time value.)
+            # (The tuple stands in the call: as a variable it would turn its constants into run-time values.)
             map_row(
-                row, into, width, dlogit, (y, log_pi, top, log_mass, scale, logit_scale, temperature, SOFTCAP), BLOCK
-            )
+                row, into, width, dlogit,
+                (y, log_pi, top, log_mass, scale, tilt, h, logit_scale, temperature, SOFTCAP, ENTROPY), BLOCK,
+            )  # fmt: skip

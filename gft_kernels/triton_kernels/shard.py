@@ -55,6 +55,8 @@ def shard_gradient_kernel(
     top_R,
     log_mass_R,
     scale_R,
+    tilt_R,
+    entropy_R,
     tokens: tl.int64,
     V: tl.int64,
     outer_stride: tl.int64,
@@ -64,14 +66,17 @@ def shard_gradient_kernel(
     logit_scale: tl.float32,
     temperature: tl.float32,
     SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,  # with an entropy bonus; without one tilt_R and entropy_R are not read
     BLOCK: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
     row = row_start(logits, r, tokens, outer_stride, inner_stride)
     into = row_start(gradient, r, tokens, gradient_outer_stride, gradient_inner_stride)
     width = V.to(tl.int32)
-    scale = tl.load(scale_R + r)
-    if scale == 0.0:
+    scale, tilt, h = tl.load(scale_R + r), 0.0, 0.0
+    if ENTROPY:
+        tilt, h = tl.load(tilt_R + r), tl.load(entropy_R + r)
+    if (scale == 0.0) & (tilt == 0.0):
         clear_row(into, width, BLOCK)
     else:
         target = tl.load(targets_R + r)
@@ -79,4 +84,7 @@ def shard_gradient_kernel(
         log_pi = tl.load(log_pi_R + r)
         top = tl.load(top_R + r)
         log_mass = tl.load(log_mass_R + r)
-        map_row(row, into, width, dlogit, (y, log_pi, top, log_mass, scale, logit_scale, temperature, SOFTCAP), BLOCK)
+        map_row(
+            row, into, width, dlogit,
+            (y, log_pi, top, log_mass, scale, tilt, h, logit_scale, temperature, SOFTCAP, ENTROPY), BLOCK,
+        )  # fmt: skip

@@ -43,8 +43,8 @@ void test_row(const RowKernels& kernels, const std::vector<float>& row, const Tr
         for (std::int64_t v = 0; v < V; ++v) {
             const double slope = transform_slope<double>(row[v], t.logit_scale, t.softcap, t.temperature);
             const double log_pi = nats(row[v], t) - state.top - std::log(state.mass), pi = std::exp(log_pi);
-            const double tilted = dlogit_entropy(log_pi, scales.entropy, scales.tilt);
-            const double truth = (dlogit_other(log_pi, scales.scale) + tilted) * slope;
+            const double truth = dlogit_tilted(log_pi, scales.scale, scales.tilt, scales.entropy) * slope;
+            const double tilted = dlogit_tilted(log_pi, 0.0, scales.tilt, scales.entropy);
             const double parts = (3.0 * pi + std::fabs(tilted)) * std::fabs(slope);  // they may cancel
             CHECK(std::fabs(gradient[v] - truth) <= 1e-5 * parts + 1e-36);           // float denormals are flushed
         }

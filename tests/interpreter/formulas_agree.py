@@ -47,7 +47,7 @@ GRIDS = {
     "token_loss": list(itertools.product(LOG_PI, SCALE)),
     "dlogit_other": list(itertools.product(LOG_PI, SCALE)),
     "dlogit_target": list(itertools.product(LOG_PI, SCALE)),
-    "dlogit_entropy": list(itertools.product(LOG_PI, (0.0, 11.9, float("nan")), SCALE)),
+    "dlogit_tilted": list(itertools.product(LOG_PI, SCALE, (0.0, 0.3, float("nan")), (0.0, 11.9))),
     "row_size": list(itertools.product(SCALE, SCALE, (0.0, 11.9, float("nan")))),
     "entropy": list(itertools.product([0.0, 0.1, 12.0], [0.0, -0.5, -12.0])),
 }

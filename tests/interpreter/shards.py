@@ -10,23 +10,25 @@ import torch
 
 from gft_kernels import formulas
 from gft_kernels.backends import triton as backend
-from gft_kernels.options import Credit, RowCall
+from gft_kernels.options import Credit, Objective, RowCall
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.4])
 @pytest.mark.parametrize("softcap", [0.0, 9.0])
-def test_shards_make_the_row(softcap):
+def test_shards_make_the_row(softcap, entropy_coef):
     """The second rank's shard is an unaligned slice, the third's is all banned in one row."""
     torch.manual_seed(3)
     logits = torch.randn(1, 5, 601) * 3
     if not softcap:
         logits[0, 2, 300:] = -float("inf")
-    targets = torch.tensor([0, 290, 299, 600, 300])
+    targets = torch.tensor([0, 290, 299, -100, 600])
     credit = Credit(
         targets, advantages_R=torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]), weights_R=torch.ones(5), tokens_per_response=5
     )
     call = RowCall(
-        logits, credit, softcap=softcap, temperature=0.8, want_gradient=True, want_stats=True, want_entropy=True
-    )
+        logits, credit, Objective(entropy_coef=entropy_coef), softcap=softcap, temperature=0.8, want_gradient=True,
+        want_stats=True, want_entropy=True,
+    )  # fmt: skip
     whole = backend.run(call)
 
     bounds = [0, 291, 300, 601]
@@ -49,11 +51,10 @@ def test_shards_make_the_row(softcap):
         formulas.entropy(mass_all.log(), gap / mass_all)[read], whole.entropy_R[read], rtol=1e-5, atol=1e-6
     )
 
-    scale = torch.where(read, credit.advantages_R * whole.coefficients_R, 0.0)
+    scale, tilt = torch.where(read, credit.advantages_R * whole.coefficients_R, 0.0), read * entropy_coef
     numbers = (torch.where(read, log_pi, 0.0), torch.where(read, top_all, 0.0), torch.where(read, mass_all.log(), 0.0))
     pieces = [
-        backend.shard_gradient(shard, columns, *numbers, scale, torch.zeros(5), torch.zeros(5))
-        for shard, columns in shards
+        backend.shard_gradient(shard, columns, *numbers, scale, tilt, whole.entropy_R) for shard, columns in shards
     ]
     torch.testing.assert_close(torch.cat(pieces, -1), whole.gradient_STV, rtol=1e-5, atol=1e-8)
     assert torch.cat(pieces, -1)[0, 3].eq(0).all()
