@@ -1,4 +1,4 @@
-"""TRL's trainers with the GFT loss on two ranks (gloo): the steps of one process with the joined batch."""
+"""TRL's trainers on two ranks (gloo), under DDP and FSDP2: the steps of one process with the joined batch."""
 
 from __future__ import annotations
 
@@ -11,26 +11,48 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import trainer_rig as rig
-from test_trainer import Gradients
+from datasets import Dataset
+from launched_run import Gradients, shard_on_a_cpu
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'gft-kernels[trl]'")
 
 import trl_rig
 
+from gft_kernels.integrations.trl import GFTTrainer
+
 WORLD = 2
-ROWS = {"grpo": rig.rows(8), "sft": trl_rig.sft_rows(8)}
+ROWS = {"grpo": rig.rows(8), "sft": trl_rig.sft_rows(8), "fsdp2": rig.rows(8)}
 ROWS["sft"][1]["completion"] = "1+2=3." * 3  # so that ranks do not hold the same number of tokens
+GIVEN = {"num_generations": 2, "num_demonstrations": 2}  # nothing sampled: each rank has random numbers of its own
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
 
 
 def steps(folder: Path, kind: str, processes: int) -> list[torch.Tensor]:
-    """Gradients of two steps. Every response is given, for ranks sample with random numbers of their own."""
+    """Gradients of two steps."""
     seen = Gradients()
-    options = {"callbacks": [seen], "rows": ROWS[kind], "per_device_train_batch_size": 8 // processes}
-    options |= {"ddp_backend": "gloo"} if processes > 1 else {}
+    options = {"per_device_train_batch_size": 8 // processes, **({"ddp_backend": "gloo"} if processes > 1 else {})}
     if kind == "sft":
-        trl_rig.sft_trainer(folder, tau=0.05, **options).train()
-    else:
-        trl_rig.trainer(folder, num_generations=2, num_demonstrations=2, reward_funcs=length, **options).train()
+        trl_rig.sft_trainer(folder, tau=0.05, rows=ROWS[kind], callbacks=[seen], **options).train()
+        return seen.steps
+    args, model = trl_rig.config(folder, **GIVEN, **options), rig.untied_llama()
+    if kind == "fsdp2" and processes > 1:
+        shard_on_a_cpu(head_alone=False)
+    trainer = GFTTrainer(
+        model,
+        length,
+        args,
+        train_dataset=Dataset.from_list(ROWS[kind]),
+        processing_class=rig.tokenizer(),
+        callbacks=[seen],
+    )
+    trainer.train()
+    assert (trainer.model_wrapped is not trainer.model) == (kind == "grpo" and processes > 1)
+    assert hasattr(trainer.model, "reshard") == (kind == "fsdp2" and processes > 1)
     return seen.steps
 
 
@@ -44,7 +66,10 @@ def run_rank(rank: int, port: int, folder: str) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    taken = {kind: steps(Path(folder, str(rank)), kind, WORLD) for kind in ROWS}
+    taken = {}
+    for kind in ROWS:
+        os.environ.update(FSDP2 if kind == "fsdp2" else {})
+        taken[kind] = steps(Path(folder, str(rank)), kind, WORLD)
     torch.save(taken, Path(folder, f"{rank}.pt"))
     dist.barrier()
     dist.destroy_process_group()

@@ -51,3 +51,16 @@ def sft_trainer(tmp_path, model=None, rows=None, callbacks=None, **options) -> G
     data = Dataset.from_list(sft_rows() if rows is None else rows)
     model = rig.llama() if model is None else model
     return GFTSFTTrainer(model, args, train_dataset=data, processing_class=rig.tokenizer(), callbacks=callbacks)
+
+
+def generated(trainer, rows: int) -> tuple[list[dict], dict]:
+    """A batch of `rows` whole groups as TRL's sampler repeats them, and what the trainer makes of it."""
+    size = trainer.num_generations
+    repeated = [dict(trainer.train_dataset[i // size]) for i in range(rows * size)]
+    trainer.model.train()
+    return repeated, trainer._generate_and_score_completions(repeated)
+
+
+def completions(output: dict) -> list[list[int]]:
+    pairs = zip(output["completion_ids"], output["completion_mask"], strict=True)
+    return [ids[mask.bool()].tolist() for ids, mask in pairs]
