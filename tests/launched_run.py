@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from gft_kernels.trainer import GFTTrainer, SaveOnInterrupt
 
 OFFLINE = {"reward_funcs": (), "num_generations": 0}
+DRIFTING = {"objective": "grpo", "beta": 0.5, "steps_per_rollout": 2, "num_train_epochs": 2}
 
 
 def brief_llama():
@@ -45,6 +46,7 @@ RUNS = {
     "tied": ("gpt2", rig.offline_rows(11), OFFLINE),
     "a rank without a live token": ("llama", equal_rewards_on_the_second_rank(), OFFLINE),
     "a rank without a row": ("llama", rig.offline_rows(1), OFFLINE),
+    "grpo, two steps a rollout": ("llama", rig.offline_rows(11), OFFLINE | DRIFTING),
     "sampled": ("brief", rig.rows(7), {"generation_batch_size": 1, "num_generations": 3}),
     "head in its own group": ("llama", rig.offline_rows(11), OFFLINE),
 }
@@ -71,8 +73,9 @@ def run(name: str, path: Path, micro_batch: int, kind: str = "alone") -> dict:
     options = dict(options)
     reward_funcs = options.pop("reward_funcs", rig.digit_count)
     args = rig.config(
-        path, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=2, max_steps=-1, num_train_epochs=1,
-        max_grad_norm=0.0, optim="sgd", learning_rate=0.1, ddp_backend=None if kind == "alone" else "gloo", **options,
+        path, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=2, max_steps=-1, max_grad_norm=0.0,
+        optim="sgd", learning_rate=0.1, ddp_backend=None if kind == "alone" else "gloo",
+        **{"num_train_epochs": 1, **options},
     )  # fmt: skip
     if kind == "fsdp":
         shard_on_a_cpu(head_alone=name == "head in its own group")
@@ -82,7 +85,8 @@ def run(name: str, path: Path, micro_batch: int, kind: str = "alone") -> dict:
     trainer.train()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # FSDP2, ZeRO-3: gathered on rank 0
     lines = [line for line in trainer.state.log_history if "loss" in line]
-    logged = [(line["loss"], line["zero_std_groups"], line.get("completion_length", 0.0)) for line in lines]
+    names = ("loss", "zero_std_groups", "completion_length", "drift/mean_abs_log_ratio", "drift/max_abs_log_ratio")
+    logged = [tuple(line.get(name, 0.0) for name in names) for line in lines]
     return {"gradients": seen.steps, "weights": weights, "logged": logged}
 
 

@@ -93,11 +93,29 @@ def test_an_adapter_that_comes_after_the_patch():
     torch.testing.assert_close(merged(**inputs).loss, changed)
 
 
-def test_prompt_tuning_shifts_what_it_puts_in_front():
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    ours, theirs = losses(peft.get_peft_model(tiny("llama"), config).eval(), batch("right"))
+PROMPTS = {
+    "prompt tuning": ("PromptTuningConfig", {}),
+    "p-tuning": ("PromptEncoderConfig", {"encoder_hidden_size": 8}),
+    "prefix tuning": ("PrefixTuningConfig", {}),  # puts keys and values in front, no tokens
+}
+
+
+def prompted(kind, model):
+    name, options = PROMPTS[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        config = getattr(peft, name)(task_type="CAUSAL_LM", num_virtual_tokens=3, **options)
+        model = peft.get_peft_model(model, config)
+        for parameter in model.prompt_encoder.parameters():
+            parameter.data.mul_(0.1)  # norms divide by the size of an embedding, and so its gradient
+        return model
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_virtual_tokens_shift_what_comes_after_them(kind):
+    ours, theirs = losses(prompted(kind, tiny("llama")).eval(), batch("right"))
     assert_same(ours, theirs)
-    assert list(ours[1]) == ["prompt_encoder.default.embedding.weight"]
+    assert all(name.startswith("prompt_encoder.default.") for name in ours[1])
 
 
 def test_saving_an_adapter(tmp_path):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gft_kernels.integrations.hf import patch_model
+from gft_kernels.integrations.hf import patch_model, unwrapped
 from gft_kernels.options import TokenStats
 from gft_kernels.trainer import collapse, objective
 from gft_kernels.trainer.callbacks import RunLog
@@ -66,6 +66,7 @@ class GFTTrainer(HeldOut):
             model = AutoModelForCausalLM.from_pretrained(model)
         if processing_class is None or getattr(processing_class, "eos_token_id", None) is None:
             raise ValueError("processing_class must be a tokenizer with an end-of-text token, got none; pass one.")
+        refuse_virtual_tokens(model)
         rewards = Rewards(reward_funcs, args.reward_weights)
         rows = functools.partial(
             Rows,
@@ -96,10 +97,10 @@ class GFTTrainer(HeldOut):
         # Read by transformers before 5.19, where loss_is_scaled_for_ga does not exist yet.
         self.model_accepts_loss_kwargs = True
         self.builder = GroupBuilder(args, processing_class, rewards, rollout_fn, end_tokens(model, processing_class))
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(unwrapped.forward).parameters
+        inner = unwrapped(self.accelerator.unwrap_model(self.model))
+        self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
         # What every call has; a training step adds its objective, for others only ask for log-probabilities.
-        patch_model(unwrapped, objective="sft", temperature=args.temperature, ignore_index=IGNORE, backend=args.backend)
+        patch_model(inner, objective="sft", temperature=args.temperature, ignore_index=IGNORE, backend=args.backend)
         statistics = {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
         self._loss_options = objective.call_options(args) | statistics
         # The policy that sampled is remembered where later steps differ from it and something asks how far.
@@ -209,6 +210,16 @@ class GFTTrainer(HeldOut):
         if every and step % every == 0 and groups and self.is_world_process_zero():
             append_completions(Path(str(self.args.output_dir), "completions.jsonl"), groups, step)
             print("\n" + completions_table(groups[0], step), flush=True)
+
+
+def refuse_virtual_tokens(model: nn.Module) -> None:
+    """Raises ValueError for an adapter that puts tokens of its own before the prompt."""
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"model must be adapted in its weights, got {config.peft_type.value}; its virtual tokens are no part "
+                "of what is sampled: train a LoRA adapter, or call patch_model in a loop of your own."
+            )
 
 
 def start_model(model: nn.Module, device: torch.device) -> nn.Module:
