@@ -6,6 +6,7 @@ import pytest
 import torch
 import trainer_rig as rig
 from datasets import Dataset
+from tiny_families import tiny
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'gft-kernels[trl]'")
 
@@ -95,6 +96,13 @@ def test_several_reward_functions_are_weighted(tmp_path):
 def test_options_that_cannot_work_are_refused(tmp_path, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         trl_rig.config(tmp_path, **options)
+
+
+def test_a_router_loss_is_refused(tmp_path):
+    """TRL weighs it by an option of its own, which the patched model would not read."""
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef must be 0\.0, got 0\.02; the GFT loss has no router"):
+        trl_rig.trainer(tmp_path, model=tiny("mixtral"), router_aux_loss_coef=0.02)
+    trl_rig.trainer(tmp_path, model=tiny("mixtral"), router_aux_loss_coef=0.0)
 
 
 def test_groups_must_be_whole_on_each_process(tmp_path, monkeypatch):
