@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gft_kernels import checks, distributed, registry
+from gft_kernels import checks, distributed, formulas, registry
 from gft_kernels.advantages import RowCredit, credit_rows
 from gft_kernels.linear_call import LinearCall, LinearResult
 from gft_kernels.linear_products import Head, multiply, precision_of
@@ -201,16 +201,25 @@ def scales_gradient(call: LinearCall) -> bool:
     return call.product_dtype == torch.float16 and call.want_gradient
 
 
+MAX_ENTROPY = 16.0  # nats: of 9 million tokens, all alike; the same bound on every rank, as the unit must be
+RATIO_ROOM = 16.0  # how far rho and e^u may exceed their bound before a float16 gradient overflows; they have none
+
+
 def _gradient_unit(call: LinearCall, credit: RowCredit) -> tuple[Tensor | None, Tensor]:
     """For fp16 the factor that undoes the scaling, and weights scaled so that the largest gradient nears FP16_PEAK.
 
     One power of two serves all rows, because rows are summed into the head's gradient; it costs no digits, and no
-    host reads it.
+    host reads it. The size of kappa is known ahead of log pi only as a bound, |A| for gft.
     """
     if not scales_gradient(call):
         return None, credit.weights_R
-    size_R = (credit.weights_R * credit.advantages_R * (call.logit_scale / call.temperature)).abs()
+    o, peak = call.objective, FP16_PEAK
+    kappa_R = credit.advantages_R.abs() * (1.0 if o.surrogate == "gft" else 1.0 + o.clip_high) + o.beta
+    if o.surrogate == "grpo" or o.beta != 0.0:
+        peak = FP16_PEAK / RATIO_ROOM
+    row_size_R = formulas.row_size(kappa_R, torch.full_like(kappa_R, o.entropy_coef), MAX_ENTROPY)
+    size_R = (credit.weights_R * row_size_R * (call.logit_scale / call.temperature)).abs()
     largest = torch.where(torch.isfinite(size_R), size_R, 0.0).amax() if size_R.numel() else size_R.sum()
-    power = torch.floor(torch.log2(FP16_PEAK / largest)).clamp(-120, 120)
+    power = torch.floor(torch.log2(peak / largest)).clamp(-120, 120)
     factor = torch.where(largest > 0.0, torch.exp2(power), 1.0)
     return 1.0 / factor, credit.weights_R * factor

@@ -10,7 +10,10 @@ import torch
 from cases import DTYPES
 from policy_cases import CLIPS, OBJECTIVES, PENALTIES, WITH_RATIO, assert_right, problem
 
-from gft_kernels import gft_loss, policy_loss
+from gft_kernels import gft_loss, linear_chunks, policy_checks, policy_loss
+from gft_kernels.advantages import RowCredit
+from gft_kernels.linear_call import LinearCall
+from gft_kernels.options import Credit, Objective
 
 NAN, INF = float("nan"), float("inf")
 
@@ -112,25 +115,47 @@ def test_reductions(backend, reduction):
     torch.testing.assert_close(gradient.double(), truth, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_linear_is_the_loss_over_its_logits(backend, objective):
+@pytest.mark.parametrize(
+    ("objective", "dtype"),
+    [(name, torch.float32) for name in OBJECTIVES] + [("grpo", torch.bfloat16), ("grpo", torch.float16)],
+    ids=str,
+)
+def test_linear_is_the_loss_over_its_logits(backend, objective, dtype):
     generator = torch.Generator().manual_seed(3)
     case = problem(objective, vocabulary=53, **PENALTIES)
-    hidden, weight, bias = (
-        torch.randn(*s, generator=generator).requires_grad_(True) for s in [(6, 4, 8), (53, 8), (53,)]
-    )
-    leaves, results = (hidden, weight, bias), []
-    for run in (
-        lambda **k: case.loss(hidden @ weight.t() + bias, **k),
-        lambda **k: case.loss(hidden, weight=weight, bias=bias, chunk_rows=5, **k),
-    ):
-        loss, stats = run(return_stats=True, return_entropy=True, backend=backend)
-        results.append((loss.detach(), stats, torch.autograd.grad(loss * 3.7, leaves)))
-    (expected, expected_stats, truth), (loss, stats, gradients) = results
+    leaves = [torch.randn(*s, generator=generator).to(dtype).requires_grad_(True) for s in [(6, 4, 8), (53, 8), (53,)]]
+    wide = [x.detach().float().requires_grad_(True) for x in leaves]
+    options = {"return_stats": True, "return_entropy": True, "backend": backend}
+    logits = wide[0] @ wide[1].t() + wide[2]
+    log_pi = torch.log_softmax(logits.detach(), -1).gather(-1, case.targets[..., None])[..., 0]
+    case.old, case.ref = (log_pi + torch.randn(6, 4, generator=generator) * 0.4 for _ in range(2))
+    expected, expected_stats = case.loss(logits, **options)
+    loss, stats = case.loss(leaves[0], weight=leaves[1], bias=leaves[2], chunk_rows=5, **options)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradients, truth, rtol=1e-4, atol=1e-6)
+    tolerance = max(1e-5, torch.finfo(dtype).eps)
+    for gradient, truth in zip(
+        torch.autograd.grad(loss * 3.7, leaves), torch.autograd.grad(expected * 3.7, wide), strict=True
+    ):
+        assert gradient.dtype == dtype
+        assert float((gradient.float() - truth).norm()) <= tolerance * float(truth.norm())
     for name, value in vars(expected_stats).items():
         torch.testing.assert_close(getattr(stats, name), value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("objective", "kappa"), [("gft", 2.0), ("cispo", 10.0), ("grpo", 60.0), ("dapo", 60.0)])
+def test_fp16_products_have_room_for_the_largest_kappa(objective, kappa):
+    """A = -2 at rho = 30 is kappa = -60 for grpo: times the scaled weight it must stay below 65504, yet near it."""
+    preset = policy_checks.PRESETS[objective]
+    call = LinearCall(
+        torch.zeros(1, 1, 3), torch.zeros(5, 3), None, Credit(torch.zeros(1, dtype=torch.long)),
+        Objective(preset.surrogate, clip_high=preset.options.get("clip_high", 0.0)),
+        product_dtype=torch.float16, want_hidden=True,
+    )  # fmt: skip
+    for weight in (1.0, 1 / 8192):
+        credit = RowCredit(torch.tensor([True]), torch.tensor([-2.0]), torch.tensor([weight]))
+        unit, weights = linear_chunks._gradient_unit(call, credit)
+        assert float(weights * unit) == pytest.approx(weight)
+        assert 1024 < float(weights * kappa) < 65504
 
 
 def test_linear_rows_without_advantage_stay_home_unless_a_penalty_needs_them(backend):
