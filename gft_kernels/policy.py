@@ -94,8 +94,8 @@ def policy_loss(
         ValueError, TypeError: an argument is wrong or not the objective's; the sentence names it.
         BackendUnavailable: the named backend cannot serve this call.
 
-    Source: docs/formulas.md; GRPO, arXiv 2402.03300; DAPO, 2503.14476; Dr. GRPO, 2503.20783; CISPO, 2506.13585; DFT,
-        2508.05629; GFT, 2604.14258.
+    Source: docs/objectives.md; docs/formulas.md; GRPO, arXiv 2402.03300; DAPO, 2503.14476; Dr. GRPO, 2503.20783;
+        CISPO, 2506.13585; DFT, 2508.05629; GFT, 2604.14258.
     """
     chosen = policy_checks.objective_of(
         objective,

@@ -43,19 +43,15 @@ FAMILY = {
     ),
     "grpo, dapo, dr_grpo": (
         lambda lp, a, old, ref: clipped((lp - old).exp(), a),
-        lambda lp, a, old, ref: torch.where(
-            ((a > 0) & (lp - old > torch.log(f64(1 + HIGH)))) | ((a < 0) & (lp - old < torch.log(f64(1 - LOW)))),
-            0.0,
-            a * (lp - old).exp(),
-        ),
+        lambda lp, a, old, ref: formulas.kappa(a, formulas.clipped_coefficient((lp - old).exp(), a, LOW, HIGH)),
     ),
     "cispo": (
         lambda lp, a, old, ref: -a * (lp - old).exp().clamp(max=1 + HIGH).detach() * lp,
-        lambda lp, a, old, ref: a * (lp - old).exp().clamp(max=1 + HIGH),
+        lambda lp, a, old, ref: formulas.kappa(a, formulas.capped_coefficient((lp - old).exp(), HIGH)),
     ),
     "k3": (
         lambda lp, a, old, ref: BETA * ((ref - lp).exp() - 1.0 - (ref - lp)),
-        lambda lp, a, old, ref: BETA * ((ref - lp).exp() - 1.0),
+        lambda lp, a, old, ref: BETA * formulas.kl_kappa(ref - lp),
     ),
 }
 
@@ -77,6 +73,33 @@ def test_k3_pulls_towards_the_reference():
     """A target less likely than under the reference gets kappa > 0: its logit rises."""
     kappa = FAMILY["k3"][1](f64([-3.0, -1.0]), None, None, f64([-1.0, -3.0]))
     assert kappa[0] > 0 > kappa[1]
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_the_clip_lets_its_own_bound_through(advantage):
+    """rho = 1.25 and 0.75, exactly: the value is the bound's on both sides, the gradient that of autograd's minimum."""
+    for ratio in (1.25, 0.75):
+        log_ratio = torch.log(f64(ratio)).requires_grad_()
+        rho, a = f64(ratio) * torch.exp(log_ratio - log_ratio.detach()), f64(advantage)
+        loss = -torch.minimum(rho * a, rho.clamp(0.75, 1.25) * a)
+        loss.backward()
+        assert not formulas.is_clipped(f64(ratio), a, 0.25, 0.25)
+        close(-log_ratio.grad, formulas.kappa(a, formulas.clipped_coefficient(f64(ratio), a, 0.25, 0.25)))
+        close(loss.detach(), formulas.clipped_loss(f64(ratio), a, 0.25, 0.25))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 30.0])
+def test_a_tilted_row_stays_within_its_bound(spread):
+    """Distributions from flat to certain: no entry of F7 exceeds |scale| + |tilt|·(1 + H)."""
+    log_pi_RV = log_softmax(torch.randn(64, 257, dtype=torch.float64) * spread, 1)
+    entropy_R = -(log_pi_RV.exp() * log_pi_RV).sum(1)
+    shape_RV = formulas.dlogit_tilted(log_pi_RV, 0.0, 1.0, entropy_R[:, None])
+    assert (shape_RV > -1.0).all() and (shape_RV <= entropy_R[:, None]).all()
+    for scale, tilt in ((2.0, 0.0), (-0.5, 0.3), (0.0, -1.0)):
+        others_RV = formulas.dlogit_tilted(log_pi_RV, scale, tilt, entropy_R[:, None])
+        target_RV = formulas.dlogit_target(log_pi_RV, f64(scale)) + tilt * shape_RV
+        bound_R = formulas.row_size(f64(scale), f64(tilt), entropy_R)
+        assert (torch.maximum(others_RV.abs(), target_RV.abs()) <= bound_R[:, None]).all()
 
 
 def test_entropy_and_its_gradient():
