@@ -25,7 +25,7 @@ class RunSettings:
     reader: str | None = None  # dotted path of f(path) -> rows; None: .jsonl, .json or .parquet rows
     eval_reader: str | None = None  # None: as reader
     rewards: list[str] | None = None
-    rollout: str | None = None  # dotted path of a rollout function
+    rollout_fn: str | None = None  # dotted path of a rollout function
 
 
 def load(config: str | None, flags: list[str], data: str | None) -> tuple[RunSettings, dict]:

@@ -13,7 +13,7 @@ import yaml
 
 from gft_kernels.cli import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from gft_kernels.cli.settings import RunSettings, load
-from gft_kernels.trainer import GFTConfig, GFTTrainer, RewardError, SaveOnInterrupt, generate, read_records
+from gft_kernels.trainer import GFTConfig, GFTTrainer, RewardError, SaveOnInterrupt, read_records
 from gft_kernels.trainer.callbacks import StepLines, read_metrics
 from gft_kernels.trainer.data import check_record
 from gft_kernels.trainer.objective import described
@@ -89,7 +89,7 @@ def build(settings: RunSettings, options: dict, checkpoint: str | None, stop: Sa
         eval_rows,
         tokenizer,
         reward_funcs=settings.rewards or (),
-        rollout_fn=find(settings.rollout, "rollout") if settings.rollout else generate,
+        rollout_fn=find(settings.rollout_fn, "rollout_fn") if settings.rollout_fn else None,
         callbacks=[stop],
     )
     if not args.disable_tqdm:

@@ -21,6 +21,7 @@ if Version(transformers.__version__) < Version(OLDEST):
 ADVANTAGES = ("group", "ones")
 MEAN_REDUCTIONS = ("token-mean", "sequence-mean")
 OVERLONG = ("error", "drop")
+ROLLOUTS = ("auto", "generate", "continuous", "vllm")
 
 
 def option(default: Any, text: str) -> Any:
@@ -49,6 +50,8 @@ class GFTConfig(TrainingArguments):
     # Sampling, and the one temperature of sampling and loss alike
     max_completion_length: int = option(256, "Longest response, in tokens; demonstrations must fit too.")
     temperature: float = option(1.0, "Divides the logits when sampling and in the loss.")
+    rollout: str = option("auto", "'generate', 'continuous' or 'vllm'; auto: rollout_fn if given, else generate.")
+    vllm_memory: float = option(0.3, "Share of a GPU's memory that vLLM takes beside the training.")
     generation_batch_size: int | None = option(None, "Prompts per generate call; None: all prompts of a step at once.")
     steps_per_rollout: int = option(1, "Optimizer steps' prompts sampled at once, with the weights before the first.")
     eval_num_generations: int = option(1, "Responses per prompt in evaluation.")
@@ -93,6 +96,7 @@ class GFTConfig(TrainingArguments):
                 at_least(self, 1, name)
         one_of(self, "advantages", ADVANTAGES)
         one_of(self, "overlong", OVERLONG)
+        one_of(self, "rollout", ROLLOUTS)
         if self.advantages == "ones" and self.num_generations:
             raise ValueError(
                 f"num_generations must be 0 when advantages is 'ones', got {self.num_generations}; "
@@ -118,6 +122,7 @@ class GFTConfig(TrainingArguments):
             ("entropy_coef", math.isfinite, "be finite"),
             ("temperature", lambda x: 0 < x < math.inf, "be positive and finite"),
             ("eval_temperature", lambda x: 0 <= x < math.inf, "be 0 (greedy) or positive and finite"),
+            ("vllm_memory", lambda x: 0 < x < 1, "lie between 0 and 1"),
             ("advantage_eps", lambda x: 0 <= x < math.inf, "be 0 or positive and finite"),
         ):
             value = getattr(self, name)

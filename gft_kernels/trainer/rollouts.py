@@ -39,7 +39,7 @@ def generate(model, prompts_ids: Sequence[Sequence[int]], sampling: Sampling) ->
     for i, ids in enumerate(prompts_ids):  # left padding: the last prompt token is the one generation goes on from
         input_ids[i, width - len(ids) :] = torch.tensor(ids)
         attention[i, width - len(ids) :] = 1
-    with _plain_generation(model, _generation_config(sampling)):
+    with plain_generation(model, generation_config(sampling)):
         out = model.generate(
             input_ids=input_ids.repeat_interleave(sampling.num_generations, 0).to(device),
             attention_mask=attention.repeat_interleave(sampling.num_generations, 0).to(device),
@@ -56,7 +56,8 @@ def cut(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
     return ids
 
 
-def _generation_config(sampling):
+def generation_config(sampling: Sampling) -> GenerationConfig:
+    """What transformers is asked for: the plain distribution at one temperature, or its most likely token."""
     warm = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -68,7 +69,7 @@ def _generation_config(sampling):
 
 
 @contextmanager
-def _plain_generation(model, config):
+def plain_generation(model, config):
     """The model in eval mode, without gradients, with `config` in place of its own generation defaults."""
     own, training = model.generation_config, model.training
     model.generation_config = config

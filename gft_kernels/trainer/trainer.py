@@ -27,12 +27,13 @@ from gft_kernels.trainer import collapse, objective
 from gft_kernels.trainer.callbacks import RunLog
 from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.data import Row, Rows
+from gft_kernels.trainer.engines import rollout_function
 from gft_kernels.trainer.evaluation import TRAINING, HeldOut
 from gft_kernels.trainer.groups import IGNORE, Group, GroupBuilder, check_sources, denominator
 from gft_kernels.trainer.metrics import Means, append_completions, completions_table, heldout_summary
 from gft_kernels.trainer.ranks import even_sampler, refuse_layouts
 from gft_kernels.trainer.rewards import Rewards
-from gft_kernels.trainer.rollouts import end_tokens, generate
+from gft_kernels.trainer.rollouts import end_tokens
 from gft_kernels.trainer.windows import Queue, Window, window_of
 
 
@@ -41,7 +42,7 @@ class GFTTrainer(HeldOut):
 
     model: a transformers model, or the name or path of one. train_dataset, eval_dataset: lists of rows or
     datasets.Dataset (docs/training.md#rows). reward_funcs: functions, ready names or dotted paths. rollout_fn:
-    `f(model, prompts_ids, sampling) -> token ids`, by default `gft_kernels.trainer.generate`.
+    `f(model, prompts_ids, sampling) -> token ids`, instead of what `args.rollout` names.
     Raises: ValueError or RowError before training for what cannot work, RewardError when a reward function fails.
     """
 
@@ -57,7 +58,7 @@ class GFTTrainer(HeldOut):
         eval_dataset=None,
         processing_class=None,
         reward_funcs: Sequence[Callable | str] | Callable | str = (),
-        rollout_fn: Callable = generate,
+        rollout_fn: Callable | None = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
     ):
@@ -96,6 +97,7 @@ class GFTTrainer(HeldOut):
         refuse_layouts(args, self.accelerator)
         # Read by transformers before 5.19, where loss_is_scaled_for_ga does not exist yet.
         self.model_accepts_loss_kwargs = True
+        rollout_fn = rollout_function(args, self.model, rollout_fn)
         self.builder = GroupBuilder(args, processing_class, rewards, rollout_fn, end_tokens(model, processing_class))
         inner = unwrapped(self.accelerator.unwrap_model(self.model))
         self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
