@@ -201,7 +201,7 @@ def check_transform(temperature: float, softcap: float | None, logit_scale: floa
     positive("temperature", temperature, "1.0 leaves the logits as they are")
     if softcap is not None:
         positive("softcap", softcap, "pass None for no softcap")
-    if logit_scale is not None and not (math.isfinite(logit_scale) and logit_scale != 0.0):
+    if logit_scale is not None and not (is_finite(logit_scale) and logit_scale != 0.0):
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}; pass None for no scale")
 
 
@@ -235,7 +235,7 @@ def check_groups(responses: int, group_size: int | None, group_ids: Tensor | Non
 def check_normalisation(normalize: str, eps: float, singleton: str) -> None:
     one_of("normalize", normalize, NORMALIZE)
     one_of("singleton", singleton, SINGLETON)
-    if not (math.isfinite(eps) and eps >= 0.0):
+    if not (is_finite(eps) and eps >= 0.0):
         raise ValueError(f"eps must be finite and not negative, got {eps}; the paper uses 1e-6")
 
 
@@ -302,8 +302,13 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}; pick one of these")
 
 
+def is_finite(value: float) -> bool:
+    """As math.isfinite, which torch.compile cannot ask of a number that changes between calls."""
+    return abs(value) < math.inf
+
+
 def positive(name: str, value: float, remedy: str) -> None:
-    if not (math.isfinite(value) and value > 0.0):
+    if not (is_finite(value) and value > 0.0):
         raise ValueError(f"{name} must be finite and positive, got {value}; {remedy}")
 
 

@@ -5,7 +5,6 @@ An option that an objective does not use is an error that names it: ignored in s
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,16 +114,16 @@ def _check_clips(given: dict) -> None:
     if not 0.0 <= given.get("clip_low", 0.0) <= 1.0:
         raise ValueError(f"clip_low must lie in [0, 1], got {given['clip_low']}; ratios are clipped below 1 - clip_low")
     high = given.get("clip_high", 0.0)
-    if not (math.isfinite(high) and high >= 0.0):
+    if not (checks.is_finite(high) and high >= 0.0):
         raise ValueError(
             f"clip_high must be finite and not negative, got {high}; ratios are clipped above 1 + clip_high"
         )
 
 
 def _check_penalties(beta: float, entropy_coef: float, ref_log_probs: Tensor | None, return_stats: bool) -> None:
-    if not (math.isfinite(beta) and beta >= 0.0):
+    if not (checks.is_finite(beta) and beta >= 0.0):
         raise ValueError(f"beta must be finite and not negative, got {beta}; 0 is no penalty")
-    if not math.isfinite(entropy_coef):
+    if not checks.is_finite(entropy_coef):
         raise ValueError(f"entropy_coef must be finite, got {entropy_coef}; 0 is no bonus")
     if beta != 0.0 and ref_log_probs is None:
         raise ValueError(

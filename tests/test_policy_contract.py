@@ -137,6 +137,18 @@ def test_compiles_without_a_graph_break(linear):
     torch.testing.assert_close(results[1], results[0])
 
 
+def test_a_number_that_changes_compiles_again():
+    torch._dynamo.reset()
+    case = problem("grpo", 2, 3, 31)
+    step = torch.compile(
+        lambda z, beta: case.loss(z, ref_log_probs=case.ref, beta=beta, temperature=1 + beta, clip_high=beta),
+        fullgraph=True, backend="eager",
+    )  # fmt: skip
+    for beta in (0.1, 0.2, 0.3):
+        expected = case.loss(ref_log_probs=case.ref, beta=beta, temperature=1 + beta, clip_high=beta)
+        assert torch.equal(step(case.logits, beta), expected)
+
+
 @pytest.mark.parametrize("linear", [False, True])
 def test_opcheck(monkeypatch, linear):
     home, name = (linear_operator, "linear_loss") if linear else (autograd, "row_loss")
