@@ -6,6 +6,7 @@ Kinds: row, linear, log-probs, advantages, shards, step (default: all). See benc
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--warm", action="store_true", help="do not sweep the caches before each step")
     parser.add_argument("--graph", action="store_true", help="CUDA: time graph replays")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--budget", metavar="MIB", type=int, help="step: find the longest sequences whose peak fits")
+    parser.add_argument(
+        "--budget", metavar="MIB", type=int, help="step: weigh, and find the longest sequence whose peak fits"
+    )
     parser.add_argument("--save", metavar="FILE", help="write the results as JSON")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), type=Path, help="compare two result files, and stop")
     parser.add_argument("--ratios", action="store_true", help="with --compare: times over the floor, on any machines")
@@ -49,12 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind in options.kinds:
         if kind not in KINDS:
             arguments.error(f"KIND must be one of {', '.join(KINDS)}, got {kind!r}")
+    if options.budget and options.kinds != ["step"]:
+        arguments.error("--budget is about whole steps; name the KIND step alone")
     if options.sweep and options.kinds:
         arguments.error(f"--sweep {options.sweep} says itself what it measures; leave out the KIND")
     if options.device == "cuda" and not torch.cuda.is_available():
         arguments.error("--device cuda needs a CUDA GPU, and torch sees none")
     if argv is None:
         provenance.restart_under_headline_allocator("benchmarks")
+    options.command = shlex.join(["gft", "bench", *(sys.argv[1:] if argv is None else argv)])
     run(plans(options), Options(**{name: getattr(options, name) for name in Options.__dataclass_fields__}))
     return 0
 
@@ -69,7 +75,8 @@ def plans(options: argparse.Namespace) -> list[Plan]:
     for name in options.kinds or KINDS:
         kind, threads = KINDS[name], options.threads or (2 if name == "step" else 1)
         grid = {"quick": options.quick, "threads": threads}
-        found.append(Plan(name, kind.cases(options.device, **grid), kind.weighed(options.device, **grid)))
+        timed, weighed = kind.cases(options.device, **grid), kind.weighed(options.device, **grid)
+        found.append(Plan(name, timed, timed if options.budget else weighed))
     return found
 
 

@@ -67,7 +67,7 @@ def log_prob_cases(device: str, *, quick: bool = False, threads: int = 1) -> lis
 
 def advantage_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[AdvantageCase]:
     """A micro-batch, a batch, and far more than anyone has; groups together and by id."""
-    sizes = (64,) if quick else (64, 4096, 1 << 20)
+    sizes = (64,) if quick else (64, 4096, 65536)
     cases = [AdvantageCase(n, 8, device=device, threads=threads) for n in sizes]
     return [replace(case, grouped_by=how) for case in cases for how in ("size", "ids")]
 

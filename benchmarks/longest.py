@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 GRAIN = 4  # tokens
-CLOSE = 0.03  # a length that fits is good enough if one that is larger by this share does not
-PROBES = 10
+CLOSE = 0.05  # a length that fits is good enough if one that is larger by this share does not
+PROBES = 8
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def _next(measured: dict[int, int], budget_bytes: int, fits: int, fails: int | N
     guess = guess // GRAIN * GRAIN
     if fails is None:
         # past the guess by a little, so that one side of it is known to fail
-        return max(fits + GRAIN, min(guess, 8 * fits)) if guess > fits * (1 + CLOSE) else fits + _grains(CLOSE * fits)
+        return max(fits + GRAIN, min(guess, 64 * fits)) if guess > fits * (1 + CLOSE) else fits + _grains(CLOSE * fits)
     return min(max(guess, fits + GRAIN), fails - GRAIN)
 
 

@@ -18,6 +18,8 @@ from benchmarks import report, roofline
 from benchmarks.verdicts import OURS, best_of_ours, timed, winner_over_us
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+POINTS = 3
+"""A curve of fewer is not worth a plot."""
 LOST, WON = "#c0392b", "#1f6f8b"
 
 
@@ -88,13 +90,13 @@ def draw(paths: list[Path], folder: Path) -> list[Path]:
             for curve in CURVES:
                 points = curve.points(saved, dtype)
                 usable = [r for r in points if any(curve.y(r, o) is not None for o in timed(r))]
-                if len({curve.x(r["case"]) for r in usable}) > 1:
+                if len({curve.x(r["case"]) for r in usable}) >= POINTS:
                     name = folder / f"{path.stem}-{curve.stem}-{dtype}.svg"
                     _save(name, [path], lambda axes, c=curve, p=usable: _curves(axes, c, p), _title(saved, dtype))
                     written.append(name)
-    if roofline.headlines(paths):
+    if (pair := roofline.pair_of(paths)) is not None:
         name = folder / "roofline.svg"
-        _save(name, paths, lambda axes: roofline.draw(axes, paths), _title(report.load(paths[0]), "float32"))
+        _save(name, pair.paths, lambda axes: roofline.draw(axes, pair), _title(report.load(pair.paths[0]), "float32"))
         written.append(name)
     return written
 

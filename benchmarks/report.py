@@ -36,12 +36,14 @@ class Report:
     rounds: int
     device: str
     commit: dict  # as it was when the run began: the tree may move on while it lasts
+    command: str  # that made it
     results: list[CaseResult]
 
     def as_json(self) -> dict:
         return {
             "format": FORMAT,
             "benchmark": self.benchmark,
+            "command": self.command,
             "taken": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": self.commit,
             "machine": provenance.machine(self.device),

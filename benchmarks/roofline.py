@@ -8,30 +8,44 @@ A contender's intensity is that of the traffic model's passes; where its passes 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import report
 from benchmarks.traffic import ITEM_BYTES, linear_bytes, linear_flop, logits_bytes, row_flop
 from benchmarks.verdicts import OURS, timed
 
 
-def headlines(paths: list[Path]) -> tuple[dict, dict] | None:
-    """The first float32 row case of the files, and the linear one with most contenders; None if either is missing.
+class Pair(NamedTuple):
+    """A row and a linear case under the same number of threads, and the files they are in."""
 
-    The row case of as many threads as the linear one, for their ceilings share a plot.
-    """
-    results = [r for path in paths for r in report.load(path)["results"]
-               if r["benchmark"] in ("row", "linear") and r["case"]["dtype"] == "float32"]  # fmt: skip
-    heads = [r for r in results if r["benchmark"] == "linear"]
-    linear = max(heads, key=lambda r: len(timed(r)), default=None)
-    rows = [r for r in results if r["benchmark"] == "row" and linear]
-    row = next((r for r in rows if r["case"]["threads"] == linear["case"]["threads"]), None)
-    return (row, linear) if row and linear else None
+    row: dict
+    linear: dict
+    paths: list[Path]
 
 
-def draw(axes, paths: list[Path]) -> None:
-    found = headlines(paths)
-    assert found is not None
-    row, linear = found
+def pair_of(paths: list[Path]) -> Pair | None:
+    """The largest plain float32 cases of the files (of equals the one with most contenders); None if a kind lacks."""
+    found = [(r, path) for path in paths for r in report.load(path)["results"] if _is_plain(r)]
+    linear, linear_path = max((f for f in found if f[0]["benchmark"] == "linear"), key=_size, default=(None, None))
+    threads = linear["case"]["threads"] if linear else None
+    rows = [f for f in found if f[0]["benchmark"] == "row" and f[0]["case"]["threads"] == threads]
+    row, row_path = max(rows, key=_size, default=(None, None))
+    return Pair(row, linear, sorted({row_path, linear_path})) if row and linear else None
+
+
+def _is_plain(result: dict) -> bool:
+    case = result["case"]
+    if result["benchmark"] not in ("row", "linear"):
+        return False
+    return (case["dtype"], case["dead"], case.get("logits", "peaked")) == ("float32", "none", "peaked")
+
+
+def _size(found: tuple[dict, Path]) -> tuple[float, int]:
+    return _flop(found[0]), len(timed(found[0]))
+
+
+def draw(axes, pair: Pair) -> None:
+    row, linear = pair.row, pair.linear
     peak_flop_s = _flop(linear) / _floor(linear)
     case = row["case"]
     bytes_s = 2 * logits_bytes(case["rows"], case["vocab"], case["dtype"]) / _floor(row)

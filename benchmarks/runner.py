@@ -35,6 +35,7 @@ class Options:
     no_memory: bool = False
     budget: int | None = None  # MiB
     save: str | None = None
+    command: str = ""  # as it was typed
 
     @property
     def turns(self) -> int:
@@ -58,7 +59,7 @@ def run(plans: list[Plan], options: Options) -> report.Report:
     print(f"traffic model: {traffic.MODEL}")
     results: list[report.CaseResult] = []
     kinds = ", ".join(plan.kind for plan in plans)
-    made = report.Report(kinds, clock.name, options.turns, options.device, commit, results)
+    made = report.Report(kinds, clock.name, options.turns, options.device, commit, options.command, results)
     told: set[tuple[str, str]] = set()
     for plan in plans:
         print(f"\n{plan.kind}: {KINDS[plan.kind].title}", flush=True)

@@ -79,8 +79,9 @@ def test_row_benchmark_end_to_end(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "gft_loss reference" in printed and "over floor" in printed
     saved = json.loads(file.read_text())
-    named = "format benchmark taken commit machine versions allocator clock rounds traffic_model results"
+    named = "format benchmark command taken commit machine versions allocator clock rounds traffic_model results"
     assert set(saved) == set(named.split())
+    assert saved["command"] == f"gft bench row {' '.join(options)}"
     assert saved["commit"].keys() == {"revision", "dirty"} and saved["versions"]["torch"] == torch.__version__
     assert saved["machine"]["cpu"] and saved["machine"]["cores"] and "instruction_sets" in saved["machine"]
     assert [RowCase(**result["case"]) for result in saved["results"]] == tiny, "inputs can be made again from the file"
@@ -95,7 +96,7 @@ def report_of(*outcomes: Outcome, **changes) -> dict:
 
 
 def report_with(results: list[report.CaseResult]) -> dict:
-    return report.Report("row", "clock", 3, "cpu", provenance.commit(), results).as_json()
+    return report.Report("row", "clock", 3, "cpu", provenance.commit(), "gft bench row", results).as_json()
 
 
 def timed(name: str, median: float, spread: float = 0.1, objective: str | None = "gft") -> Outcome:
@@ -136,7 +137,9 @@ def test_ratios_reproduce_or_are_named(tmp_path, capsys):
     assert command.main(["--compare", str(paths[0]), str(tmp_path / "none.json")]) == 2
 
 
-@pytest.mark.parametrize("bad", [["rows"], ["row", "--sweep", "live"], ["--sweep", "tau"], ["--device", "tpu"]])
+@pytest.mark.parametrize(
+    "bad", [["rows"], ["row", "--sweep", "live"], ["--sweep", "tau"], ["--device", "tpu"], ["--budget", "9"]]
+)
 def test_bad_input_is_refused_before_anything_runs(bad, capsys):
     with pytest.raises(SystemExit) as ended:
         command.main(bad)
@@ -171,7 +174,9 @@ def test_headline_quotes_ratios_scaling_memory_and_losses():
     results = [result(SMALL, 2.0, 10.0, 350), result(replace(SMALL, threads=2), 1.25, 9.0, 350),
                result(replace(SMALL, vocab=300), 2.0, 1.0, 350)]  # fmt: skip
     text = "\n".join(
-        headline.lines(as_json(report.Report("row", "clock", 3, "cpu", provenance.commit(), results).as_json()))
+        headline.lines(
+            as_json(report.Report("row", "clock", 3, "cpu", provenance.commit(), "gft bench row", results).as_json())
+        )
     )
     assert "eager: 5.0 × our time" in text and "1 → 2 threads: 1.60 × as fast" in text
     assert "eager: 3.50 × the logits" in text and "in place: 0.00 × the logits" in text

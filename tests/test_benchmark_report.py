@@ -53,20 +53,22 @@ def test_another_objective_and_the_longest_sequence_are_named():
 
 
 def saved(path, results: list[report.CaseResult], kind: str = "row"):
-    path.write_text(json.dumps(report.Report(kind, "c", 3, "cpu", provenance.commit(), results).as_json()))
+    path.write_text(json.dumps(report.Report(kind, "c", 3, "cpu", provenance.commit(), "", results).as_json()))
     return path
 
 
 def sweeps(tmp_path):
-    """A file in which each curve has two points, and we lose at one."""
-    wide = replace(CASE, rows=6, vocab=514)
-    more = replace(CASE, rows=24)
+    """A file in which each curve has three points, and we lose at one."""
+    wide = [replace(CASE, rows=12 // n, vocab=257 * n) for n in (2, 3)]
+    more = [replace(CASE, rows=12 * n) for n in (2, 3)]
     head = LinearCase(8, 16, 64)
-    rows = [result_of(c, timed("gft_loss cpu", 2.0, extra_bytes=1 << 20, reads=1, writes=1), timed("x", t),
-                      timed("floor", 0.5, None)) for c, t in ((CASE, 1.0), (wide, 4.0), (more, 4.0))]  # fmt: skip
+    ours = timed("gft_loss cpu", 2.0, extra_bytes=1 << 20, reads=1, writes=1)
+    rows = [result_of(c, ours, timed("x", t), timed("floor", 0.5, None))
+            for c, t in ((CASE, 1.0), *((c, 4.0) for c in wide + more))]  # fmt: skip
     heads = [
         result_of(c, timed("gft_linear_loss cpu", t), timed("eager PyTorch, lean", 3.0), timed("floor", 0.9, None),
-                  kind="linear") for c, t in ((head, 2.0), (replace(head, dead="zero-advantage", dead_share=0.75), 1.0))
+                  kind="linear") for c, t in ((head, 2.0), *((replace(head, dead="zero-advantage", dead_share=s), 1.0)
+                                                             for s in (0.5, 0.75)))
     ]  # fmt: skip
     return saved(tmp_path / "all-cpu.json", rows + heads)
 
@@ -89,7 +91,7 @@ def test_every_plot_is_drawn_from_a_file_and_carries_its_digest(tmp_path):
 
 def test_the_live_sweep_is_ordered_by_what_is_alive(tmp_path):
     points = plots.sweep(report.load(sweeps(tmp_path)), "float32", "live", "linear")
-    assert [plots._live(r["case"]) for r in points] == [0.25, 1.0]
+    assert [plots._live(r["case"]) for r in points] == [0.25, 0.5, 1.0]
 
 
 def test_a_file_older_than_a_field_of_its_cases_is_read_with_the_default(tmp_path):

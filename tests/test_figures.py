@@ -8,6 +8,8 @@ from pathlib import Path
 import figures
 import pytest
 
+from benchmarks import committed, plots
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -22,6 +24,21 @@ def test_figures_agree_with_their_result_files(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_performance_figure_without_a_source(page):
     assert figures.unmarked(page.read_text()) == [], "name its source as tests/figures.py describes"
+
+
+@pytest.mark.parametrize("plot", sorted(ROOT.glob("docs/**/*.svg")), ids=lambda p: p.name)
+def test_plots_are_drawn_from_the_result_files_as_they_are(plot):
+    drawn_from = plots.sources(plot)
+    assert drawn_from, "a plot names the files it was drawn from"
+    now = {name: plots.digest(RESULTS / name) for name in drawn_from}
+    assert drawn_from == now, "python -m benchmarks.plots benchmarks/results/*.json"
+
+
+def test_the_pages_name_the_command_of_every_result_file():
+    assert {path.name for path in RESULTS.glob("*.json")} <= set(committed.COMMANDS)
+    pages = (ROOT / "README.md").read_text() + (ROOT / "docs" / "benchmarks.md").read_text()
+    for file, options in committed.COMMANDS.items():
+        assert f"gft bench {options} --save {file}\n" in pages, file
 
 
 # The rules themselves, on a page and a result file made for the purpose.
