@@ -82,7 +82,7 @@ class Engine:
 
     def __init__(self, model, *, dtype="auto", tensor_parallel_size=1, gpu_memory_utilization=0.9, max_model_len=None):
         self.own = rig.llama(seed=9)
-        self.built_from, self.memory, self.longest = model, gpu_memory_utilization, max_model_len
+        self.built_from, self.memory, self.longest, self.dtype = model, gpu_memory_utilization, max_model_len, dtype
         runner = types.SimpleNamespace(model=types.SimpleNamespace(load_weights=self.load))
         worker = types.SimpleNamespace(model_runner=runner)
         self.llm_engine = types.SimpleNamespace(model_executor=types.SimpleNamespace(driver_worker=worker))
@@ -130,7 +130,7 @@ def test_vllm_samples_with_the_weights_of_each_rollout(tmp_path, vllm):
 
     Watched(model, args, rig.rows(), None, rig.tokenizer(), reward_funcs=rig.digit_count).train()
     (engine,) = Engine.made
-    assert (engine.built_from, engine.memory, engine.longest) == ("somewhere", 0.25, 30)
+    assert (engine.built_from, engine.memory, engine.longest, engine.dtype) == ("somewhere", 0.25, 30, "float32")
     assert len(engine.weights) == len(seen) == 3
     for ours, theirs in zip(seen, engine.weights, strict=True):
         assert all(map(torch.equal, ours, theirs))

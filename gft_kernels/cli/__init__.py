@@ -43,6 +43,8 @@ def _parser():
     train.add_argument("--config", help="YAML file; see docs/training.md")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     train.add_argument("--data", help="training rows, instead of the configuration's")
+    train.add_argument("--dry-run", action="store_true", help="check settings and data, count batches and memory, stop")
+    train.add_argument("--ranks", type=int, help="processes to count with in a dry run (default: 1)")
     train.set_defaults(run=_train)
 
     plot = commands.add_parser("plot", help="draw reward, entropy, rectified fraction and gradient norm of a run")
@@ -68,7 +70,13 @@ def _parser():
 def _train(options):
     from gft_kernels.cli.train import train
 
-    return train(options.config, options.overrides, options.data, options.resume)
+    if options.ranks is not None and (not options.dry_run or options.ranks < 1):
+        print(
+            "gft train: --ranks must be at least 1 and come with --dry-run; torchrun decides otherwise.",
+            file=sys.stderr,
+        )
+        return BAD_INPUT
+    return train(options.config, options.overrides, options.data, options.resume, options.dry_run, options.ranks)
 
 
 def _plot(options):

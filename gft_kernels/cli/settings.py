@@ -22,6 +22,7 @@ class RunSettings:
     data: str
     eval_data: str | None = None
     tokenizer: str | None = None
+    model_config: str | None = None  # a config.json, for --dry-run where the model is not on this disk
     reader: str | None = None  # dotted path of f(path) -> rows; None: .jsonl, .json or .parquet rows
     eval_reader: str | None = None  # None: as reader
     rewards: list[str] | None = None

@@ -21,12 +21,19 @@ from gft_kernels.trainer.plots import draw
 from gft_kernels.trainer.rewards import find
 
 
-def train(config: str | None, flags: list[str], data: str | None, resume: bool) -> int:
-    """One training run; returns the exit code."""
+def train(
+    config: str | None, flags: list[str], data: str | None, resume: bool, dry: bool = False, ranks: int | None = None
+) -> int:
+    """One training run, or the report of a dry one; returns the exit code."""
     sys.path.insert(0, os.getcwd())  # rewards and readers may lie beside the configuration
     stop = SaveOnInterrupt()
     try:
         settings, options = load(config, flags, data)
+        if dry:
+            from gft_kernels.cli.dry_run import dry_run
+
+            print(dry_run(settings, options, ranks or 1))
+            return DONE
         checkpoint = starting_point(options["output_dir"], resume)
         trainer = build(settings, options, checkpoint, stop)
     except (ValueError, TypeError, OSError) as error:
@@ -78,12 +85,11 @@ def build(settings: RunSettings, options: dict, checkpoint: str | None, stop: Sa
     args = GFTConfig(**options)
     train_rows = rows(settings.data, settings.reader, "train")
     eval_rows = None if held_out is None else rows(held_out, settings.eval_reader or settings.reader, "test")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(settings.model)
     tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer or settings.model)
     trainer = GFTTrainer(
-        model,
+        settings.model,
         args,
         train_rows,
         eval_rows,

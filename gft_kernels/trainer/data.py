@@ -101,10 +101,10 @@ def check_record(record: dict, where: str) -> None:
             raise RowError(f"{where}: field `{name}` must {condition}, got {_excerpt(record.get(name))}.")
 
     prompt = record.get("prompt")
-    require(_is_text(prompt) or _is_messages(prompt), "prompt", "be text or a list of {role, content} messages")
+    require(is_text(prompt) or is_messages(prompt), "prompt", "be text or a list of {role, content} messages")
     for name in ("demonstrations", "responses"):
         texts = record.get(name)
-        require(texts is None or (_is_list(texts) and all(map(_is_text, texts))), name, "be a list of non-empty texts")
+        require(texts is None or (_is_list(texts) and all(map(is_text, texts))), name, "be a list of non-empty texts")
     responses, rewards = record.get("responses"), record.get("rewards")
     require(rewards is None or (_is_list(rewards) and all(map(_is_number, rewards))), "rewards", "be a list of numbers")
     require((responses is None) == (rewards is None), "rewards", "come together with `responses`")
@@ -113,7 +113,7 @@ def check_record(record: dict, where: str) -> None:
     require(responses is None or not record.get("demonstrations"), "demonstrations", "be absent where `responses` is")
 
 
-def _is_text(value):
+def is_text(value):
     return isinstance(value, str) and value.strip() != ""
 
 
@@ -125,11 +125,11 @@ def _is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_messages(value):
+def is_messages(value):
     return (
         _is_list(value)
         and len(value) > 0
-        and all(isinstance(m, dict) and _is_text(m.get("role")) and isinstance(m.get("content"), str) for m in value)
+        and all(isinstance(m, dict) and is_text(m.get("role")) and isinstance(m.get("content"), str) for m in value)
     )
 
 

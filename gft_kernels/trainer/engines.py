@@ -21,7 +21,8 @@ def rollout_function(config: GFTConfig, model, given: Callable | None) -> Callab
     if config.rollout == "vllm":
         refuse(config, vllm_rollouts.unusable(model))
         longest = None if config.max_prompt_length is None else config.max_prompt_length + config.max_completion_length
-        return vllm_rollouts.VLLMRollouts(config.vllm_memory, longest, config.world_size)
+        dtype = "bfloat16" if config.bf16 else "float16" if config.fp16 else str(model.dtype).removeprefix("torch.")
+        return vllm_rollouts.VLLMRollouts(config.vllm_memory, longest, dtype, config.world_size)
     return generate
 
 

@@ -40,9 +40,9 @@ from gft_kernels.trainer.windows import Queue, Window, window_of
 class GFTTrainer(HeldOut):
     """Group Fine-Tuning of a causal language model.
 
-    model: a transformers model, or the name or path of one. train_dataset, eval_dataset: lists of rows or
-    datasets.Dataset (docs/training.md#rows). reward_funcs: functions, ready names or dotted paths. rollout_fn:
-    `f(model, prompts_ids, sampling) -> token ids`, instead of what `args.rollout` names.
+    model: a transformers model, or the name or path of one, then loaded in float32. train_dataset, eval_dataset: lists
+    of rows or datasets.Dataset (docs/training.md#rows). reward_funcs: functions, ready names or dotted paths.
+    rollout_fn: `f(model, prompts_ids, sampling) -> token ids`, instead of what `args.rollout` names.
     Raises: ValueError or RowError before training for what cannot work, RewardError when a reward function fails.
     """
 
@@ -64,7 +64,8 @@ class GFTTrainer(HeldOut):
     ):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model)
+            # An AdamW step of 1e-6 is less than half the last bit of most bfloat16 weights: it would be lost.
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         if processing_class is None or getattr(processing_class, "eos_token_id", None) is None:
             raise ValueError("processing_class must be a tokenizer with an end-of-text token, got none; pass one.")
         refuse_virtual_tokens(model)

@@ -32,8 +32,8 @@ def unusable(model) -> str | None:
 class VLLMRollouts:
     """A rollout function. The engine starts with the first call; its share of GPU memory is `memory`, in (0, 1)."""
 
-    def __init__(self, memory: float, longest: int | None, ranks: int = 1):
-        self.memory, self.longest, self.ranks = memory, longest, ranks
+    def __init__(self, memory: float, longest: int | None, dtype: str = "auto", ranks: int = 1):
+        self.memory, self.longest, self.dtype, self.ranks = memory, longest, dtype, ranks
         self.engine: Any = None
 
     def __call__(self, model, prompts_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
@@ -66,7 +66,7 @@ class VLLMRollouts:
         launched = {"distributed_executor_backend": "external_launcher"} if self.ranks > 1 else {}
         return LLM(
             model=model.name_or_path,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=self.dtype,
             tensor_parallel_size=1,
             gpu_memory_utilization=self.memory,
             max_model_len=self.longest,

@@ -1,0 +1,107 @@
+"""`gft train --dry-run`: settings, data columns, batches and memory of a run, without its GPU and its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from gft_kernels.cli.settings import RunSettings
+from gft_kernels.cli.train import rows
+from gft_kernels.trainer import GFTConfig, plan
+from gft_kernels.trainer.data import Rows
+from gft_kernels.trainer.groups import check_sources
+from gft_kernels.trainer.objective import described
+from gft_kernels.trainer.rewards import Rewards
+
+GIB = 1 << 30
+
+
+def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
+    """The report. Raises ValueError, TypeError, OSError for what training would refuse."""
+    on_cpu = {} if torch.cuda.is_available() else {"use_cpu": True}
+    config = GFTConfig(**{**options, **on_cpu})
+    records = rows(settings.data, settings.reader, "train")
+    rewards = Rewards(settings.rewards or (), config.reward_weights)
+    tokenizer = local(AutoTokenizer, settings.tokenizer or settings.model)
+    own_config = local(AutoConfig, settings.model)
+    model_config = own_config or given_config(settings)
+    context = getattr(model_config, "max_position_embeddings", None)
+    kept = Rows(
+        records, "train_dataset", tokenizer or Unread(), config, context, sorted(rewards.required_columns())
+    )  # fmt: skip
+    check_sources(config, kept, rewards)
+    lines = [f"settings     {described(config)}; rollout {config.rollout}, backend {config.backend}"]
+    longest = max(len(kept[i].prompt_ids) for i in range(len(kept)))
+    lengths = f"longest prompt {longest} tokens" if tokenizer else "lengths not checked: the tokenizer is not on disk"
+    lines.append(f"data         {len(kept)} of {len(records)} rows, columns checked; {lengths}")
+    records = [records[i] for i in kept.kept]
+    offline = kept.offline
+    group = max(len(r["responses"]) for r in records) if offline else config.num_demonstrations + config.num_generations
+    found = plan.batches(config, len(records), ranks, group)
+    lines += batch_lines(config, found)
+    if model_config is None:
+        lines.append(
+            f"memory       {settings.model} is not on disk and model_config is not given: no estimate; "
+            "set model_config to its config.json"
+        )
+        return "\n".join(lines)
+    if own_config is None:
+        lines.append(f"model        {settings.model} is not on disk: its numbers are those of {settings.model_config}")
+    return "\n".join(lines + memory_lines(config, plan.shape_of(model_config), found, longest))
+
+
+class Unread:
+    """Stands in for a tokenizer that is not on this disk: every text has one token, so no length is checked."""
+
+    eos_token_id, chat_template = 0, "any"
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [0]}
+
+    def apply_chat_template(self, messages: list[dict], **options: Any) -> str:
+        return ""
+
+
+def local(loader: Any, path: str) -> Any:
+    """What the loader finds on this disk, or None: a dry run downloads nothing."""
+    try:
+        return loader.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+
+
+def given_config(settings: RunSettings) -> Any:
+    if settings.model_config is None:
+        return None
+    if not Path(settings.model_config).is_file():
+        raise ValueError(f"model_config must be a config.json, got {settings.model_config!r}; there is no such file.")
+    return AutoConfig.from_pretrained(settings.model_config)
+
+
+def batch_lines(config: GFTConfig, found: plan.Batches) -> list[str]:
+    per = f"{config.per_device_train_batch_size} prompts × {config.gradient_accumulation_steps} micro-batches"
+    return [
+        f"group        {found.group} responses a prompt, {config.num_generations} of them sampled",
+        f"step         {found.ranks} ranks × {per} = {found.prompts_per_step} prompts, "
+        f"{found.prompts_per_step * found.group} responses",
+        f"rollout      {config.steps_per_rollout} steps = {found.prompts_per_rollout} prompts, "
+        f"{found.prompts_per_rollout * config.num_generations} responses sampled; "
+        f"{found.rollouts_per_rank} prompts a rank",
+        f"run          {found.steps_per_epoch} steps an epoch, {found.steps} steps in all",
+    ]
+
+
+def memory_lines(config: GFTConfig, model: plan.Shape, found: plan.Batches, longest: int) -> list[str]:
+    """Estimates in GiB for each rank; docs/training.md has the formulas."""
+    other = plan.other_memory(config, model, found, longest)
+    lines = [f"memory       {model.parameters / 1e9:.2f} G parameters; GiB a rank, without activations:"]
+    for layout, parts in plan.weights_memory(config, model, found.ranks).items():
+        each = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        lines.append(f"  {layout:7} {sum(parts.values()) / GIB:8.2f}  {each}")
+    lines += [f"  and     {size / GIB:8.2f}  {name}" for name, size in other.items()]
+    full = plan.full_logits_memory(config, model, found)
+    lines.append(f"  instead {full / GIB:8.2f}  of the fused loss, if the responses' logits and gradient were whole")
+    return lines
