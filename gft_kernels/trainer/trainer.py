@@ -70,20 +70,7 @@ class GFTTrainer(HeldOut):
             raise ValueError("processing_class must be a tokenizer with an end-of-text token, got none; pass one.")
         refuse_virtual_tokens(model)
         rewards = Rewards(reward_funcs, args.reward_weights)
-        rows = functools.partial(
-            Rows,
-            tokenizer=processing_class,
-            config=args,
-            context=getattr(model.config, "max_position_embeddings", None),
-            required_columns=sorted(rewards.required_columns()),
-        )
-        train_rows = None if train_dataset is None else rows(train_dataset, "train_dataset")
-        if train_rows is not None:
-            check_sources(args, train_rows, rewards)
-        if isinstance(eval_dataset, dict):
-            eval_rows: Any = {name: rows(records, f"eval_dataset[{name!r}]") for name, records in eval_dataset.items()}
-        else:
-            eval_rows = None if eval_dataset is None else rows(eval_dataset, "eval_dataset")
+        train_rows, eval_rows = checked_rows(train_dataset, eval_dataset, processing_class, args, model, rewards)
         super().__init__(
             model=model,
             args=args,
@@ -100,17 +87,21 @@ class GFTTrainer(HeldOut):
         self.model_accepts_loss_kwargs = True
         rollout_fn = rollout_function(args, self.model, rollout_fn)
         self.builder = GroupBuilder(args, processing_class, rewards, rollout_fn, end_tokens(model, processing_class))
-        inner = unwrapped(self.accelerator.unwrap_model(self.model))
-        self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        self._patch(unwrapped(self.accelerator.unwrap_model(self.model)))
+        self.start_model = start_model(model, args.device) if args.log_kl or args.beta else None
+        self.queue, self.means = Queue(), Means(args.device)
+        self._last_log = time.perf_counter()
+
+    def _patch(self, model) -> None:
+        """Let the model compute the loss in its head, and settle what it is asked for."""
+        args = self.args
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         # What every call has; a training step adds its objective, for others only ask for log-probabilities.
-        patch_model(inner, objective="sft", temperature=args.temperature, ignore_index=IGNORE, backend=args.backend)
+        patch_model(model, objective="sft", temperature=args.temperature, ignore_index=IGNORE, backend=args.backend)
         statistics = {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
         self._loss_options = objective.call_options(args) | statistics
         # The policy that sampled is remembered where later steps differ from it and something asks how far.
         self._remembers = args.steps_per_rollout > 1 and (args.token_metrics or objective.has_ratio(args))
-        self.start_model = start_model(model, args.device) if args.log_kl or args.beta else None
-        self.queue, self.means = Queue(), Means(args.device)
-        self._last_log = time.perf_counter()
 
     def _get_train_sampler(self, *args, **kwargs):
         sampler = super()._get_train_sampler(*args, **kwargs)
@@ -213,6 +204,23 @@ class GFTTrainer(HeldOut):
         if every and step % every == 0 and groups and self.is_world_process_zero():
             append_completions(Path(str(self.args.output_dir), "completions.jsonl"), groups, step)
             print("\n" + completions_table(groups[0], step), flush=True)
+
+
+def checked_rows(train, held_out, tokenizer, args: GFTConfig, model, rewards: Rewards) -> tuple[Rows | None, Any]:
+    """The rows of both sets, tokenised when asked for. Raises RowError, ValueError for what cannot be trained on."""
+    rows = functools.partial(
+        Rows,
+        tokenizer=tokenizer,
+        config=args,
+        context=getattr(model.config, "max_position_embeddings", None),
+        required_columns=sorted(rewards.required_columns()),
+    )
+    train_rows = None if train is None else rows(train, "train_dataset")
+    if train_rows is not None:
+        check_sources(args, train_rows, rewards)
+    if isinstance(held_out, dict):
+        return train_rows, {name: rows(records, f"eval_dataset[{name!r}]") for name, records in held_out.items()}
+    return train_rows, None if held_out is None else rows(held_out, "eval_dataset")
 
 
 def refuse_virtual_tokens(model: nn.Module) -> None:
