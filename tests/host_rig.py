@@ -6,10 +6,12 @@ model: no code of the library's loss, no shift done by a batch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gft_kernels.integrations.response_rows import COLUMN, encode_row, response_rows
@@ -76,6 +78,17 @@ def expected_steps(folder: Path, encoded: list[dict], window: int = WINDOW) -> l
 
 def encoded_rows(made: list[dict] | None = None) -> list[dict]:
     return [encode_row(row, tokenizer()) for row in (made or rows())]
+
+
+@contextlib.contextmanager
+def in_every_trainer(callback: TrainerCallback):
+    """The callback is one of those that any transformers.Trainer begins with, and so any trainer made of it."""
+    before = list(transformers.trainer.DEFAULT_CALLBACKS)
+    transformers.trainer.DEFAULT_CALLBACKS.append(callback)
+    try:
+        yield
+    finally:
+        transformers.trainer.DEFAULT_CALLBACKS[:] = before
 
 
 class Gradients(TrainerCallback):

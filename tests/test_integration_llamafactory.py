@@ -10,6 +10,7 @@ pytest.importorskip(
     "llamafactory.train.tuner", reason="LLaMA-Factory is not installed here: pip install llamafactory==0.9.5"
 )
 
+import host_ranks
 import host_rig
 import transformers
 from llamafactory.data import loader
@@ -19,18 +20,22 @@ from llamafactory.train.tuner import run_exp
 from gft_kernels.integrations.llamafactory import GFTCallback, write_tokenised
 
 
-@pytest.fixture
-def arguments(tmp_path):
+def settings(folder) -> dict:
     """A run over the rig's model and rows, in their order, at learning rate 0."""
-    host_rig.write_model(tmp_path / "model")
-    write_tokenised(tmp_path / "rows", host_rig.rows(), host_rig.tokenizer())
     return {
-        "stage": "sft", "do_train": True, "model_name_or_path": str(tmp_path / "model"), "template": "empty",
-        "dataset": "rows", "tokenized_path": str(tmp_path / "rows"), "finetuning_type": "full",
-        "output_dir": str(tmp_path / "out"), "num_train_epochs": 1, "learning_rate": 0.0, "max_grad_norm": 0.0,
+        "stage": "sft", "do_train": True, "model_name_or_path": str(folder / "model"), "template": "empty",
+        "dataset": "rows", "tokenized_path": str(folder / "rows"), "finetuning_type": "full",
+        "output_dir": str(folder / "out"), "num_train_epochs": 1, "learning_rate": 0.0, "max_grad_norm": 0.0,
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "logging_steps": 1, "save_strategy": "no",
         "report_to": "none", "use_cpu": True, "disable_shuffling": True, "disable_gradient_checkpointing": True,
     }  # fmt: skip
+
+
+@pytest.fixture
+def arguments(tmp_path) -> dict:
+    host_rig.write_model(tmp_path / "model")
+    write_tokenised(tmp_path / "rows", host_rig.rows(), host_rig.tokenizer())
+    return settings(tmp_path)
 
 
 def trained(arguments: dict) -> host_rig.Gradients:
@@ -53,6 +58,14 @@ def test_a_step_is_the_formulas_however_it_is_cut(arguments, tmp_path, micro_bat
     host_rig.assert_steps(seen, host_rig.expected_steps(tmp_path / "model", host_rig.encoded_rows()))
 
 
+def test_two_processes_take_the_same_step(tmp_path):
+    made = host_rig.rows(host_ranks.ROWS)
+    host_rig.write_model(tmp_path / "model")
+    write_tokenised(tmp_path / "rows", made, host_rig.tokenizer())
+    seen = host_ranks.launch("llamafactory", tmp_path)
+    host_rig.assert_steps(seen, host_rig.expected_steps(tmp_path / "model", host_rig.encoded_rows(made)))
+
+
 def test_lora_trains_what_it_adds(arguments, tmp_path):
     """Under PEFT the guard and the loss sit on different modules, and both still stand in the way of the batch."""
     seen = trained({**arguments, "finetuning_type": "lora", "lora_target": "q_proj", "lora_rank": 2})
@@ -66,6 +79,11 @@ def test_lora_trains_what_it_adds(arguments, tmp_path):
 def test_another_loss_is_an_error(arguments, loss):
     with pytest.raises(ValueError, match="labels must come with every training batch"):
         trained({**arguments, loss: True})
+
+
+def test_a_count_per_rank_is_an_error(arguments):
+    with pytest.raises(ValueError, match="average_tokens_across_devices must be True with GFT"):
+        trained({**arguments, "average_tokens_across_devices": False})
 
 
 def test_rows_without_advantages_are_an_error(arguments, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from types import SimpleNamespace
 
 import openrlhf_rig
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from gft_kernels import gft_loss
+from gft_kernels.integrations.given_log_probs import token_losses
 from gft_kernels.integrations.openrlhf import GFTPolicyLoss, check_arguments, policy_worker
 
 INSTALLED = openrlhf_rig.host()
@@ -75,6 +77,17 @@ def test_the_share_of_rectified_tokens_is_reported(rectify):
     _, share, *_ = GFTPolicyLoss(TAU, rectify)(log_probs, log_probs, advantages, action_mask=mask, **totals)
     counted = mask & (log_probs.exp() < TAU) & ((advantages > 0) | (rectify == "all"))
     assert share.item() == pytest.approx((counted.sum() / mask.sum()).item()) and 0 < share < 1
+
+
+def test_what_lies_outside_the_mask_is_never_read():
+    mask = torch.tensor([[True, False, False]])
+    log_probs = torch.tensor([[-0.5, float("nan"), float("-inf")]], requires_grad=True)
+    found = token_losses(log_probs, torch.tensor([[2.0, float("nan"), 1.0]]), mask, tau=0.7, rectify="all")
+    (3.0 * found.losses_ST).sum().backward()
+    pi = math.exp(-0.5)
+    assert found.losses_ST.tolist() == [[pytest.approx(2 * pi * 0.5), 0.0, 0.0]]
+    assert log_probs.grad.tolist() == [[pytest.approx(-6 * pi), 0.0, 0.0]]
+    assert found.log_probs_ST.tolist() == [[-0.5, 0.0, 0.0]] and found.rectified_ST.tolist() == [[True, False, False]]
 
 
 def test_options_are_checked():

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("swift.trainers", reason="ms-swift is not installed here: pip install ms-swift==4.6.0")
 
+import host_ranks
 import host_rig
-import transformers
 from swift import sft_main
 from swift.callbacks import callbacks_map
 from swift.template import TEMPLATE_MAPPING, TemplateMeta, register_template
@@ -20,29 +20,33 @@ from swift.trainers import Seq2SeqTrainer
 from gft_kernels.integrations.swift import check_settings, message_rows, register
 
 
-@pytest.fixture
-def arguments(tmp_path):
-    """Command line over the rig's model and rows, in their order, at learning rate 0."""
+def command_line(folder) -> list[str]:
+    """`swift sft` over the rig's model and rows, in their order, at learning rate 0; registers what it names."""
     if "bare" not in TEMPLATE_MAPPING:
         register_template(
             TemplateMeta("bare", prefix=[], prompt=["{{QUERY}}"], chat_sep=None, suffix=[["eos_token_id"]])
         )
     register(tau=host_rig.TAU)
-    host_rig.write_model(tmp_path / "model")
-    host_rig.write_rows(tmp_path / "rows.jsonl", message_rows(host_rig.rows()))
     return f"""
-        --model {tmp_path}/model --model_type llama --template bare --torch_dtype float32 --tuner_type full
-        --dataset {tmp_path}/rows.jsonl --output_dir {tmp_path}/out --num_train_epochs 1 --learning_rate 0
+        --model {folder}/model --model_type llama --template bare --torch_dtype float32 --tuner_type full
+        --dataset {folder}/rows.jsonl --output_dir {folder}/out --num_train_epochs 1 --learning_rate 0
         --dataset_shuffle false --train_dataloader_shuffle false --split_dataset_ratio 0 --save_strategy no
         --logging_steps 1 --report_to none --max_grad_norm 0 --callbacks gft --remove_unused_columns false
         --gradient_checkpointing false --load_from_cache_file false
     """.split()
 
 
-def trained(arguments: list[str], monkeypatch) -> host_rig.Gradients:
-    seen = host_rig.Gradients()
-    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, seen])
-    sft_main(arguments)
+@pytest.fixture
+def arguments(tmp_path) -> list[str]:
+    host_rig.write_model(tmp_path / "model")
+    host_rig.write_rows(tmp_path / "rows.jsonl", message_rows(host_rig.rows()))
+    return command_line(tmp_path)
+
+
+def trained(arguments: list[str], seen: host_rig.Gradients | None = None) -> host_rig.Gradients:
+    seen = seen or host_rig.Gradients()
+    with host_rig.in_every_trainer(seen):
+        sft_main(arguments)
     return seen
 
 
@@ -56,31 +60,40 @@ def test_the_hooks_are_where_the_adapter_looks_for_them():
 
 
 @pytest.mark.parametrize(("micro_batch", "accumulation"), [(8, 1), (2, 4), (1, 8)])
-def test_a_step_is_the_formulas_however_it_is_cut(arguments, tmp_path, monkeypatch, micro_batch, accumulation):
+def test_a_step_is_the_formulas_however_it_is_cut(arguments, tmp_path, micro_batch, accumulation):
     cut = ["--per_device_train_batch_size", str(micro_batch), "--gradient_accumulation_steps", str(accumulation)]
-    seen = trained([*arguments, *cut], monkeypatch)
+    seen = trained([*arguments, *cut])
     host_rig.assert_steps(seen, host_rig.expected_steps(tmp_path / "model", host_rig.encoded_rows()))
+
+
+def test_two_processes_take_the_same_step(tmp_path):
+    made = host_rig.rows(host_ranks.ROWS)
+    host_rig.write_model(tmp_path / "model")
+    host_rig.write_rows(tmp_path / "rows.jsonl", message_rows(made))
+    seen = host_ranks.launch("swift", tmp_path)
+    host_rig.assert_steps(seen, host_rig.expected_steps(tmp_path / "model", host_rig.encoded_rows(made)))
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--remove_unused_columns", "true"], "remove_unused_columns must be False with GFT"),
+        (["--average_tokens_across_devices", "false"], "average_tokens_across_devices must be True with GFT"),
         (["--loss_type", "cross_entropy"], "loss_type must be None with GFT"),
         (["--enable_dft_loss", "true"], "enable_dft_loss must be False with GFT"),
         (["--use_logits_to_keep", "true"], "use_logits_to_keep must be unset with GFT"),
     ],
 )
-def test_settings_that_would_change_the_loss_are_errors(arguments, monkeypatch, more, message):
+def test_settings_that_would_change_the_loss_are_errors(arguments, more, message):
     with pytest.raises(ValueError, match=message):
-        trained([*arguments, *more], monkeypatch)
+        trained([*arguments, *more])
 
 
-def test_rows_without_advantages_are_an_error(arguments, tmp_path, monkeypatch):
+def test_rows_without_advantages_are_an_error(arguments, tmp_path):
     made = message_rows(host_rig.rows())
     host_rig.write_rows(tmp_path / "rows.jsonl", [{"messages": row["messages"]} for row in made])
     with pytest.raises(ValueError, match="gft_advantages must come with every row"):
-        trained(arguments, monkeypatch)
+        trained(arguments)
 
 
 def test_options_are_checked_at_registration():

@@ -53,6 +53,9 @@ class GFTPlugin(BasePlugin):
     def post_model_load(self, cfg: Any, model: Any) -> None:
         patch_for_rows(model, **dict(cfg.gft or {}))
 
+    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+        return {"average_tokens_across_devices": True}  # axolotl's default counts the tokens of each rank for itself
+
     def get_trainer_cls(self, cfg: Any) -> type:
         from gft_kernels.integrations.axolotl_trainer import GFTAxolotlTrainer
 

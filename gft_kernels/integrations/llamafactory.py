@@ -23,6 +23,10 @@ class GFTCallback(TrainerCallback):
         self.options = check_loss_options(loss_options)
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not args.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices must be True with GFT, got False; each rank would divide by its own tokens"
+            )
         patch_for_rows(model, **self.options)
 
 

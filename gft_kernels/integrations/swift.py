@@ -25,6 +25,7 @@ _REQUIRED_OF_THE_ARGUMENTS = {
     "loss_type": (None, "it would take the place of the GFT loss"),
     "enable_dft_loss": (False, "GFT with tau = 1 is DFT"),
     "enable_channel_loss": (False, "it needs the logits, which the GFT loss does not hold"),
+    "average_tokens_across_devices": (True, "each rank would divide by its own tokens"),
     "label_smoothing_factor": (0.0, "the GFT loss has no smoothed targets"),
 }
 
