@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from gft_kernels import group_advantages
+from gft_kernels.integrations.hf import unpatch_model
 from gft_kernels.integrations.response_rows import (
     COLUMN,
     CarryAdvantages,
@@ -133,6 +134,12 @@ def test_what_a_trainer_forgets_is_an_error(folder):
     assert model(**batch).loss.isfinite() and model(input_ids=batch["input_ids"]).logits is not None
     with pytest.raises(ValueError, match="every row must have the column gft_advantages"):
         collator()([{"input_ids": [3], "labels": [3]}])
+
+
+def test_an_unpatched_model_is_no_longer_guarded(folder):
+    model = unpatch_model(patched(folder)).train()
+    ids = torch.tensor([ENCODED[0]["input_ids"]])
+    assert model(input_ids=ids, labels=ids).loss.isfinite() and model(input_ids=ids).logits is not None
 
 
 def test_a_list_of_advantages_is_as_good_as_a_tensor(folder):

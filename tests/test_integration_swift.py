@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ pytest.importorskip("swift.trainers", reason="ms-swift is not installed here: pi
 
 import host_ranks
 import host_rig
-from swift import sft_main
+from swift import SftArguments, sft_main
 from swift.callbacks import callbacks_map
 from swift.template import TEMPLATE_MAPPING, TemplateMeta, register_template
 from swift.template.base import Template
@@ -74,19 +75,44 @@ def test_two_processes_take_the_same_step(tmp_path):
     host_rig.assert_steps(seen, host_rig.expected_steps(tmp_path / "model", host_rig.encoded_rows(made)))
 
 
+def test_a_setting_that_would_lose_the_column_is_an_error(arguments):
+    """One through the command line; the others below, as fast."""
+    with pytest.raises(ValueError, match="remove_unused_columns must be False with GFT"):
+        trained([*arguments, "--remove_unused_columns", "true"])
+
+
+TEMPLATE = {"remove_unused_columns": False, "packing": False, "padding_free": False, "sequence_parallel_size": 1}
+ARGUMENTS = {"loss_type": None, "enable_dft_loss": False, "enable_channel_loss": False, "use_logits_to_keep": None,
+             "average_tokens_across_devices": True, "label_smoothing_factor": 0.0}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("name", "value"),
     [
-        (["--remove_unused_columns", "true"], "remove_unused_columns must be False with GFT"),
-        (["--average_tokens_across_devices", "false"], "average_tokens_across_devices must be True with GFT"),
-        (["--loss_type", "cross_entropy"], "loss_type must be None with GFT"),
-        (["--enable_dft_loss", "true"], "enable_dft_loss must be False with GFT"),
-        (["--use_logits_to_keep", "true"], "use_logits_to_keep must be unset with GFT"),
+        ("packing", True),
+        ("padding_free", True),
+        ("sequence_parallel_size", 2),
+        ("loss_type", "cross_entropy"),
+        ("enable_dft_loss", True),
+        ("enable_channel_loss", True),
+        ("average_tokens_across_devices", False),
+        ("label_smoothing_factor", 0.1),
+        ("use_logits_to_keep", True),
     ],
 )
-def test_settings_that_would_change_the_loss_are_errors(arguments, more, message):
-    with pytest.raises(ValueError, match=message):
-        trained([*arguments, *more])
+def test_settings_that_would_change_the_loss_are_errors(name, value):
+    check_settings(SimpleNamespace(**ARGUMENTS), SimpleNamespace(**TEMPLATE))
+    changed = [
+        SimpleNamespace(**{k: value if k == name else v for k, v in part.items()}) for part in (ARGUMENTS, TEMPLATE)
+    ]
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        check_settings(*changed)
+
+
+def test_the_settings_have_the_names_that_are_checked():
+    assert {field.name for field in dataclasses.fields(SftArguments)} >= {*ARGUMENTS, "remove_unused_columns"}
+    assert set(inspect.signature(Template.__init__).parameters) >= set(TEMPLATE) - {"packing"}
+    assert "self.packing = " in inspect.getsource(Template.__init__)
 
 
 def test_rows_without_advantages_are_an_error(arguments, tmp_path):
@@ -101,11 +127,3 @@ def test_options_are_checked_at_registration():
         register(tau=2.0)
     with pytest.raises(TypeError, match="reduction must be left out"):
         register(reduction="sum")
-
-
-@pytest.mark.parametrize(("name", "value"), [("packing", True), ("padding_free", True), ("sequence_parallel_size", 2)])
-def test_templates_that_lose_columns_are_errors(name, value):
-    """They need a GPU's attention to get as far as the trainer."""
-    right = {"remove_unused_columns": False, "packing": False, "padding_free": False, "sequence_parallel_size": 1}
-    with pytest.raises(ValueError, match=f"{name} must be"):
-        check_settings(SimpleNamespace(), SimpleNamespace(**{**right, name: value}))

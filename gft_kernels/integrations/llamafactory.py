@@ -25,7 +25,8 @@ class GFTCallback(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not args.average_tokens_across_devices:
             raise ValueError(
-                "average_tokens_across_devices must be True with GFT, got False; each rank would divide by its own tokens"
+                "average_tokens_across_devices must be True with GFT, got False; each rank would divide by its own "
+                "tokens"
             )
         patch_for_rows(model, **self.options)
 

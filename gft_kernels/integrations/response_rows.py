@@ -150,6 +150,8 @@ def patch_for_rows(model: nn.Module, *, counted: bool = True, **loss_options: An
     counted = counted and unwrapped(model).accepts_loss_kwargs
 
     def guard(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if "_gft_forward" not in unwrapped(module).__dict__:
+            return args, kwargs  # unpatched since
         if kwargs.get("labels") is None:
             if module.training:
                 raise ValueError(
