@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 ALPHABET = "$>0123456789+=;#.ACRSMI[],"
 DIGITS = 5
@@ -16,8 +16,8 @@ STYLES = {"direct": 0.20, "left": 0.40, "right": 0.20, "odd-even": 0.09, "ends":
 TEACHERS = ("right", "odd-even", "ends")
 
 
-def query(rng: random.Random) -> list[int]:
-    return [rng.randrange(10) for _ in range(DIGITS)]
+def query(rng: random.Random, digits: int = DIGITS) -> list[int]:
+    return [rng.randrange(10) for _ in range(digits)]
 
 
 def prompt_of(digits: Sequence[int]) -> str:
@@ -32,11 +32,13 @@ def solution(digits: Sequence[int], style: str, rng: random.Random | None = None
 
     if style == "direct":
         return f"#{result(sum(digits))}."
-    ordered, step = _order(digits, style), "[{}+{}]{}," if style == "bracket" else "{}+{}={};"
+    ordered, step = _order(digits, style), "[{}]{}," if style in ("bracket", "leap") else "{}={};"
+    stride = 2 if style == "leap" else 1
     total, text = ordered[0], ""
-    for digit in ordered[1:]:
-        before, total = total, result(total + digit)
-        text += step.format(before, digit, total)
+    for start in range(1, len(ordered), stride):
+        terms = [total, *ordered[start : start + stride]]
+        total = result(sum(terms))
+        text += step.format("+".join(map(str, terms)), total)
     return f"{text}#{total}."
 
 
@@ -48,6 +50,7 @@ def _order(digits, style):
         "odd-even": digits[0::2] + digits[1::2],
         "ends": [digits[0], digits[-1], *digits[1:-1]],
         "bracket": digits[half:] + digits[:half],
+        "leap": digits[::-1],
     }[style]
 
 
@@ -65,7 +68,9 @@ def general_text(rng: random.Random) -> tuple[str, str]:
     return f"{kind}{text}>", answer + "."
 
 
-def base_records(count: int, noise: float = 0.1, seed: int = 0) -> list[dict]:
+def base_records(
+    count: int, noise: float = 0.1, seed: int = 0, styles: Mapping[str, float] = STYLES, digits: int = DIGITS
+) -> list[dict]:
     """What the base model is fitted to: half general text, half the task in mixed styles with step noise."""
     rng = random.Random(seed)
     records = []
@@ -73,20 +78,31 @@ def base_records(count: int, noise: float = 0.1, seed: int = 0) -> list[dict]:
         if rng.random() < 0.5:
             prompt, answer = general_text(rng)
         else:
-            digits, style = query(rng), rng.choices(list(STYLES), list(STYLES.values()))[0]
-            prompt, answer = prompt_of(digits), solution(digits, style, rng, noise)
+            terms, style = query(rng, digits), rng.choices(list(styles), list(styles.values()))[0]
+            prompt, answer = prompt_of(terms), solution(terms, style, rng, noise)
         records.append({"prompt": prompt, "demonstrations": [answer]})
     return records
 
 
-def records(count: int, teacher_noise: float = 0.03, seed: int = 1) -> list[dict]:
-    """Rows for GFT: the expert's bracket form first, then three teachers in other orders."""
+def records(
+    count: int,
+    teacher_noise: float = 0.03,
+    seed: int = 1,
+    expert: str = "bracket",
+    teachers: int = len(TEACHERS),
+    digits: int = DIGITS,
+) -> list[dict]:
+    """Rows for GFT: the expert's form first, then teachers in other orders, the three of them in turn.
+
+    expert: "bracket", a form the base model has seen now and then, or "leap", which adds two digits a step and which
+    it has never seen.
+    """
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
-        digits = query(rng)
-        teachers = [solution(digits, style, rng, teacher_noise) for style in TEACHERS]
-        rows.append({"prompt": prompt_of(digits), "demonstrations": [solution(digits, "bracket"), *teachers]})
+        terms = query(rng, digits)
+        others = [solution(terms, TEACHERS[i % len(TEACHERS)], rng, teacher_noise) for i in range(teachers)]
+        rows.append({"prompt": prompt_of(terms), "demonstrations": [solution(terms, expert), *others]})
     return rows
 
 
@@ -97,8 +113,8 @@ def read_rows(path: str | None = None, split: str = "train") -> list[dict]:
     return records(256) if split == "train" else records(128, seed=9)
 
 
-SOLUTION = re.compile(r"((?:\d\+\d=\d;)+|(?:\[\d\+\d\]\d,)+)#(\d)\.")
-STEP = re.compile(r"(\d)\+(\d)[=\]](\d)")
+SOLUTION = re.compile(r"((?:\d\+\d=\d;)+|(?:\[\d(?:\+\d)+\]\d,)+)#(\d)\.")
+STEP = re.compile(r"(\d(?:\+\d)+)[=\]](\d)")
 
 
 def strict(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
@@ -111,13 +127,14 @@ def _is_right(prompt, text):
     if match is None:
         return False
     used, total = [], None
-    for left, right, result in (map(int, step) for step in STEP.findall(match[1])):
+    for terms, result in STEP.findall(match[1]):
+        first, *others = map(int, terms.split("+"))
         if total is None:
-            used.append(left)
-        elif left != total:
+            used.append(first)
+        elif first != total:
             return False
-        if (left + right) % 10 != result:
+        if (first + sum(others)) % 10 != int(result):
             return False
-        used.append(right)
-        total = result
+        used += others
+        total = int(result)
     return sorted(used) == sorted(map(int, re.findall(r"\d", prompt))) and total == int(match[2])

@@ -67,6 +67,7 @@ def small_gpt2(tokenizer, width: int, layers: int, heads: int, context: int, see
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own function as one operator instead of eight
         initializer_range=0.05,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,0 +1,137 @@
+"""What a study consists of: jobs, each with a result file of its own and the jobs whose results it needs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.experiments.methods import METHODS, THEN, stages
+from benchmarks.experiments.settings import Study
+
+BASE, TUNING, RUN = "base", "tuning", "run"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fitting or training. `chain` is the pipeline up to and with its last stage, which is what this job trains.
+
+    rate: given while tuning; in a run it is looked up among the tuned ones.
+    """
+
+    kind: str
+    base: int
+    chain: str = ""
+    expert: str | None = None
+    seed: int = 0
+    rate: float | None = None
+    needs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Unique in the study; a file name."""
+        parts = [self.kind, self.chain.replace(THEN, "--"), self.expert or "", f"b{self.base}"]
+        if self.kind != BASE:
+            parts.append(f"s{self.seed}")
+        if self.rate is not None:
+            parts.append(f"{self.rate:g}")
+        return "_".join(part for part in parts if part)
+
+    @property
+    def method(self) -> str:
+        return stages(self.chain)[-1] if self.chain else ""
+
+    @property
+    def before(self) -> str | None:
+        """The chain of the stage this one starts from; None where it starts from the base model."""
+        head = self.chain.rpartition(THEN)[0]
+        return head or None
+
+
+def plan(study: Study) -> list[Job]:
+    """Every job once, in the order of the file: bases and tuning first, then the grid cell by cell."""
+    jobs: dict[str, Job] = {}
+
+    def add(job: Job) -> Job:
+        return jobs.setdefault(job.name, job)
+
+    tuning = _tuning(study)
+    for job in tuning:
+        add(Job(BASE, job.base))
+        add(job)
+    for cells in study.grid:
+        for base in cells.bases:
+            add(Job(BASE, base))
+        for seed in cells.seeds:
+            for base in cells.bases:
+                for expert in cells.experts:
+                    for chain in cells.chains:
+                        _add_chain(study, add, tuning, chain, expert, base, seed)
+    return list(jobs.values())
+
+
+def _tuning(study: Study) -> list[Job]:
+    if study.tuning is None:
+        return []
+    t = study.tuning
+    return [
+        Job(TUNING, base, name, study.expert_of(name, expert), seed, float(rate), (Job(BASE, base).name,))
+        for seed in t.seeds
+        for base in t.bases
+        for expert in t.experts
+        for name in t.methods
+        for rate in t.rates
+    ]
+
+
+def _add_chain(study, add, tuning, chain, expert, base, seed) -> None:
+    names = stages(chain)
+    needs: tuple[str, ...] = (Job(BASE, base).name,)
+    for end in range(1, len(names) + 1):
+        part = THEN.join(names[:end])
+        tuned = METHODS[names[end - 1]].tuned_as
+        rates = {job.name for job in tuning if job.chain == tuned and job.expert in (None, expert)}
+        job = add(Job(RUN, base, part, study.expert_of(part, expert), seed, None, (*needs, *sorted(rates))))
+        needs = (job.name,)
+
+
+class Folder:
+    """Where a study's files lie: a result per finished job, written last, and the models that others start from."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def model(self, name: str) -> Path:
+        return self.path / "models" / f"{name}.pt"
+
+    def result(self, name: str) -> Path:
+        return self.path / "results" / f"{name}.json"
+
+    def finished(self, job: Job) -> bool:
+        return self.result(job.name).is_file()
+
+    def read(self, name: str) -> dict:
+        return json.loads(self.result(name).read_text(encoding="utf-8"))
+
+    def write(self, name: str, record: dict) -> None:
+        """Whole or not at all: an interrupted run leaves no result."""
+        path = self.result(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(record), encoding="utf-8")
+        scratch.replace(path)
+
+
+def chosen_rate(records: list[dict], method: str, expert: str | None) -> float:
+    """The rate with the best development pass@1 over the tuning records of a method; of equals the smallest.
+
+    Raises: ValueError where nothing was tuned for the method and expert.
+    """
+    scores: dict[float, list[float]] = {}
+    for record in records:
+        if record["kind"] == TUNING and record["chain"] == method and record["expert"] in (None, expert):
+            scores.setdefault(record["rate"], []).append(record["metrics"]["pass_at"]["1"])
+    if not scores:
+        raise ValueError(f"tuning must hold runs of {method}, got none.")
+    return max(sorted(scores), key=lambda rate: sum(scores[rate]) / len(scores[rate]))

@@ -1,0 +1,121 @@
+"""The plots of a study as SVG: deterministic, text left as text, so that the files stay small and comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from benchmarks.experiments.measures import MEASURES
+from benchmarks.experiments.methods import label_of
+from benchmarks.experiments.results import Results
+from benchmarks.experiments.statistics import mean
+
+COMPARED = {
+    "sft": "#c0392b", "sft-fast": "#e67e22", "sft-mix": "#b7950b", "dft": "#7d3c98", "grpo": "#1e8449",
+    "gft": "#1f6f8b", "gft-positive": "#2c3e50",
+}  # fmt: skip
+BARS = (
+    "sft",
+    "sft-fast",
+    "gft",
+    "grpo",
+    "sft>grpo",
+    "sft-fast>grpo",
+    "gft>grpo",
+    "grpo>grpo",
+    "sft-fast>gft",
+    "sft-fast>gft>grpo",
+)
+GRADIENTS = ("sft", "sft-fast", "dft", "gft-tau-0", "gft", "grpo")
+STYLE = {"svg.hashsalt": "gft", "svg.fonttype": "none", "font.size": 8, "axes.grid": True, "grid.alpha": 0.3}
+
+
+def draw(results: Results, experts: Sequence[str], page: Path) -> list[tuple[str, str]]:
+    """Title and path, relative to the page, of every plot; a panel for each expert."""
+    folder = page.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    made = []
+    for stem, (title, panel) in PLOTS.items():
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(4.6 * len(experts), 3.4), layout="constrained")
+            FigureCanvasSVG(figure)
+            for axes, expert in zip(figure.subplots(1, len(experts), squeeze=False).flat, experts, strict=True):
+                axes.set_title(f"{results.study.name}, expert {expert}")
+                panel(axes, results, expert)
+            name = f"{results.study.name}-{stem}.svg"
+            figure.savefig(folder / name, metadata={"Date": None, "Creator": None})
+        made.append((title, f"{folder.name}/{name}"))
+    return made
+
+
+def _arms(results: Results, expert: str, chains: Sequence[str]):
+    for chain in chains:
+        records = results.of(chain, expert)
+        if records:
+            yield chain, label_of(chain), records
+
+
+def curves(axes, results: Results, expert: str) -> None:
+    for chain, label, records in _arms(results, expert, tuple(COMPARED)):
+        steps = records[0]["training"]["held_out"]["step"]
+        rewards = numpy.array([record["training"]["held_out"]["eval_reward"] for record in records])
+        middle, spread = rewards.mean(0), rewards.std(0) / len(records) ** 0.5
+        axes.plot(steps, middle, label=label, color=COMPARED[chain])
+        axes.fill_between(steps, middle - spread, middle + spread, color=COMPARED[chain], alpha=0.15, linewidth=0)
+    axes.set(xlabel="optimizer step", ylabel="held-out reward, one sample a prompt", ylim=(0, 1))
+    axes.legend(fontsize=6)
+
+
+def entropy(axes, results: Results, expert: str) -> None:
+    for chain, label, records in _arms(results, expert, tuple(COMPARED)):
+        points = [[MEASURES[name].of(record) for record in records] for name in ("entropy", "pass1")]
+        axes.scatter(*points, label=label, color=COMPARED[chain], s=14)
+    axes.set(xlabel="entropy of the policy's own samples (nats per token)", ylabel="pass@1", ylim=(0, 1))
+    axes.legend(fontsize=6)
+
+
+def pass_at_k(axes, results: Results, expert: str) -> None:
+    for chain, label, records in _arms(results, expert, tuple(COMPARED)):
+        ks = [int(k) for k in records[0]["metrics"]["pass_at"]]
+        found = [mean([record["metrics"]["pass_at"][str(k)] for record in records]).value for k in ks]
+        axes.plot(ks, found, label=label, color=COMPARED[chain], marker="o", markersize=3)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="k", ylabel="pass@k", ylim=(0, 1.02))
+    axes.legend(fontsize=6)
+
+
+def gradients(axes, results: Results, expert: str) -> None:
+    edges = numpy.logspace(-2.5, 2, 46)
+    for chain, label, records in _arms(results, expert, GRADIENTS):
+        norms = numpy.concatenate([record["training"]["grad_norm"] for record in records])
+        norms = norms[norms > 0].clip(edges[0], edges[-1])  # 0: a step whose groups had no advantage at all
+        share, _ = numpy.histogram(norms, edges)
+        axes.stairs(share / max(share.sum(), 1), edges, label=label, color=COMPARED.get(chain, "#7f8c8d"))
+    axes.set_xscale("log")
+    axes.set(xlabel="gradient norm before clipping", ylabel="share of steps")
+    axes.legend(fontsize=6)
+
+
+def synergy(axes, results: Results, expert: str) -> None:
+    arms = list(_arms(results, expert, BARS))
+    found = [mean([MEASURES["pass1"].of(record) for record in records]) for _, _, records in arms]
+    colours = ["#1f6f8b" if "gft" in chain else "#1e8449" if "sft" not in chain else "#c0392b" for chain, _, _ in arms]
+    places = range(len(arms))
+    axes.barh(places, [m.value for m in found], xerr=[m.error if m.n > 1 else 0 for m in found], color=colours)
+    axes.set_yticks(list(places), [label for _, label, _ in arms], fontsize=6)
+    axes.invert_yaxis()
+    axes.set(xlabel="pass@1, mean and standard error", xlim=(0, 1))
+
+
+PLOTS: dict[str, tuple[str, Callable]] = {
+    "curves": ("Training curves", curves),
+    "entropy": ("Entropy against accuracy", entropy),
+    "pass-at-k": ("pass@k", pass_at_k),
+    "gradients": ("Gradient norms", gradients),
+    "synergy": ("Pipelines", synergy),
+}

@@ -1,0 +1,118 @@
+"""Runs a study's jobs in worker processes: skips what is finished, shows progress and the time left."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+
+import torch
+
+from benchmarks.experiments.jobs import Folder, Job, plan
+from benchmarks.experiments.settings import Study
+
+
+class StudyError(RuntimeError):
+    """A job failed; the message names it. What is finished stays finished."""
+
+
+def run(study: Study, folder: Folder, jobs: int, device: str, say=print) -> None:
+    """Every unfinished job, each as soon as what it needs is there; at most `jobs` at a time.
+
+    Raises: StudyError for a failed job, KeyboardInterrupt once the jobs under way have ended.
+    """
+    planned = plan(study)
+    waiting = [job for job in planned if not folder.finished(job)]
+    progress = Progress(planned, waiting, folder, jobs, say)
+    done = {job.name for job in planned} - {job.name for job in waiting}
+    under_way: dict[Future, Job] = {}
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=start_worker) as pool:
+        try:
+            while waiting or under_way:
+                for job in [job for job in waiting if set(job.needs) <= done][: jobs - len(under_way)]:
+                    waiting.remove(job)
+                    under_way[pool.submit(work, study, folder, job, device)] = job
+                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                    job = under_way.pop(future)
+                    _raise_failure(future, job)
+                    done.add(job.name)
+                    progress.finished(job)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _raise_failure(future: Future, job: Job) -> None:
+    error = future.exception()
+    if isinstance(error, BrokenProcessPool):
+        raise StudyError(f"{job.name}: its process ended without an answer (killed, or out of memory).") from None
+    if error is not None:
+        raise StudyError(f"{job.name}: {error}") from error
+
+
+def keep_settings(study: Study, folder: Folder) -> None:
+    """Writes the settings beside the results. The grid may grow later; whatever decides a number may not change.
+
+    Raises: ValueError if the folder holds results of other settings.
+    """
+    path = folder.path / "settings.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key, value in study.as_dict().items() if key != "grid" and before.get(key) != value]
+        if changed:
+            raise ValueError(f"--out must be a folder of the same settings, got another `{changed[0]}` in {path}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(study.as_dict(), indent=1), encoding="utf-8")
+
+
+def start_worker() -> None:
+    """One torch thread a worker; Ctrl-C ends it at once, since only whole results count."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+
+
+def work(study: Study, folder: Folder, job: Job, device: str) -> None:
+    from benchmarks.experiments.work import do  # transformers is imported in the workers only
+
+    do(study, folder, job, device)
+
+
+class Progress:
+    """A line per finished job; the time left from how long jobs of the same kind took."""
+
+    def __init__(self, planned: list[Job], waiting: list[Job], folder: Folder, workers: int, say):
+        self.total, self.left, self.folder, self.workers, self.say = len(planned), list(waiting), folder, workers, say
+        self.seconds: dict[tuple, list[float]] = {}
+        self.start = time.perf_counter()
+        for job in planned:
+            if folder.finished(job):
+                self._learn(job)
+        say(f"{len(planned)} jobs, {len(planned) - len(waiting)} already finished")
+
+    def finished(self, job: Job) -> None:
+        self.left.remove(job)
+        record = self._learn(job)
+        number = self.total - len(self.left)
+        score = f"pass@1 {record['metrics']['pass_at']['1']:.3f}"
+        self.say(
+            f"[{number:>4}/{self.total}] {job.name:<52} {score}  {record['seconds']:5.1f} s  "
+            f"left about {self.time_left() / 60:.0f} min"
+        )
+
+    def _learn(self, job: Job) -> dict:
+        record = self.folder.read(job.name)
+        self.seconds.setdefault((job.kind, job.method), []).append(record["seconds"])
+        return record
+
+    def time_left(self) -> float:
+        """Seconds, with all workers at work."""
+        everything = [value for values in self.seconds.values() for value in values]
+        usual = sum(everything) / len(everything)
+        known = {kind: sum(values) / len(values) for kind, values in self.seconds.items()}
+        return sum(known.get((job.kind, job.method), usual) for job in self.left) / self.workers

@@ -1,0 +1,115 @@
+"""A study: what its YAML file says, checked key by key before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.experiments.methods import METHODS, depends_on_expert, stages
+
+STUDIES = Path(__file__).parent / "studies"
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A block of the grid: every chain with every expert, base and seed."""
+
+    chains: list[str]
+    experts: list[str]
+    bases: list[int]
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The search for learning rates: every method alike, on bases, seeds and held-out prompts of its own."""
+
+    methods: list[str]
+    experts: list[str]
+    rates: list[float]
+    bases: list[int]
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """After training: `samples` responses at temperature 1 to each of `prompts` held-out prompts; `retention` prompts
+    of the general tasks; `curve` held-out prompts, one sample each, during training."""
+
+    prompts: int = 96
+    samples: int = 16
+    retention: int = 200
+    curve: int = 64
+
+
+@dataclass(frozen=True)
+class Study:
+    """base, stage: options of GFTConfig for fitting the base model and for every training stage after it.
+    follow_steps: optimizer steps of a stage that follows another. rates: learning rates where nothing is tuned."""
+
+    name: str
+    task: dict[str, Any]
+    base: dict[str, Any]
+    stage: dict[str, Any]
+    follow_steps: int
+    grid: list[Cells]
+    tuning: Tuning | None = None
+    rates: dict[str, float] = field(default_factory=dict)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self):
+        named = [name for cells in self.grid for chain in cells.chains for name in stages(chain)]
+        for name in [*named, *(self.tuning.methods if self.tuning else [])]:
+            if name not in METHODS:
+                raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}.")
+        if bool(self.rates) == bool(self.tuning):
+            raise ValueError("either `tuning` or `rates` must be given, got both or none.")
+        known = set(self.rates) | set(self.tuning.methods if self.tuning else [])
+        missing = sorted({METHODS[name].tuned_as or "sft" for name in named} - known)
+        if missing:
+            raise ValueError(f"learning rates must be tuned or given for {', '.join(missing)}, got none.")
+
+    def expert_of(self, chain: str, expert: str) -> str | None:
+        """The expert a run is filed under; None where it makes no difference, so that one run serves all."""
+        return expert if depends_on_expert(chain) else None
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def load(path: str | Path) -> Study:
+    """The study of a YAML file, or of a name in benchmarks/experiments/studies.
+
+    Raises: FileNotFoundError, ValueError naming the key.
+    """
+    file = Path(path) if Path(path).suffix else STUDIES / f"{path}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(p.stem for p in STUDIES.glob("*.yaml")))
+        raise FileNotFoundError(f"study must be a YAML file or one of {known}, got {str(path)!r}.")
+    return from_dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+def from_dict(values: dict) -> Study:
+    values = dict(values)
+    values["grid"] = [_build(Cells, cells, "grid") for cells in values.get("grid") or []]
+    for key, kind in (("tuning", Tuning), ("evaluation", Evaluation)):
+        if values.get(key) is not None:
+            values[key] = _build(kind, values[key], key)
+        else:
+            values.pop(key, None)
+    return _build(Study, values, "the study")
+
+
+def _build(kind, values, where):
+    fields = dataclasses.fields(kind)
+    unknown = sorted(set(values) - {f.name for f in fields})
+    needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    if unknown:
+        raise ValueError(f"{where} must have keys among {', '.join(f.name for f in fields)}, got {unknown[0]!r}.")
+    if needed - set(values):
+        raise ValueError(f"{where} must give {', '.join(sorted(needed - set(values)))}, got nothing.")
+    return kind(**values)

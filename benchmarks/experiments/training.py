@@ -1,0 +1,76 @@
+"""One stage of training through GFTTrainer, and what is kept of it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PrinterCallback
+
+from gft_kernels.trainer import GFTConfig, GFTTrainer
+
+QUIET: dict[str, Any] = {
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "log_completions_steps": 0,
+    "dataloader_num_workers": 0,
+}
+PER_STEP = ("grad_norm",)
+AVERAGED = ("reward/sampled", "entropy", "rectified", "zero_std_groups")
+HELD_OUT = ("eval_reward", "eval_expert_log_likelihood")
+WINDOW = 10  # optimizer steps averaged into one point of a curve
+
+
+@dataclass
+class Stage:
+    """Everything that decides a stage beside the model it starts from."""
+
+    options: dict
+    rows: list[dict]
+    curve_rows: list[dict] | None
+    seed: int
+    device: str
+
+
+def train(model, task, stage: Stage) -> list[dict]:
+    """Trains the model in place and returns the Trainer's log lines, one a step."""
+    directory = tempfile.mkdtemp(prefix="gft-study-")
+    try:
+        evaluating = (
+            {"eval_on_start": True, "eval_strategy": "steps", "eval_temperature": 1.0} if stage.curve_rows else {}
+        )
+        options = {**QUIET, **evaluating, **stage.options}
+        config = GFTConfig(output_dir=directory, seed=stage.seed, use_cpu=stage.device == "cpu", **options)
+        trainer = GFTTrainer(
+            model, config, stage.rows, stage.curve_rows, task.tokenizer, task.rewards, rollout_fn=task.rollout
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return trainer.state.log_history
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def summary(history: list[dict]) -> dict:
+    """The compact record of a stage: every gradient norm, window means of what is logged, the held-out curve."""
+    steps = [line for line in history if "loss" in line]
+    held_out = [line for line in history if "eval_runtime" in line]
+    windows = [steps[start : start + WINDOW] for start in range(0, len(steps), WINDOW)]
+    record: dict[str, Any] = {name: [rounded(line[name]) for line in steps] for name in PER_STEP}
+    record["windows"] = {
+        name: [rounded(sum(line[name] for line in window) / len(window)) for window in windows]
+        for name in AVERAGED
+        if all(name in line for line in steps)
+    }
+    record["held_out"] = {"step": [line["step"] for line in held_out]} | {
+        name: [rounded(line[name]) for line in held_out] for name in HELD_OUT if held_out and name in held_out[0]
+    }
+    return record
+
+
+def rounded(value: float, digits: int = 4) -> float:
+    """To so many significant digits: raw results stay small, and standard errors are far larger."""
+    return float(f"{value:.{digits}g}")

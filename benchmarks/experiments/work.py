@@ -1,0 +1,107 @@
+"""Does one job: fits a base model, or trains one stage of a method and evaluates it."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+from benchmarks.experiments import jobs, tasks
+from benchmarks.experiments.evaluation import evaluate
+from benchmarks.experiments.jobs import Folder, Job
+from benchmarks.experiments.methods import GROUP, METHODS
+from benchmarks.experiments.settings import Study
+from benchmarks.experiments.training import Stage, rounded, summary, train
+
+FIT = {"advantages": "ones", "tau": 0.0, "num_demonstrations": 1, "num_generations": 0, "token_metrics": False}
+KINDS = {"digit-sum": tasks.DigitSums, "gsm8k": tasks.WordProblems}
+
+
+def do(study: Study, folder: Folder, job: Job, device: str) -> None:
+    """Leaves the job's model and, last, its result in the folder."""
+    start = time.perf_counter()
+    task = make_task(tuple(sorted((key, _frozen(value)) for key, value in study.task.items())))
+    base = None if job.kind == jobs.BASE else load(task, folder, Job(jobs.BASE, job.base).name, device)
+    if base is None:
+        model, history, rate = *fit_base(study, task, job, device), study.base["learning_rate"]
+        base = model
+    else:
+        rate = rate_of(study, folder, job)
+        before = Job(jobs.RUN, job.base, job.before or "", _expert_before(study, job), job.seed).name
+        model = load(task, folder, before if job.before else Job(jobs.BASE, job.base).name, device)
+        history = train(model, task, stage_of(study, task, job, rate, device))
+    purpose = tasks.DEVELOPMENT if job.kind == jobs.TUNING else tasks.TEST
+    metrics = score(study, task, model.eval(), base, job, purpose)
+    if job.kind != jobs.TUNING:
+        folder.model(job.name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), folder.model(job.name))
+    identity = {"kind": job.kind, "chain": job.chain, "expert": job.expert, "base": job.base, "seed": job.seed}
+    record = {**identity, "rate": rate, "metrics": metrics, "seconds": round(time.perf_counter() - start, 1)}
+    folder.write(job.name, record | ({} if job.kind == jobs.BASE else {"training": summary(history)}))
+
+
+@functools.lru_cache(1)
+def make_task(settings: tuple):
+    values = {key: dict(value) if isinstance(value, tuple) else value for key, value in settings}
+    return KINDS[values.pop("name")](**values)
+
+
+def _frozen(value):
+    return tuple(value.items()) if isinstance(value, dict) else value
+
+
+def _expert_before(study: Study, job: Job) -> str | None:
+    return study.expert_of(job.before, job.expert) if job.before else None
+
+
+def fit_base(study: Study, task, job: Job, device: str):
+    model = task.new_model(job.base)
+    stage = Stage({**FIT, "logging_steps": 1, **study.base}, task.base_rows(job.base), None, job.base, device)
+    return model, train(model, task, stage)
+
+
+def load(task, folder: Folder, name: str, device: str):
+    model = task.new_model(0)
+    model.load_state_dict(torch.load(folder.model(name), weights_only=True))
+    return model.to(device).eval()
+
+
+def rate_of(study: Study, folder: Folder, job: Job) -> float:
+    """The learning rate of a job: under trial, fixed by the study, or the tuned one of its method."""
+    if job.rate is not None:
+        return job.rate
+    tuned = METHODS[job.method].tuned_as
+    if study.tuning is None:
+        return study.rates[tuned or job.method]
+    if tuned is None:
+        return max(map(float, study.tuning.rates))
+    records = [folder.read(name) for name in job.needs if name.startswith(jobs.TUNING)]
+    return jobs.chosen_rate(records, tuned, job.expert)
+
+
+def stage_of(study: Study, task, job: Job, rate: float, device: str) -> Stage:
+    method = METHODS[job.method]
+    options = {"logging_steps": 1, **study.stage, **method.options, "learning_rate": rate}
+    options["per_device_train_batch_size"] *= method.data
+    given = options["num_demonstrations"] = min(options["num_demonstrations"], task.demonstrations)
+    if options["num_generations"]:
+        options["num_generations"] = GROUP - given
+    if job.before:
+        options["max_steps"] = study.follow_steps
+    expert = job.expert or study.grid[0].experts[0]  # rows need demonstrations even where none is read
+    rows = task.train_rows(expert, job.seed, method.data)
+    curve = task.held_out(tasks.CURVE, study.evaluation.curve, expert) if job.kind == jobs.RUN else None
+    return Stage(options, rows, curve, job.seed, device)
+
+
+def score(study: Study, task, model, base, job: Job, purpose: int) -> dict:
+    settings = study.evaluation
+    rows = task.held_out(purpose, settings.prompts, job.expert or study.grid[0].experts[0])
+    longest = study.stage["max_completion_length"]
+    found = evaluate(model, base, task, rows, settings.samples, longest, tasks.stream(purpose, job.seed))
+    found["retention"] = task.retention(model, settings.retention)
+    return {
+        name: {k: rounded(v) for k, v in value.items()} if isinstance(value, dict) else rounded(value)
+        for name, value in found.items()
+    }
