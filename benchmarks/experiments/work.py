@@ -20,7 +20,7 @@ KINDS = {"digit-sum": tasks.DigitSums, "gsm8k": tasks.WordProblems}
 
 def do(study: Study, folder: Folder, job: Job, device: str) -> None:
     """Leaves the job's model and, last, its result in the folder."""
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     task = make_task(tuple(sorted((key, _frozen(value)) for key, value in study.task.items())))
     base = None if job.kind == jobs.BASE else load(task, folder, Job(jobs.BASE, job.base).name, device)
     if base is None:
@@ -37,7 +37,11 @@ def do(study: Study, folder: Folder, job: Job, device: str) -> None:
         folder.model(job.name).parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), folder.model(job.name))
     identity = {"kind": job.kind, "chain": job.chain, "expert": job.expert, "base": job.base, "seed": job.seed}
-    record = {**identity, "rate": rate, "metrics": metrics, "seconds": round(time.perf_counter() - start, 1)}
+    spent = {
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - cpu_start, 1),
+    }
+    record = {**identity, "rate": rate, "metrics": metrics, **spent}
     folder.write(job.name, record | ({} if job.kind == jobs.BASE else {"training": summary(history)}))
 
 
