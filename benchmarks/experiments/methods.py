@@ -37,6 +37,7 @@ def _group(label: str, given: int = 4, tuned_as: str = "gft", **options) -> Meth
 
 METHODS = {
     "sft": _imitation("SFT", 1, 0.0, "sft"),
+    "sft-same": _imitation("SFT, GFT's rate", 1, 0.0, "gft"),
     "sft-fast": _imitation("SFT, highest rate", 1, 0.0, None),
     "sft-mix": _imitation("SFT (mix)", 4, 0.0, "sft-mix"),
     "sft-10x": _imitation("SFT, 10 × data", 1, 0.0, "sft-10x", data=10),

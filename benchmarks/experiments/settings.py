@@ -49,7 +49,8 @@ class Evaluation:
 @dataclass(frozen=True)
 class Study:
     """base, stage: options of GFTConfig for fitting the base model and for every training stage after it.
-    follow_steps: optimizer steps of a stage that follows another. rates: learning rates where nothing is tuned."""
+    follow_steps: optimizer steps of a stage that follows another. rates: learning rates where nothing is tuned.
+    least_base: a base model with a lower pass@1 has nothing that could be reinforced; it is reported apart."""
 
     name: str
     task: dict[str, Any]
@@ -60,6 +61,7 @@ class Study:
     tuning: Tuning | None = None
     rates: dict[str, float] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    least_base: float = 0.0
 
     def __post_init__(self):
         named = [name for cells in self.grid for chain in cells.chains for name in stages(chain)]
