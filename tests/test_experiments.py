@@ -102,7 +102,7 @@ def test_entropy_kl_and_log_likelihood_of_known_tokens(task):
     assert kl > 0.01 and entropy_and_kl(model, model, groups)[1] == 0.0
 
 
-# --- the same curve by the kernels and by the reference ----------------------------------------------------------------
+# --- the same curve by the kernels and by the reference ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["sft", "gft"])
@@ -145,8 +145,9 @@ def test_pairs_share_base_and_seed_and_the_interval_is_students():
 
 @pytest.mark.parametrize(
     "low, high, sign, said",
-    [(0.1, 0.3, 1, "held"), (0.1, 0.3, -1, "did not hold: the opposite"), (-0.1, 0.3, 1, "did not hold: no difference shown"),
-     (-0.3, -0.1, -1, "held"), (float("nan"), float("nan"), 1, "not testable here")],
+    [(0.1, 0.3, 1, "held"), (0.1, 0.3, -1, "did not hold: the opposite"),
+     (-0.1, 0.3, 1, "did not hold: no difference shown"), (-0.3, -0.1, -1, "held"),
+     (float("nan"), float("nan"), 1, "not testable here")],
 )  # fmt: skip
 def test_verdicts(low, high, sign, said):
     assert claims.verdict(Difference((low + high) / 2, low, high, 9, 3, 3), sign) == said

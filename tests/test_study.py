@@ -48,7 +48,7 @@ def test_every_job_leaves_a_result_and_a_line_with_the_time_left(finished):
     record = folder.read("run_gft--grpo_leap_b0_s1")
     assert len(record["training"]["grad_norm"]) == TINY["follow_steps"] and record["rate"] == TINY["rates"]["grpo"]
     assert record["training"]["held_out"]["step"] == [0, 2]
-    assert set(record["metrics"]["pass_at"]) == {"1", "2", "4"} and 0 < record["cpu_seconds"]
+    assert set(record["metrics"]["pass_at"]) == {"1", "2", "4"} and record["cpu_seconds"] > 0
 
 
 def test_an_interrupted_study_repeats_the_missing_run_alone_and_to_the_same_numbers(finished):
@@ -72,7 +72,7 @@ def test_a_folder_takes_a_larger_grid_but_no_other_settings(finished):
 
 def test_a_failed_job_names_itself(tmp_path):
     broken = settings.from_dict({**TINY, "base": {**TINY["base"], "max_completion_length": 2}})
-    with pytest.raises(runner.StudyError, match="base_b0: .*max_completion_length"):
+    with pytest.raises(runner.StudyError, match=r"base_b0: .*max_completion_length"):
         runner.run(broken, Folder(tmp_path), 1, "cpu", lambda line: None)
 
 
@@ -100,11 +100,11 @@ def test_the_committed_page_is_what_the_committed_results_say(tmp_path):
 
 
 def test_outside_a_checkout_the_command_says_where_to_go(tmp_path):
-    code = "import sys; from gft_kernels.cli import main; sys.path.remove(sys.argv[1]); sys.exit(main(['study', 'report']))"
+    code = "import sys; from gft_kernels.cli import main; sys.exit(main(['study', 'report']))"
     installed = tmp_path / "site"
     installed.mkdir()
     (installed / "gft_kernels").symlink_to(ROOT / "gft_kernels")
-    done = subprocess.run([sys.executable, "-c", code, str(installed)], cwd=tmp_path, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(installed)})  # fmt: skip
     assert done.returncode == BAD_INPUT
     assert "source checkout" in done.stderr and str(tmp_path) in done.stderr and "Traceback" not in done.stderr

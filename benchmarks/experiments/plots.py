@@ -16,22 +16,12 @@ from benchmarks.experiments.results import Results
 from benchmarks.experiments.statistics import mean
 
 COMPARED = {
-    "sft": "#c0392b", "sft-fast": "#e67e22", "sft-mix": "#b7950b", "dft": "#7d3c98", "grpo": "#1e8449",
+    "sft": "#c0392b", "sft-same": "#e67e22", "sft-mix": "#b7950b", "dft": "#7d3c98", "grpo": "#1e8449",
     "gft": "#1f6f8b", "gft-positive": "#2c3e50",
 }  # fmt: skip
-BARS = (
-    "sft",
-    "sft-fast",
-    "gft",
-    "grpo",
-    "sft>grpo",
-    "sft-fast>grpo",
-    "gft>grpo",
-    "grpo>grpo",
-    "sft-fast>gft",
-    "sft-fast>gft>grpo",
-)
-GRADIENTS = ("sft", "sft-fast", "dft", "gft-tau-0", "gft", "grpo")
+BARS = ("sft", "sft-same", "gft", "grpo", "sft>grpo", "sft-same>grpo", "gft>grpo", "grpo>grpo", "sft>gft",
+        "sft-same>gft", "sft-same>gft>grpo")  # fmt: skip
+GRADIENTS = ("sft", "sft-same", "dft", "gft-tau-0", "gft", "grpo")
 STYLE = {"svg.hashsalt": "gft", "svg.fonttype": "none", "font.size": 8, "axes.grid": True, "grid.alpha": 0.3}
 
 

@@ -10,12 +10,13 @@ from benchmarks.experiments import claims, plots
 from benchmarks.experiments.claims import CLAIMS
 from benchmarks.experiments.jobs import TUNING, chosen_rate
 from benchmarks.experiments.measures import MEASURES
-from benchmarks.experiments.methods import METHODS, label_of
+from benchmarks.experiments.methods import METHODS, label_of, stages
 from benchmarks.experiments.results import Results
 from benchmarks.experiments.statistics import mean
 
-HEADLINE = ("sft", "sft-fast", "sft-mix", "sft-10x", "dft", "grpo", "gft", "gft-positive", "gft-no-mix")
-PIPELINES = ("sft>grpo", "sft-fast>grpo", "gft>grpo", "grpo>grpo", "sft>gft", "sft-fast>gft", "sft-fast>gft>grpo")
+HEADLINE = ("sft", "sft-same", "sft-fast", "sft-mix", "sft-10x", "dft", "grpo", "gft", "gft-positive", "gft-no-mix")
+PIPELINES = ("sft>grpo", "sft-same>grpo", "sft-fast>grpo", "gft>grpo", "grpo>grpo", "sft>gft", "sft-same>gft",
+             "sft-same>gft>grpo", "sft-fast>gft>grpo")  # fmt: skip
 SWEEPS = {
     "Threshold τ": ("gft-tau-0", "gft-tau-0.1", "gft-tau-0.3", "gft-tau-0.5", "gft", "gft-tau-1"),
     "Composition of the group (given + sampled = 8; GFT has 4 given)": (
@@ -41,28 +42,47 @@ comparisons are made and none is corrected for. A claim *held* when the whole in
 
 METHODS_TEXT = """## Methods
 
-Every stage of every method is one `GFTTrainer` run with the options below; {stage}.
-GRPO is a group of samples with C = 1: on-policy with one update per rollout, the clipped ratio is 1 throughout.
+Every stage of every method is one `GFTTrainer` run that differs from the others in these options alone. GRPO is a group
+of samples with C = 1: on-policy with one update per rollout, the clipped ratio is 1 throughout, so that this is GRPO
+exactly. SFT is A = 1 and C = 1 on the expert's demonstration; SFT (mix) on the expert's and three teachers'; a pipeline
+A → B trains B on from where A ended. The experts: `bracket` works in a form that the base has seen now and then, `leap`
+adds two operands a step, which the base has never seen. Teachers use the base's own forms, with 3 % of steps wrong.
 
-| method | options |
-|---|---|
+| method | demonstrations | samples | options | learning rate |
+|---|---:|---:|---|---|
 """
 
 
 def write(studies: Sequence[Results], path: Path) -> Path:
     """The page at `path`, its plots in a folder of the page's name beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION, methods_table(studies)]
     for results in studies:
         parts += study_section(results, path)
     path.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
     return path
 
 
+def methods_table(studies: Sequence[Results]) -> str:
+    """The options of every method that the studies ran."""
+    used = {stage for results in studies for r in results.records if r["kind"] == "run" for stage in stages(r["chain"])}
+    lines = []
+    for name in (name for name in METHODS if name in used):
+        method = METHODS[name]
+        shown = {**method.options}
+        given, sampled = shown.pop("num_demonstrations"), shown.pop("num_generations")
+        rate = f"tuned as {METHODS[method.tuned_as].label}" if method.tuned_as else "the highest tried"
+        options = ", ".join(f"`{key}` {value}" for key, value in shown.items())
+        times = f"; {method.data} × prompts" if method.data > 1 else ""
+        lines.append(f"| {method.label} | {given} | {sampled} | {options}{times} | {rate} |")
+    return METHODS_TEXT + "\n".join(lines) + "\n"
+
+
 def study_section(results: Results, path: Path) -> list[str]:
     """Every part of the page about one study."""
     experts = sorted({record["expert"] for record in results.records if record["expert"]})
-    parts = [f"## Study: {results.study.name}", setting(results), "### Claims", *claims_tables(results, experts)]
+    parts = [f"## Study: {results.study.name}", setting(results)]
+    parts += ["### Claims", verdicts_table(results, experts), *claims_tables(results, experts)]
     for expert in experts:
         parts += [f"### Methods with the expert `{expert}`", table(results, expert, HEADLINE, OUTCOME, rates=True)]
         parts += ["While training:", table(results, expert, HEADLINE, DYNAMICS)]
@@ -73,6 +93,10 @@ def study_section(results: Results, path: Path) -> list[str]:
                     f"### {title}, expert `{expert}`",
                     table(results, expert, chains, (*OUTCOME[:6], *DYNAMICS[1:])),
                 ]
+    for expert in experts:
+        if any(results.of(chain, expert, able=False) for chain in (*HEADLINE, *PIPELINES)):
+            parts += [f"### A base that cannot solve the task, expert `{expert}`"]
+            parts += [table(results, expert, (*HEADLINE, *PIPELINES), OUTCOME[:6], able=False)]
     parts += ["### Plots", *(f"![{title}]({name})\n" for title, name in plots.draw(results, experts, path))]
     return [*parts, *tuning_tables(results, experts)]
 
@@ -81,22 +105,47 @@ def setting(results: Results) -> str:
     """What was trained on what, by whom and how much of it is there."""
     study, source = results.study, results.source
     runs = [record for record in results.records if record["kind"] == "run"]
-    bases = [record for record in results.records if record["kind"] == "base"]
+    unable = results.bases(able=False)
     done = f"{len(results.records)} of {len(results.planned)} jobs finished"
-    seconds = sum(record["seconds"] for record in results.records)
-    levels = ", ".join(f"{record['metrics']['pass_at']['1']:.3f}" for record in bases)
+    seconds = sum(record.get("cpu_seconds", 0.0) for record in results.records)
+    levels = ", ".join(f"{score:.3f} (base {base})" for base, score in sorted(results.bases().items()))
+    apart = ", ".join(f"base {base} ({score:.3f})" for base, score in sorted(unable.items()))
     options = ", ".join(f"`{key}` {value}" for key, value in study.stage.items())
     return "\n".join([
         f"- Task: {', '.join(f'`{key}` {value}' for key, value in study.task.items() if key != 'styles')}.",
-        f"- Base models: {len(bases)}, fitted for {study.base['max_steps']} steps; pass@1 {levels}.",
+        f"- Base models: fitted for {study.base['max_steps']} steps; pass@1 {levels}."
+        + (f" With nothing to reinforce, left out of every mean and reported apart below: {apart}." if apart else ""),
         f"- A first stage: {options}. A later stage: {study.follow_steps} steps.",
         f"- Evaluation: {study.evaluation.samples} samples at temperature 1 to each of {study.evaluation.prompts} "
         f"held-out prompts; retention on {study.evaluation.retention} prompts of the base's other tasks.",
-        f"- {len(runs)} runs; {done}; {seconds / 60:.0f} minutes of one core in all.",
+        f"- {len(runs)} runs; {done}; {seconds / 60:.0f} minutes of processor time in all.",
         f"- {source['machine']['cpu']}; torch {source['versions']['torch']}; "
         f"commit {source['commit']['revision'][:10]}.",
         "",
     ])  # fmt: skip
+
+
+def verdicts_table(results: Results, experts: Sequence[str]) -> str:
+    """A line a claim, a column an expert: the verdicts of its comparisons."""
+    lines = [
+        "| claim | origin | " + " | ".join(f"`{expert}`" for expert in experts) + " |",
+        "|---|---|" + "---|" * len(experts),
+    ]
+    for claim in CLAIMS:
+        said = [short_verdict(results, claim, expert) for expert in experts]
+        lines.append(f"| {claim.text} | {claim.origin} | " + " | ".join(said) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def short_verdict(results: Results, claim: claims.Claim, expert: str) -> str:
+    """One word for all comparisons of a claim, or how many of them held."""
+    found = [claims.verdict(claims.difference(results, c, expert), c.sign) for c in claim.comparisons]
+    decided = [said for said in found if said != claims.NOT_TESTABLE]
+    if not decided:
+        return claims.NOT_TESTABLE
+    if len(set(decided)) == 1:
+        return f"**{decided[0]}**" if decided[0] == claims.HELD or decided[0].endswith("opposite") else decided[0]
+    return f"held in {decided.count(claims.HELD)} of {len(decided)} comparisons"
 
 
 def claims_tables(results: Results, experts: Sequence[str]) -> list[str]:
@@ -128,9 +177,10 @@ def claim_line(results, expert, claim, comparison) -> str:
     )
 
 
-def table(results: Results, expert: str, chains: Sequence[str], names: Sequence[str], rates: bool = False) -> str:
+def table(results, expert: str, chains: Sequence[str], names: Sequence[str], rates: bool = False, able=True) -> str:
     """A line a chain that has runs, mean ± standard error of each measure."""
-    shown = [(chain, results.of(chain, expert)) for chain in chains if results.of(chain, expert)]
+    found = [(chain, results.of(chain, expert, able)) for chain in chains]
+    shown = [(chain, records) for chain, records in found if records]
     measures = [MEASURES[name] for name in names]
     head = ["method", "n", *(["rate"] if rates else []), *(measure.title for measure in measures)]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]

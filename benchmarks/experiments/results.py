@@ -21,10 +21,21 @@ class Results:
     source: dict
     records: list[dict]
 
-    def of(self, chain: str, expert: str | None = None) -> list[dict]:
-        """The runs of a chain; those to which the expert makes no difference serve every expert."""
-        wanted = self.study.expert_of(chain, expert or "")
-        return [r for r in self.records if r["kind"] == "run" and r["chain"] == chain and r["expert"] == wanted]
+    def of(self, chain: str, expert: str, able: bool = True) -> list[dict]:
+        """The runs of a chain from the bases that can solve the task (or cannot: able=False).
+
+        Runs to which the expert makes no difference serve every expert.
+        """
+        wanted, bases = self.study.expert_of(chain, expert), self.bases(able)
+        runs = [r for r in self.records if r["kind"] == "run" and r["base"] in bases]
+        return [r for r in runs if r["chain"] == chain and r["expert"] == wanted]
+
+    def bases(self, able: bool = True) -> dict[int, float]:
+        """pass@1 on the test split of the base models of the grid by number: from `least_base` on, or below it."""
+        used = {number for cells in self.study.grid for number in cells.bases}
+        records = [r for r in self.records if r["kind"] == "base" and r["base"] in used]
+        found = {r["base"]: r["metrics"]["pass_at"]["1"] for r in records}
+        return {base: score for base, score in found.items() if (score >= self.study.least_base) == able}
 
     @property
     def planned(self) -> list[Job]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 
 import torch
 
@@ -69,12 +71,20 @@ def keep_settings(study: Study, folder: Folder) -> None:
 
 
 def start_worker() -> None:
-    """One torch thread a worker; Ctrl-C ends it at once, since only whole results count."""
+    """One torch thread a worker; it ends at once with Ctrl-C or with its parent, since only whole results count."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def work(study: Study, folder: Folder, job: Job, device: str) -> None:
