@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.experiments import report, results, runner, settings
+from benchmarks.experiments.__main__ import BAD_INPUT, DONE, main
 from benchmarks.experiments.jobs import Folder
-from gft_kernels.cli import BAD_INPUT, DONE, main
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -99,31 +97,35 @@ def test_the_committed_page_is_what_the_committed_results_say(tmp_path):
         assert (ROOT / "docs" / "experiments" / path.name).is_file(), f"{path.name} is not committed"
 
 
-def test_outside_a_checkout_the_command_says_where_to_go(tmp_path):
-    code = "import sys; from gft_kernels.cli import main; sys.exit(main(['study', 'report']))"
-    installed = tmp_path / "site"
-    installed.mkdir()
-    (installed / "gft_kernels").symlink_to(ROOT / "gft_kernels")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(installed)})  # fmt: skip
-    assert done.returncode == BAD_INPUT
-    assert "source checkout" in done.stderr and str(tmp_path) in done.stderr and "Traceback" not in done.stderr
-
-
-def test_bad_input_is_one_sentence(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    assert main(["study", "run", "nonsense"]) == BAD_INPUT
-    assert main(["study", "report", str(tmp_path / "none.jsonl")]) == BAD_INPUT
+def test_bad_input_is_one_sentence(capsys, tmp_path):
+    assert main(["run", "nonsense"]) == BAD_INPUT
+    assert main(["run", "quick", "--jobs", "0"]) == BAD_INPUT
+    assert main(["report", str(tmp_path / "none.jsonl")]) == BAD_INPUT
     errors = capsys.readouterr().err
-    assert "must be a YAML file or one of digits, digits7" in errors and "none.jsonl" in errors
+    assert "must be a YAML file or one of digits, digits7" in errors and "none.jsonl" in errors and "--jobs" in errors
+    assert errors.count("\n") == 3
 
 
-def test_report_from_the_command_line(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+def test_report_from_the_command_line(finished, tmp_path):
     folder, _ = finished
     packed = results.pack(settings.from_dict(TINY), folder, "cpu")
-    assert main(["study", "report", str(packed), "--out", str(tmp_path / "page.md")]) == DONE
+    assert main(["report", str(packed), "--out", str(tmp_path / "page.md")]) == DONE
     page = (tmp_path / "page.md").read_text()
     runs = [json.loads(line) for line in packed.read_text().splitlines()[1:]]
     shown = [r["metrics"]["pass_at"]["1"] for r in runs if r["chain"] == "sft"]
     assert f"| SFT | 2 | 0.0001 | {sum(shown) / 2:.3f}" in page
+
+
+def test_a_base_that_cannot_solve_the_task_counts_in_no_mean_and_is_reported_apart(finished, tmp_path):
+    folder, _ = finished
+    larger = {**TINY, "least_base": 0.5, "grid": [{**TINY["grid"][0], "bases": [0, 1]}]}
+    found = results.read(results.pack(settings.from_dict(larger), folder, "cpu"))
+    records = [*found.records, *({**r, "base": 1} for r in found.records)]
+    for record in (r for r in records if r["kind"] == "base" and r["base"] == 1):
+        record["metrics"] = {**record["metrics"], "pass_at": {**record["metrics"]["pass_at"], "1": 0.75}}
+    both = dataclasses.replace(found, records=records)
+    assert {r["base"] for r in both.of("sft", "leap")} == {1} and {
+        r["base"] for r in both.of("sft", "leap", able=False)
+    } == {0}
+    page = report.write([both], tmp_path / "page.md").read_text()
+    assert "0.750 (base 1)" in page and "base 0 (0.000)" in page and "### A base that cannot solve" in page

@@ -1,4 +1,4 @@
-"""The command `gft`: train, plot, env, demo, bench. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+"""The command `gft`: train, plot, env, demo, bench, study. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code. Heavy imports wait until a command needs them."""
     parser, rest = _parser(), None
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "bench"):
+    if rest and options.command not in ("train", "bench", "study"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
     try:
@@ -61,9 +61,12 @@ def _parser():
     demo.add_argument("--only", choices=("digit-sum", "gsm8k"), help="one of the two trainings")
     demo.set_defaults(run=_demo)
 
-    # its options are the benchmarks' own: gft bench --help shows them
+    # the options of these two are those of the modules they hand over to: gft bench --help shows them
     bench = commands.add_parser("bench", help="measure against the floor and other libraries", add_help=False)
     bench.set_defaults(run=_bench)
+
+    study = commands.add_parser("study", help="compare training methods with seeds and error bars", add_help=False)
+    study.set_defaults(run=_study)
     return parser
 
 
@@ -108,10 +111,18 @@ def _demo(options):
 
 
 def _bench(options):
-    from gft_kernels.cli.bench import bench
+    return _hand_over(options, "benchmarks")
+
+
+def _study(options):
+    return _hand_over(options, "benchmarks.experiments")
+
+
+def _hand_over(options, module):
+    from gft_kernels.cli.source_tree import hand_over
 
     try:
-        return bench(options.overrides)
+        return hand_over(module, options.overrides)
     except FileNotFoundError as error:
-        print(f"gft bench: {error}", file=sys.stderr)
+        print(f"gft {options.command}: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -1,4 +1,4 @@
-"""`gft bench`: hands over to the benchmarks, which live in the source tree and not in the installed package."""
+"""`gft bench` and `gft study` hand over to modules of the source tree, which the installed package does not carry."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 
-def bench(arguments: list[str]) -> int:
-    """Run `python -m benchmarks` of the source tree with these arguments, in the caller's folder; its exit code.
+def hand_over(module: str, arguments: list[str]) -> int:
+    """Run `python -m module` of the source tree with these arguments, in the caller's folder; its exit code.
 
     Raises: FileNotFoundError where no source tree is at hand.
     """
@@ -20,7 +20,7 @@ def bench(arguments: list[str]) -> int:
             "does not carry; run the command there, or from an editable install of it (pip install -e .)."
         )
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "benchmarks", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.call(command, env={**os.environ, "PYTHONPATH": path})
 
 
