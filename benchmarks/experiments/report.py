@@ -107,7 +107,7 @@ def setting(results: Results) -> str:
     runs = [record for record in results.records if record["kind"] == "run"]
     unable = results.bases(able=False)
     done = f"{len(results.records)} of {len(results.planned)} jobs finished"
-    seconds = sum(record.get("cpu_seconds", 0.0) for record in results.records)
+    seconds = [record["cpu_seconds"] for record in results.records if "cpu_seconds" in record]
     levels = ", ".join(f"{score:.3f} (base {base})" for base, score in sorted(results.bases().items()))
     apart = ", ".join(f"base {base} ({score:.3f})" for base, score in sorted(unable.items()))
     options = ", ".join(f"`{key}` {value}" for key, value in study.stage.items())
@@ -118,7 +118,8 @@ def setting(results: Results) -> str:
         f"- A first stage: {options}. A later stage: {study.follow_steps} steps.",
         f"- Evaluation: {study.evaluation.samples} samples at temperature 1 to each of {study.evaluation.prompts} "
         f"held-out prompts; retention on {study.evaluation.retention} prompts of the base's other tasks.",
-        f"- {len(runs)} runs; {done}; {seconds / 60:.0f} minutes of processor time in all.",
+        f"- {len(runs)} runs; {done}; {sum(seconds) / 60:.0f} minutes of processor time "
+        f"for the {len(seconds)} whose time was counted.",
         f"- {source['machine']['cpu']}; torch {source['versions']['torch']}; "
         f"commit {source['commit']['revision'][:10]}.",
         "",
