@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: all kinds in 3 minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default 1; step: 2)")
-    parser.add_argument("--rounds", type=int, default=None, help="timed rounds (default 11, quick 3)")
+    parser.add_argument("--rounds", type=int, default=None, help="timed rounds (default 11, quick 5)")
     parser.add_argument("--only", default="", help="contenders whose name contains this (the floor always runs)")
     parser.add_argument("--skip", action="append", default=[], help="not those whose name contains this; repeatable")
     parser.add_argument("--case", default="", help="cases whose label contains this")

@@ -47,7 +47,7 @@ def main() -> None:
     torch.set_num_threads(1)
     head = shapes.RowCase(64, shapes.HEADLINE_VOCABULARY)
     print(f"Loss and gradient, {head.rows} tokens × {head.vocab} vocabulary, one thread")
-    print(report.header("cpu", "medians, cold cache", provenance.commit()) + "\n")
+    print(report.header("cpu", "medians, cold cache", provenance.commit(), provenance.load_average()) + "\n")
     print("             gft_loss       eager  faster   gft_loss       eager   gft_loss   eager")
     print("              time                          extra memory            error against fp64")
     for dtype in ("float32", "bfloat16"):

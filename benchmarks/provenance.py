@@ -68,6 +68,11 @@ def machine(device: str = "cpu") -> dict:
     return facts
 
 
+def load_average() -> float | None:
+    """Processes that wanted a core in the last minute; None where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 def commit() -> dict:
     """Commit of the measured tree; dirty where a tracked file differs from it."""
     revision = _git("rev-parse", "HEAD")

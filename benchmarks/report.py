@@ -37,6 +37,7 @@ class Report:
     device: str
     commit: dict  # as it was when the run began: the tree may move on while it lasts
     command: str  # that made it
+    load_average: float | None  # when it began: more than the number of cores says that others were at work
     results: list[CaseResult]
 
     def as_json(self) -> dict:
@@ -44,6 +45,7 @@ class Report:
             "format": FORMAT,
             "benchmark": self.benchmark,
             "command": self.command,
+            "load_average": self.load_average,
             "taken": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": self.commit,
             "machine": provenance.machine(self.device),
@@ -69,12 +71,15 @@ def load(path: Path) -> dict:
     return saved
 
 
-def header(device: str, clock: str, made: dict) -> str:
-    """Machine, commit, allocator and clock, in two lines."""
+def header(device: str, clock: str, made: dict, load: float | None) -> str:
+    """Machine, commit, allocator and clock, in two lines; in a third, that others use the machine, if they do."""
     facts = provenance.machine(device)
     place = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores, {facts['torch_cpu_capability']}"
     dirty = " with uncommitted changes" if made["dirty"] else ""
-    return f"{place}\ncommit {made['revision'][:12]}{dirty} · {provenance.allocator(device)} · {clock}"
+    lines = f"{place}\ncommit {made['revision'][:12]}{dirty} · {provenance.allocator(device)} · {clock}"
+    if load is not None and load > facts["cores"]:
+        lines += f"\nthe machine is busy (load {load:.1f} on {facts['cores']} cores): its times say little"
+    return lines
 
 
 def table(result: dict, told: set[tuple[str, str]] | None = None) -> str:

@@ -39,7 +39,7 @@ class Options:
 
     @property
     def turns(self) -> int:
-        return self.rounds or (3 if self.quick else 11)
+        return self.rounds or (5 if self.quick else 11)
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Plan:
 def run(plans: list[Plan], options: Options) -> report.Report:
     """Time all cases, weigh those that are to be weighed; print each table as it is done, save if asked."""
     clock = clock_for(options.device, cold=not options.warm, graph=options.graph)
-    commit = provenance.commit()
-    print(report.header(options.device, clock.name, commit))
+    commit, load = provenance.commit(), provenance.load_average()
+    print(report.header(options.device, clock.name, commit, load))
     print(f"traffic model: {traffic.MODEL}")
     results: list[report.CaseResult] = []
     kinds = ", ".join(plan.kind for plan in plans)
-    made = report.Report(kinds, clock.name, options.turns, options.device, commit, options.command, results)
+    made = report.Report(kinds, clock.name, options.turns, options.device, commit, options.command, load, results)
     told: set[tuple[str, str]] = set()
     for plan in plans:
         print(f"\n{plan.kind}: {KINDS[plan.kind].title}", flush=True)

@@ -79,8 +79,8 @@ def test_row_benchmark_end_to_end(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "gft_loss reference" in printed and "over floor" in printed
     saved = json.loads(file.read_text())
-    named = "format benchmark command taken commit machine versions allocator clock rounds traffic_model results"
-    assert set(saved) == set(named.split())
+    named = "format benchmark command taken load_average commit machine versions allocator clock rounds traffic_model"
+    assert set(saved) == {*named.split(), "results"}
     assert saved["command"] == f"gft bench row {' '.join(options)}"
     assert saved["commit"].keys() == {"revision", "dirty"} and saved["versions"]["torch"] == torch.__version__
     assert saved["machine"]["cpu"] and saved["machine"]["cores"] and "instruction_sets" in saved["machine"]
@@ -96,7 +96,7 @@ def report_of(*outcomes: Outcome, **changes) -> dict:
 
 
 def report_with(results: list[report.CaseResult]) -> dict:
-    return report.Report("row", "clock", 3, "cpu", provenance.commit(), "gft bench row", results).as_json()
+    return report.Report("row", "clock", 3, "cpu", provenance.commit(), "gft bench row", 0.1, results).as_json()
 
 
 def timed(name: str, median: float, spread: float = 0.1, objective: str | None = "gft") -> Outcome:
@@ -175,7 +175,9 @@ def test_headline_quotes_ratios_scaling_memory_and_losses():
                result(replace(SMALL, vocab=300), 2.0, 1.0, 350)]  # fmt: skip
     text = "\n".join(
         headline.lines(
-            as_json(report.Report("row", "clock", 3, "cpu", provenance.commit(), "gft bench row", results).as_json())
+            as_json(
+                report.Report("row", "clock", 3, "cpu", provenance.commit(), "gft bench row", 0.1, results).as_json()
+            )
         )
     )
     assert "eager: 5.0 × our time" in text and "1 → 2 threads: 1.60 × as fast" in text
@@ -209,4 +211,10 @@ def test_run_prints_provenance_first(capsys):
     run([Plan("row", [SMALL])], Options(rounds=1, warm=True, only="lean"))
     first = capsys.readouterr().out.splitlines()
     assert first[1].startswith("commit ") and "perf_counter, warm cache" in first[1]
-    assert first[2].startswith("traffic model") and first[4].startswith("row: loss and gradient")
+    assert [line for line in first if line.startswith("traffic model")]
+    assert [line for line in first if line.startswith("row: loss and gradient")]
+
+
+@pytest.mark.parametrize(("load", "busy"), [(0.1, False), (900.0, True), (None, False)])
+def test_a_busy_machine_is_told(load, busy):
+    assert ("the machine is busy" in report.header("cpu", "clock", provenance.commit(), load)) is busy

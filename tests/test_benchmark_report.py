@@ -53,7 +53,7 @@ def test_another_objective_and_the_longest_sequence_are_named():
 
 
 def saved(path, results: list[report.CaseResult], kind: str = "row"):
-    path.write_text(json.dumps(report.Report(kind, "c", 3, "cpu", provenance.commit(), "", results).as_json()))
+    path.write_text(json.dumps(report.Report(kind, "c", 3, "cpu", provenance.commit(), "", 0.1, results).as_json()))
     return path
 
 
