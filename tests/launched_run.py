@@ -84,6 +84,8 @@ def run(name: str, path: Path, micro_batch: int, kind: str = "alone") -> dict:
     )
     trainer.train()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # FSDP2, ZeRO-3: gathered on rank 0
+    if name == "ragged":
+        trainer.save_model(str(path.parent / "saved"))
     lines = [line for line in trainer.state.log_history if "loss" in line]
     names = ("loss", "zero_std_groups", "completion_length", "drift/mean_abs_log_ratio", "drift/max_abs_log_ratio")
     logged = [tuple(line.get(name, 0.0) for name in names) for line in lines]

@@ -13,6 +13,7 @@ import launched_run
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "accelerate"
@@ -59,7 +60,10 @@ def launched(tmp_path_factory):
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-6000:]
-        return [torch.load(path / f"{rank}.pt") for rank in range(2)]
+        results = [torch.load(path / f"{rank}.pt") for rank in range(2)]
+        if not only:
+            results[0]["saved"] = load_file(path / "saved" / "model.safetensors")
+        return results
 
     return start
 
@@ -103,6 +107,14 @@ def test_ranks_that_sample_different_lengths_go_on_together(launched, launcher):
     assert any(not torch.equal(weight, start[key]) for key, weight in first["weights"].items())
     if launcher == "torchrun":  # FSDP2 and ZeRO-3 bring the weights to rank 0
         assert all(torch.equal(weight, second["weights"][key]) for key, weight in first["weights"].items())
+
+
+@pytest.mark.parametrize("launcher", [marked(launcher) for launcher in EVERY])
+def test_a_saved_model_is_whole(launched, launcher):
+    first = launched(launcher)[0]
+    trained, saved = first["ragged"]["weights"], first["saved"]
+    assert trained.keys() == saved.keys()
+    assert all(torch.equal(saved[key], weight) for key, weight in trained.items())
 
 
 def test_all_ranks_stop_after_the_step_in_which_one_was_interrupted(launched):
