@@ -22,7 +22,7 @@ from torch import Tensor
 from gft_kernels import checks, formulas
 from gft_kernels.advantages import credit_rows
 from gft_kernels.backends import reference
-from gft_kernels.options import RowCall, RowResult
+from gft_kernels.options import AgreedRows, RowCall, RowResult
 
 
 class Shard(NamedTuple):
@@ -133,5 +133,5 @@ class VocabularyParallel:
         """This shard's gradient."""
         if not call.logits_STV.numel():
             return call.logits_STV.detach() if call.inplace else torch.empty_like(call.logits_STV)
-        numbers = (x.float() for x in (log_pi_R, row.top_R, row.log_mass_R, *scales))
-        return self.module.shard_gradient(call, columns_R, *numbers)
+        agreed = AgreedRows(*(x.float() for x in (log_pi_R, row.top_R, row.log_mass_R, *scales)))
+        return self.module.shard_gradient(call, columns_R, agreed)

@@ -7,6 +7,7 @@ Suffixes name shapes: logits_STV, targets_R, rewards_S.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -115,6 +116,17 @@ class RowCall:
     def needs_entropy(self) -> bool:
         """Whether H is needed, for the caller or for the loss."""
         return self.want_entropy or self.objective.entropy_coef != 0.0
+
+
+class AgreedRows(NamedTuple):
+    """What the ranks of a sharded vocabulary agreed on about each whole row; float32 (R,), in nats."""
+
+    log_pi_R: Tensor
+    top_R: Tensor
+    log_mass_R: Tensor
+    scale_R: Tensor  # weight·kappa
+    tilt_R: Tensor  # weight·lambda; where it and scale are 0 the gradient is exactly 0
+    entropy_R: Tensor  # used where tilt is not 0
 
 
 @dataclass(frozen=True)

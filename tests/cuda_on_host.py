@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from gft_kernels.options import RowCall, RowResult
+from gft_kernels.options import AgreedRows, RowCall, RowResult
 
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -164,12 +164,12 @@ class Backend:
         assert ran, "every thread waits for another"
         return tuple(out)
 
-    def shard_gradient(self, call: RowCall, columns_R: torch.Tensor, *agreed: torch.Tensor) -> torch.Tensor:
+    def shard_gradient(self, call: RowCall, columns_R: torch.Tensor, agreed: AgreedRows) -> torch.Tensor:
         logits = call.logits_STV
-        agreed = agreed if call.objective.entropy_coef else (*agreed[:4], None, None)
+        numbers = agreed if call.objective.entropy_coef else (*agreed[:4], None, None)
         gradient = logits if call.inplace else self.empty_like(logits)
         ran = library().emulate_shade_shard(
-            c.byref(rows(logits, logits)), pointer(at(columns_R)), c.byref(ShardGradient(*map(at, agreed))),
+            c.byref(rows(logits, logits)), pointer(at(columns_R)), c.byref(ShardGradient(*map(at, numbers))),
             c.byref(self.transform(call)), c.byref(rows(gradient, logits)), c.byref(self.choice),
         )  # fmt: skip
         assert ran, "every thread waits for another"

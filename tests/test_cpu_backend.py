@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from gft_kernels import _extension, formulas
 from gft_kernels.backends import cpu, reference
-from gft_kernels.options import Credit, Objective, RowCall
+from gft_kernels.options import AgreedRows, Credit, Objective, RowCall
 
 if (absence := cpu.absent()) is not None:
     pytest.skip(absence, allow_module_level=True)
@@ -227,9 +227,9 @@ def test_shards_make_the_whole(name, dtype):
     all_top, all_mass = formulas.observe(top_R, mass_R, target_R)
     agreed = (log_pi_R.float(), all_top.float(), torch.log(all_mass).float())
     scale_R = torch.where(read_R, torch.linspace(-2, 3, 6), 0.0)
-    scales = (scale_R, torch.where(read_R, 0.4, 0.0), whole.entropy_R)
-    gradient = torch.cat([cpu.shard_gradient(part, columns, *agreed, *scales, name) for part, columns in parts], -1)
-    expected = reference.shard_gradient(replace(call, logits_STV=logits), targets_R, *agreed, *scales)
+    agreed = AgreedRows(*agreed, scale_R, torch.where(read_R, 0.4, 0.0), whole.entropy_R)
+    gradient = torch.cat([cpu.shard_gradient(part, columns, agreed, name) for part, columns in parts], -1)
+    expected = reference.shard_gradient(replace(call, logits_STV=logits), targets_R, agreed)
     assert_close(gradient, expected, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-6)
     assert (gradient.flatten(0, 1)[~read_R] == 0).all()
 

@@ -15,7 +15,7 @@ from cuda_on_host import Backend
 from policy_cases import OBJECTIVES, PENALTIES, WITH_RATIO
 
 from gft_kernels import registry
-from gft_kernels.options import Credit, Objective, RowCall
+from gft_kernels.options import AgreedRows, Credit, Objective, RowCall
 
 pytestmark = pytest.mark.skipif(cuda_on_host.absent() is not None, reason=str(cuda_on_host.absent()))
 
@@ -209,7 +209,7 @@ def test_shards_of_uneven_width_make_the_whole_row(options, inplace, entropy_coe
     entropy, tilt = -tilted.sum(1), torch.where(read, entropy_coef, 0.0)
     agreed = [log_pi[range(5), targets].float(), z.amax(1).float(), (torch.logsumexp(z, 1) - z.amax(1)).float(), scale,
               tilt, entropy.float()]  # fmt: skip
-    gradient = torch.cat([backend.shard_gradient(call, targets - a, *agreed)
+    gradient = torch.cat([backend.shard_gradient(call, targets - a, AgreedRows(*agreed))
                           for call, a in zip(calls, starts, strict=True)], -1)[0]  # fmt: skip
     truth = scale[:, None] * (log_pi.exp() - torch.nn.functional.one_hot(targets, 510))
     truth = truth + tilt[:, None] * (tilted + log_pi.exp() * entropy[:, None])

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from gft_kernels import gft_loss
+from gft_kernels import gft_loss, policy_loss
 from gft_kernels.backends import cuda
-from gft_kernels.options import Credit, RowCall
+from gft_kernels.options import AgreedRows, Credit, Objective, RowCall
 
 VOCABULARIES = (1, 7, 1003, 32000, 151936)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def loss_and_gradient(backend: str, logits: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
     leaf = logits.clone().requires_grad_()
-    loss = gft_loss(leaf * 1, backend=backend, **options)
+    loss = policy_loss(leaf * 1, backend=backend, **options)
     loss = loss[0] if isinstance(loss, tuple) else loss
     (3.0 * loss).backward()
     assert leaf.grad is not None
@@ -38,12 +38,13 @@ def compare(vocab: int, dtype: torch.dtype, **options) -> None:
     torch.testing.assert_close(ours[1], reference[1], rtol=tolerance, atol=1e-5)
 
 
-def shards(dtype: torch.dtype) -> None:
+def shards(dtype: torch.dtype, entropy_coef: float) -> None:
     logits, targets = torch.randn(1, 3, 1003, device="cuda").to(dtype), torch.tensor([5, 900, 400], device="cuda")
-    call = RowCall(logits[..., 3:500], Credit(targets))
+    call = RowCall(logits[..., 3:500], Credit(targets), Objective(entropy_coef=entropy_coef))
     ones = torch.ones(3, device="cuda")
     state = cuda.shard_statistics(call, targets - 3, ones.bool())
-    cuda.shard_gradient(call, targets - 3, -ones, state.top_R, state.mass_R.log(), ones)
+    agreed = AgreedRows(-ones, state.top_R, state.mass_R.log(), ones, entropy_coef * ones, ones)
+    cuda.shard_gradient(call, targets - 3, agreed)
     torch.cuda.synchronize()
 
 
@@ -52,7 +53,11 @@ def main() -> None:
         for vocab in VOCABULARIES:
             compare(vocab, dtype, inplace=vocab % 2 == 0)
         compare(1003, dtype, reduction="sequence-mean", return_entropy=True, softcap=30.0)
-        shards(dtype)
+        log_probs = torch.full((4, 3), -7.0, device="cuda")
+        penalties = {"ref_log_probs": log_probs, "beta": 0.1, "entropy_coef": 0.1}
+        compare(1003, dtype, objective="grpo", old_log_probs=log_probs, **penalties)
+        shards(dtype, entropy_coef=0.0)
+        shards(dtype, entropy_coef=0.1)
     compare(262144, torch.float32)
     with torch.no_grad():
         gft_loss(

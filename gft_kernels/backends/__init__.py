@@ -8,6 +8,5 @@
 For logits sharded over the vocabulary (distributed.py), with a collective between the two:
 - `shard_statistics(call, columns_R, read_R) -> (top_R, mass_R, gap_R, target_logit_R)`: this shard's state without the
   target; `columns_R` is the target's column here, or anything outside [0, V), and then its logit is given as 0.
-- `shard_gradient(call, columns_R, log_pi_R, top_R, log_mass_R, scale_R, tilt_R, entropy_R) -> Tensor`: F7 on this
-  shard, from float32 numbers of the whole row: scale = weight·kappa, tilt = weight·lambda and the entropy it needs.
+- `shard_gradient(call, columns_R, agreed: AgreedRows) -> Tensor`: F7 on this shard, from numbers of the whole rows.
 """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gft_kernels import _extension
-from gft_kernels.options import RowCall, RowResult
+from gft_kernels.options import AgreedRows, RowCall, RowResult
 
 FASTEST = ""
 """The instruction set the processor runs fastest; tests name another of `_C.instruction_sets()`."""
@@ -99,19 +99,8 @@ def shard_statistics(
     return ShardStatistics(top_R, mass_R, gap_R if call.needs_entropy else None, target_logit_R)
 
 
-def shard_gradient(
-    call: RowCall,
-    columns_R: Tensor,
-    log_pi_R: Tensor,
-    top_R: Tensor,
-    log_mass_R: Tensor,
-    scale_R: Tensor,
-    tilt_R: Tensor,
-    entropy_R: Tensor,
-    instruction_set: str = FASTEST,
-) -> Tensor:
-    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass, scale = weight·kappa, tilt =
-    weight·lambda and entropy, float32 (R,).
+def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows, instruction_set: str = FASTEST) -> Tensor:
+    """F7 over a vocabulary shard, from what is known of the whole rows.
 
     A row whose scale and tilt are 0 is not read; its gradient is exactly 0.
     """
@@ -121,12 +110,12 @@ def shard_gradient(
         logits=_extension.logit_rows(logits),
         out=_extension.logit_rows(out),
         columns_R=_extension.address(columns_R),
-        log_pi_R=_extension.address(log_pi_R),
-        top_R=_extension.address(top_R),
-        log_mass_R=_extension.address(log_mass_R),
-        scale_R=_extension.address(scale_R),
-        tilt_R=_extension.address(tilt_R),
-        entropy_R=_extension.address(entropy_R),
+        log_pi_R=_extension.address(agreed.log_pi_R),
+        top_R=_extension.address(agreed.top_R),
+        log_mass_R=_extension.address(agreed.log_mass_R),
+        scale_R=_extension.address(agreed.scale_R),
+        tilt_R=_extension.address(agreed.tilt_R),
+        entropy_R=_extension.address(agreed.entropy_R),
         transform=_extension.transform(call.logit_scale, call.softcap, call.temperature),
         instruction_set=instruction_set,
         threads=torch.get_num_threads(),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gft_kernels import _extension
-from gft_kernels.options import RowCall, RowResult
+from gft_kernels.options import AgreedRows, RowCall, RowResult
 
 MAX_VOCABULARY = (1 << 31) - 1024
 """Columns are counted in 32 bits, with room for a step past the end."""
@@ -103,18 +103,8 @@ def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardS
     return ShardStatistics(top_R, mass_R, gap_R if call.needs_entropy else None, target_logit_R)
 
 
-def shard_gradient(
-    call: RowCall,
-    columns_R: Tensor,
-    log_pi_R: Tensor,
-    top_R: Tensor,
-    log_mass_R: Tensor,
-    scale_R: Tensor,
-    tilt_R: Tensor,
-    entropy_R: Tensor,
-) -> Tensor:
-    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass, scale = weight·kappa, tilt =
-    weight·lambda and entropy, float32 (R,)."""
+def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tensor:
+    """F7 over a vocabulary shard, from what is known of the whole rows."""
     logits, tilted = call.logits_STV.detach(), call.objective.entropy_coef != 0.0
     with torch.cuda.device(logits.device):
         out = _gradient_for(logits, call.inplace)
@@ -122,12 +112,12 @@ def shard_gradient(
             logits=_extension.logit_rows(logits),
             out=_extension.logit_rows(out),
             columns_R=_extension.address(columns_R),
-            log_pi_R=_extension.address(log_pi_R),
-            top_R=_extension.address(top_R),
-            log_mass_R=_extension.address(log_mass_R),
-            scale_R=_extension.address(scale_R),
-            tilt_R=_extension.address(tilt_R if tilted else None),
-            entropy_R=_extension.address(entropy_R if tilted else None),
+            log_pi_R=_extension.address(agreed.log_pi_R),
+            top_R=_extension.address(agreed.top_R),
+            log_mass_R=_extension.address(agreed.log_mass_R),
+            scale_R=_extension.address(agreed.scale_R),
+            tilt_R=_extension.address(agreed.tilt_R if tilted else None),
+            entropy_R=_extension.address(agreed.entropy_R if tilted else None),
             transform=_extension.transform(call.logit_scale, call.softcap, call.temperature),
             **_place(logits),
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gft_kernels import formulas
 from gft_kernels.advantages import RowCredit, credit_rows
-from gft_kernels.options import FP16_PEAK, Objective, RowCall, RowResult
+from gft_kernels.options import FP16_PEAK, AgreedRows, Objective, RowCall, RowResult
 
 BLOCK_BYTES = 64 << 20
 """Float32 logits held at a time: large enough to hide the Python loop, small beside any logits worth a kernel."""
@@ -131,25 +131,16 @@ def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardS
     return out
 
 
-def shard_gradient(
-    call: RowCall,
-    columns_R: Tensor,
-    log_pi_R: Tensor,
-    top_R: Tensor,
-    log_mass_R: Tensor,
-    scale_R: Tensor,
-    tilt_R: Tensor,
-    entropy_R: Tensor,
-) -> Tensor:
-    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass and `RowScales`, float32 (R,)."""
+def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tensor:
+    """F7 over a vocabulary shard, from what is known of the whole rows."""
     logits = call.logits_STV.detach()
-    scales = RowScales(scale_R, tilt_R, entropy_R)
     gradient = logits if call.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     for chosen, where in _row_blocks(logits, torch.arange(columns_R.numel(), device=logits.device)):
         z_CV = formulas.transform(logits[where].float(), call.logit_scale, call.softcap, call.temperature)
-        block = Block(z_CV, top_R[chosen], torch.exp(log_mass_R[chosen]), log_pi_R[chosen])
-        part = RowScales(*(x[chosen] for x in scales))
-        gradient[where] = block_gradient(call, block, logits[where], columns_R[chosen], part)
+        part = AgreedRows(*(x[chosen] for x in agreed))
+        block = Block(z_CV, part.top_R, torch.exp(part.log_mass_R), part.log_pi_R)
+        scales = RowScales(part.scale_R, part.tilt_R, part.entropy_R)
+        gradient[where] = block_gradient(call, block, logits[where], columns_R[chosen], scales)
     return gradient
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gft_kernels.options import FP16_PEAK, SURROGATES, Objective, RowCall, RowResult
+from gft_kernels.options import FP16_PEAK, SURROGATES, AgreedRows, Objective, RowCall, RowResult
 
 MAX_VOCABULARY = 1 << 30  # columns are counted in 32 bits, with room for one tile more
 MIN_CAPABILITY = (8, 0)
@@ -161,18 +161,8 @@ def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardS
     return ShardStatistics(top_R, mass_R, gap_R if call.needs_entropy else None, target_logit_R)
 
 
-def shard_gradient(
-    call: RowCall,
-    columns_R: Tensor,
-    log_pi_R: Tensor,
-    top_R: Tensor,
-    log_mass_R: Tensor,
-    scale_R: Tensor,
-    tilt_R: Tensor,
-    entropy_R: Tensor,
-) -> Tensor:
-    """F7 over a vocabulary shard, from the whole row's log pi, top, log mass, scale = weight·kappa, tilt =
-    weight·lambda and entropy, float32 (R,)."""
+def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tensor:
+    """F7 over a vocabulary shard, from what is known of the whole rows."""
     from gft_kernels.triton_kernels.shard import shard_gradient_kernel
 
     logits = call.logits_STV.detach()
@@ -183,12 +173,7 @@ def shard_gradient(
             logits,
             gradient,
             columns_R,
-            log_pi_R,
-            top_R,
-            log_mass_R,
-            scale_R,
-            tilt_R,
-            entropy_R,
+            *agreed,
             *_shape(logits),
             *_outer_strides(logits),
             *_outer_strides(gradient),

@@ -10,7 +10,7 @@ import torch
 
 from gft_kernels import formulas
 from gft_kernels.backends import triton as backend
-from gft_kernels.options import Credit, Objective, RowCall
+from gft_kernels.options import AgreedRows, Credit, Objective, RowCall
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.4])
@@ -52,9 +52,10 @@ def test_shards_make_the_row(softcap, entropy_coef):
     )
 
     scale, tilt = torch.where(read, credit.advantages_R * whole.coefficients_R, 0.0), read * entropy_coef
-    numbers = (torch.where(read, log_pi, 0.0), torch.where(read, top_all, 0.0), torch.where(read, mass_all.log(), 0.0))
+    numbers = (torch.where(read, x, 0.0) for x in (log_pi, top_all, mass_all.log()))
+    agreed = AgreedRows(*numbers, scale, tilt, whole.entropy_R)
     pieces = [
-        backend.shard_gradient(shard, columns, *numbers, scale, tilt, whole.entropy_R) for shard, columns in shards
+        backend.shard_gradient(shard, columns, agreed) for shard, columns in shards
     ]
     torch.testing.assert_close(torch.cat(pieces, -1), whole.gradient_STV, rtol=1e-5, atol=1e-8)
     assert torch.cat(pieces, -1)[0, 3].eq(0).all()
