@@ -33,7 +33,7 @@ def command_line(folder) -> list[str]:
         --dataset {folder}/rows.jsonl --output_dir {folder}/out --num_train_epochs 1 --learning_rate 0
         --dataset_shuffle false --train_dataloader_shuffle false --split_dataset_ratio 0 --save_strategy no
         --logging_steps 1 --report_to none --max_grad_norm 0 --callbacks gft --remove_unused_columns false
-        --gradient_checkpointing false --load_from_cache_file false
+        --gradient_checkpointing false --load_from_cache_file false --check_model false
     """.split()
 
 

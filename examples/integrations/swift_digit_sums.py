@@ -15,7 +15,7 @@ PLUGIN = str(Path(__file__).with_name("swift_plugin.py"))
 ARGUMENTS = f"""
     --model {FOLDER}/base --model_type llama --template bare --torch_dtype float32 --tuner_type full
     --dataset {FOLDER}/rows.jsonl --external_plugins {PLUGIN} --callbacks gft --remove_unused_columns false
-    --output_dir {FOLDER}/out --add_version false --save_strategy epoch
+    --output_dir {FOLDER}/out --add_version false --save_strategy epoch --check_model false
     --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --num_train_epochs 1
     --learning_rate 1e-3 --lr_scheduler_type constant --warmup_ratio 0 --logging_steps 8 --report_to none
 """.split()
