@@ -88,6 +88,15 @@ def test_the_report_follows_from_the_packed_results_alone(finished, tmp_path):
     assert plots[0] == plots[1] and len(plots[0]) == 5
 
 
+def test_the_committed_page_is_what_the_committed_results_say(tmp_path):
+    files = sorted(results.PACKED.glob("*.jsonl"))
+    page = report.write([results.read(path) for path in files], tmp_path / "experiments.md")
+    committed = ROOT / "docs" / "experiments.md"
+    assert page.read_text() == committed.read_text(), "run `gft study report` and commit docs/experiments.md"
+    for path in (tmp_path / "experiments").iterdir():
+        assert (ROOT / "docs" / "experiments" / path.name).is_file(), f"{path.name} is not committed"
+
+
 def test_bad_input_is_one_sentence(capsys, tmp_path):
     assert main(["run", "nonsense"]) == BAD_INPUT
     assert main(["run", "quick", "--jobs", "0"]) == BAD_INPUT

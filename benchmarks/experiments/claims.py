@@ -9,7 +9,7 @@ from benchmarks.experiments.measures import MEASURES
 from benchmarks.experiments.results import Results
 from benchmarks.experiments.statistics import Difference, paired
 
-HELD, NOT_HELD, NOT_TESTABLE = "held", "did not hold", "not testable here"
+HELD, OPPOSITE, NOT_SHOWN, NOT_TESTABLE = "held", "did not hold: the opposite", "not shown", "not testable here"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ CLAIMS = (
     Claim("the group advantage is an unbiased policy gradient", "paper",
           why_not="a statement about expectations, not about runs: decided exactly in [the mathematics](formulas.md)"),
     Claim("the gains carry over to language models of billions of parameters and to competition mathematics", "paper",
-          why_not="needs the checkpoints and several GPUs: `examples/paper.yaml` is the run"),
+          why_not="needs the checkpoints and several GPUs: `examples/numina_qwen2.5_math_1.5b.yaml` is the run"),
 )  # fmt: skip
 
 
@@ -79,8 +79,8 @@ def difference(results: Results, comparison: Comparison, expert: str) -> Differe
 
 
 def verdict(found: Difference, sign: int) -> str:
-    """Held: the 95 % interval lies on the claimed side of 0. Without two pairs nothing can be said."""
+    """By the side of 0 on which the 95 % interval lies, if it lies on one. Without two pairs nothing can be said."""
     if math.isnan(found.low):
         return NOT_TESTABLE
     low, high = sorted((sign * found.low, sign * found.high))
-    return HELD if low > 0 else f"{NOT_HELD}: the opposite" if high < 0 else f"{NOT_HELD}: no difference shown"
+    return HELD if low > 0 else OPPOSITE if high < 0 else NOT_SHOWN

@@ -37,16 +37,18 @@ results in `benchmarks/results/experiments/`; no number is typed by hand. What t
 *Differences* are paired: the same base, the same seed, the same training and held-out prompts; the interval is
 Student's at 95 % over the pairs, and the column "bases" counts those whose own mean has the sign of the whole. Runs
 from the same base are not fully independent, so an interval that only just leaves out 0 deserves little trust. Many
-comparisons are made and none is corrected for. A claim *held* when the whole interval lies on its side of 0.
+comparisons are made and none is corrected for. A claim *held* when the whole interval lies on its side of 0; it *did not
+hold* when it lies on the other, and is *not shown* when the interval holds 0, which with n = 3 may be for want of runs.
 """
 
 METHODS_TEXT = """## Methods
 
-Every stage of every method is one `GFTTrainer` run that differs from the others in these options alone. GRPO is a group
-of samples with C = 1: on-policy with one update per rollout, the clipped ratio is 1 throughout, so that this is GRPO
-exactly. SFT is A = 1 and C = 1 on the expert's demonstration; SFT (mix) on the expert's and three teachers'; a pipeline
-A → B trains B on from where A ended. The experts: `bracket` works in a form that the base has seen now and then, `leap`
-adds two operands a step, which the base has never seen. Teachers use the base's own forms, with 3 % of steps wrong.
+Every stage of every method is one `GFTTrainer` run that differs from the others in these options alone. GRPO is a
+group of samples with C = 1: on-policy with one update per rollout, the clipped ratio is 1 throughout, so that this is
+GRPO exactly. SFT is A = 1 and C = 1 on the expert's demonstration; SFT (mix) on the expert's and three teachers'; a
+pipeline A → B trains B on from where A ended, so that three stages have had more steps than two. The experts:
+`bracket` works in a form that the base has seen now and then, `leap` adds two operands a step, which the base has
+never seen. Teachers use the base's own forms, 3 % of steps wrong.
 
 | method | demonstrations | samples | options | learning rate |
 |---|---:|---:|---|---|
@@ -91,7 +93,7 @@ def study_section(results: Results, path: Path) -> list[str]:
             if sum(bool(results.of(chain, expert)) for chain in chains) > 1:
                 parts += [
                     f"### {title}, expert `{expert}`",
-                    table(results, expert, chains, (*OUTCOME[:6], *DYNAMICS[1:])),
+                    table(results, expert, chains, (*OUTCOME[:6], *DYNAMICS[1:]), rates=True, shared=True),
                 ]
     for expert in experts:
         if any(results.of(chain, expert, able=False) for chain in (*HEADLINE, *PIPELINES)):
@@ -145,8 +147,12 @@ def short_verdict(results: Results, claim: claims.Claim, expert: str) -> str:
     if not decided:
         return claims.NOT_TESTABLE
     if len(set(decided)) == 1:
-        return f"**{decided[0]}**" if decided[0] == claims.HELD or decided[0].endswith("opposite") else decided[0]
-    return f"held in {decided.count(claims.HELD)} of {len(decided)} comparisons"
+        return emphasised(decided[0])
+    return "; ".join(f"{said} in {decided.count(said)} of {len(decided)}" for said in dict.fromkeys(decided))
+
+
+def emphasised(said: str) -> str:
+    return f"**{said}**" if said in (claims.HELD, claims.OPPOSITE) else said
 
 
 def claims_tables(results: Results, experts: Sequence[str]) -> list[str]:
@@ -171,17 +177,22 @@ def claim_line(results, expert, claim, comparison) -> str:
     if found.n == 0:
         return f"| {claim.text} | {claim.origin} | {compared} | – | 0 | – | {said} |"
     interval = "" if math.isnan(found.low) else f" [{found.low:+.3f}, {found.high:+.3f}]"
-    said = f"**{said}**" if said == claims.HELD or said.endswith("opposite") else said
     return (
         f"| {claim.text} | {claim.origin} | {compared} | {found.value:+.3f}{interval} | {found.n} | "
-        f"{found.agreeing}/{found.bases} | {said} |"
+        f"{found.agreeing}/{found.bases} | {emphasised(said)} |"
     )
 
 
-def table(results, expert: str, chains: Sequence[str], names: Sequence[str], rates: bool = False, able=True) -> str:
-    """A line a chain that has runs, mean ± standard error of each measure."""
+def table(results, expert: str, chains: Sequence[str], names, rates=False, shared=False, able=True) -> str:
+    """A line a chain that has runs, mean ± standard error of each measure.
+
+    rates: show the learning rate. shared: only of the bases and seeds that every line has, so that lines compare.
+    """
     found = [(chain, results.of(chain, expert, able)) for chain in chains]
     shown = [(chain, records) for chain, records in found if records]
+    if shared:
+        common = set.intersection(*({(r["base"], r["seed"]) for r in records} for _, records in shown))
+        shown = [(chain, [r for r in records if (r["base"], r["seed"]) in common]) for chain, records in shown]
     measures = [MEASURES[name] for name in names]
     head = ["method", "n", *(["rate"] if rates else []), *(measure.title for measure in measures)]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
@@ -205,7 +216,8 @@ def tuning_tables(results: Results, experts: Sequence[str]) -> list[str]:
         return []
     parts = [
         "### Learning rates",
-        "pass@1 on the development split, on a base model of its own; the chosen rate in bold.\n",
+        "pass@1 on the development split, on a base model of its own; the chosen rate in bold. A rate at the edge of "
+        "the grid may not be the best there is.\n",
     ]
     for expert in experts:
         rates = [float(rate) for rate in tuning.rates]
