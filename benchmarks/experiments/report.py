@@ -37,8 +37,9 @@ results in `benchmarks/results/experiments/`; no number is typed by hand. What t
 *Differences* are paired: the same base, the same seed, the same training and held-out prompts; the interval is
 Student's at 95 % over the pairs, and the column "bases" counts those whose own mean has the sign of the whole. Runs
 from the same base are not fully independent, so an interval that only just leaves out 0 deserves little trust. Many
-comparisons are made and none is corrected for. A claim *held* when the whole interval lies on its side of 0; it *did not
-hold* when it lies on the other, and is *not shown* when the interval holds 0, which with n = 3 may be for want of runs.
+comparisons are made and none is corrected for. A claim *held* when the whole interval lies on its side of 0; it *did
+not hold* when it lies on the other, and is *not shown* when the interval holds 0, for which with n = 3 a want of runs
+may be the reason.
 """
 
 METHODS_TEXT = """## Methods
@@ -61,7 +62,7 @@ def write(studies: Sequence[Results], path: Path) -> Path:
     parts = [INTRODUCTION, methods_table(studies)]
     for results in studies:
         parts += study_section(results, path)
-    path.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+    path.write_text("\n\n".join(part.strip("\n") for part in parts) + "\n", encoding="utf-8")
     return path
 
 
@@ -116,7 +117,7 @@ def setting(results: Results) -> str:
     return "\n".join([
         f"- Task: {', '.join(f'`{key}` {value}' for key, value in study.task.items() if key != 'styles')}.",
         f"- Base models: fitted for {study.base['max_steps']} steps; pass@1 {levels}."
-        + (f" With nothing to reinforce, left out of every mean and reported apart below: {apart}." if apart else ""),
+        + (f" Below {study.least_base:g}, left out of every mean and reported apart: {apart}." if apart else ""),
         f"- A first stage: {options}. A later stage: {study.follow_steps} steps.",
         f"- Evaluation: {study.evaluation.samples} samples at temperature 1 to each of {study.evaluation.prompts} "
         f"held-out prompts; retention on {study.evaluation.retention} prompts of the base's other tasks.",
