@@ -31,7 +31,7 @@ def test_plots_are_drawn_from_the_result_files_as_they_are(plot):
     drawn_from = plots.sources(plot)
     assert drawn_from, "a plot names the files it was drawn from"
     now = {name: plots.digest(RESULTS / name) for name in drawn_from}
-    assert drawn_from == now, "python -m benchmarks.plots benchmarks/results/*.json"
+    assert drawn_from == now, "python -m benchmarks.plots benchmarks/results/*.json, or gft study report"
 
 
 def test_the_pages_name_the_command_of_every_result_file():

@@ -14,6 +14,7 @@ from benchmarks.experiments.measures import MEASURES
 from benchmarks.experiments.methods import label_of
 from benchmarks.experiments.results import Results
 from benchmarks.experiments.statistics import mean
+from benchmarks.plots import digest
 
 COMPARED = {
     "sft": "#c0392b", "sft-same": "#e67e22", "sft-mix": "#b7950b", "dft": "#7d3c98", "grpo": "#1e8449",
@@ -27,7 +28,8 @@ STYLE = {"svg.hashsalt": "gft", "svg.fonttype": "none", "font.size": 8, "axes.gr
 
 def draw(results: Results, experts: Sequence[str], page: Path) -> list[tuple[str, str]]:
     """Title and path, relative to the page, of every plot; a panel for each expert."""
-    folder = page.with_suffix("")
+    folder, file = page.with_suffix(""), results.file
+    drawn_from = f"{file.parent.name}/{file.name} {digest(file)}"
     folder.mkdir(exist_ok=True)
     made = []
     for stem, (title, panel) in PLOTS.items():
@@ -38,7 +40,7 @@ def draw(results: Results, experts: Sequence[str], page: Path) -> list[tuple[str
                 axes.set_title(f"{results.study.name}, expert {expert}")
                 panel(axes, results, expert)
             name = f"{results.study.name}-{stem}.svg"
-            figure.savefig(folder / name, metadata={"Date": None, "Creator": None})
+            figure.savefig(folder / name, metadata={"Date": None, "Creator": None, "Source": drawn_from})
         made.append((title, f"{folder.name}/{name}"))
     return made
 

@@ -17,6 +17,7 @@ PACKED = Path(__file__).parents[1] / "results" / "experiments"
 class Results:
     """What a study found so far. source: {machine, versions, commit} of the machine that packed it."""
 
+    file: Path
     study: Study
     source: dict
     records: list[dict]
@@ -64,4 +65,4 @@ def read(path: str | Path) -> Results:
     head, *records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     if not isinstance(head, dict) or "study" not in head:
         raise ValueError(f"results must begin with the settings of a study, got something else in {path}.")
-    return Results(from_dict(head["study"]), head["source"], records)
+    return Results(path, from_dict(head["study"]), head["source"], records)
