@@ -54,8 +54,6 @@ def test_shards_make_the_row(softcap, entropy_coef):
     scale, tilt = torch.where(read, credit.advantages_R * whole.coefficients_R, 0.0), read * entropy_coef
     numbers = (torch.where(read, x, 0.0) for x in (log_pi, top_all, mass_all.log()))
     agreed = AgreedRows(*numbers, scale, tilt, whole.entropy_R)
-    pieces = [
-        backend.shard_gradient(shard, columns, agreed) for shard, columns in shards
-    ]
+    pieces = [backend.shard_gradient(shard, columns, agreed) for shard, columns in shards]
     torch.testing.assert_close(torch.cat(pieces, -1), whole.gradient_STV, rtol=1e-5, atol=1e-8)
     assert torch.cat(pieces, -1)[0, 3].eq(0).all()
