@@ -56,7 +56,8 @@ def curves(axes, results: Results, expert: str) -> None:
     for chain, label, records in _arms(results, expert, tuple(COMPARED)):
         steps = records[0]["training"]["held_out"]["step"]
         rewards = numpy.array([record["training"]["held_out"]["eval_reward"] for record in records])
-        middle, spread = rewards.mean(0), rewards.std(0) / len(records) ** 0.5
+        middle = rewards.mean(0)
+        spread = rewards.std(0, ddof=1) / len(records) ** 0.5 if len(records) > 1 else 0.0 * middle
         axes.plot(steps, middle, label=label, color=COMPARED[chain])
         axes.fill_between(steps, middle - spread, middle + spread, color=COMPARED[chain], alpha=0.15, linewidth=0)
     axes.set(xlabel="optimizer step", ylabel="held-out reward, one sample a prompt", ylim=(0, 1))

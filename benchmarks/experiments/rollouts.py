@@ -45,7 +45,6 @@ def _continue(model, prompts_BT: Tensor, sampling: Sampling) -> Tensor:
             token_B = torch.multinomial(probs_BV, 1).squeeze(1)
         else:
             token_B = logits_BV.argmax(-1)
-        token_B = token_B.masked_fill(done_B, sampling.pad_id)
         tokens.append(token_B)
         done_B = done_B | torch.isin(token_B, ends)
         if len(tokens) == sampling.max_new_tokens or bool(done_B.all()):
