@@ -6,7 +6,7 @@ Suffixes name shapes: logits_STV, targets_R, rewards_S.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -96,7 +96,7 @@ class RowCall:
 
     logits_STV: Tensor  # float32, bfloat16 or float16; any strides
     credit: Credit
-    objective: Objective = Objective()
+    objective: Objective = field(default_factory=Objective)
     logit_scale: float = 1.0
     softcap: float = 0.0  # 0: none
     temperature: float = 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -164,4 +163,5 @@ def with_ratios(stats: TokenStats, call: RowCall | LinearCall) -> TokenStats:
     if o.ref_log_probs_R is not None:
         kl = formulas.kl_loss(formulas.log_ratio(o.ref_log_probs_R.view(shape), stats.log_probs))
         added["kl"] = torch.where(live, kl, 0.0)
-    return replace(stats, **added)
+    # not dataclasses.replace, which torch 2.6 cannot trace
+    return TokenStats(stats.log_probs, stats.coefficients, stats.advantages, stats.entropy, **added)

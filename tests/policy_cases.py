@@ -36,7 +36,8 @@ class PolicyProblem:
         if self.objective not in IMITATION:
             given["advantages"] = self.advantages
         if self.objective in WITH_RATIO:
-            given |= {"old_log_probs": self.old, "clip_high": CLIPS[self.objective][1]}
+            given["old_log_probs"] = self.old
+            given["clip_high"] = CLIPS[self.objective][1]
         if self.objective in WITH_RATIO and self.objective != "cispo":
             given["clip_low"] = CLIPS[self.objective][0]
         if self.options.get("beta"):
