@@ -124,7 +124,7 @@ def setting(results: Results) -> str:
         f"- {len(runs)} runs; {done}; {sum(seconds) / 60:.0f} minutes of processor time "
         f"for the {len(seconds)} whose time was counted.",
         f"- {source['machine']['cpu']}; torch {source['versions']['torch']}; "
-        f"commit {source['commit']['revision'][:10]}.",
+        f"commit {source['commit']['revision'][:10]}{' with uncommitted changes' * source['commit']['dirty']}.",
         "",
     ])  # fmt: skip
 
