@@ -39,8 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         if file not in COMMANDS:
             parser.error(f"FILE must be one of {', '.join(COMMANDS)}, got {file!r}")
     for file in files:
-        command = [sys.executable, "-m", "benchmarks", *shlex.split(COMMANDS[file]), "--save", str(RESULTS / file)]
-        subprocess.run(command, cwd=ROOT, check=True)
+        save = (RESULTS / file).relative_to(ROOT)  # the file keeps the command: no path of this machine
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks", *shlex.split(COMMANDS[file]), "--save", save], cwd=ROOT, check=True
+        )
     for plot in plots.draw(sorted(RESULTS.glob("*.json")), plots.FIGURES):
         print(plot.relative_to(ROOT))
     subprocess.run([sys.executable, "tests/figures.py"], cwd=ROOT, check=True)
