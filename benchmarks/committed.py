@@ -1,7 +1,7 @@
 """The committed results, and how each is made: `python -m benchmarks.committed [FILE.json ...]` makes them anew.
 
-Then the plots are drawn from the files and the figures on all pages rewritten (tests/figures.py): what is left to do is
-to read whether the words around the figures still hold. Files about memory need no quiet machine, the others do.
+Then the plots are drawn from the files and the figures on all pages rewritten (tests/project/figures.py): what is left
+to do is to read whether the words around the figures still hold. Files about memory need no quiet machine, others do.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     for plot in plots.draw(sorted(RESULTS.glob("*.json")), plots.FIGURES):
         print(plot.relative_to(ROOT))
-    subprocess.run([sys.executable, "tests/figures.py"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "tests/project/figures.py"], cwd=ROOT, check=True)
     return 0
 
 

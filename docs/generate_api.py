@@ -2,7 +2,7 @@
 
     python docs/generate_api.py
 
-tests/test_site.py fails when the page is not what this writes.
+tests/project/test_site.py fails when the page is not what this writes.
 """
 
 from __future__ import annotations

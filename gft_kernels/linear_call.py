@@ -29,7 +29,7 @@ class LinearCall:
     want_stats: bool = False
     want_entropy: bool = False
     process_group: str = ""
-    chunk_rows: int = 0  # rows of logits held at a time; 0: linear_chunks.chunk_rows decides
+    chunk_rows: int = 0  # rows of logits held at a time; 0: chunks.chunk_rows decides
     product_dtype: torch.dtype = torch.float32  # what hidden and weight are rounded to before they are multiplied
     logits_dtype: torch.dtype = torch.float32
     accum_dtype: torch.dtype = torch.float32  # of the gradients' sums

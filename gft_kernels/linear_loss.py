@@ -1,6 +1,6 @@
 """`gft_linear_loss`, `GFTLinearLoss` and `token_log_probs`: the loss from hidden states and the output head.
 
-The logits never exist all at once: linear_chunks.py goes over the rows a chunk at a time.
+The logits never exist all at once: chunks.py goes over the rows a chunk at a time.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gft_kernels import checks, linear_checks, linear_operator
+from gft_kernels import checks, linear_checks
 from gft_kernels.loss import as_asked
+from gft_kernels.operators.linear import linear_loss
 from gft_kernels.options import TokenStats
 
 
@@ -105,7 +106,7 @@ def gft_linear_loss(
         process_group=process_group,
         backend=backend,
     )
-    result = linear_operator.linear_loss(call, backend)
+    result = linear_loss(call, backend)
     return as_asked(result, targets.shape, reduction, return_stats or return_entropy)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gft_kernels import autograd, checks
+from gft_kernels import checks
+from gft_kernels.operators.row import row_loss
 from gft_kernels.options import RowResult, TokenStats
 
 
@@ -103,7 +104,7 @@ def gft_loss(
         backend=backend,
         process_group=process_group,
     )
-    result = autograd.row_loss(call, backend)
+    result = row_loss(call, backend)
     return as_asked(result, targets.shape, reduction, return_stats or return_entropy)
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gft_kernels import autograd, checks, formulas, linear_checks, linear_operator, policy_checks
+from gft_kernels import checks, formulas, linear_checks, policy_checks
 from gft_kernels.linear_call import LinearCall
 from gft_kernels.loss import as_asked
+from gft_kernels.operators.linear import linear_loss
+from gft_kernels.operators.row import row_loss
 from gft_kernels.options import RowCall, TokenStats
 
 
@@ -139,12 +141,12 @@ def policy_loss(
     call: RowCall | LinearCall
     if weight is None:
         call = checks.row_call(inputs, targets, inplace=inplace, **shared)
-        result = autograd.row_loss(call, backend)
+        result = row_loss(call, backend)
     else:
         for dtype in ("accum_dtype", "logits_dtype"):
             linear[dtype] = linear[dtype] or torch.float32
         call = linear_checks.linear_call(inputs, weight, targets, **linear, **shared)
-        result = linear_operator.linear_loss(call, backend)
+        result = linear_loss(call, backend)
     found = as_asked(result, targets.shape, reduction, return_stats or return_entropy)
     return found if isinstance(found, Tensor) else (found[0], with_ratios(found[1], call))
 

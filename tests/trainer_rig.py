@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gft_kernels.tasks import scratch
+from gft_kernels.data import scratch
 from gft_kernels.trainer import GFTConfig, GFTTrainer
 
 ALPHABET = "0123456789+=>.# ab"

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from benchmarks.experiments.scoring import demonstration, entropy_and_kl, log_probs, prompt_row
+from gft_kernels.data.rows import Response
 from gft_kernels.trainer import Sampling
-from gft_kernels.trainer.data import Response
 from gft_kernels.trainer.groups import Group
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import seeded

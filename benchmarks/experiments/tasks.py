@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from benchmarks.experiments.rollouts import sample_gpt2
 from benchmarks.experiments.scoring import demonstration, log_probs
-from gft_kernels.tasks import digit_sum, gsm8k, scratch
+from gft_kernels.data import digit_sum, gsm8k, scratch
 from gft_kernels.trainer import Sampling, generate
 
 BASE, TRAIN, DEVELOPMENT, TEST, CURVE, GENERAL = range(6)  # what a stream of random numbers is for

@@ -1,6 +1,6 @@
 """What the examples of this folder share: a small base model, scored responses to train on, and a held-out measure.
 
-The task is gft_kernels.tasks.digit_sum: sum five digits step by step; the reward is 1 if every step is right. The
+The task is gft_kernels.data.digit_sum: sum five digits step by step; the reward is 1 if every step is right. The
 responses are an expert's and three teachers', who slip often enough for a group to hold right and wrong ones.
 """
 
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gft_kernels.integrations.hf import patch_model, unpatch_model
+from gft_kernels.data import digit_sum, scratch
 from gft_kernels.integrations.response_rows import encode_row, response_rows
-from gft_kernels.tasks import digit_sum, scratch
+from gft_kernels.model.patch import patch_model, unpatch_model
 
 
 def rows(prompts: int = 256, seed: int = 1) -> list[dict]:

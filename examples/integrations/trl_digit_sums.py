@@ -3,7 +3,7 @@
     pip install 'gft-kernels[trl]'
     python examples/integrations/trl_digit_sums.py
 
-The task is the sum of five digits (gft_kernels.tasks.digit_sum), about a minute on one core of a CPU. A group is the
+The task is the sum of five digits (gft_kernels.data.digit_sum), about a minute on one core of a CPU. A group is the
 expert's solution, three teachers' and four samples of the policy; printed last is the share of right samples for
 prompts the policy has not seen.
 """
@@ -16,8 +16,8 @@ import tempfile
 from datasets import Dataset, disable_progress_bars
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from gft_kernels.data import digit_sum, scratch
 from gft_kernels.integrations.trl import GFTConfig, GFTSFTConfig, GFTSFTTrainer, GFTTrainer
-from gft_kernels.tasks import digit_sum, scratch
 
 SHARED = {
     "lr_scheduler_type": "cosine",

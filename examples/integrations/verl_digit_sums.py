@@ -4,7 +4,7 @@
     python examples/integrations/verl_digit_sums.py
 
 verl itself samples on GPUs; this loop samples by `generate` and is otherwise what verl's actor does in a step, without
-Ray, on the sum of five digits (gft_kernels.tasks.digit_sum), about a minute on one core of a CPU. With
+Ray, on the sum of five digits (gft_kernels.data.digit_sum), about a minute on one core of a CPU. With
 examples/integrations/verl.yaml the same loss runs in verl's own trainer.
 
 Sizes: S responses, T tokens of the longest, P of a prompt (the same for all), V vocabulary.
@@ -21,10 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, get_policy_loss_fn
 from verl.workers.config import ActorConfig
 
+from gft_kernels.data import digit_sum, scratch
+from gft_kernels.data.rows import encode_response
 from gft_kernels.integrations.verl import GFTPolicyLossConfig
-from gft_kernels.tasks import digit_sum, scratch
 from gft_kernels.trainer import GFTConfig, GFTTrainer, Sampling, generate
-from gft_kernels.trainer.data import encode_response
 
 PROMPTS, GIVEN, SAMPLED, LONGEST = 16, 4, 4, 34
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gft_kernels.cli.train import summary
-from gft_kernels.tasks import digit_sum, gsm8k, scratch
+from gft_kernels.data import digit_sum, gsm8k, scratch
 from gft_kernels.trainer import GFTConfig, GFTTrainer
 from gft_kernels.trainer.callbacks import StepLines
 from gft_kernels.trainer.objective import described

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from gft_kernels.cli.settings import RunSettings
 from gft_kernels.cli.train import rows
+from gft_kernels.data.rows import Rows
 from gft_kernels.trainer import GFTConfig, plan
-from gft_kernels.trainer.data import Rows
 from gft_kernels.trainer.groups import check_sources
 from gft_kernels.trainer.objective import described
 from gft_kernels.trainer.rewards import Rewards

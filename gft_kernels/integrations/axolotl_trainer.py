@@ -6,8 +6,8 @@ from typing import Any
 
 from axolotl.core.trainers.base import AxolotlTrainer
 
-from gft_kernels.integrations.hf import unwrapped
 from gft_kernels.integrations.response_rows import CarryAdvantages
+from gft_kernels.model.patch import unwrapped
 
 
 class GFTAxolotlTrainer(AxolotlTrainer):

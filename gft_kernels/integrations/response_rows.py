@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from gft_kernels import checks
 from gft_kernels.advantages import group_advantages
-from gft_kernels.integrations.columns import PER_CALL
-from gft_kernels.integrations.hf import patch_model, unwrapped
-from gft_kernels.integrations.patched_forward import OF_THE_MODEL, PREFIX, refuse
+from gft_kernels.model.columns import PER_CALL
+from gft_kernels.model.patch import patch_model, unwrapped
+from gft_kernels.model.patched_forward import OF_THE_MODEL, PREFIX, refuse
 from gft_kernels.options import BACKENDS
 from gft_kernels.policy import policy_loss
 
@@ -35,7 +35,7 @@ def response_rows(rows: Iterable[Mapping[str, Any]], **normalisation: Any) -> li
 
     Raises: ValueError for a malformed row.
     """
-    from gft_kernels.trainer.data import RowError, check_record
+    from gft_kernels.data.rows import RowError, check_record
 
     found: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
@@ -56,7 +56,7 @@ def encode_row(row: Mapping[str, Any], tokenizer: Any, max_length: int | None = 
 
     The response is closed by the end-of-text token. Raises: ValueError for a row of more than max_length tokens.
     """
-    from gft_kernels.trainer.data import encode_prompt, encode_response
+    from gft_kernels.data.rows import encode_prompt, encode_response
 
     prompt, response = encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row["response"])
     length = len(prompt) + len(response)

@@ -4,9 +4,9 @@ Needs the extra `train` (transformers, accelerate, datasets, tokenizers, matplot
 User guide: docs/training.md.
 """
 
+from gft_kernels.data.rows import Record, RowError, read_records
 from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt
 from gft_kernels.trainer.config import GFTConfig
-from gft_kernels.trainer.data import Record, RowError, read_records
 from gft_kernels.trainer.rewards import RewardError
 from gft_kernels.trainer.rollouts import Sampling, generate
 from gft_kernels.trainer.trainer import GFTTrainer

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from gft_kernels.data.rows import Row
 from gft_kernels.trainer.config import GFTConfig
-from gft_kernels.trainer.data import Row
 from gft_kernels.trainer.groups import IGNORE, Group, GroupBuilder, collate
 
 TRAINING, EVALUATION = 0, 1  # what a step's random numbers are for

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gft_kernels.advantages import group_advantages
+from gft_kernels.data.rows import Response, Row, Rows
 from gft_kernels.trainer import objective
 from gft_kernels.trainer.config import GFTConfig
-from gft_kernels.trainer.data import Response, Row, Rows
 from gft_kernels.trainer.ranks import forward_is_collective
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import Sampling, seeded

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gft_kernels import linear_chunks
+from gft_kernels.linear import chunks
 from gft_kernels.trainer.config import GFTConfig
 
 FLOAT = 4  # bytes of a float32; the trainer loads its weights so
@@ -104,7 +104,7 @@ def tokens_per_response(config: GFTConfig, longest_prompt: int) -> int:
 def other_memory(config: GFTConfig, model: Shape, plan: Batches, longest_prompt: int) -> dict[str, float]:
     """Bytes on one rank beside weights, gradients and optimizer; activations inside the layers are not among them."""
     rows = plan.rows_per_micro_batch * config.max_completion_length
-    chunk = linear_chunks.chunk_rows(rows, model.vocabulary, 4, "cuda")
+    chunk = chunks.chunk_rows(rows, model.vocabulary, 4, "cuda")
     calls = min(config.generation_batch_size or plan.rollouts_per_rank, plan.rollouts_per_rank)
     per_token = 2 * model.layers * model.kv_heads * model.head_dim * precision(config)
     found = {

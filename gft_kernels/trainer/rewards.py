@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 
-from gft_kernels.trainer.data import Row
+from gft_kernels.data.rows import Row
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gft_kernels.integrations.hf import patch_model, unwrapped
+from gft_kernels.data.rows import Row, Rows
+from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.options import TokenStats
 from gft_kernels.trainer import collapse, objective
 from gft_kernels.trainer.callbacks import RunLog
 from gft_kernels.trainer.config import GFTConfig
-from gft_kernels.trainer.data import Row, Rows
 from gft_kernels.trainer.engines import rollout_function
 from gft_kernels.trainer.evaluation import TRAINING, HeldOut
 from gft_kernels.trainer.groups import IGNORE, Group, GroupBuilder, check_sources, denominator

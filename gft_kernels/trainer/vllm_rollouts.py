@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gft_kernels.integrations.hf import unwrapped
+from gft_kernels.model.patch import unwrapped
 from gft_kernels.trainer.rollouts import Sampling, cut
 
 

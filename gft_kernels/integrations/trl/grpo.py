@@ -19,9 +19,9 @@ from torch.nn import functional
 from trl import GRPOTrainer
 
 from gft_kernels.advantages import group_advantages
+from gft_kernels.data.rows import RowError, check_record, encode_response
 from gft_kernels.integrations.trl.config import GFTConfig
 from gft_kernels.integrations.trl.patch import log_means, parameters_of, patch_trainer, token_means
-from gft_kernels.trainer.data import RowError, check_record, encode_response
 from gft_kernels.trainer.groups import IGNORE
 
 NOT_HYBRID = ("tools", "rollout_func", "environment_factory")

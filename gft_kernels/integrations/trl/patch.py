@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gft_kernels.integrations.hf import patch_model, unwrapped
+from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.options import TokenStats
 from gft_kernels.trainer.groups import IGNORE
 

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional
 from trl import SFTTrainer
 
-from gft_kernels.integrations.columns import shifted
 from gft_kernels.integrations.trl.config import GFTSFTConfig
 from gft_kernels.integrations.trl.patch import log_means, patch_trainer, token_means
+from gft_kernels.model.columns import shifted
 from gft_kernels.trainer.groups import IGNORE
 
 

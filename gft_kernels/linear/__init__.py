@@ -1,0 +1,1 @@
+"""The loss from hidden states: the loop over chunks of rows, and the three matrix products it is made of."""

@@ -1,0 +1,225 @@
+"""The linear loss a chunk of rows at a time: rows that cannot matter leave first, one logits buffer serves every chunk.
+
+Per chunk: logits = hidden @ weight^T into the buffer; the row kernel turns them into their gradient where they lie;
+two more products take it to hidden and head. Because the gradient is ready with the loss (F7), nothing is computed
+again in backward: three products in all, the fewest there can be.
+
+Sizes: L rows chosen, C rows of a chunk, D hidden size; S, T, R, V as in linear_call.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gft_kernels import checks, distributed, formulas, registry
+from gft_kernels.advantages import RowCredit, credit_rows
+from gft_kernels.linear.products import Head, multiply, precision_of
+from gft_kernels.linear_call import LinearCall, LinearResult
+from gft_kernels.options import FP16_PEAK, Credit, RowCall, RowResult
+
+_ROW_OPTIONS = [
+    f.name for f in fields(RowCall) if f.name in {g.name for g in fields(LinearCall)} - {"credit", "objective"}
+]
+
+ROW_ALIGNMENT = 64  # elements: rows of the buffer start on a cache line, also where V is odd
+
+
+class Budget(NamedTuple):
+    """How much a buffer of logits may take, and how few rows a chunk may have for it."""
+
+    bytes: int
+    rows: int
+
+
+# Every chunk reads and writes the float32 head gradient once, 8·V·D bytes, beside products of 6·C·D·V FLOP. At 790
+# TFLOP/s and 4.3 TB/s that is 12 % of the products' time at C = 2048, 6 % at 4096; at the 165 GFLOP/s and 20 GB/s of
+# two CPU cores it is 4 % at C = 256. Fewer rows save memory only as long as the buffer is larger than that gradient.
+ACCELERATOR = Budget(bytes=2 << 30, rows=2048)
+CPU = Budget(bytes=512 << 20, rows=256)
+
+
+def chunk_rows(rows: int, vocabulary: int, bytes_per_logit: int, device_type: str) -> int:
+    """Rows of logits to hold at a time: as many as the budget allows, at least its floor, in chunks of equal size."""
+    budget = CPU if device_type == "cpu" else ACCELERATOR
+    most = max(budget.rows, budget.bytes // max(vocabulary * bytes_per_logit, 1))
+    chunks = max(1, -(-rows // most))
+    return max(1, -(-rows // chunks))
+
+
+class Chosen(NamedTuple):
+    """The rows the products run over, in ascending order, and how many at a time."""
+
+    with_gradient_L: Tensor
+    statistics_only_L: Tensor  # A = 0, read for their log-probabilities
+    chunk: int
+
+
+def run(call: LinearCall, backend: str) -> LinearResult:
+    """Loss, statistics and the wanted gradients of a call; see `LinearResult`."""
+    credit = credit_rows(call.credit)
+    shard = None
+    if call.process_group:
+        shard = distributed.meet(call.process_group, call.weight_VD.shape[0], call.weight_VD.device)
+    if call.hidden_STD.device.type == "cpu":
+        checks.check_values(call.credit, int(shard.widths_W.sum()) if shard else call.weight_VD.shape[0])
+    chosen = choose_rows(call, credit, shard)
+    chunked = _ChunkedLoss(call, backend, credit, shard, chosen)
+    for rows_C in chosen.with_gradient_L.split(chosen.chunk):
+        chunked.add(rows_C, call.want_gradient)
+    for rows_C in chosen.statistics_only_L.split(chosen.chunk):
+        chunked.add(rows_C, False)
+    return chunked.result()
+
+
+def choose_rows(call: LinearCall, credit: RowCredit, shard: distributed.Shard | None) -> Chosen:
+    """Leave out rows that are masked or have A = 0. On a GPU this waits once: for how many rows are left."""
+    counts = credit.live_R & ((credit.advantages_R != 0.0) | call.objective.acts_without_advantage)
+    kind_R = torch.where(counts, 0, torch.where(credit.live_R, 1, 2))
+    order = torch.argsort(kind_R, stable=True)
+    here = torch.full((1,), call.weight_VD.shape[0], device=order.device)
+    widths_W = here if shard is None else shard.widths_W
+    numbers = torch.stack([counts.sum(), credit.live_R.sum(), widths_W.max()])
+    with_gradient, live, widest = numbers.tolist()
+    read = live if call.want_stats or call.want_entropy else with_gradient
+    chunk = call.chunk_rows
+    if not chunk:  # the widest shard decides, so that all ranks cut the same chunks
+        precision = precision_of(call)
+        copy = precision.operand.itemsize if precision.copies_gradient and call.want_gradient else 0
+        chunk = chunk_rows(read, widest, precision.logits.itemsize + copy, call.hidden_STD.device.type)
+    return Chosen(order[:with_gradient], order[with_gradient:read], max(1, min(chunk, read)))
+
+
+class _ChunkedLoss:
+    """The sums a call builds up over its chunks, and the buffers the chunks share."""
+
+    def __init__(
+        self, call: LinearCall, backend: str, credit: RowCredit, shard: distributed.Shard | None, chosen: Chosen
+    ):
+        self.call, self.backend, self.shard = call, backend, shard
+        self.precision = precision_of(call)
+        self.head = Head(call.weight_VD, call.bias_V, self.precision)
+        self.unit, weights_R = _gradient_unit(call, credit)
+        self.credit = credit._replace(weights_R=weights_R)
+        device, rows = call.hidden_STD.device, credit.live_R.numel()
+        vocabulary, hidden_size = call.weight_VD.shape
+        longest = chosen.chunk if len(chosen.with_gradient_L) or len(chosen.statistics_only_L) else 0
+        stride = -(-vocabulary // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        self.logits_CV = torch.empty(longest, stride, dtype=self.precision.logits, device=device)[:, :vocabulary]
+        self.rounded_CV = None
+        if call.want_gradient and self.precision.copies_gradient:
+            self.rounded_CV = torch.empty(longest, stride, dtype=self.precision.operand, device=device)[:, :vocabulary]
+        self.loss_R, self.log_probs_R, self.coefficients_R = (torch.zeros(rows, device=device) for _ in range(3))
+        self.entropy_R = torch.zeros(rows, device=device) if call.want_entropy else None
+        accum = call.accum_dtype
+        self.hidden_gradient_RD = None
+        if call.want_hidden:
+            self.hidden_gradient_RD = torch.zeros(rows, hidden_size, dtype=accum, device=device)
+        self.weight_gradient_VD = None
+        if call.want_weight:  # the first chunk writes this sum, later ones add to it: no pass of zeros before it
+            self.weight_gradient_VD = torch.empty(vocabulary, hidden_size, dtype=accum, device=device)
+        self.started = False
+        self.bias_gradient_V = torch.zeros(vocabulary, dtype=accum, device=device) if call.want_bias else None
+
+    def add(self, rows_C: Tensor, want_gradient: bool) -> None:
+        """One chunk: its logits, its rows' losses and, if wanted, its share of the gradients."""
+        if not len(rows_C):
+            return
+        hidden_STD, logits_CV = self.call.hidden_STD.detach(), self.logits_CV[: len(rows_C)]
+        hidden_CD = self.head.rows(hidden_STD[rows_C // hidden_STD.shape[1], rows_C % hidden_STD.shape[1]])
+        self.head.logits(hidden_CD, logits_CV)
+        result = self._rows(rows_C, logits_CV, want_gradient)
+        self.loss_R[rows_C] = result.loss
+        self.log_probs_R[rows_C] = result.log_probs_R
+        self.coefficients_R[rows_C] = result.coefficients_R
+        if self.entropy_R is not None and result.entropy_R is not None:
+            self.entropy_R[rows_C] = result.entropy_R
+        if want_gradient:
+            self._add_gradients(rows_C, hidden_CD, logits_CV)
+
+    def _rows(self, rows_C: Tensor, logits_CV: Tensor, want_gradient: bool) -> RowResult:
+        """The row kernel over a chunk whose rows are all live, with advantages and weights decided already."""
+        credit = Credit(
+            targets_R=self.call.credit.targets_R[rows_C],
+            advantages_R=self.credit.advantages_R[rows_C],
+            weights_R=self.credit.weights_R[rows_C],
+            tokens_per_response=len(rows_C),
+            reduction="none",
+            ignore_index=self.call.credit.ignore_index,
+        )
+        options = {name: getattr(self.call, name) for name in _ROW_OPTIONS}
+        chunk = RowCall(
+            logits_CV[None],
+            credit,
+            self.call.objective.of_rows(rows_C),
+            want_gradient=want_gradient,
+            inplace=want_gradient,
+            **options,
+        )
+        kernel = registry.choose(self.backend, chunk)
+        return (kernel if self.shard is None else replace(kernel, shard=self.shard)).run(chunk)
+
+    def _add_gradients(self, rows_C: Tensor, hidden_CD: Tensor, dlogits_CV: Tensor) -> None:
+        if self.bias_gradient_V is not None:
+            self.bias_gradient_V.add_(dlogits_CV.sum(0, dtype=torch.float32))
+        if self.rounded_CV is not None:
+            rounded_CV = self.rounded_CV[: len(rows_C)]
+            dlogits_CV = rounded_CV.copy_(dlogits_CV)
+        if self.hidden_gradient_RD is not None:
+            gradient_CD = torch.empty(hidden_CD.shape, dtype=torch.float32, device=hidden_CD.device)
+            self.head.hidden_gradient(dlogits_CV, gradient_CD)
+            self.hidden_gradient_RD[rows_C] = gradient_CD.to(self.call.accum_dtype)
+        if self.weight_gradient_VD is not None:
+            multiply(dlogits_CV.t(), hidden_CD, self.weight_gradient_VD, add=self.started)
+        self.started = True
+
+    def result(self) -> LinearResult:
+        """The finished sums; where the head is sharded, the hidden gradient is added up over the ranks here, once."""
+        if self.weight_gradient_VD is not None and not self.started:
+            self.weight_gradient_VD.zero_()
+        if self.hidden_gradient_RD is not None and self.shard is not None:
+            distributed.sum_over_ranks(self.call.process_group, self.hidden_gradient_RD)
+        loss_R = self.loss_R if self.unit is None else self.loss_R * self.unit
+        return LinearResult(
+            loss=loss_R if self.call.credit.reduction == "none" else loss_R.double().sum().float(),
+            log_probs_R=self.log_probs_R,
+            coefficients_R=self.coefficients_R,
+            advantages_R=self.credit.advantages_R,
+            entropy_R=self.entropy_R,
+            hidden_gradient_RD=self.hidden_gradient_RD,
+            weight_gradient_VD=self.weight_gradient_VD,
+            bias_gradient_V=self.bias_gradient_V,
+            unit=self.unit,
+        )
+
+
+def scales_gradient(call: LinearCall) -> bool:
+    """fp16 products: at weight 1/N and pi = 1e-6 a logit's gradient would underflow, so it is kept larger meanwhile."""
+    return call.product_dtype == torch.float16 and call.want_gradient
+
+
+MAX_ENTROPY = 16.0  # nats: of 9 million tokens, all alike; the same bound on every rank, as the unit must be
+RATIO_ROOM = 16.0  # how far rho and e^u may exceed their bound before a float16 gradient overflows; they have none
+
+
+def _gradient_unit(call: LinearCall, credit: RowCredit) -> tuple[Tensor | None, Tensor]:
+    """For fp16 the factor that undoes the scaling, and weights scaled so that the largest gradient nears FP16_PEAK.
+
+    One power of two serves all rows, because rows are summed into the head's gradient; it costs no digits, and no
+    host reads it. The size of kappa is known ahead of log pi only as a bound, |A| for gft.
+    """
+    if not scales_gradient(call):
+        return None, credit.weights_R
+    o, peak = call.objective, FP16_PEAK
+    kappa_R = credit.advantages_R.abs() * (1.0 if o.surrogate == "gft" else 1.0 + o.clip_high) + o.beta
+    if o.surrogate == "grpo" or o.beta != 0.0:
+        peak = FP16_PEAK / RATIO_ROOM
+    row_size_R = formulas.row_size(kappa_R, torch.full_like(kappa_R, o.entropy_coef), MAX_ENTROPY)
+    size_R = (credit.weights_R * row_size_R * (call.logit_scale / call.temperature)).abs()
+    largest = torch.where(torch.isfinite(size_R), size_R, 0.0).amax() if size_R.numel() else size_R.sum()
+    power = torch.floor(torch.log2(peak / largest)).clamp(-120, 120)
+    factor = torch.where(largest > 0.0, torch.exp2(power), 1.0)
+    return 1.0 / factor, credit.weights_R * factor

@@ -1,0 +1,167 @@
+"""The linear loss as one torch operator, `gft::linear_loss`, with the gradients beside the loss.
+
+For a scalar loss backward is one multiplication of what forward left: in float32, rounded once. If autograd is about
+to drop the graph, a gradient that needs no rounding is scaled where it lies; if the graph is retained, out of place, so
+it can be walked again. For reduction "none" the weights of the rows arrive with the upstream gradient: forward keeps
+nothing but its inputs, and backward runs the operator again with those weights (four products instead of three).
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gft_kernels.linear import chunks
+from gft_kernels.linear_call import LinearCall, LinearResult
+from gft_kernels.operators import row
+from gft_kernels.options import RowResult
+
+_TENSORS = ("hidden_STD", "weight_VD", "bias_V")
+_SCHEMA_TYPES = {**row.SCHEMA_TYPES, "torch.dtype": "ScalarType"}
+_OPTIONS = {
+    f.name: _SCHEMA_TYPES[str(f.type)] for f in fields(LinearCall) if f.name not in (*_TENSORS, "credit", "objective")
+}
+_NAMED = {**row.SHARED, **_OPTIONS, "backend": "str"}
+_ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in _NAMED.items())
+_SCHEMA = (
+    f"(Tensor hidden_STD, Tensor weight_VD, Tensor? bias_V, {_ARGUMENTS}) -> (Tensor loss, Tensor log_probs, "
+    "Tensor coefficients, Tensor advantages, Tensor entropy, Tensor hidden_gradient, Tensor weight_gradient, "
+    "Tensor bias_gradient, Tensor unit)"
+)
+_BLOCK_BYTES = 64 << 20  # of a gradient scaled and rounded at a time, so that no second copy of it exists in float32
+
+
+def linear_loss(call: LinearCall, backend: str) -> RowResult:
+    """Run a call through its operator; the loss carries the gradients it asks for."""
+    loss, log_probs, coefficients, advantages, entropy, *_gradients = torch.ops.gft.linear_loss(*_pack(call, backend))
+    kept = entropy if call.want_entropy else None
+    return RowResult(loss, log_probs, coefficients, advantages, entropy_R=kept)
+
+
+def _pack(call: LinearCall, backend: str) -> tuple:
+    """A call as the operator's arguments; `_unpack` is the way back."""
+    tensors = [getattr(call, name) for name in _TENSORS]
+    return (
+        *tensors,
+        *row.pack_shared(call.credit, call.objective),
+        *(getattr(call, name) for name in _OPTIONS),
+        backend,
+    )
+
+
+def _unpack(arguments: tuple) -> tuple[LinearCall, str]:
+    tensors, rest = arguments[: len(_TENSORS)], arguments[len(_TENSORS) : -1]
+    shared = row.unpack_shared(rest[: len(row.SHARED)])
+    options = dict(zip(_OPTIONS, rest[len(row.SHARED) :], strict=True))
+    return LinearCall(**dict(zip(_TENSORS, tensors, strict=True)), **shared, **options), arguments[-1]
+
+
+def _run(*arguments) -> tuple[Tensor, ...]:
+    """An operator returns no None: what was not asked for is empty."""
+    call, backend = _unpack(arguments)
+    with torch.autocast(call.hidden_STD.device.type, enabled=False):  # the dtypes are decided already
+        result = chunks.run(call, backend)
+    outputs = [getattr(result, field.name) for field in fields(LinearResult)]
+    return tuple(result.loss.new_empty(0) if x is None else x for x in outputs)
+
+
+def _fake(*arguments) -> tuple[Tensor, ...]:
+    call, _ = _unpack(arguments)
+    rows, (vocabulary, hidden_size) = call.credit.targets_R.shape[0], call.weight_VD.shape
+
+    def new(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+        return call.hidden_STD.new_empty(shape if wanted else (0,), dtype=dtype if wanted else torch.float32)
+
+    return (
+        new(rows) if call.credit.reduction == "none" else new(),
+        *(new(rows) for _ in range(3)),
+        new(rows, wanted=call.want_entropy),
+        new(rows, hidden_size, wanted=call.want_hidden, dtype=call.accum_dtype),
+        new(vocabulary, hidden_size, wanted=call.want_weight, dtype=call.accum_dtype),
+        new(vocabulary, wanted=call.want_bias, dtype=call.accum_dtype),
+        new(wanted=chunks.scales_gradient(call)),
+    )
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    _loss, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)
+    call, _ = _unpack(inputs)
+    ctx.per_row = call.credit.reduction == "none"
+    ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
+    if ctx.per_row:
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+    else:
+        ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs[: len(_TENSORS)]]
+        ctx.save_for_backward(*others[-4:])
+
+
+@once_differentiable
+def _backward(ctx, upstream: Tensor | None, *_non_differentiable) -> tuple:
+    nothing = [None] * len(ctx.inputs)
+    if upstream is None:
+        return tuple(nothing)
+    gradients = _recomputed(ctx, upstream) if ctx.per_row else _scaled(ctx, upstream)
+    return (*gradients, *nothing[len(_TENSORS) :])
+
+
+def _scaled(ctx, upstream: Tensor) -> list[Tensor | None]:
+    *gradients, unit = ctx.saved_tensors
+    factor = upstream.float() * unit if unit.numel() else upstream.float()
+    wanted = zip(gradients, ctx.like, ctx.needs_input_grad, strict=False)
+    return [_finish(g, factor, *like) if needed else None for g, like, needed in wanted]
+
+
+def _recomputed(ctx, upstream: Tensor) -> list[Tensor | None]:
+    saved = ctx.saved_tensors
+    arguments = tuple(x if y is None else y for x, y in zip(saved, ctx.inputs, strict=True))
+    call, backend = _unpack(arguments)
+    wanted = ctx.needs_input_grad[: len(_TENSORS)]
+    call = replace(
+        call,
+        credit=replace(call.credit, reduction="sum", weights_R=upstream.float().contiguous()),
+        want_stats=False,
+        want_entropy=False,
+        want_hidden=wanted[0],
+        want_weight=wanted[1],
+        want_bias=wanted[2],
+    )
+    *gradients, unit = torch.ops.gft.linear_loss(*_pack(call, backend))[5:]
+    factor = unit if unit.numel() else torch.ones((), device=upstream.device)
+    inputs = zip(gradients, arguments, wanted, strict=False)
+    return [_finish(gradient, factor, x.shape, x.dtype) if needed else None for gradient, x, needed in inputs]
+
+
+def _finish(gradient: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """gradient·factor in float32, rounded once to an input's dtype, in its shape."""
+    if gradient.dtype == dtype and type(gradient) is Tensor and _graph_is_dropped():
+        if factor.device.type != "cpu" or float(factor) != 1.0:  # a GPU is not asked: that would wait for it
+            gradient.mul_(factor)
+        return gradient.view(shape)
+    return torch.ops.gft.linear_scale(gradient, factor, dtype).view(shape)
+
+
+def _graph_is_dropped() -> bool:
+    """Whether the running backward frees its graph, so that what it saved may be overwritten."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not keeps()
+
+
+def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
+    rows = max(1, _BLOCK_BYTES // (4 * max(gradient[:1].numel(), 1)))
+    for block, scaled in zip(gradient.split(rows), out.split(rows), strict=True):
+        scaled.copy_(block.float() * factor)
+    return out
+
+
+_OPERATOR = torch.library.custom_op("gft::linear_loss", _run, mutates_args=(), schema=_SCHEMA)
+_OPERATOR.register_fake(_fake)
+_OPERATOR.register_autograd(_backward, setup_context=_setup_context)
+torch.library.custom_op(
+    "gft::linear_scale", _scale, mutates_args=(), schema="(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor"
+).register_fake(lambda gradient, factor, dtype: torch.empty(gradient.shape, dtype=dtype, device=gradient.device))

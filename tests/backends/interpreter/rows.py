@@ -1,0 +1,238 @@
+"""What the public tests cannot reach of the Triton kernels: rows cut at every place, bad indices, many blocks.
+
+Run by tests/backends/test_triton_interpreter.py, with Triton's interpreter for a GPU, in blocks of 512 elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import oracle
+import pytest
+import torch
+
+from gft_kernels.advantages import credit_rows
+from gft_kernels.backends import triton as backend
+from gft_kernels.options import FP16_PEAK, Credit, RowCall
+from gft_kernels.triton_kernels import row_loss, scale_rows
+from gft_kernels.triton_kernels.configs import row_launch
+from gft_kernels.triton_kernels.credit import total_kernel
+from gft_kernels.triton_kernels.row_credit import row_credit
+
+BLOCK = row_launch(1 << 20, torch.float32, "interpreter").block
+
+
+def misaligned(rows, vocabulary, offset, row_stride, dtype=torch.float32):
+    """Logits (1, R, V) that begin `offset` elements after a 16-byte boundary; NaN wherever they have no business."""
+    storage = torch.full((rows * row_stride + offset + 64,), float("nan"), dtype=dtype)
+    skip = -storage.data_ptr() % 16 // dtype.itemsize
+    view = storage[skip + offset :].as_strided((1, rows, vocabulary), (rows * row_stride, row_stride, 1))
+    view.copy_(torch.randn(1, rows, vocabulary) * 3)
+    return view
+
+
+def assert_right(call, result, upstream=1.0, rtol=1e-5):
+    """Per-row losses and gradient against the oracle, for calls with advantages_R and weights_R."""
+    credit, logits = call.credit, call.logits_STV
+    live = credit.targets_R != credit.ignore_index
+    options = {name: getattr(call, name) for name in ("temperature", "logit_scale")}
+    losses, truth = oracle.loss_and_gradient(
+        logits.reshape(-1, logits.shape[-1]), credit.targets_R, live, credit.advantages_R, credit.weights_R, upstream,
+        softcap=call.softcap or None, tau=call.objective.tau, rectify=call.objective.rectify, **options,
+    )  # fmt: skip
+    torch.testing.assert_close(result.loss.double(), losses.sum(), rtol=rtol, atol=1e-6)
+    if result.gradient_STV is not None:
+        torch.testing.assert_close(result.gradient_STV.double(), truth.view(logits.shape), rtol=rtol, atol=2e-8)
+
+
+def row_call(logits, targets, **options):
+    rows = len(targets)
+    credit = Credit(
+        targets,
+        advantages_R=torch.linspace(2.0, -1.5, rows),
+        weights_R=torch.linspace(0.1, 1.0, rows),
+        tokens_per_response=logits.shape[1],
+    )
+    return RowCall(logits, credit, **{"want_gradient": True, **options})
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("vocabulary", [3, 9, BLOCK, 2 * BLOCK + 2])
+def test_a_target_at_every_kind_of_place(vocabulary, offset):
+    """Head, foot, tail, and the first and last column of each tile, in rows that start at every alignment."""
+    edges = [c + d for c in range(0, vocabulary + 5, BLOCK) for d in (-4, -3, -1, 0, 1, 3, 4)]
+    targets = torch.tensor(sorted({c for c in [*edges, vocabulary - 1] if 0 <= c < vocabulary}))
+    logits = misaligned(len(targets), vocabulary, offset, vocabulary)
+    call = row_call(logits, targets)
+    assert_right(call, backend.run(call))
+
+
+@pytest.mark.parametrize("row_stride", [1131, 1132, 1136])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rows_further_apart_than_they_are_long(row_stride, inplace):
+    """The gradient's rows lie at other alignments than the logits'; what lies between the rows stays as it is."""
+    logits = misaligned(4, 1131, 1, row_stride)
+    before = logits.clone()
+    call = row_call(logits, torch.tensor([0, 1130, 512, 2]), inplace=inplace)
+    result = backend.run(call)
+    assert (result.gradient_STV.data_ptr() == logits.data_ptr()) == inplace
+    assert_right(replace(call, logits_STV=before), result)
+    between = logits.as_strided((4, row_stride - 1131), (row_stride, 1), logits.storage_offset() + 1131)
+    assert between.isnan().all()
+
+
+def test_in_place_and_out_of_place_give_the_same_bits():
+    logits = misaligned(5, 1031, 2, 1032)
+    call = row_call(logits, torch.tensor([0, 1030, 300, 2, 512]))
+    apart = backend.run(call)
+    together = backend.run(replace(call, inplace=True))
+    assert torch.equal(apart.gradient_STV, together.gradient_STV) and torch.equal(apart.loss, together.loss)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_row_that_does_not_count_is_cleared_to_its_last_element(inplace):
+    logits = misaligned(3, 3 * BLOCK + 7, 1, 3 * BLOCK + 9)
+    logits[0, 1] = float("nan")
+    call = row_call(logits, torch.tensor([0, -100, 700]), inplace=inplace)
+    result = backend.run(call)
+    assert result.gradient_STV[0, 1].eq(0).all() and result.gradient_STV[0, [0, 2]].ne(0).any(-1).all()
+
+
+@pytest.mark.parametrize("want_gradient", [False, True])
+def test_rows_that_do_not_count_are_not_walked(want_gradient, monkeypatch):
+    def walked(*arguments):
+        raise AssertionError("a row was read")
+
+    call = row_call(torch.randn(1, 3, 40), torch.tensor([0, -100, 7]), want_gradient=want_gradient)
+    monkeypatch.setattr(row_loss, "row_statistics", walked)
+    monkeypatch.setattr(row_loss, "map_row", walked)
+    backend.run(replace(call, credit=replace(call.credit, advantages_R=torch.zeros(3))))
+    with pytest.raises(Exception, match="a row was read"):
+        backend.run(call)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 7.0])
+@pytest.mark.parametrize(("logit_scale", "temperature"), [(0.0625, 1.0), (-1.5, 0.7), (3.0, 2.0)])
+def test_scale_softcap_and_temperature(logit_scale, temperature, softcap):
+    logits = misaligned(4, 300, 1, 300)
+    call = row_call(
+        logits, torch.tensor([0, 299, 128, 7]), logit_scale=logit_scale, temperature=temperature, softcap=softcap
+    )
+    assert_right(call, backend.run(call), rtol=2e-5)
+
+
+@pytest.mark.parametrize("bad", [-1, 300, -(2**40), 2**40 + 5])
+def test_a_target_out_of_range_spoils_its_row_only(bad):
+    logits = misaligned(3, 300, 0, 300)
+    call = row_call(logits, torch.tensor([5, 299, 128]))
+    good = backend.run(call)
+    spoilt = replace(call, credit=replace(call.credit, targets_R=torch.tensor([5, bad, 128]), reduction="none"))
+    result = backend.run(spoilt)
+    assert result.gradient_STV[0, 1].isnan().all() and result.loss[1].isnan() and result.log_probs_R[1].isnan()
+    assert torch.equal(result.gradient_STV[0, [0, 2]], good.gradient_STV[0, [0, 2]])
+    assert result.loss[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [-1, 2, 2**40])
+def test_a_response_out_of_range_spoils_its_row_only(bad):
+    logits = misaligned(3, 40, 0, 40)
+    ids = torch.tensor([0, bad, 1])
+    credit = Credit(
+        torch.tensor([5, 6, 7]), advantages_S=torch.tensor([1.0, -2.0]), sequence_ids_R=ids, tokens_per_response=3,
+        reduction="none",
+    )  # fmt: skip
+    result = backend.run(RowCall(logits, credit, want_gradient=True))
+    assert result.gradient_STV[0, 1].isnan().all() and result.loss[1].isnan()
+    assert result.gradient_STV[0, [0, 2]].isfinite().all() and result.loss[[0, 2]].isfinite().all()
+
+
+def test_float16_rows_are_stored_at_their_peak():
+    logits = misaligned(3, 70, 1, 70, torch.float16)
+    call = row_call(logits, torch.tensor([0, 69, 33]), defer_scale=True, logit_scale=-1.0, temperature=0.5)
+    final = backend.run(replace(call, defer_scale=False, logits_STV=logits.float()))
+    result = backend.run(call)
+    assert (result.gradient_STV.abs().amax(-1) > FP16_PEAK / 4).all()
+    whole = backend.scale(result.gradient_STV.float(), result.row_scale_R, torch.tensor(-2.5), inplace=False)
+    torch.testing.assert_close(whole, final.gradient_STV * -2.5, rtol=2e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_scaling_by_an_upstream_per_row(inplace):
+    gradient = misaligned(3, 515, 1, 517)
+    before, upstream = gradient.clone(), torch.tensor([1.0, -3.0, 0.0])
+    out = backend.scale(gradient, None, upstream, inplace)
+    assert torch.equal(out, before * upstream[None, :, None])
+    assert (out.data_ptr() == gradient.data_ptr()) == inplace
+
+
+def test_a_backward_in_place_with_upstream_1_does_not_touch_the_gradient(monkeypatch):
+    def touched(*arguments):
+        raise AssertionError("the row was read")
+
+    gradient = torch.randn(1, 2, 40)
+    monkeypatch.setattr(scale_rows, "map_row", touched)
+    backend.scale(gradient, None, torch.tensor(1.0), inplace=True)
+    with pytest.raises(Exception, match="the row was read"):
+        backend.scale(gradient, None, torch.tensor(1.0), inplace=False)
+
+
+CREDITS = {
+    "advantages of rows": {"advantages_R": torch.randn(1300)},
+    "advantages of responses": {"advantages_S": torch.randn(65)},
+    "groups of five": {"rewards_S": torch.rand(65), "group_size": 5},
+    "ragged groups": {"rewards_S": torch.rand(65), "group_ids_S": torch.randint(-5, 15, (65,))},
+    "leave one out": {"rewards_S": torch.rand(65), "group_size": 5, "normalize": "leave-one-out"},
+    "no division": {"rewards_S": torch.rand(65), "group_ids_S": torch.randint(0, 30, (65,)), "normalize": "mean"},
+    "equal rewards": {"rewards_S": torch.full((65,), 0.1), "group_size": 13},
+    "groups of one": {"rewards_S": torch.rand(65), "group_size": 1, "singleton": "zero"},
+    "one reward is NaN": {"rewards_S": torch.rand(65).index_fill(0, torch.tensor(7), float("nan")), "group_size": 5},
+    "weights": {"weights_R": torch.rand(1300)},
+}
+
+
+def many_rows(**options):
+    """65 responses and 1300 rows: more than one block of each, and neither is a multiple of one. Padded and packed."""
+    targets = torch.randint(0, 50, (1300,))
+    targets[torch.rand(1300) < 0.2] = -100
+    targets[40:60] = -100  # a response without a live row
+    padded = Credit(targets, mask_R=torch.rand(1300) < 0.9, tokens_per_response=20, **options)
+    packed = replace(padded, sequence_ids_R=torch.randint(0, 64, (1300,)), tokens_per_response=1300, mask_R=None)
+    return padded, packed
+
+
+def assert_same_credit(credit, read_all=False):
+    expected, result = credit_rows(credit), row_credit(credit, read_all)
+    torch.testing.assert_close(result.advantages_R, expected.advantages_R, rtol=1e-6, atol=1e-7, equal_nan=True)
+    torch.testing.assert_close(result.weights_R, expected.weights_R, rtol=1e-6, atol=0.0)
+    assert torch.equal(result.read_R.bool(), expected.live_R & ((expected.advantages_R != 0) | read_all))
+
+
+@pytest.mark.parametrize("name", CREDITS)
+def test_where_advantages_come_from(name):
+    for credit in many_rows(**CREDITS[name]):
+        assert_same_credit(credit)
+
+
+@pytest.mark.parametrize("num_items", [None, 77.0])
+@pytest.mark.parametrize("reduction", ["token-mean", "sequence-mean", "sum"])
+def test_weights_of_the_reductions(reduction, num_items):
+    items = None if num_items is None else torch.tensor(num_items)
+    for credit in many_rows(reduction=reduction, num_items=items, advantages_S=torch.randn(65).round()):
+        assert_same_credit(credit)
+        assert_same_credit(credit, read_all=True)
+    _, packed = many_rows(reduction=reduction, num_items=items)  # as many responses as the rows leave room for
+    assert_same_credit(replace(packed, sequence_ids_R=torch.randint(0, 1300, (1300,))))
+
+
+def test_the_sum_of_many_rows():
+    losses_R, total = torch.randn(5000), torch.empty(())
+    total_kernel[(1,)](losses_R, total, R=5000, BLOCK=1024)
+    torch.testing.assert_close(total.double(), losses_R.double().sum(), rtol=1e-6, atol=0.0)
+
+
+def test_refusals_are_sentences():
+    call = row_call(torch.randn(1, 4, 6).transpose(1, 2), torch.zeros(6, dtype=torch.int64))
+    assert "stride 1 along the vocabulary, got 6" in backend.refuses(call)
+    meta = replace(call, logits_STV=torch.empty(1, 6, 4, device="meta"))
+    assert backend.refuses(meta) == "logits must be on the CPU under TRITON_INTERPRET=1, got meta"
+    assert backend.refuses(replace(call, logits_STV=torch.randn(1, 6, 4))) is None

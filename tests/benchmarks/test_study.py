@@ -1,0 +1,131 @@
+"""`gft study`: a tiny study from end to end, what a second run repeats, and the committed report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.experiments import report, results, runner, settings
+from benchmarks.experiments.__main__ import BAD_INPUT, DONE, main
+from benchmarks.experiments.jobs import Folder
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "name": "tiny",
+    "task": {"name": "digit-sum", "digits": 5, "styles": {"left": 1.0}, "base_count": 64, "rows": 16, "width": 16,
+             "layers": 1, "heads": 2},
+    "base": {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "max_completion_length": 34},
+    "stage": {"max_steps": 3, "per_device_train_batch_size": 2, "max_completion_length": 34, "eval_steps": 2,
+              "per_device_eval_batch_size": 8},
+    "follow_steps": 2,
+    "evaluation": {"prompts": 4, "samples": 4, "retention": 8, "curve": 4},
+    "rates": {"sft": 1e-4, "grpo": 1e-3, "gft": 1e-3},
+    "grid": [{"chains": ["sft", "gft>grpo"], "experts": ["leap"], "bases": [0], "seeds": [0, 1]}],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Folder, list[str]]:
+    """A study that has run to its end, and the lines it printed."""
+    folder, lines = Folder(tmp_path_factory.mktemp("study")), []
+    study = settings.from_dict(TINY)
+    runner.keep_settings(study, folder)
+    runner.run(study, folder, 1, "cpu", lines.append)
+    return folder, lines
+
+
+def test_every_job_leaves_a_result_and_a_line_with_the_time_left(finished):
+    folder, lines = finished
+    assert lines[0] == "7 jobs, 0 already finished"
+    assert len(list(folder.path.glob("results/*.json"))) == len(lines) - 1 == 7
+    assert all(re.search(r"\[ +\d/7\] \w+.*pass@1 [\d.]+ .* s  left about \d+ min$", line) for line in lines[1:])
+    record = folder.read("run_gft--grpo_leap_b0_s1")
+    assert len(record["training"]["grad_norm"]) == TINY["follow_steps"] and record["rate"] == TINY["rates"]["grpo"]
+    assert record["training"]["held_out"]["step"] == [0, 2]
+    assert set(record["metrics"]["pass_at"]) == {"1", "2", "4"} and record["cpu_seconds"] > 0
+
+
+def test_an_interrupted_study_repeats_the_missing_run_alone_and_to_the_same_numbers(finished):
+    folder, _ = finished
+    before, name = folder.read("run_gft_leap_b0_s1"), "run_gft_leap_b0_s1"
+    folder.result(name).unlink()
+    lines: list[str] = []
+    runner.run(settings.from_dict(TINY), folder, 1, "cpu", lines.append)
+    assert lines[0] == "7 jobs, 6 already finished" and len(lines) == 2 and name in lines[1]
+    for key in ("metrics", "training", "rate"):
+        assert folder.read(name)[key] == before[key]
+
+
+def test_a_folder_takes_a_larger_grid_but_no_other_settings(finished):
+    folder, _ = finished
+    larger = {**TINY, "grid": [*TINY["grid"], {"chains": ["sft"], "experts": ["leap"], "bases": [1], "seeds": [0]}]}
+    runner.keep_settings(settings.from_dict(larger), folder)
+    with pytest.raises(ValueError, match="follow_steps"):
+        runner.keep_settings(settings.from_dict({**TINY, "follow_steps": 3}), folder)
+
+
+def test_a_failed_job_names_itself(tmp_path):
+    broken = settings.from_dict({**TINY, "base": {**TINY["base"], "max_completion_length": 2}})
+    with pytest.raises(runner.StudyError, match=r"base_b0: .*max_completion_length"):
+        runner.run(broken, Folder(tmp_path), 1, "cpu", lambda line: None)
+
+
+def test_the_report_follows_from_the_packed_results_alone(finished, tmp_path):
+    folder, _ = finished
+    packed = results.pack(settings.from_dict(TINY), folder, "cpu")
+    found = results.read(packed)
+    assert (
+        len(found.records) == 7
+        and found.of("sft", "leap")[0]["metrics"] == folder.read("run_sft_leap_b0_s0")["metrics"]
+    )
+    pages = [report.write([results.read(packed)], tmp_path / name / "page.md").read_bytes() for name in "ab"]
+    assert pages[0] == pages[1]
+    plots = [sorted(path.read_bytes() for path in (tmp_path / name / "page").glob("*.svg")) for name in "ab"]
+    assert plots[0] == plots[1] and len(plots[0]) == 5
+
+
+def test_the_committed_page_is_what_the_committed_results_say(tmp_path):
+    files = sorted(results.PACKED.glob("*.jsonl"))
+    page = report.write([results.read(path) for path in files], tmp_path / "experiments.md")
+    committed = ROOT / "docs" / "experiments.md"
+    assert page.read_text() == committed.read_text(), "run `gft study report` and commit docs/experiments.md"
+    for path in (tmp_path / "experiments").iterdir():
+        assert (ROOT / "docs" / "experiments" / path.name).is_file(), f"{path.name} is not committed"
+
+
+def test_bad_input_is_one_sentence(capsys, tmp_path):
+    assert main(["run", "nonsense"]) == BAD_INPUT
+    assert main(["run", "quick", "--jobs", "0"]) == BAD_INPUT
+    assert main(["report", str(tmp_path / "none.jsonl")]) == BAD_INPUT
+    errors = capsys.readouterr().err
+    assert "must be a YAML file or one of digits, digits7" in errors and "none.jsonl" in errors and "--jobs" in errors
+    assert errors.count("\n") == 3
+
+
+def test_report_from_the_command_line(finished, tmp_path):
+    folder, _ = finished
+    packed = results.pack(settings.from_dict(TINY), folder, "cpu")
+    assert main(["report", str(packed), "--out", str(tmp_path / "page.md")]) == DONE
+    page = (tmp_path / "page.md").read_text()
+    runs = [json.loads(line) for line in packed.read_text().splitlines()[1:]]
+    shown = [r["metrics"]["pass_at"]["1"] for r in runs if r["chain"] == "sft"]
+    assert f"| SFT | 2 | 0.0001 | {sum(shown) / 2:.3f}" in page
+
+
+def test_a_base_that_cannot_solve_the_task_counts_in_no_mean_and_is_reported_apart(finished, tmp_path):
+    folder, _ = finished
+    larger = {**TINY, "least_base": 0.5, "grid": [{**TINY["grid"][0], "bases": [0, 1]}]}
+    found = results.read(results.pack(settings.from_dict(larger), folder, "cpu"))
+    records = [*found.records, *({**r, "base": 1} for r in found.records)]
+    for record in (r for r in records if r["kind"] == "base" and r["base"] == 1):
+        record["metrics"] = {**record["metrics"], "pass_at": {**record["metrics"]["pass_at"], "1": 0.75}}
+    both = dataclasses.replace(found, records=records)
+    assert {r["base"] for r in both.of("sft", "leap")} == {1} and {
+        r["base"] for r in both.of("sft", "leap", able=False)
+    } == {0}
+    page = report.write([both], tmp_path / "page.md").read_text()
+    assert "0.750 (base 1)" in page and "base 0 (0.000)" in page and "### A base that cannot solve" in page

@@ -1,0 +1,138 @@
+"""TRL's GRPOTrainer on hybrid groups: who is in a group, what its advantages are, and what is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import trainer_rig as rig
+from datasets import Dataset
+from tiny_families import tiny
+
+trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'gft-kernels[trl]'")
+
+import trl_rig  # noqa: E402
+
+from gft_kernels.data.rows import RowError  # noqa: E402
+from gft_kernels.integrations.trl import GFTTrainer  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("error:the GFT loss")
+
+
+def test_demonstrations_take_the_first_places_and_the_policy_the_rest(tmp_path):
+    trainer, tokenizer = trl_rig.trainer(tmp_path), rig.tokenizer()
+    rows, output = trl_rig.generated(trainer, rows=2)
+    found = trl_rig.completions(output)
+    for i, row in enumerate(rows):
+        given = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in row["demonstrations"]]
+        if i % 4 < 2:
+            assert found[i] == given[i % 4]
+        else:
+            assert found[i] not in given  # random weights do not write the demonstrations
+    assert found[2] != found[3]
+
+
+def test_a_group_may_be_given_whole(tmp_path):
+    trainer = trl_rig.trainer(tmp_path, num_demonstrations=2, num_generations=2)
+    trainer.model.generate = None  # not to be called
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_evaluation_samples_every_response(tmp_path):
+    evaluation = Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in rig.rows(2)])
+    trainer = trl_rig.trainer(tmp_path, evaluation=evaluation, num_generations_eval=2)
+    metrics = trainer.evaluate()
+    assert 0 < metrics["eval_reward"] < 1.5 and metrics["eval_entropy"] > 2  # of 20 tokens: log 20 = 3.0
+
+
+def test_equal_rewards_and_completions_without_a_reward_weigh_nothing(tmp_path):
+    def some(prompts, completions, **columns):
+        """The first group's rewards are equal; of the second's, one is None, and of the third's all but one."""
+        return [0.1] * 4 + [1.0, 0.0, None, 0.0] + [None, None, None, 1.0]
+
+    trainer = trl_rig.trainer(tmp_path, reward_funcs=some, per_device_train_batch_size=12)
+    advantages = trl_rig.generated(trainer, rows=3)[1]["advantages"]
+    baseline = torch.tensor([1.0, 0.0, 0.0])
+    left = (baseline - baseline.mean()) / (baseline.std() + 1e-6)
+    expected = torch.cat([torch.zeros(4), left[:2], torch.zeros(1), left[2:], torch.zeros(4)])
+    assert torch.equal(advantages == 0, expected == 0)
+    torch.testing.assert_close(advantages, expected)
+    assert list(trainer._logs["advantages"]) == advantages.tolist()  # TRL's table shows those of the loss
+
+
+def test_several_reward_functions_are_weighted(tmp_path):
+    def length(prompts, completions, **columns):
+        return [float(len(text)) for text in completions]
+
+    trainer = trl_rig.trainer(tmp_path, reward_funcs=[rig.digit_count, length], reward_weights=[2.0, -0.5])
+    rows, output = trl_rig.generated(trainer, rows=2)
+    texts = [rig.tokenizer().decode(ids, skip_special_tokens=True) for ids in trl_rig.completions(output)]
+    counts = torch.tensor(rig.digit_count(None, texts, [row["answer"] for row in rows]))
+    rewards = (2 * counts - 0.5 * torch.tensor(length(None, texts))).view(2, 4)
+    expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(output["advantages"], expected.flatten())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_demonstrations": 5}, r"num_demonstrations must be at most num_generations = 4, .* got 5"),
+        ({"num_demonstrations": -1}, r"num_demonstrations must be a whole number of at least 0, got -1"),
+        ({"per_device_train_batch_size": 2, "generation_batch_size": 2, "num_generations": 2,
+          "num_demonstrations": 3}, r"num_demonstrations must be at most"),
+        ({"beta": 0.1}, r"beta must be left at 0.0, got 0.1; it belongs to GRPO's objective"),
+        ({"loss_type": "grpo"}, r"loss_type must be left at 'dapo', got 'grpo'"),
+        ({"scale_rewards": "none"}, r"scale_rewards must be left at 'group', got 'none'"),
+        ({"epsilon_high": 0.28}, r"epsilon_high must be left at None, got 0.28"),
+        ({"entropy_coef": 0.01}, r"entropy_coef must be left at 0.0, got 0.01"),
+        ({"vllm_importance_sampling_correction": True}, r"vllm_importance_sampling_correction must be False"),
+        ({"tau": 1.5}, r"tau must lie in \[0, 1\], got 1.5"),
+        ({"rectify": "some"}, r"rectify must be one of"),
+        ({"normalize": "max"}, r"normalize must be one of"),
+        ({"reduction": "sum"}, r"reduction must be one of token-mean, sequence-mean, got 'sum'"),
+        ({"backend": "gpu"}, r"backend must be one of"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_work_are_refused(tmp_path, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        trl_rig.config(tmp_path, **options)
+
+
+def test_a_router_loss_is_refused(tmp_path):
+    """TRL weighs it by an option of its own, which the patched model would not read."""
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef must be 0\.0, got 0\.02; the GFT loss has no router"):
+        trl_rig.trainer(tmp_path, model=tiny("mixtral"), router_aux_loss_coef=0.02)
+    trl_rig.trainer(tmp_path, model=tiny("mixtral"), router_aux_loss_coef=0.0)
+
+
+def test_groups_must_be_whole_on_each_process(tmp_path, monkeypatch):
+    """Two processes, a group of four on each pair of rows: TRL alone would allow it."""
+    monkeypatch.setattr(trl.GRPOConfig, "world_size", 2)
+    with pytest.raises(ValueError, match=r"must be a multiple of num_generations = 4, got 2; groups must be whole on"):
+        trl_rig.config(tmp_path, per_device_train_batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"demonstrations": ["#1."]},
+            r"train_dataset\[0\]: field `demonstrations` must hold at least .* 2 texts, got 1",
+        ),
+        ({"demonstrations": ["1" * 10, "#1."]}, r"train_dataset\[0\]: a demonstration has 11 tokens, max_completion"),
+        ({"demonstrations": ["", "#1."]}, r"train_dataset\[0\]: field `demonstrations` must be a list of non-empty"),
+    ],
+)
+def test_rows_that_cannot_make_a_group_are_named(tmp_path, change, sentence):
+    rows = rig.rows(4)
+    rows[0] |= change
+    with pytest.raises(RowError, match=sentence):
+        trl_rig.trainer(tmp_path, rows=rows)
+
+
+def test_what_is_not_one_turn_of_text_is_refused(tmp_path):
+    for name, value in (("tools", [print]), ("rollout_func", print), ("environment_factory", print)):
+        with pytest.raises(ValueError, match=f"{name} must be left out, got a value"):
+            GFTTrainer(rig.llama(), rig.digit_count, trl_rig.config(tmp_path), **{name: value})
+    with pytest.raises(TypeError, match=r"args must be a gft_kernels\.integrations\.trl\.GFTConfig, got GRPOConfig"):
+        GFTTrainer(rig.llama(), rig.digit_count, trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))

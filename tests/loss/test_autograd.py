@@ -1,0 +1,175 @@
+"""What autograd, torch.compile, checkpointing and autocast ask of the operators."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from cases import problem, run
+from torch.utils.checkpoint import checkpoint
+
+from gft_kernels import checks, gft_loss
+from gft_kernels.operators import row
+
+UPSTREAM = 3.7
+
+
+def bound(case, backend, device, **options):
+    """gft_loss of a problem as a function of the logits alone."""
+    case = type(case)(*(x.to(device) for x in (case.logits, case.targets, case.mask, case.rewards)), case.group_size)
+    return lambda z: gft_loss(
+        z, case.targets, mask=case.mask, rewards=case.rewards, group_size=2, backend=backend, **options
+    )
+
+
+def test_a_retained_graph_can_be_walked_again(backend, device):
+    """A peer rescales its saved gradient in place: the second walk is then off by the first one's factor."""
+    case = problem()
+    leaf = case.logits.to(device).requires_grad_(True)
+    loss = bound(case, backend, device)(leaf)
+    walks = [torch.autograd.grad(loss * factor, leaf, retain_graph=True)[0] for factor in (1.0, 3.0, 1.0, 0.5)]
+    for walk, factor in zip(walks, (1.0, 3.0, 1.0, 0.5), strict=True):
+        torch.testing.assert_close(walk, walks[0] * factor)
+    assert not torch.equal(walks[1], walks[0])
+
+
+def test_in_place_a_second_walk_is_refused(backend, device):
+    leaf = problem().logits.to(device).requires_grad_(True)
+    loss = bound(problem(), backend, device, inplace=True)(leaf * 1)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace must be False for a graph walked backward more than once"):
+        loss.backward()
+
+
+def test_in_place_takes_the_logits_storage(backend, device):
+    case = problem()
+    leaf = case.logits.to(device).requires_grad_(True)
+    logits = leaf * 1
+    storage, seen = logits.data_ptr(), []
+    logits.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    (UPSTREAM * bound(case, backend, device, inplace=True)(logits)).backward()
+    assert seen == [storage]
+
+
+def test_in_place_is_seen_by_whoever_saved_the_logits(backend, device):
+    case = problem()
+    logits = case.logits.to(device).requires_grad_(True) * 1
+    probabilities = torch.exp(logits * 1)  # exp saves its output, softmax of logits would too
+    entropy = (logits * probabilities).sum()  # mul saves the logits
+    loss = bound(case, backend, device, inplace=True)(logits)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + entropy).backward()
+
+
+def test_out_of_place_leaves_the_logits_alone(backend, device):
+    case = problem()
+    logits = case.logits.to(device).requires_grad_(True) * 1
+    before = logits.detach().clone()
+    loss = bound(case, backend, device)(logits)
+    (3 * loss + logits.square().sum()).backward()
+    assert torch.equal(logits.detach(), before)
+
+
+def test_loss_beside_another_loss(backend, device):
+    case = problem()
+    leaf = case.logits.to(device).requires_grad_(True)
+    (alone,) = torch.autograd.grad(bound(case, backend, device)(leaf), leaf)
+    (3 * bound(case, backend, device)(leaf) + leaf.square().sum()).backward()
+    torch.testing.assert_close(leaf.grad, 3 * alone + 2 * leaf.detach())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_without_gradients_nothing_is_materialised(backend, device, inplace, monkeypatch):
+    calls = []
+    real = row.registry.choose
+    monkeypatch.setattr(row.registry, "choose", lambda name, call: calls.append(call) or real(name, call))
+    case = problem()
+    leaf = case.logits.to(device).requires_grad_(True)
+    with torch.no_grad():
+        quiet = bound(case, backend, device, inplace=inplace)(leaf)
+    frozen = bound(case, backend, device, inplace=inplace)(leaf.detach())
+    assert [call.want_gradient for call in calls] == [False, False]
+    assert torch.equal(leaf.detach().cpu(), case.logits), "in place without a gradient leaves the logits alone"
+    loud = bound(case, backend, device)(leaf)
+    assert torch.equal(quiet, loud) and torch.equal(frozen, loud) and not quiet.requires_grad
+
+
+def test_double_backward_is_an_error(backend, device):
+    leaf = problem().logits.to(device).requires_grad_(True)
+    loss = bound(problem(), backend, device)(leaf)
+    weight = torch.tensor(2.0, device=device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss * weight, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|autograd formula"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_checkpointing(backend, device, inplace):
+    case = problem()
+    function = bound(case, backend, device, inplace=inplace)
+    _, expected = run(function, case.logits.to(device))
+    for reentrant in (False, True):
+        _, gradient = run(
+            lambda z, r=reentrant: checkpoint(lambda x: function(x * 1), z, use_reentrant=r), case.logits.to(device)
+        )
+        assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_the_loss_in_float32(backend, device, dtype):
+    case = problem(dtype=dtype)
+    with torch.autocast(device.type, dtype=dtype):
+        inside, gradient = run(bound(case, backend, device), case.logits.to(device))
+    outside, expected = run(bound(case, backend, device), case.logits.to(device))
+    assert inside.dtype == torch.float32 and torch.equal(inside, outside)
+    assert gradient.dtype == dtype and torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiles_without_a_graph_break(backend, device, inplace, dtype):
+    torch._dynamo.reset()
+    case = problem(dtype=dtype)
+    function = bound(case, backend, device, inplace=inplace)
+    expected = run(lambda z: function(z * 2) * 0.5, case.logits.to(device))
+    compiled = torch.compile(lambda z: function(z * 2) * 0.5, fullgraph=True, backend="aot_eager")
+    loss, gradient = run(compiled, case.logits.to(device))
+    torch.testing.assert_close(loss, expected[0])
+    torch.testing.assert_close(gradient, expected[1])
+
+
+def test_many_lengths_compile_at_most_twice(backend, device):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda z, y: gft_loss(z * 2, y, tau=0.3, backend=backend), fullgraph=True, backend=counter)
+    for rows in range(3, 53):
+        z = torch.randn(rows, 19, device=device, requires_grad=True)
+        compiled(z, torch.zeros(rows, dtype=torch.long, device=device)).backward()
+        assert z.grad.isfinite().all()
+    assert counter.frame_count <= 2
+
+
+def operator_arguments(dtype, **options):
+    case = problem(dtype=dtype)
+    defaults = {p.name: p.default for p in inspect.signature(gft_loss).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    defaults.update(rewards=case.rewards, group_size=2, mask=case.mask, **options)
+    objective = checks.gft_objective(defaults.pop("tau"), defaults.pop("rectify"))
+    call = checks.row_call(case.logits.requires_grad_(True), case.targets, objective=objective, **defaults)
+    return (call.logits_STV, *row._pack(call, "reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none", "return_entropy": True}, {"inplace": False, "softcap": 5.0}]
+)
+def test_opcheck_of_the_functional_operator(dtype, options):
+    torch.library.opcheck(torch.ops.gft.row_loss.default, operator_arguments(dtype, **options))
+
+
+def test_opcheck_of_the_mutating_operators():
+    logits, *arguments = operator_arguments(torch.float32)
+    torch.library.opcheck(torch.ops.gft.row_loss_.default, (logits.detach(), *arguments))
+    gradient, row_scale = torch.randn(2, 3, 5), torch.rand(6)
+    torch.library.opcheck(torch.ops.gft.scale.default, (gradient, row_scale, torch.rand(6), "reference"))
+    torch.library.opcheck(torch.ops.gft.scale_.default, (gradient, row_scale, torch.tensor(2.0), "reference"))

@@ -1,0 +1,333 @@
+"""`policy_loss` against the float64 oracle: every objective, with penalties, on every backend; and its edges."""
+
+from __future__ import annotations
+
+import math
+
+import oracle
+import pytest
+import torch
+from cases import DTYPES
+from policy_cases import CLIPS, OBJECTIVES, PENALTIES, WITH_RATIO, assert_right, problem
+
+from gft_kernels import gft_loss, policy_checks, policy_loss
+from gft_kernels.advantages import RowCredit
+from gft_kernels.linear import chunks
+from gft_kernels.linear_call import LinearCall
+from gft_kernels.options import Credit, Objective
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("penalties", [{}, PENALTIES], ids=["plain", "penalties"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective(backend, objective, penalties, dtype):
+    case = problem(objective, dtype=dtype, **penalties)
+    loss, gradient = case.run(backend=backend)
+    assert_right(case, loss, gradient)
+
+
+@pytest.mark.parametrize("objective", ["gft", "dapo", "cispo"])
+@pytest.mark.parametrize(
+    ("vocabulary", "options"),
+    [
+        (1, {}),
+        (2, {}),
+        (7, {"temperature": 0.6}),
+        (1003, {"softcap": 5.0, "temperature": 1.7}),
+        (5001, {"logit_scale": -0.5}),
+    ],
+    ids=str,
+)
+def test_lengths_and_transforms(backend, objective, vocabulary, options):
+    case = problem(objective, 3, 2, vocabulary, seed=vocabulary, **options, **PENALTIES)
+    loss, gradient = case.run(backend=backend, inplace=vocabulary % 2 == 0)
+    assert_right(case, loss, gradient, rtol=5e-5)
+
+
+def test_the_problem_has_rows_on_both_sides_of_every_clip():
+    for objective in WITH_RATIO:
+        case = problem(objective)
+        _, stats = case.loss(backend="reference", return_stats=True)
+        a, low, high = stats.advantages, *CLIPS[objective]
+        above = (stats.ratios > 1 + high) & case.mask
+        assert (above & (a > 0)).any() and (above & (a < 0)).any()
+        below = (stats.ratios < 1 - low) & case.mask
+        assert (below & (a > 0)).any() and (below & (a < 0)).any()
+
+
+def test_the_truth_is_the_slope_of_its_own_value():
+    """Finite differences of the oracle: the sign of the KL term and of the entropy bonus hang on it."""
+    case = problem("grpo", 2, 2, 7, **PENALTIES)
+
+    def total(z):
+        return oracle.policy_losses(
+            z, case.targets.flatten(), torch.ones(4), case.advantages.flatten(), objective="grpo",
+            old=case.old.flatten(), ref=case.ref.flatten(), **PENALTIES,
+        ).sum()  # fmt: skip
+
+    assert torch.autograd.gradcheck(total, case.logits.flatten(0, 1).double().requires_grad_(True))
+
+
+@pytest.mark.parametrize("objective", WITH_RATIO)
+def test_on_policy_the_ratio_is_one_and_its_gradient_flows(backend, objective):
+    case = problem(objective, **PENALTIES)
+    case.old = None
+    (loss, stats), gradient = case.run(backend=backend, return_stats=True)
+    assert_right(case, loss, gradient)
+    assert stats.ratios[case.mask].eq(1).all() and not stats.clipped.any()
+    assert stats.coefficients[case.mask].eq(1).all()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gft_by_name_is_gft_loss_to_the_bit(backend, inplace):
+    case = problem("gft", dtype=torch.bfloat16)
+    case.options = {"tau": 0.4, "rectify": "positive"}
+    loss, gradient = case.run(backend=backend, inplace=inplace)
+    leaf = case.logits.clone().requires_grad_(True)
+    expected = gft_loss(leaf * 1, case.targets, mask=case.mask, advantages=case.advantages, num_items_in_batch=17,
+                        inplace=inplace, backend=backend, **case.options)  # fmt: skip
+    (expected * 3.7).backward()
+    assert torch.equal(loss, expected) and torch.equal(gradient, leaf.grad)
+
+
+@pytest.mark.parametrize(("objective", "tau"), [("sft", 0.0), ("dft", 1.0)])
+def test_imitation_is_gft_at_the_ends_of_tau(backend, objective, tau):
+    case = problem(objective)
+    loss, gradient = case.run(backend=backend)
+    as_gft = problem("gft", tau=tau)
+    as_gft.advantages = torch.ones_like(as_gft.advantages)
+    expected = as_gft.run(backend=backend)
+    assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
+
+
+@pytest.mark.parametrize("reduction", ["token-mean", "sequence-mean", "sum", "none"])
+def test_reductions(backend, reduction):
+    case = problem("dapo", **PENALTIES)
+    case.mask[2] = False
+    weights = oracle.row_weights(case.mask.flatten(), [r // 4 for r in range(24)], reduction)
+    upstream = torch.randn(6, 4) if reduction == "none" else 3.7
+    flat = upstream.flatten().double() if reduction == "none" else upstream
+    losses, truth = case.truth(flat, weights)
+    loss, gradient = case.run(upstream, reduction=reduction, num_items_in_batch=None, backend=backend)
+    found = loss.detach().double().flatten() if reduction == "none" else loss.detach().double()
+    torch.testing.assert_close(found, losses if reduction == "none" else losses.sum(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), truth, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("objective", "dtype"),
+    [(name, torch.float32) for name in OBJECTIVES] + [("grpo", torch.bfloat16), ("grpo", torch.float16)],
+    ids=str,
+)
+def test_linear_is_the_loss_over_its_logits(backend, objective, dtype):
+    generator = torch.Generator().manual_seed(3)
+    case = problem(objective, vocabulary=53, **PENALTIES)
+    leaves = [torch.randn(*s, generator=generator).to(dtype).requires_grad_(True) for s in [(6, 4, 8), (53, 8), (53,)]]
+    wide = [x.detach().float().requires_grad_(True) for x in leaves]
+    options = {"return_stats": True, "return_entropy": True, "backend": backend}
+    logits = wide[0] @ wide[1].t() + wide[2]
+    log_pi = torch.log_softmax(logits.detach(), -1).gather(-1, case.targets[..., None])[..., 0]
+    case.old, case.ref = (log_pi + torch.randn(6, 4, generator=generator) * 0.4 for _ in range(2))
+    expected, expected_stats = case.loss(logits, **options)
+    loss, stats = case.loss(leaves[0], weight=leaves[1], bias=leaves[2], chunk_rows=5, **options)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    tolerance = max(1e-5, torch.finfo(dtype).eps)
+    for gradient, truth in zip(
+        torch.autograd.grad(loss * 3.7, leaves), torch.autograd.grad(expected * 3.7, wide), strict=True
+    ):
+        assert gradient.dtype == dtype
+        assert float((gradient.float() - truth).norm()) <= tolerance * float(truth.norm())
+    for name, value in vars(expected_stats).items():
+        torch.testing.assert_close(getattr(stats, name), value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("objective", "kappa"), [("gft", 2.0), ("cispo", 10.0), ("grpo", 60.0), ("dapo", 60.0)])
+def test_fp16_products_have_room_for_the_largest_kappa(objective, kappa):
+    """A = -2 at rho = 30 is kappa = -60 for grpo: times the scaled weight it must stay below 65504, yet near it."""
+    preset = policy_checks.PRESETS[objective]
+    call = LinearCall(
+        torch.zeros(1, 1, 3), torch.zeros(5, 3), None, Credit(torch.zeros(1, dtype=torch.long)),
+        Objective(preset.surrogate, clip_high=preset.options.get("clip_high", 0.0)),
+        product_dtype=torch.float16, want_hidden=True,
+    )  # fmt: skip
+    for weight in (1.0, 1 / 8192):
+        credit = RowCredit(torch.tensor([True]), torch.tensor([-2.0]), torch.tensor([weight]))
+        unit, weights = chunks._gradient_unit(call, credit)
+        assert float(weights * unit) == pytest.approx(weight)
+        assert 1024 < float(weights * kappa) < 65504
+
+
+def test_linear_rows_without_advantage_stay_home_unless_a_penalty_needs_them(backend):
+    hidden, weight = torch.randn(6, 4, 8, requires_grad=True), torch.randn(131, 8, requires_grad=True)
+    for entropy_coef in (0.0, 0.2):
+        case = problem("gft", entropy_coef=entropy_coef)
+        case.advantages[:] = 0.0
+        (gradient,) = torch.autograd.grad(case.loss(hidden, weight=weight, backend=backend), hidden)
+        assert gradient[~case.mask].eq(0).all() and gradient[case.mask].ne(0).any() == (entropy_coef != 0)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_statistics(backend, objective):
+    case = problem(objective, beta=0.3)
+    _, stats = case.loss(backend=backend, return_stats=True, return_entropy=True)
+    log_pi = torch.log_softmax(case.logits.double(), -1)
+    chosen, live = log_pi.gather(-1, case.targets[..., None])[..., 0], case.mask
+    expected = {"log_probs": chosen, "entropy": -(log_pi.exp() * log_pi).sum(-1)}
+    u = case.ref.double() - chosen
+    expected["kl"] = u.exp() - 1 - u
+    if objective in WITH_RATIO:
+        ratio, a, (low, high) = (chosen - case.old).exp(), case.advantages, CLIPS[objective]
+        clipped = ((a > 0) & (ratio > 1 + high)) | ((a < 0) & (ratio < 1 - low))
+        capped = ratio.clamp(max=1 + high)
+        expected["ratios"] = ratio
+        expected["clipped"] = ratio > 1 + high if objective == "cispo" else clipped
+        expected["coefficients"] = capped if objective == "cispo" else torch.where(clipped, 0.0, ratio)
+    else:
+        assert stats.ratios is None and stats.clipped is None
+    for name, truth in expected.items():
+        found = getattr(stats, name)
+        assert found.shape == live.shape and not found.requires_grad and found[~live].eq(0).all()
+        torch.testing.assert_close(found[live].double(), truth[live].double(), rtol=2e-5, atol=2e-6)
+
+
+# --- edges ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("advantage", [1.5, -1.5])
+def test_at_the_edge_of_the_clip_the_gradient_still_flows(backend, advantage):
+    """A range of width 0 has rho = 1 on both of its edges; one step of float32 further, the clip is active."""
+    logits, targets = torch.randn(2, 9), torch.tensor([3, 4])
+    options = {"objective": "grpo", "advantages": torch.full((2,), advantage), "clip_low": 0.0, "clip_high": 0.0}
+    for old, flows in ((None, True), (-math.copysign(1e-3, advantage), False), (math.copysign(1e-3, advantage), True)):
+        leaf = logits.clone().requires_grad_(True)
+        chosen = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+        given = None if old is None else chosen + old
+        loss = policy_loss(leaf, targets, old_log_probs=given, reduction="sum", backend=backend, **options)
+        loss.backward()
+        assert leaf.grad.ne(0).any(1).tolist() == [flows, flows], old
+        assert loss.isfinite()
+
+
+@pytest.mark.parametrize("objective", ["gft", *WITH_RATIO])
+@pytest.mark.parametrize("penalties", [{}, {"beta": 0.3}, {"entropy_coef": 0.2}], ids=str)
+def test_without_advantage_only_the_penalties_act(backend, objective, penalties):
+    """A = 0: such a row is skipped, NaN and all, unless a penalty acts on it."""
+    case = problem(objective, **penalties)
+    case.advantages[:] = 0.0
+    case.old = torch.full_like(case.old, NAN)  # A = 0 decides before the ratio is looked at
+    loss, gradient = case.run(backend=backend)
+    assert gradient[case.mask].ne(0).any(-1).all() == bool(penalties)
+    case.old = torch.zeros_like(case.old)
+    assert_right(case, loss, gradient)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_masked_rows_may_hold_anything(backend, objective):
+    case = problem(objective, **PENALTIES)
+    clean = case.run(backend=backend, return_stats=True, return_entropy=True)
+    dead = ~case.mask
+    case.logits = torch.where(dead[..., None], NAN, case.logits)
+    case.old, case.ref = (torch.where(dead, NAN, x) for x in (case.old, case.ref))
+    case.advantages = torch.where(dead, NAN, case.advantages)
+    case.targets = torch.where(dead, 10**9, case.targets)
+    (loss, stats), gradient = case.run(backend=backend, return_stats=True, return_entropy=True)
+    assert torch.equal(loss, clean[0][0]) and torch.equal(gradient, clean[1]) and gradient[dead].eq(0).all()
+    for name, value in vars(stats).items():
+        expected = getattr(clean[0][1], name)
+        assert value is expected is None or torch.equal(value, expected), name
+
+
+@pytest.mark.parametrize("objective", WITH_RATIO)
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_a_banned_target(backend, objective, advantage):
+    """pi = 0, so rho = 0 (on-policy: 1): finite, with the push that the surrogate has there."""
+    logits = torch.tensor([[-INF, 0.3, -0.2], [0.1, 0.3, -0.2]])
+    targets, advantages = torch.tensor([0, 1]), torch.full((2,), advantage)
+    options = {"objective": objective, "advantages": advantages, "reduction": "none", "backend": backend}
+    leaf = logits.clone().requires_grad_(True)
+    old = torch.tensor([-1.0, -1.0])
+    loss = policy_loss(leaf, targets, old_log_probs=old, **options)
+    loss.sum().backward()
+    low = 0.0 if objective == "cispo" else CLIPS[objective][0]
+    expected = -(1 - low) * advantage if advantage < 0 and objective != "cispo" else 0.0
+    assert loss[0].item() == pytest.approx(expected) and leaf.grad[0].eq(0).all()
+    assert leaf.grad[1].isfinite().all() and leaf.grad[1].ne(0).any()
+    leaf = logits.clone().requires_grad_(True)
+    loss = policy_loss(leaf, targets, **options)
+    loss[0].backward()
+    expected = advantage * (torch.softmax(logits[0], 0) - torch.tensor([1.0, 0, 0]))
+    torch.testing.assert_close(leaf.grad[0], expected, rtol=1e-5, atol=1e-7)
+    assert loss[0].item() == (advantage * INF if objective == "cispo" else -advantage)
+
+
+def test_a_banned_token_has_no_entropy_gradient(backend):
+    case = problem("dapo", **PENALTIES)
+    case.logits[..., 20:90] = -INF
+    case.targets = case.targets % 20
+    log_pi = torch.log_softmax(case.logits.double(), -1).gather(-1, case.targets[..., None])[..., 0].float()
+    case.old, case.ref = log_pi + 0.1, log_pi - 0.3
+    loss, gradient = case.run(backend=backend)
+    assert gradient[..., 20:90].eq(0).all()
+    assert_right(case, loss, gradient)
+
+
+def test_a_ratio_that_overflows(backend):
+    """log rho = 900. A > 0, or cispo: bounded, so finite. grpo with A < 0 has no bound: reported, in its row only."""
+    logits, targets = torch.randn(3, 11), torch.tensor([3, 4, 5])
+    advantages, old = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([-900.0, -900.0, -2.0])
+    for objective, expected in (("cispo", [True, True, True]), ("grpo", [True, False, True])):
+        leaf = logits.clone().requires_grad_(True)
+        loss = policy_loss(
+            leaf, targets, objective=objective, advantages=advantages, old_log_probs=old, reduction="none",
+            backend=backend,
+        )  # fmt: skip
+        loss.sum().backward()
+        assert loss.isfinite().tolist() == expected
+        assert leaf.grad.isfinite().all(1).tolist() == expected
+        assert objective == "cispo" or (loss[0].item() == pytest.approx(-1.2) and leaf.grad[0].eq(0).all())
+
+
+@pytest.mark.parametrize("bad", ["old", "ref", "logits"])
+def test_a_bad_live_row_is_reported_in_that_row_only(backend, bad):
+    case = problem("grpo", **PENALTIES)
+    case.advantages[1] = 0.5
+    good_loss, good = case.run(reduction="none", num_items_in_batch=None, backend=backend)
+    case.mask[3, 2] = True
+    if bad == "logits":
+        case.logits[3, 2, 7] = NAN
+    else:
+        getattr(case, bad)[3, 2] = NAN
+    loss, gradient = case.run(reduction="none", num_items_in_batch=None, backend=backend)
+    here = torch.zeros_like(case.mask)
+    here[3, 2] = True
+    assert torch.equal(loss.isnan(), here) and gradient[3, 2].isnan().all()
+    assert torch.equal(gradient[~here], good[~here]) and torch.equal(loss[~here], good_loss[~here])
+
+
+def test_an_entropy_bonus_spreads_and_a_kl_penalty_pulls(backend):
+    logits = torch.tensor([[3.0, 0.0, -1.0, 0.5]])
+    log_pi = torch.log_softmax(logits, -1)[0]
+    leaf = logits.clone().requires_grad_(True)
+    policy_loss(leaf, torch.tensor([1]), advantages=torch.zeros(1), entropy_coef=1.0, backend=backend).backward()
+    assert leaf.grad[0, 0] > 0, "descent lowers the likeliest token"
+    for shift in (1.0, -1.0):
+        leaf = logits.clone().requires_grad_(True)
+        ref = log_pi[1:2] + shift
+        options = {"advantages": torch.zeros(1), "ref_log_probs": ref, "beta": 0.5, "backend": backend}
+        policy_loss(leaf, torch.tensor([1]), **options).backward()
+        assert (leaf.grad[0, 1] < 0) == (shift > 0), "a target the reference likes better rises"
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.5, 1e-3])
+def test_fp16_survives_a_gradient_scaler(backend, entropy_coef):
+    """At weight 1/8192 an fp16 gradient would underflow before the scaler's 65536 reaches it."""
+    case = problem("gft", 1, 2, 1003, torch.float16, std=1.0, tau=0.0, entropy_coef=entropy_coef)
+    case.mask[:], case.advantages[:] = True, torch.tensor([[1.0, 0.0]])
+    _, gradient = case.run(65536.0, num_items_in_batch=8192, backend=backend)
+    _, truth = case.truth(65536.0, torch.full((2,), 1 / 8192, dtype=torch.float64))
+    live = truth.ne(0).any(-1)
+    assert gradient[live].eq(0).float().mean() < 0.02
+    size = truth.abs().amax(-1, keepdim=True)
+    assert ((gradient.double() - truth).abs() <= 2.0**-10 * truth.abs() + 1e-6 * size + 2.0**-24).all()

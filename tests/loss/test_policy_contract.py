@@ -1,0 +1,165 @@
+"""What `policy_loss` refuses and defaults to, and what autograd and torch.compile ask of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from policy_cases import OBJECTIVES, PENALTIES, problem
+
+from gft_kernels import policy_loss
+from gft_kernels.operators import linear as linear_operator
+from gft_kernels.operators import row
+
+LOGITS, TARGETS = torch.randn(4, 3, 7), torch.zeros(4, 3, dtype=torch.long)
+LOG_PROBS, ADVANTAGES = torch.zeros(4, 3), torch.ones(4)
+HEAD = {"inputs": torch.randn(4, 3, 5), "weight": torch.randn(7, 5)}
+
+REFUSED = {
+    "objective": (dict(objective="ppo"), ValueError, "objective must be one of gft, sft, dft, grpo, .*got 'ppo'"),
+    "tau": (
+        dict(objective="grpo", tau=0.5),
+        ValueError,
+        "tau must be left out with objective='grpo', got 0.5; gft use",
+    ),
+    "rectify": (dict(objective="dft", rectify="all"), ValueError, "rectify must be left out with objective='dft'"),
+    "clip_low": (dict(objective="cispo", clip_low=0.2), ValueError, "clip_low must be left out with objective='cispo'"),
+    "clip_high": (dict(clip_high=0.2), ValueError, "clip_high must be left out with objective='gft', got 0.2; grpo, "),
+    "old": (dict(old_log_probs=LOG_PROBS), ValueError, "old_log_probs must be left out .*'gft', got a tensor"),
+    "sft advantages": (
+        dict(objective="sft", advantages=ADVANTAGES),
+        ValueError,
+        "advantages must be left out with objective='sft'",
+    ),
+    "dft rewards": (
+        dict(objective="dft", rewards=ADVANTAGES, group_size=2),
+        ValueError,
+        "rewards must be left out .*tau=1 weighs",
+    ),
+    "negative clip": (dict(objective="grpo", clip_low=-0.1), ValueError, r"clip_low must lie in \[0, 1\], got -0.1"),
+    "large clip": (dict(objective="grpo", clip_low=1.1), ValueError, r"clip_low must lie in \[0, 1\], got 1.1"),
+    "infinite clip": (dict(objective="grpo", clip_high=float("inf")), ValueError, "clip_high must be finite"),
+    "beta": (dict(beta=-1.0, ref_log_probs=LOG_PROBS), ValueError, "beta must be finite and not negative, got -1.0"),
+    "entropy": (dict(entropy_coef=float("nan")), ValueError, "entropy_coef must be finite, got nan"),
+    "no reference": (dict(beta=0.1), ValueError, "ref_log_probs must be given with beta=0.1, got None"),
+    "reference unused": (dict(ref_log_probs=LOG_PROBS), ValueError, "ref_log_probs must be left out with beta=0"),
+    "log-prob shape": (
+        dict(objective="grpo", old_log_probs=LOG_PROBS[0]),
+        ValueError,
+        r"old_log_probs must have shape \(4, 3\), got",
+    ),
+    "log-prob dtype": (
+        dict(objective="grpo", old_log_probs=TARGETS),
+        TypeError,
+        "old_log_probs must be floating point, got torch.int64",
+    ),
+    "log-prob type": (dict(objective="grpo", old_log_probs=0.0), TypeError, "old_log_probs must be a torch.Tensor"),
+    "targets type": (dict(targets=[1]), TypeError, "targets must be a torch.Tensor, got list"),
+    "targets shape": (dict(targets=TARGETS[:2]), ValueError, r"targets must have shape \(4, 3\)"),
+    "denominator": (dict(objective="dr_grpo"), ValueError, "num_items_in_batch must be given with objective='dr_grpo'"),
+    "inplace with weight": (dict(**HEAD, inplace=True), ValueError, "inplace must be False with weight"),
+    "bias alone": (dict(bias=torch.zeros(7)), ValueError, "bias must be left out without weight, got a tensor"),
+    "chunks alone": (dict(chunk_rows=3), ValueError, "chunk_rows must be left out without weight, got 3"),
+    "dtype alone": (dict(accum_dtype=torch.float32), ValueError, "accum_dtype must be left out without weight"),
+    "backend": (dict(backend="fast"), ValueError, "backend must be one of"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_says_what_to_do(name):
+    wrong, error, sentence = REFUSED[name]
+    with pytest.raises(error, match=sentence) as caught:
+        policy_loss(**{"inputs": LOGITS, "targets": TARGETS, **wrong})
+    assert "\n" not in str(caught.value) and "; " in str(caught.value), "one sentence that ends in a remedy"
+
+
+DEFAULTS = {
+    "gft": {"tau": 0.7, "rectify": "all", "reduction": "token-mean"},
+    "sft": {"reduction": "token-mean"},
+    "dft": {"reduction": "token-mean"},
+    "grpo": {"clip_low": 0.2, "clip_high": 0.2, "reduction": "sequence-mean"},
+    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "reduction": "token-mean"},
+    "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2, "reduction": "token-mean", "num_items_in_batch": 30},
+    "cispo": {"clip_high": 4.0, "reduction": "token-mean"},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_defaults(objective):
+    """Left out or spelt out, to the bit; a different range or reduction is a different loss."""
+    case = problem(objective)
+    case.old = case.old * 3
+    given = {k: v for k, v in case.arguments().items() if k in ("objective", "mask", "advantages", "old_log_probs")}
+    needed = {k: v for k, v in DEFAULTS[objective].items() if k == "num_items_in_batch"}
+    short = policy_loss(case.logits, case.targets, **given, **needed)
+    assert torch.equal(short, policy_loss(case.logits, case.targets, **given, **DEFAULTS[objective]))
+    others = {"tau": 0.1, "clip_high": 0.01, "reduction": "sum"}
+    for name in others.keys() & DEFAULTS[objective].keys():
+        changed = {**DEFAULTS[objective], name: others[name]}
+        if changed["reduction"] == "sum":
+            changed.pop("num_items_in_batch", None)
+        assert not torch.equal(short, policy_loss(case.logits, case.targets, **given, **changed)), name
+
+
+def test_log_probs_of_other_floating_types_are_taken_and_detached():
+    case = problem("grpo", beta=0.1)
+    expected = case.loss()
+    case.old, case.ref = case.old.double().requires_grad_(), case.ref.double().requires_grad_()
+    loss = case.loss()
+    assert torch.equal(loss, expected) and not loss.requires_grad
+
+
+def test_a_reference_without_beta_is_only_looked_at():
+    case = problem("dapo")
+    loss, stats = case.loss(ref_log_probs=case.ref, return_stats=True)
+    assert torch.equal(loss, case.loss()) and stats.kl[case.mask].gt(0).all()
+
+
+def test_a_frozen_policy_needs_no_gradient():
+    case = problem("cispo", **PENALTIES)
+    assert not case.loss().requires_grad and torch.equal(case.loss(), case.run()[0])
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_compiles_without_a_graph_break(linear):
+    torch._dynamo.reset()
+    case = problem("grpo", 2, 3, 31, **PENALTIES)
+    head = {"weight": torch.randn(31, 5)} if linear else {}
+    inputs = torch.randn(2, 3, 5) if linear else case.logits
+
+    def step(x):
+        loss, stats = case.loss(x * 2, return_stats=True, **head)
+        return loss * 0.5, stats.ratios, stats.clipped, stats.kl
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaf = inputs.clone().requires_grad_(True)
+        loss, *stats = function(leaf)
+        loss.backward()
+        results.append((loss.detach(), *stats, leaf.grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_a_number_that_changes_compiles_again():
+    torch._dynamo.reset()
+    case = problem("grpo", 2, 3, 31)
+    step = torch.compile(
+        lambda z, beta: case.loss(z, ref_log_probs=case.ref, beta=beta, temperature=1 + beta, clip_high=beta),
+        fullgraph=True, backend="eager",
+    )  # fmt: skip
+    for beta in (0.1, 0.2, 0.3):
+        expected = case.loss(ref_log_probs=case.ref, beta=beta, temperature=1 + beta, clip_high=beta)
+        assert torch.equal(step(case.logits, beta), expected)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_opcheck(monkeypatch, linear):
+    home, name = (linear_operator, "linear_loss") if linear else (row, "row_loss")
+    captured, pack = [], home._pack
+    case = problem("dapo", 2, 3, 31, **PENALTIES)
+    head = {"weight": torch.randn(31, 5, requires_grad=True)} if linear else {}
+    inputs = (torch.randn(2, 3, 5) if linear else case.logits).requires_grad_(True)
+    with monkeypatch.context() as patched:
+        patched.setattr(home, "_pack", lambda *call: captured.append(pack(*call)) or captured[-1])
+        case.loss(inputs, backend="reference", **head)
+    arguments = captured[0] if linear else (inputs, *captured[0])
+    torch.library.opcheck(getattr(torch.ops.gft, name).default, arguments)

@@ -1,0 +1,72 @@
+"""A patched model in transformers.Trainer as it comes: the columns arrive, and a step's scale is right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_hf import assert_same, gradients
+from tiny_families import VOCABULARY, tiny
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from gft_kernels import gft_loss
+from gft_kernels.model.patch import patch_model
+
+WINDOW, ROWS = 8, 11  # the second window is a partial one of 3
+
+
+class Gradients(TrainerCallback):
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters()})
+
+
+def rows() -> list[dict]:
+    """As many live tokens in each row as fall to it, so a mean of means differs from the mean of the window."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for s in range(ROWS):
+        input_ids = torch.randint(3, VOCABULARY, (9,), generator=generator)
+        labels = torch.where(torch.arange(9) < 1 + (5 * s) % 7, -100, input_ids)
+        made.append({"input_ids": input_ids, "labels": labels, "gft_advantages": 1.5 - 0.4 * s, "unknown": 3})
+    return made
+
+
+def windows(model) -> list[tuple[float, dict]]:
+    """Loss and gradients of each window from the logits, with the window's token count."""
+    found = []
+    for start in range(0, ROWS, WINDOW):
+        part = rows()[start : start + WINDOW]
+        ids, labels = (torch.stack([row[name] for row in part]) for name in ("input_ids", "labels"))
+        advantages = torch.tensor([row["gft_advantages"] for row in part])
+        loss = gft_loss(model(input_ids=ids).logits[:, :-1], labels[:, 1:], advantages=advantages)
+        loss.backward()
+        found.append((loss.item(), gradients(model)))
+    return found
+
+
+@pytest.mark.parametrize(("micro_batch", "accumulation"), [(8, 1), (4, 2), (2, 4), (1, 8)])
+def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path, micro_batch, accumulation):
+    model, seen = tiny("gemma2"), Gradients()
+    expected = windows(model)
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        report_to="none",
+        use_cpu=True,
+    )
+    trainer = Trainer(patch_model(model), args, train_dataset=rows(), callbacks=[seen])
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == len(seen.steps) == len(expected) == 2
+    for ours, theirs in zip(zip(losses, seen.steps, strict=True), expected, strict=True):
+        assert_same(ours, theirs, tolerance=1e-4)  # the loss is logged in few digits

@@ -1,0 +1,170 @@
+"""Two ranks started by torchrun and by accelerate with the files in examples/: every step is that of one process."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import launched_run
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "examples" / "accelerate"
+ACCELERATE = ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2", "--mixed_precision", "no",
+              "--main_process_port", "0"]  # fmt: skip
+LAUNCHERS = {
+    "torchrun": ("ddp", ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]),
+    "ddp.yaml": ("ddp", [*ACCELERATE, "--config_file", str(CONFIGS / "ddp.yaml")]),
+    "fsdp2.yaml": ("fsdp", [*ACCELERATE, "--config_file", str(CONFIGS / "fsdp2.yaml")]),
+    "zero2.yaml": ("deepspeed", [*ACCELERATE, "--config_file", str(CONFIGS / "zero2.yaml")]),
+    "zero3.yaml": ("deepspeed", [*ACCELERATE, "--config_file", str(CONFIGS / "zero3.yaml")]),
+}
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; the file is only read"
+)
+OFFLINE = [name for name, (_, _, options) in launched_run.RUNS.items() if options.get("num_generations") == 0]
+
+
+def marked(launcher: str, *rest: str):
+    return pytest.param(launcher, *rest, marks=needs_deepspeed if launcher.startswith("zero") else ())
+
+
+EVERY = [name for name in LAUNCHERS if name != "ddp.yaml"]
+CASES = [
+    marked(launcher, name)
+    for launcher in EVERY
+    for name in OFFLINE
+    if launcher == "fsdp2.yaml" or name not in launched_run.SHARDED_ONLY
+]
+
+
+def ended(command: list[str], attempts: int = 2, patience: int = 180) -> tuple[int, str]:
+    """Exit code and errors of a launcher, ended with its ranks when it takes too long.
+
+    Twice at most: on a busy machine ranks have failed to meet before any of our code ran; a hang of ours comes back.
+    """
+    python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
+    for _ in range(attempts):
+        launcher = subprocess.Popen(
+            [sys.executable, *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            errors = launcher.communicate(timeout=patience)[1]
+            return launcher.returncode, errors
+        except subprocess.TimeoutExpired:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            errors = launcher.communicate()[1]
+    return -1, f"no end after {patience} s\n{errors}"
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """What the two ranks of a launcher brought back; each launcher starts once."""
+
+    @functools.cache
+    def start(launcher: str, *only: str) -> list[dict]:
+        kind, command = LAUNCHERS[launcher]
+        path = tmp_path_factory.mktemp("launched")
+        code, errors = ended([*command, str(ROOT / "tests" / "launched_run.py"), kind, str(path), *only])
+        assert code == 0, errors[-6000:]
+        results = [torch.load(path / f"{rank}.pt") for rank in range(2)]
+        if not only:
+            results[0]["saved"] = load_file(path / "saved" / "model.safetensors")
+        return results
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same runs in this process, with the prompts of both ranks in each micro-batch."""
+    return functools.cache(lambda name: launched_run.run(name, tmp_path_factory.mktemp("alone"), micro_batch=4))
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 2e-6) -> bool:
+    return bool((ours - theirs).norm() <= tolerance * theirs.norm())
+
+
+@pytest.mark.parametrize(("launcher", "name"), CASES)
+def test_two_ranks_take_the_steps_of_one(launched, alone, launcher, name):
+    """However the rows fall to the ranks: ragged, none at all, or none with an advantage."""
+    first, second, one = *(rank[name] for rank in launched(launcher)), alone(name)
+    assert len(first["logged"]) == len(one["logged"]) == len(one["gradients"])
+    torch.testing.assert_close(first["logged"], one["logged"], rtol=1e-4, atol=1e-6)
+    assert first["logged"] == second["logged"]
+    for a, b, expected in zip(first["gradients"], second["gradients"], one["gradients"], strict=True):
+        if launcher.startswith("zero"):
+            break  # DeepSpeed's gradients are its own; the weights below say what they were
+        assert torch.equal(a, b)
+        assert expected.norm() > 1e-3 and close(a, expected)
+    start = launched_run.MODELS[launched_run.RUNS[name][0]]().state_dict()
+    for key, weight in one["weights"].items():
+        assert close(first["weights"][key] - start[key], weight - start[key], 2e-4), (
+            key
+        )  # differences of rounded numbers
+
+
+@pytest.mark.parametrize("launcher", [marked(launcher) for launcher in EVERY])
+def test_ranks_that_sample_different_lengths_go_on_together(launched, launcher):
+    """Seven prompts one by one: a rank without a prompt, or done early, must not leave the other waiting."""
+    first, second = (rank["sampled"] for rank in launched(launcher))
+    assert first["logged"] == second["logged"] and len(first["logged"]) == 1
+    assert 1 < first["logged"][0][2] < 9  # most end before max_completion_length
+    start = launched_run.MODELS["llama"]().state_dict()
+    assert any(not torch.equal(weight, start[key]) for key, weight in first["weights"].items())
+    if launcher == "torchrun":  # FSDP2 and ZeRO-3 bring the weights to rank 0
+        assert all(torch.equal(weight, second["weights"][key]) for key, weight in first["weights"].items())
+
+
+@pytest.mark.parametrize("launcher", [marked(launcher) for launcher in EVERY])
+def test_a_saved_model_is_whole(launched, launcher):
+    first = launched(launcher)[0]
+    trained, saved = first["ragged"]["weights"], first["saved"]
+    assert trained.keys() == saved.keys()
+    assert all(torch.equal(saved[key], weight) for key, weight in trained.items())
+
+
+def test_all_ranks_stop_after_the_step_in_which_one_was_interrupted(launched):
+    (step, saved), (other, _) = (rank["stop"] for rank in launched("torchrun"))
+    assert step == other == 1 and saved
+
+
+def test_accelerate_launch_with_ddp_is_torchrun(launched):
+    (ours, _), (theirs, _) = launched("ddp.yaml", "tied"), launched("torchrun")
+    assert len(ours["tied"]["gradients"]) == 2
+    assert all(map(torch.equal, ours["tied"]["gradients"], theirs["tied"]["gradients"]))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
+def test_accelerate_reads_every_file(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    config = load_config_from_file(str(path))  # unknown keys raise
+    assert config.num_processes == 2 and config.mixed_precision == "bf16"
+    options = {action.dest for action in launch_command_parser()._actions}
+    sections = {key: value for key, value in yaml.safe_load(path.read_text()).items() if isinstance(value, dict)}
+    assert all(key in options for section in sections.values() for key in section)
+    assert f"examples/accelerate/{path.name}" in path.read_text().partition("compute_environment")[0]
+
+
+def test_the_deepspeed_files_say_which_stage():
+    """Without deepspeed its plugin cannot be built; the fields it would be given can be read."""
+    for stage in (2, 3):
+        fields = yaml.safe_load((CONFIGS / f"zero{stage}.yaml").read_text())["deepspeed_config"]
+        assert fields["zero_stage"] == stage and fields["gradient_accumulation_steps"] == "auto"
+    if importlib.util.find_spec("deepspeed") is not None:
+        from accelerate import DeepSpeedPlugin
+
+        names = ("zero_stage", "offload_optimizer_device", "offload_param_device", "zero3_init_flag")
+        assert DeepSpeedPlugin(**{k: fields[k] for k in names}).deepspeed_config["zero_optimization"]["stage"] == 3
