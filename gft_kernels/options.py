@@ -6,6 +6,7 @@ Suffixes name shapes: logits_STV, targets_R, rewards_S.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -72,6 +73,8 @@ class Objective:
     clip_high: float = 0.0  # grpo: rho above 1 + clip_high where A > 0; cispo: the cap of rho
     beta: float = 0.0  # weight of the k3 penalty
     entropy_coef: float = 0.0  # lambda of -lambda·H
+    delta: float = math.inf  # grpo: rho above it is held there where A < 0 (dual clip); inf: no such bound
+    kl_cap: float = math.inf  # k3: beyond this log(pi_ref / pi), in nats, the penalty goes on in a straight line
     old_log_probs_R: Tensor | None = None  # (R,) float32, of rho; None: on-policy, rho = 1
     ref_log_probs_R: Tensor | None = None  # (R,) float32, of k3; given where beta is not 0
 
