@@ -7,6 +7,7 @@ on one micro-batch of whole groups and divides by that count. Evaluation is in e
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -25,7 +26,8 @@ from gft_kernels.data.rows import Row, Rows
 from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.options import TokenStats
 from gft_kernels.trainer import collapse, objective
-from gft_kernels.trainer.callbacks import RunLog
+from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt, say
+from gft_kernels.trainer.checkpoints import Manifests
 from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.engines import rollout_function
 from gft_kernels.trainer.evaluation import TRAINING, HeldOut
@@ -79,7 +81,7 @@ class GFTTrainer(HeldOut):
             eval_dataset=eval_rows,
             processing_class=processing_class,
             compute_metrics=heldout_summary(rewards.names),
-            callbacks=[RunLog(), *(callbacks or [])],
+            callbacks=[RunLog(), Manifests(), *(callbacks or [])],
             optimizers=optimizers,
         )
         refuse_layouts(args, self.accelerator)
@@ -107,10 +109,20 @@ class GFTTrainer(HeldOut):
         sampler = super()._get_train_sampler(*args, **kwargs)
         return sampler if sampler is None else even_sampler(sampler, self.args)
 
+    def train(self, *args, **kwargs):
+        with contextlib.ExitStack() as signals:  # they are given back even when training raises
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, SaveOnInterrupt):
+                    signals.enter_context(callback)
+            return super().train(*args, **kwargs)
+
     # One optimizer step
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The next window's micro-batches as tensors, and the denominator of its loss over all ranks."""
+        if 0 < self.state.max_steps <= self.state.global_step:  # resumed at its end: Trainer would take one more step
+            self.control.should_training_stop = True
+            return [], None
         if self.queue.is_empty(epoch_iterator):
             self.queue.windows = self._roll_out(epoch_iterator, num_batches, device)
         window = self.queue.windows.pop(0)
@@ -203,7 +215,7 @@ class GFTTrainer(HeldOut):
         every, step = self.args.log_completions_steps, self.state.global_step
         if every and step % every == 0 and groups and self.is_world_process_zero():
             append_completions(Path(str(self.args.output_dir), "completions.jsonl"), groups, step)
-            print("\n" + completions_table(groups[0], step), flush=True)
+            say("\n" + completions_table(groups[0], step))
 
 
 def checked_rows(train, held_out, tokenizer, args: GFTConfig, model, rewards: Rewards) -> tuple[Rows | None, Any]:
