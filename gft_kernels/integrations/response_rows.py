@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from gft_kernels import checks
 from gft_kernels.advantages import group_advantages
+from gft_kernels.api import policy_loss
 from gft_kernels.model.columns import PER_CALL
 from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.model.patched_forward import OF_THE_MODEL, PREFIX, refuse
 from gft_kernels.options import BACKENDS
-from gft_kernels.policy import policy_loss
 
 COLUMN = PREFIX + "advantages"
 _OF_THE_GROUP = ("responses", "rewards")

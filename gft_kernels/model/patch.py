@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from gft_kernels import checks
+from gft_kernels.api import policy_loss
 from gft_kernels.model.columns import PER_CALL
 from gft_kernels.model.patched_forward import OF_THE_MODEL, PREFIX, PatchedForward, refuse
-from gft_kernels.policy import policy_loss
-from gft_kernels.policy_checks import PRESETS
+from gft_kernels.objectives import PRESETS
 
 
 def patch_model(model: nn.Module, *, head: str | None = None, **loss_options: Any) -> nn.Module:

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from gft_kernels import checks
+from gft_kernels.api import policy_loss
 from gft_kernels.model import output_head
 from gft_kernels.model.columns import PER_CALL, aligned_columns
 from gft_kernels.model.output_head import HeadCall, Transform
 from gft_kernels.options import TokenStats
-from gft_kernels.policy import policy_loss
 
 PREFIX = "gft_"
 OF_THE_MODEL = ("weight", "bias", "logit_scale", "softcap", "process_group", "inplace")

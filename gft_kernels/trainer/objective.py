@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gft_kernels import policy_checks
+from gft_kernels import objectives
+from gft_kernels.objectives import PRESETS
 from gft_kernels.options import Objective
-from gft_kernels.policy_checks import PRESETS
 
 if TYPE_CHECKING:
     from gft_kernels.trainer.config import GFTConfig
@@ -42,7 +42,7 @@ def settle(config: GFTConfig) -> None:
 def resolve(config: GFTConfig) -> Objective:
     """The objective as `policy_loss` understands it. Raises ValueError as it does."""
     one_row = torch.zeros(1)
-    return policy_checks.objective_of(
+    return objectives.objective_of(
         config.objective,
         {name: getattr(config, name) for name in CHOSEN} | {"old_log_probs": None},
         beta=config.beta,

@@ -10,11 +10,10 @@ import torch
 from cases import DTYPES
 from policy_cases import CLIPS, OBJECTIVES, PENALTIES, WITH_RATIO, assert_right, problem
 
-from gft_kernels import gft_loss, policy_checks, policy_loss
+from gft_kernels import gft_loss, objectives, policy_loss
 from gft_kernels.advantages import RowCredit
 from gft_kernels.linear import chunks
-from gft_kernels.linear_call import LinearCall
-from gft_kernels.options import Credit, Objective
+from gft_kernels.options import Credit, LinearCall, Objective
 
 NAN, INF = float("nan"), float("inf")
 
@@ -146,7 +145,7 @@ def test_linear_is_the_loss_over_its_logits(backend, objective, dtype):
 @pytest.mark.parametrize(("objective", "kappa"), [("gft", 2.0), ("cispo", 10.0), ("grpo", 60.0), ("dapo", 60.0)])
 def test_fp16_products_have_room_for_the_largest_kappa(objective, kappa):
     """A = -2 at rho = 30 is kappa = -60 for grpo: times the scaled weight it must stay below 65504, yet near it."""
-    preset = policy_checks.PRESETS[objective]
+    preset = objectives.PRESETS[objective]
     call = LinearCall(
         torch.zeros(1, 1, 3), torch.zeros(5, 3), None, Credit(torch.zeros(1, dtype=torch.long)),
         Objective(preset.surrogate, clip_high=preset.options.get("clip_high", 0.0)),
@@ -299,6 +298,10 @@ def test_a_bad_live_row_is_reported_in_that_row_only(backend, bad):
         case.logits[3, 2, 7] = NAN
     else:
         getattr(case, bad)[3, 2] = NAN
+        if case.logits.device.type == "cpu":  # where looking at them costs nothing
+            with pytest.raises(ValueError, match=rf"{bad}_log_probs must be finite, got nan at position 14; mask"):
+                case.run(reduction="none", num_items_in_batch=None, backend=backend)
+            return
     loss, gradient = case.run(reduction="none", num_items_in_batch=None, backend=backend)
     here = torch.zeros_like(case.mask)
     here[3, 2] = True
