@@ -1,4 +1,4 @@
-"""What a run reports: means over the steps between two log lines, the table of completions, the held-out summary."""
+"""What a run reports: means between two log lines, signs of a collapse, held-out metrics, completions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gft_kernels.data.rows import Response, Row
 from gft_kernels.options import TokenStats
-from gft_kernels.trainer.groups import SOURCES, Group
+from gft_kernels.trainer.groups import SOURCES, Group, GroupBuilder
 
 GROUP_METRICS = (*(f"reward/{s}" for s in SOURCES), "zero_std_groups", "truncated", "completion_length")
 TOKEN_METRICS = ("pi", "rectified", "clipped", "entropy", "kl_to_start")
@@ -99,23 +100,94 @@ class Means:
         return drained | ({"tokens_per_second": tokens / seconds} if steps and seconds > 0 else {})
 
 
+# A run that comes apart. What a sign needs of the past is in the log history, so a resumed run goes on as if unstopped.
+
+ENTROPY_GROWTH, ENTROPY_MARGIN = 2.0, 0.5
+"""Entropy (nats) may grow to this multiple of the first log line's, plus this margin. Fitting and reinforcing both
+lower the entropy of response tokens; twice the start is noise being learned. The margin keeps a start near 0 from
+counting as growth."""
+
+LEAST_LOG_PROB, LOG_PROB_FALL = -50.0, 25.0
+"""A response token below e^-50 that is also 25 nats below the first log line's. A language model's least likely token
+in real text lies around -20 to -30; one that negative advantages push on, with nothing to hold it, falls on and on."""
+
+SILENT_WINDOWS = 3
+"""Log lines in a row in which every group's rewards are equal. One may be chance; three are a reward that does not tell
+responses apart, or a policy that always does the same."""
+
+SIGNS = {  # flag: (the metric it watches, what values of the log lines show it, the warning)
+    "collapse/entropy": (
+        "entropy",
+        lambda values: values[-1] > ENTROPY_GROWTH * values[0] + ENTROPY_MARGIN,
+        "entropy must stay near where it started, got {last:.3g} nats after {first:.3g}; "
+        "lower learning_rate or entropy_coef, or go back to a checkpoint",
+    ),
+    "collapse/min_log_prob": (
+        "min_log_prob",
+        lambda values: values[-1] < min(LEAST_LOG_PROB, values[0] - LOG_PROB_FALL),
+        "the least log-probability of a response token must stay bounded, got {last:.0f} nats after {first:.0f}; "
+        "lower learning_rate; with objective gft, raise tau and leave rectify at 'all'",
+    ),
+    "collapse/silent_groups": (
+        "zero_std_groups",
+        lambda values: len(values) >= SILENT_WINDOWS and set(values[-SILENT_WINDOWS:]) == {1.0},
+        f"rewards must differ within groups, got equal ones in every group for {SILENT_WINDOWS} log lines; "
+        "look at completions.jsonl: nothing is being learned",
+    ),
+}
+
+
+def signs_of_collapse(history: Sequence[dict], line: dict) -> tuple[dict[str, float], list[str]]:
+    """The flags of a log line (1 where a sign shows), and a sentence for each that the line before did not have."""
+    flags: dict[str, float] = {}
+    sentences = []
+    before: dict = next((earlier for earlier in reversed(history) if "zero_std_groups" in earlier), {})
+    for flag, (metric, shows, sentence) in SIGNS.items():
+        values = [entry[metric] for entry in (*history, line) if metric in entry]
+        if metric in line:
+            flags[flag] = float(shows(values))
+            if flags[flag] and not before.get(flag):
+                sentences.append(sentence.format(first=values[0], last=values[-1]))
+    return flags, sentences
+
+
+# Evaluation
+
+
+def heldout_lines(builder: GroupBuilder, rows: Sequence[Row], sampled: Sequence[Sequence[Response]]) -> list:
+    """A line of numbers per row, which heldout_summary reads: over its responses, truncated, length and rewards."""
+    lines = []
+    for row, responses in zip(rows, sampled, strict=True):
+        truncated = sum(r.ids[-1] not in builder.eos_ids for r in responses) / len(responses)
+        line = [truncated, sum(len(r.ids) for r in responses) / len(responses)]
+        if builder.rewards:
+            totals, parts = builder.rewards.score([row] * len(responses), [r.text for r in responses])
+            counted = [[value or 0.0 for value in part] for part in parts]
+            line += [sum(values) / len(values) for values in (totals, *counted)]
+        lines.append(line)
+    return lines
+
+
 def heldout_summary(names: Sequence[str]):
-    """compute_metrics for evaluation: from one line per row (see GFTTrainer.prediction_step) to named means."""
+    """compute_metrics for evaluation: from a line per row (GFTTrainer.prediction_step) to named means."""
 
     def summarise(prediction) -> dict[str, float]:
         lines = np.asarray(prediction.predictions, dtype=np.float64)
-        log_prob, tokens, truncated, length, reward, *parts = lines.T
+        log_prob, tokens, truncated, length, *rewards = lines.T
         summary = {"truncated": truncated.mean(), "completion_length": length.mean()}
         if tokens.sum() > 0:
             summary["expert_log_likelihood"] = log_prob.sum() / tokens.sum()
             summary["loss"] = -summary["expert_log_likelihood"]
         if names:
-            summary["reward"] = reward.mean()
+            summary["reward"] = rewards[0].mean()
         if len(names) > 1:
-            summary |= {f"reward_{name}": part.mean() for name, part in zip(names, parts, strict=True)}
+            summary |= {f"reward_{name}": part.mean() for name, part in zip(names, rewards[1:], strict=True)}
         return {name: float(value) for name, value in summary.items()}
 
     return summarise
+
+
+# Completions
 
 
 def completions_table(group: Group, step: int, width: int = 110) -> str:

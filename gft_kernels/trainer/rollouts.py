@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy
 import torch
+from torch import nn
 from transformers import GenerationConfig
-
-from gft_kernels.trainer.ranks import forward_is_collective
 
 
 @dataclass(frozen=True)
@@ -104,5 +103,15 @@ def seeded(*entropy: int, device: torch.device):
 def end_tokens(model, tokenizer) -> tuple[int, ...]:
     """Every token that ends a response: the tokenizer's, and those the model's generation defaults name."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    named = own if isinstance(own, list) else [] if own is None else [own]
+    named = [own] if isinstance(own, int) else list(own or ())
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *named]))
+
+
+def forward_is_collective(model: nn.Module) -> bool:
+    """Whether a forward of this model needs every rank, for its weights lie in parts on all of them.
+
+    Then all ranks must sample as often and as long as any of them.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule) or any(hasattr(p, "ds_id") for p in model.parameters())  # ds_id: ZeRO-3

@@ -2,7 +2,8 @@
 
 One optimizer step: `get_batch_samples` hands out the groups of the whole accumulation window, sampled together with
 those of the next `steps_per_rollout` - 1, and counts their tokens over all ranks; `compute_loss` runs the wrapped model
-on one micro-batch of whole groups and divides by that count. Evaluation is in evaluation.py.
+on one micro-batch of whole groups and divides by that count. Evaluation samples held-out prompts instead, and takes the
+likelihood of their demonstrations.
 """
 
 from __future__ import annotations
@@ -17,27 +18,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from gft_kernels.data.rows import Row, Rows
 from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.options import TokenStats
-from gft_kernels.trainer import collapse, objective
 from gft_kernels.trainer.callbacks import RunLog
-from gft_kernels.trainer.config import GFTConfig
+from gft_kernels.trainer.config import GFTConfig, call_options, clip_range, has_ratio
 from gft_kernels.trainer.engines import rollout_function
-from gft_kernels.trainer.evaluation import TRAINING, HeldOut
-from gft_kernels.trainer.groups import IGNORE, Group, GroupBuilder, check_sources, denominator
-from gft_kernels.trainer.metrics import Means, append_completions, completions_table, heldout_summary
-from gft_kernels.trainer.ranks import even_sampler, refuse_layouts
+from gft_kernels.trainer.groups import IGNORE, Group, GroupBuilder, check_sources, collate, denominator
+from gft_kernels.trainer.metrics import (
+    Means,
+    append_completions,
+    completions_table,
+    heldout_lines,
+    heldout_summary,
+    signs_of_collapse,
+)
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import end_tokens
-from gft_kernels.trainer.windows import Queue, Window, window_of
+from gft_kernels.trainer.windows import Queue, Window, refuse_layouts, row_order, window_of
+
+TRAINING, EVALUATION = 0, 1  # what random numbers are for
+LOADER = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
 
 
-class GFTTrainer(HeldOut):
+class GFTTrainer(Trainer):
     """Group Fine-Tuning of a causal language model.
 
     model: a transformers model, or the name or path of one, then loaded in float32. train_dataset, eval_dataset: lists
@@ -48,7 +58,9 @@ class GFTTrainer(HeldOut):
 
     # compute_loss divides by the whole window's count: Trainer must not divide by the accumulation steps again.
     loss_is_scaled_for_ga = True
+    args: GFTConfig
     train_dataset: Rows | None
+    _eval_batches = 0
 
     def __init__(
         self,
@@ -99,13 +111,19 @@ class GFTTrainer(HeldOut):
         # What every call has; a training step adds its objective, for others only ask for log-probabilities.
         patch_model(model, objective="sft", temperature=args.temperature, ignore_index=IGNORE, backend=args.backend)
         statistics = {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
-        self._loss_options = objective.call_options(args) | statistics
+        self._loss_options = call_options(args) | statistics
         # The policy that sampled is remembered where later steps differ from it and something asks how far.
-        self._remembers = args.steps_per_rollout > 1 and (args.token_metrics or objective.has_ratio(args))
+        self._remembers = args.steps_per_rollout > 1 and (args.token_metrics or has_ratio(args))
 
-    def _get_train_sampler(self, *args, **kwargs):
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        return sampler if sampler is None else even_sampler(sampler, self.args)
+    def get_train_dataloader(self) -> DataLoader:
+        """Rows in an order that gives every rank as many, the last ones absent where they do not suffice."""
+        if self.train_dataset is None:
+            return super().get_train_dataloader()  # which refuses
+        args = self.args
+        options = {name: getattr(args, f"dataloader_{name}") for name in LOADER}
+        order = row_order(self.train_dataset, args)
+        loader = DataLoader(self.train_dataset, args.train_batch_size, sampler=order, collate_fn=keep, **options)
+        return self.accelerator.prepare(loader)
 
     # One optimizer step
 
@@ -142,14 +160,14 @@ class GFTTrainer(HeldOut):
         training = model.training
         model.eval()
         with self.accelerator.autocast():
-            outputs, _ = self.with_loss(model, self._prepare_inputs(inputs), gft_return_stats=True)
+            outputs, _ = self.with_loss(model, send_to_device(inputs, self.args.device), gft_return_stats=True)
         model.train(training)
         return outputs.stats.log_probs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the step's loss. `model` is the wrapped one: its hooks average gradients."""
         given = {"gft_advantages": inputs["advantages"]} if self.args.advantages == "group" else {}
-        if "old_log_probs" in inputs and objective.has_ratio(self.args):
+        if "old_log_probs" in inputs and has_ratio(self.args):
             given["gft_old_log_probs"] = inputs["old_log_probs"]
         if "ref_log_probs" in inputs:
             given["gft_ref_log_probs"] = inputs["ref_log_probs"]
@@ -172,13 +190,45 @@ class GFTTrainer(HeldOut):
         texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         return model(**texts, **selection, shift_labels=targets_ST, **options), targets_ST
 
+    # Evaluation
+
+    def evaluate(self, *args, **kwargs):
+        self._eval_batches = 0  # the same random numbers in every evaluation
+        return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """One line per row of the list `inputs`, in the order that heldout_summary reads.
+
+        The loss is left to the summary over the whole set: a mean of batch means would depend on the batch size.
+        """
+        args, builder = self.args, self.builder
+        entropy = (args.seed, EVALUATION, self._eval_batches, args.process_index)
+        self._eval_batches += 1
+        sampled = builder.sample(self.model, inputs, args.eval_num_generations, args.eval_temperature, entropy)
+        expert_B2 = self._expert_log_probs(model, inputs)
+        lines_BX = torch.tensor(heldout_lines(builder, inputs, sampled), device=expert_B2.device)
+        return None, torch.cat([expert_B2, lines_BX], 1), torch.zeros(len(inputs), device=expert_B2.device)
+
+    def _expert_log_probs(self, model, rows: Sequence[Row]) -> Tensor:
+        """Summed log-probability (nats, temperature 1) and token count of each row's expert response, (B, 2)."""
+        experts = [Group(row, [max(row.given, key=expert_order)]) for row in rows if row.given]
+        out_B2 = torch.zeros(len(rows), 2, device=self.args.device)
+        if experts:
+            inputs = send_to_device(collate(experts, self.builder.pad_id), self.args.device)
+            with torch.no_grad():
+                outputs, _ = self.with_loss(model, inputs, gft_temperature=1.0, gft_return_stats=True)
+            where = [i for i, row in enumerate(rows) if row.given]
+            out_B2[where, 0] = outputs.stats.log_probs.sum(1)
+            out_B2[where, 1] = (inputs["targets"] != IGNORE).sum(1).float()
+        return out_B2
+
     # Reporting
 
     def _add_statistics(self, stats: TokenStats, live_ST: Tensor, inputs) -> None:
         """What the step's log line says of its tokens."""
         self.means.add_tokens(stats, live_ST)
         if "old_log_probs" in inputs:
-            clip = objective.clip_range(self.args)
+            clip = clip_range(self.args)
             self.means.add_drift(stats.log_probs, inputs["old_log_probs"], inputs["sources"], live_ST, clip)
         if self.start_model is not None and ("ref_log_probs" in inputs or self._logs_after_this_step()):
             start_ST = inputs["ref_log_probs"] if self.args.beta else self._log_probs(self.start_model, inputs)
@@ -192,10 +242,10 @@ class GFTTrainer(HeldOut):
         if "loss" in logs:
             now = time.perf_counter()
             logs = {**logs, **self.means.drain(self.accelerator, now - self._last_log)}
-            logs |= collapse.flags(self.state.log_history, logs)
-            if self.is_world_process_zero():
-                for sentence in collapse.warnings_of(self.state.log_history, logs):
-                    warnings.warn(sentence, stacklevel=2)
+            flags, sentences = signs_of_collapse(self.state.log_history, logs)
+            logs |= flags
+            for sentence in sentences if self.is_world_process_zero() else ():
+                warnings.warn(sentence, stacklevel=2)
             self._last_log = now
         super().log(logs, start_time)
 
@@ -241,6 +291,11 @@ def start_model(model: nn.Module, device: torch.device) -> nn.Module:
             "every rank keeps a whole copy of the starting weights."
         )
     return copy.deepcopy(model).requires_grad_(False).eval().to(device)
+
+
+def expert_order(response) -> tuple[bool, float]:
+    """The expert first; among offline responses the best rewarded."""
+    return response.source == "expert", response.reward if response.source == "offline" else 0.0
 
 
 def keep(rows: list[Row]) -> Any:

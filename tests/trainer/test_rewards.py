@@ -7,9 +7,10 @@ import threading
 import pytest
 
 from gft_kernels.data import digit_sum, gsm8k
+from gft_kernels.data.answers import boxed_answer, last_boxed, last_number, math_verify
 from gft_kernels.data.rows import Row
 from gft_kernels.trainer import RewardError, rewards
-from gft_kernels.trainer.rewards import Rewards, boxed_answer, find, last_boxed, last_number, math_verify
+from gft_kernels.trainer.rewards import Rewards, find
 
 
 @pytest.mark.parametrize(
