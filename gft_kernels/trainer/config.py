@@ -24,6 +24,7 @@ MEAN_REDUCTIONS = ("token-mean", "sequence-mean")
 OVERLONG = ("error", "drop")
 ROLLOUTS = ("auto", "generate", "continuous", "vllm")
 CHOSEN = ("tau", "rectify", "clip_low", "clip_high")  # options that only some objectives take
+BOUNDS = ("delta", "kl_cap")  # options that bound the objective; None: no bound
 CLIP = 0.2  # PPO's range, in which to count the ratios of an objective that does not clip
 
 
@@ -53,6 +54,12 @@ class GFTConfig(TrainingArguments):
     # Sampling, and the one temperature of sampling and loss alike
     max_completion_length: int = option(256, "Longest response, in tokens; demonstrations must fit too.")
     temperature: float = option(1.0, "Divides the logits when sampling and in the loss.")
+    top_p: float = option(1.0, "Samples come from the likeliest tokens that together have this probability.")
+    top_k: int = option(0, "Samples come from this many likeliest tokens; 0: all.")
+    min_p: float = option(0.0, "Samples come from tokens at least this likely, relative to the likeliest.")
+    repetition_penalty: float = option(1.0, "Above 1, tokens that have occurred become less likely when sampling.")
+    stop_strings: list[str] | None = option(None, "A sampled response ends with the first of these.")  # noqa: RUF009
+    mask_truncated_completions: bool = option(False, "Samples cut at the length limit are left out of the loss.")
     rollout: str = option("auto", "'generate', 'continuous' or 'vllm'; auto: rollout_fn if given, else generate.")
     vllm_memory: float = option(0.3, "Share of a GPU's memory that vLLM takes beside the training.")
     generation_batch_size: int | None = option(None, "Prompts per generate call; None: all prompts of a step at once.")
@@ -66,7 +73,9 @@ class GFTConfig(TrainingArguments):
     rectify: str | None = option(None, "gft: 'all' is the paper; 'positive': C only where A > 0.")
     clip_low: float | None = option(None, "grpo, dapo, dr_grpo: ratios below 1 - this are clipped.")
     clip_high: float | None = option(None, "The same and cispo: ratios above 1 + this are clipped.")
+    delta: float | None = option(None, "grpo, dapo, dr_grpo: where A < 0 ratios above this are held there; None: free.")
     beta: float = option(0.0, "Weight of the KL to the starting weights; above 0 a frozen copy of them is kept.")
+    kl_cap: float | None = option(None, "With beta: beyond this log(pi_start / pi), in nats, the penalty is linear.")
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
     normalize: str | None = option(None, "F5: 'std', 'mean', 'leave-one-out'; None: std, dr_grpo's mean.")
     advantage_eps: float = option(1e-6, "F5: added to the standard deviation.")
@@ -94,7 +103,7 @@ class GFTConfig(TrainingArguments):
 
 
 def check_groups(config: GFTConfig) -> None:
-    at_least(config, 0, "num_demonstrations", "num_generations", "log_completions_steps")
+    at_least(config, 0, "num_demonstrations", "num_generations", "log_completions_steps", "top_k")
     at_least(config, 1, "max_completion_length", "eval_num_generations", "steps_per_rollout")
     at_least(config, 1, *(n for n in ("max_prompt_length", "generation_batch_size") if getattr(config, n) is not None))
     for name, choices in (
@@ -113,6 +122,9 @@ def check_groups(config: GFTConfig) -> None:
             f"num_generations must be 0 when advantages is 'ones', got {config.num_generations}; "
             "imitating the policy's own samples teaches nothing."
         )
+    stops = config.stop_strings
+    if stops is not None and not (isinstance(stops, (list, tuple)) and all(isinstance(s, str) and s for s in stops)):
+        raise ValueError(f"stop_strings must be a list of texts that are not empty, got {stops!r}.")
     if config.log_kl and not config.token_metrics:
         raise ValueError("token_metrics must be True when log_kl is, got False; the KL needs log-probabilities.")
 
@@ -123,10 +135,15 @@ NUMBERS = {
     "tau": SHARE,
     "clip_low": SHARE,
     "clip_high": NOT_NEGATIVE,
+    "delta": (lambda x: 1 < x < math.inf, "be above 1 + clip_high and finite"),
+    "kl_cap": (lambda x: 0 < x < math.inf, "be positive and finite"),
     "beta": NOT_NEGATIVE,
     "entropy_coef": (math.isfinite, "be finite"),
     "temperature": (lambda x: 0 < x < math.inf, "be positive and finite"),
     "eval_temperature": (NOT_NEGATIVE[0], "be 0 (greedy) or positive and finite"),
+    "top_p": (lambda x: 0 < x <= 1, "lie above 0 and at most at 1"),
+    "min_p": SHARE,
+    "repetition_penalty": (lambda x: 0 < x < math.inf, "be positive and finite"),
     "vllm_memory": (lambda x: 0 < x < 1, "lie between 0 and 1"),
     "advantage_eps": NOT_NEGATIVE,
 }
@@ -135,7 +152,7 @@ NUMBERS = {
 def check_numbers(config: GFTConfig) -> None:
     for name, (holds, condition) in NUMBERS.items():
         value = getattr(config, name)
-        if value is None and name in CHOSEN:
+        if value is None and name in (*CHOSEN, *BOUNDS):
             continue  # the objective's own
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
             raise ValueError(f"{name} must {condition}, got {value!r}.")
@@ -194,6 +211,18 @@ def settle(config: GFTConfig) -> None:
     for name in CHOSEN:
         if getattr(config, name) is None:
             setattr(config, name, preset.options.get(name))
+    check_bounds(config)
+
+
+def check_bounds(config: GFTConfig) -> None:
+    """Raises ValueError for a bound of what the objective does not have."""
+    name, delta, highest = config.objective, config.delta, clip_range(config)[1]
+    if delta is not None and PRESETS[name].surrogate != "grpo":
+        raise ValueError(f"delta must be left out with objective={name!r}, got {delta}; grpo, dapo, dr_grpo use it.")
+    if delta is not None and delta <= highest:
+        raise ValueError(f"delta must be above 1 + clip_high = {highest}, got {delta}; below, the clip acts.")
+    if config.kl_cap is not None and not config.beta:
+        raise ValueError(f"kl_cap must be left out with beta 0, got {config.kl_cap}; there is no penalty to bound.")
 
 
 def resolve(config: GFTConfig) -> Objective:
@@ -212,7 +241,7 @@ def resolve(config: GFTConfig) -> Objective:
 
 def described(config: GFTConfig) -> str:
     """The objective and its options, for a line of text."""
-    given = [f"{name} {getattr(config, name)}" for name in CHOSEN if getattr(config, name) is not None]
+    given = [f"{name} {getattr(config, name)}" for name in (*CHOSEN, *BOUNDS) if getattr(config, name) is not None]
     return ", ".join([config.objective, *given])
 
 
@@ -235,5 +264,6 @@ def has_constant_denominator(config: GFTConfig) -> bool:
 
 def call_options(config: GFTConfig) -> dict[str, Any]:
     """What a training forward of the patched model is given beside its tensors."""
-    names = ("objective", "beta", "entropy_coef", "reduction", *CHOSEN)
+    bounds = [name for name in BOUNDS if getattr(config, name) is not None]
+    names = ("objective", "beta", "entropy_coef", "reduction", *CHOSEN, *bounds)
     return {f"gft_{name}": getattr(config, name) for name in names}

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import operator
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,16 +23,58 @@ from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.rollouts import (
     Sampling,
     cut,
+    cut_at_text,
     forward_is_collective,
     generate,
     generation_config,
     plain_generation,
 )
 
+SHAPING = ("top_p", "top_k", "min_p", "repetition_penalty", "stop_strings")
 PAGE = 16  # tokens of a cache block on a CPU, where the default would take most of the memory and seconds to clear it
 
 
-def rollout_function(config: GFTConfig, model, given: Callable | None) -> Callable:
+class Rollout:
+    """A run's rollout function: an engine that is asked for the run's distribution, and whose answers are checked.
+
+    `spent`: the tokens sampled on this rank so far, and the seconds it took.
+    """
+
+    def __init__(self, config: GFTConfig, model, given: Callable | None, tokenizer):
+        self.engine = engine_of(config, model, given)
+        self.shape = {name: getattr(config, name) for name in SHAPING} | {"tokenizer": tokenizer}
+        self.shape["stop_strings"] = tuple(config.stop_strings or ())
+        self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        self.spent = (0, 0.0)
+
+    def __call__(self, model, prompts_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+        """Raises ValueError for what is not token ids of the model, RuntimeError where the engine exits."""
+        begun, sampling = time.perf_counter(), dataclasses.replace(sampling, **self.shape)
+        try:
+            answers = [self._checked(ids) for ids in self.engine(model, prompts_ids, sampling)]
+        except SystemExit as error:  # it would end the run with its own exit code
+            raise RuntimeError(f"rollout_fn must return token ids, got SystemExit({error.code})") from error
+        answers = [cut_at_text(ids, sampling.stop_strings, sampling.tokenizer) for ids in answers]
+        tokens, seconds = self.spent
+        self.spent = (tokens + sum(map(len, answers)), seconds + time.perf_counter() - begun)
+        return answers
+
+    def _checked(self, ids) -> list[int]:
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        try:
+            known = [operator.index(token) for token in ids]
+        except TypeError:
+            raise ValueError(f"rollout_fn must return lists of token ids, got {ids!r} among them.") from None
+        for token in known:
+            if not 0 <= token < self.vocabulary:
+                raise ValueError(
+                    f"rollout_fn must return token ids in [0, {self.vocabulary}), got {token}; "
+                    "it samples from another vocabulary than the model's."
+                )
+        return known
+
+
+def engine_of(config: GFTConfig, model, given: Callable | None) -> Callable:
     """The one asked for; none stands in for another. Raises ValueError, with the reason, where it cannot serve."""
     if given is not None and config.rollout != "auto":
         raise ValueError(f"rollout must be 'auto' with a rollout_fn, got {config.rollout!r}; one of them samples.")
@@ -40,6 +84,12 @@ def rollout_function(config: GFTConfig, model, given: Callable | None) -> Callab
     if reason is not None:
         raise ValueError(f"rollout must be one that can sample here, got {config.rollout!r}; {reason}.")
     if config.rollout == "continuous":
+        for name, plain in (("min_p", 0.0), ("repetition_penalty", 1.0)):
+            if getattr(config, name) != plain:
+                raise ValueError(
+                    f"{name} must be {plain} with rollout 'continuous', got {getattr(config, name)}; "
+                    "transformers' continuous batching does not know it: set rollout to 'generate'."
+                )
         return generate_continuously
     longest = None if config.max_prompt_length is None else config.max_prompt_length + config.max_completion_length
     dtype = "bfloat16" if config.bf16 else "float16" if config.fp16 else str(model.dtype).removeprefix("torch.")
@@ -111,18 +161,19 @@ class VLLMRollouts:
         if self.engine is None:
             self.engine = self._start(model)
         self._load(named_weights(model))
-        # The plain distribution at one temperature: what else vLLM would take from the model's own defaults is set.
+        # What vLLM would take from the model's own defaults is set.
         parameters = SamplingParams(
             n=sampling.num_generations,
             temperature=sampling.temperature,
-            top_p=1.0,
-            top_k=0,
-            min_p=0.0,
-            repetition_penalty=1.0,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_new_tokens,
             stop_token_ids=list(sampling.eos_ids),
             seed=int(torch.randint(2**31, ())),  # from the rollout's own stream
-            detokenize=False,
+            stop=list(sampling.stop_strings),
+            detokenize=bool(sampling.stop_strings),
         )
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompts_ids]
         answers = self.engine.generate(prompts, sampling_params=parameters, use_tqdm=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from gft_kernels.data.rows import Response, Row
 from gft_kernels.options import TokenStats
-from gft_kernels.trainer.groups import SOURCES, Group, GroupBuilder
+from gft_kernels.trainer.groups import SOURCES, Group
+from gft_kernels.trainer.rewards import Rewards
 
 GROUP_METRICS = (*(f"reward/{s}" for s in SOURCES), "zero_std_groups", "truncated", "completion_length")
 TOKEN_METRICS = ("pi", "rectified", "clipped", "entropy", "kl_to_start")
 DRIFT_METRICS = ("drift/kl", "drift/mean_abs_log_ratio", "drift/outside_clip")
+RATES = ("tokens_per_second/sampling", "tokens_per_second/training")
 LARGEST, SMALLEST = ("drift/max_abs_log_ratio",), ("min_log_prob",)
 
 
@@ -27,7 +29,7 @@ class Means:
 
     def __init__(self, device: torch.device):
         # Every rank holds every name in the same order, so that one sum over ranks is enough.
-        self.names = (*GROUP_METRICS, *TOKEN_METRICS, *DRIFT_METRICS, "tokens")
+        self.names = (*GROUP_METRICS, *TOKEN_METRICS, *DRIFT_METRICS, *RATES, "tokens")
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(len(self.names), 2, dtype=dtype, device=device)
         self.extremes = torch.full((len(LARGEST + SMALLEST),), -torch.inf, dtype=dtype, device=device)
@@ -44,14 +46,14 @@ class Means:
         largest = values.max() if name in LARGEST else -values.min()
         self.extremes[i] = torch.maximum(self.extremes[i], largest.to(self.extremes.dtype))
 
-    def add_groups(self, groups: Sequence[Group], eos_ids: Sequence[int]) -> None:
+    def add_groups(self, groups: Sequence[Group], is_truncated: Callable[[Response], bool]) -> None:
         responses = [r for g in groups for r in g.responses]
         for source in SOURCES:
             rewards = [r.reward for r in responses if r.source == source and r.reward == r.reward]
             self.add(f"reward/{source}", sum(rewards), len(rewards))
         sampled = [r for r in responses if r.source == "sampled"]
         self.add("zero_std_groups", sum(all(r.advantage == 0 for r in g.responses) for g in groups), len(groups))
-        self.add("truncated", sum(r.ids[-1] not in eos_ids for r in sampled), len(sampled))
+        self.add("truncated", sum(map(is_truncated, sampled)), len(sampled))
         self.add("completion_length", sum(len(r.ids) for r in sampled), len(sampled))
         self.add("tokens", sum(len(r.ids) for r in responses), 1)
 
@@ -85,15 +87,20 @@ class Means:
         self.add("drift/outside_clip", ((ratio_ST < clip[0]) | (ratio_ST > clip[1])).sum(), count)
         self.add_sampled_kl("drift/kl", log_ratio_ST, sources_S, live_ST)
 
-    def drain(self, accelerator, seconds: float) -> dict[str, float]:
-        """What was added on all ranks, by name, names without a term left out, and the response tokens a second."""
+    def drain(self, accelerator, seconds: float, aside: float = 0.0) -> dict[str, float]:
+        """What was added on all ranks, by name, names without a term left out, and the response tokens a second.
+
+        `aside`: of the seconds since the last drain, those of rollouts, their rewards, and evaluation.
+        """
+        self.add("tokens_per_second/training", self.sums[self.names.index("tokens")][0], seconds - aside)
         sums = accelerator.reduce(self.sums, reduction="sum").tolist()
         extremes = accelerator.gather(self.extremes[None]).amax(0).tolist()
         self.sums.zero_()
         self.extremes.fill_(-torch.inf)
         named = dict(zip(self.names, sums, strict=True))
         tokens, steps = named.pop("tokens")
-        drained = {name: total / count for name, (total, count) in named.items() if count}
+        drained = {name: total / count for name, (total, count) in named.items() if count > 0}
+        drained |= {name: drained[name] * accelerator.num_processes for name in RATES if name in drained}
         for name, value in zip(LARGEST + SMALLEST, extremes, strict=True):
             if value > -math.inf:
                 drained[name] = value if name in LARGEST else -value
@@ -154,16 +161,21 @@ def signs_of_collapse(history: Sequence[dict], line: dict) -> tuple[dict[str, fl
 # Evaluation
 
 
-def heldout_lines(builder: GroupBuilder, rows: Sequence[Row], sampled: Sequence[Sequence[Response]]) -> list:
-    """A line of numbers per row, which heldout_summary reads: over its responses, truncated, length and rewards."""
+def heldout_lines(
+    rows: Sequence[Row],
+    sampled: Sequence[Sequence[Response]],
+    rewards: Rewards,
+    is_truncated: Callable[[Response], bool],
+) -> list[list[float]]:
+    """A line of numbers per row over its responses: truncated, length, reward; sum and count of each function's."""
     lines = []
     for row, responses in zip(rows, sampled, strict=True):
-        truncated = sum(r.ids[-1] not in builder.eos_ids for r in responses) / len(responses)
-        line = [truncated, sum(len(r.ids) for r in responses) / len(responses)]
-        if builder.rewards:
-            totals, parts = builder.rewards.score([row] * len(responses), [r.text for r in responses])
-            counted = [[value or 0.0 for value in part] for part in parts]
-            line += [sum(values) / len(values) for values in (totals, *counted)]
+        totals, parts = rewards.score([row] * len(responses), [r.text for r in responses]) if rewards else ([0.0], [])
+        each = (map(is_truncated, responses), (len(r.ids) for r in responses), totals)
+        line = [float(np.mean([*values])) for values in each]
+        for part in parts:
+            applicable = [value for value in part if value is not None]
+            line += [sum(applicable), len(applicable)]
         lines.append(line)
     return lines
 
@@ -173,15 +185,16 @@ def heldout_summary(names: Sequence[str]):
 
     def summarise(prediction) -> dict[str, float]:
         lines = np.asarray(prediction.predictions, dtype=np.float64)
-        log_prob, tokens, truncated, length, *rewards = lines.T
+        log_prob, tokens, truncated, length, reward, *parts = lines.T
         summary = {"truncated": truncated.mean(), "completion_length": length.mean()}
         if tokens.sum() > 0:
             summary["expert_log_likelihood"] = log_prob.sum() / tokens.sum()
             summary["loss"] = -summary["expert_log_likelihood"]
         if names:
-            summary["reward"] = rewards[0].mean()
-        if len(names) > 1:
-            summary |= {f"reward_{name}": part.mean() for name, part in zip(names, rewards[1:], strict=True)}
+            summary["reward"] = reward.mean()
+        for name, total, count in zip(names, parts[::2], parts[1::2], strict=True) if len(names) > 1 else ():
+            if count.sum() > 0:  # over the responses it applies to
+                summary[f"reward_{name}"] = total.sum() / count.sum()
         return {name: float(value) for name, value in summary.items()}
 
     return summarise

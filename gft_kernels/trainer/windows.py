@@ -5,14 +5,15 @@ A window is the micro-batches of one step's gradient accumulation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 
+from gft_kernels.data.rows import Response
 from gft_kernels.trainer.config import GFTConfig
-from gft_kernels.trainer.groups import Group, collate
+from gft_kernels.trainer.groups import IGNORE, Group, collate
 
 
 @dataclass
@@ -23,10 +24,20 @@ class Window:
     micro_batches: list[dict[str, Tensor]]
 
 
-def window_of(groups: Iterator[Group], batches: Sequence[Sequence], pad_id: int) -> Window:
-    """The window of `batches` of rows, whose groups come next."""
+def window_of(
+    groups: Iterator[Group],
+    batches: Sequence[Sequence],
+    pad_id: int,
+    left_out: Callable[[Response], bool] | None = None,
+) -> Window:
+    """The window of `batches` of rows, whose groups come next; responses `left_out` keep no target, so no loss."""
     parts = [[next(groups) for _ in batch] for batch in batches]
-    return Window([g for part in parts for g in part if g.responses], [collate(part, pad_id) for part in parts])
+    micro_batches = [collate(part, pad_id) for part in parts]
+    for part, inputs in zip(parts, micro_batches, strict=True):
+        for s, response in enumerate(r for g in part for r in g.responses):
+            if left_out is not None and left_out(response):
+                inputs["targets"][s] = IGNORE
+    return Window([g for part in parts for g in part if g.responses], micro_batches)
 
 
 class Queue:
