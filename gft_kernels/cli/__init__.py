@@ -76,7 +76,7 @@ def _train(options):
 
 
 def _plot(options):
-    from gft_kernels.trainer.plots import draw
+    from gft_kernels.cli.plots import draw
 
     try:
         print(draw(options.directory, options.out))

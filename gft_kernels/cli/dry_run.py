@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from gft_kernels.cli import plan
 from gft_kernels.cli.settings import RunSettings
 from gft_kernels.cli.train import rows
 from gft_kernels.data.rows import Rows
-from gft_kernels.trainer import GFTConfig, plan
+from gft_kernels.trainer import GFTConfig
+from gft_kernels.trainer.config import described
 from gft_kernels.trainer.groups import check_sources
-from gft_kernels.trainer.objective import described
 from gft_kernels.trainer.rewards import Rewards
 
 GIB = 1 << 30

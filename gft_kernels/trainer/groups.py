@@ -14,11 +14,9 @@ from torch import Tensor
 
 from gft_kernels.advantages import group_advantages
 from gft_kernels.data.rows import Response, Row, Rows
-from gft_kernels.trainer import objective
-from gft_kernels.trainer.config import GFTConfig
-from gft_kernels.trainer.ranks import forward_is_collective
+from gft_kernels.trainer.config import GFTConfig, has_constant_denominator
 from gft_kernels.trainer.rewards import Rewards
-from gft_kernels.trainer.rollouts import Sampling, seeded
+from gft_kernels.trainer.rollouts import Sampling, forward_is_collective, seeded
 
 SOURCES = ("expert", "teacher", "sampled", "offline")
 IGNORE = -100
@@ -156,7 +154,7 @@ def denominator(groups: Sequence[Group], config: GFTConfig) -> int:
 
     Dr. GRPO's is a constant, the longest response allowed times the number of responses.
     """
-    if objective.has_constant_denominator(config):
+    if has_constant_denominator(config):
         return count_items(groups, "sequence-mean") * config.max_completion_length
     return count_items(groups, str(config.reduction))
 

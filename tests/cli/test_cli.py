@@ -15,10 +15,10 @@ import trainer_rig as rig
 import yaml
 
 from gft_kernels.cli import main
+from gft_kernels.cli.plots import draw
 from gft_kernels.cli.settings import load
 from gft_kernels.cli.train import rows
 from gft_kernels.trainer import GFTConfig
-from gft_kernels.trainer.plots import draw
 from gft_kernels.trainer.rewards import find
 
 ROOT = Path(__file__).parents[2]
