@@ -11,6 +11,7 @@ import numpy
 import torch
 from transformers import GenerationConfig
 
+from gft_kernels.data import text
 from gft_kernels.trainer.ranks import forward_is_collective
 
 
@@ -102,7 +103,5 @@ def seeded(*entropy: int, device: torch.device):
 
 
 def end_tokens(model, tokenizer) -> tuple[int, ...]:
-    """Every token that ends a response: the tokenizer's, and those the model's generation defaults name."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    named = own if isinstance(own, list) else [] if own is None else [own]
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *named]))
+    """Every token that ends a response: the tokenizer's, its template's, and those the model's defaults name."""
+    return text.end_tokens(tokenizer, getattr(model, "generation_config", None))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gft_kernels.data.rows import Row, Rows
+from gft_kernels.data.rows import Limits, Row, Rows
 from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.options import TokenStats
 from gft_kernels.trainer import collapse, objective
@@ -212,7 +212,7 @@ def checked_rows(train, held_out, tokenizer, args: GFTConfig, model, rewards: Re
         Rows,
         tokenizer=tokenizer,
         config=args,
-        context=getattr(model.config, "max_position_embeddings", None),
+        limits=Limits.of(model.config),
         required_columns=sorted(rewards.required_columns()),
     )
     train_rows = None if train is None else rows(train, "train_dataset")

@@ -9,7 +9,8 @@ import pytest
 import trainer_rig as rig
 
 from gft_kernels.data import gsm8k
-from gft_kernels.data.rows import check_record, encode_prompt
+from gft_kernels.data.fields import check_record
+from gft_kernels.data.text import encode_prompt
 from gft_kernels.trainer import GFTConfig, RowError, read_records
 
 

@@ -12,7 +12,7 @@ trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'gft-
 
 import trl_rig  # noqa: E402
 
-from gft_kernels.data.rows import RowError  # noqa: E402
+from gft_kernels.data.readers import RowError  # noqa: E402
 from gft_kernels.integrations.trl import GFTTrainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error:the GFT loss")
