@@ -30,9 +30,11 @@ def encode_prompt(
     message is the assistant's. Raises: ValueError where the template refuses them.
     """
     if isinstance(prompt, str):
-        ids, end = list(tokenizer(prompt)["input_ids"]), [tokenizer.eos_token_id]
-        if ids[-1:] == end and list(tokenizer(prompt, add_special_tokens=False)["input_ids"])[-1:] != end:
-            ids.pop()  # the tokenizer's own, behind which nobody goes on
+        ids = list(tokenizer(prompt)["input_ids"])
+        if ids[-1:] == [tokenizer.eos_token_id]:
+            own = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            if ids[-1 - len(own) : -1] == own:  # the last is the tokenizer's, and nobody goes on behind it
+                ids.pop()
     else:
         text = _rendered(tokenizer, prompt, tools, dict(chat_template_kwargs or {}))
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
