@@ -148,9 +148,7 @@ def test_the_models_limits_are_those_of_its_decoder_of_text(tmp_path):
     assert Limits.of(None) == Limits()
     small = rig.llama()
     small.resize_token_embeddings(8)
-    with pytest.raises(
-        RowError, match=r"\[0\]: token ids must be below 8, the rows of the model's embedding"
-    ):
+    with pytest.raises(RowError, match=r"\[0\]: token ids must be below 8, the rows of the model's embedding"):
         rig.trainer(tmp_path, model=small)
 
 
