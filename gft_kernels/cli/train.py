@@ -14,7 +14,7 @@ import yaml
 from gft_kernels.cli import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from gft_kernels.cli.plots import draw
 from gft_kernels.cli.settings import RunSettings, load
-from gft_kernels.data.rows import check_record
+from gft_kernels.data.fields import check_record
 from gft_kernels.trainer import GFTConfig, GFTTrainer, RewardError, SaveOnInterrupt, read_records
 from gft_kernels.trainer.callbacks import StepLines, read_metrics
 from gft_kernels.trainer.config import described

@@ -21,7 +21,7 @@ if Version(transformers.__version__) < Version(OLDEST):
 
 ADVANTAGES = ("group", "ones")
 MEAN_REDUCTIONS = ("token-mean", "sequence-mean")
-OVERLONG = ("error", "drop")
+OVERLONG = ("error", "drop", "truncate")
 ROLLOUTS = ("auto", "generate", "continuous", "vllm")
 CHOSEN = ("tau", "rectify", "clip_low", "clip_high", "delta")  # options that only some objectives take
 CLIP = 0.2  # PPO's range, in which to count the ratios of an objective that does not clip
@@ -47,7 +47,7 @@ class GFTConfig(TrainingArguments):
     num_generations: int = option(4, "Responses sampled from the current policy for each prompt.")
     advantages: str = option("group", "'group': F5 from the rewards; 'ones': A = 1, so tau 0 is SFT and tau 1 is DFT.")
     reward_weights: list[float] | None = option(None, "One weight per reward function; None: all 1.")  # noqa: RUF009
-    overlong: str = option("error", "'error' or 'drop': rows that exceed a length limit below.")
+    overlong: str = option("error", "Rows beyond a length limit below: 'error', 'drop', or 'truncate' responses.")
     max_prompt_length: int | None = option(None, "Longest prompt allowed, in tokens; None: the model's context.")
 
     # Sampling, and the one temperature of sampling and loss alike
@@ -63,6 +63,7 @@ class GFTConfig(TrainingArguments):
     vllm_memory: float = option(0.3, "Share of a GPU's memory that vLLM takes beside the training.")
     generation_batch_size: int | None = option(None, "Prompts per generate call; None: all prompts of a step at once.")
     steps_per_rollout: int = option(1, "Optimizer steps' prompts sampled at once, with the weights before the first.")
+    skip_special_tokens: bool = option(False, "Leave special tokens out of the text that reward functions read.")
     eval_num_generations: int = option(1, "Responses per prompt in evaluation.")
     eval_temperature: float = option(0.0, "Temperature in evaluation; 0: greedy.")
 

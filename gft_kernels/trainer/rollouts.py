@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteria
 
+from gft_kernels.data import text
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -140,10 +142,8 @@ def seeded(*entropy: int, device: torch.device):
 
 
 def end_tokens(model, tokenizer) -> tuple[int, ...]:
-    """Every token that ends a response: the tokenizer's, and those the model's generation defaults name."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    named = [own] if isinstance(own, int) else list(own or ())
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *named]))
+    """Every token that ends a response: the tokenizer's, its template's, and those the model's defaults name."""
+    return text.end_tokens(tokenizer, getattr(model, "generation_config", None))
 
 
 def forward_is_collective(model: nn.Module) -> bool:

@@ -90,7 +90,7 @@ class GFTTrainer(Trainer):
             Rows,
             tokenizer=processing_class,
             config=args,
-            context=getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None),
+            limits=Limits.of(model.config),
             required_columns=sorted(rewards.required_columns()),
         )
         train_rows = self.rows_of(train_dataset, "train_dataset")

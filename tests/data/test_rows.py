@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
-
 import datasets
+import numpy
+import pandas
 import pytest
+import torch
 import trainer_rig as rig
+from transformers import Gemma3Config, GPT2Config
 
-from gft_kernels.data import gsm8k
-from gft_kernels.data.rows import check_record, encode_prompt
-from gft_kernels.trainer import GFTConfig, RowError, read_records
+from gft_kernels.data.fields import check_record
+from gft_kernels.data.rows import Limits, Response, Row
+from gft_kernels.trainer import GFTConfig, RowError
+from gft_kernels.trainer.groups import Group, collate
 
 
 @pytest.mark.parametrize(
@@ -20,6 +23,13 @@ from gft_kernels.trainer import GFTConfig, RowError, read_records
         ({"prompt": 3}, r"field `prompt` must be text .* got int 3"),
         ({"prompt": "  "}, "field `prompt` must be text"),
         ({"prompt": [{"role": "user"}]}, "field `prompt` must be text or a list"),
+        ({"prompt": "\ud83d"}, "field `prompt` must be text or a list"),
+        ([1], "must be an object with fields, got list"),
+        ({"prompt": "a", 3: "b"}, "the name of a field must be text, got 3"),
+        *(
+            ({"prompt": "a", name: "b"}, f"field `{name}` must have another name, got one that reward functions get")
+            for name in ("completions", "prompts", "completion_ids", "trainer_state", "log_metric")
+        ),
         (
             {"prompt": "a", "demonstrations": "b"},
             "field `demonstrations` must be a list of non-empty texts, got str 'b'",
@@ -40,38 +50,6 @@ from gft_kernels.trainer import GFTConfig, RowError, read_records
 def test_a_malformed_row_is_named(row, message):
     with pytest.raises(RowError, match=rf"rows.jsonl, line 3: {message}"):
         check_record(row, "rows.jsonl, line 3")
-
-
-def test_files_of_each_kind_know_their_lines(tmp_path):
-    rows = rig.rows(3)
-    (tmp_path / "a.jsonl").write_text("\n" + "\n".join(map(json.dumps, rows)))
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
-    for name, unit, last in (("a.jsonl", "line", 4), ("a.json", "item", 3), ("a.parquet", "row", 3)):
-        records = read_records(tmp_path / name)
-        assert records == rows
-        assert records[2].where == f"{tmp_path / name}, {unit} {last}"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"prompt": "a"}\n{"prompt":', "a.jsonl, line 2: must be one JSON object"),
-        ("[1]", "a.jsonl, line 1: must be an object"),
-    ],
-)
-def test_a_line_that_is_no_row_is_named(tmp_path, text, message):
-    (tmp_path / "a.jsonl").write_text(text)
-    with pytest.raises(RowError, match=message):
-        read_records(tmp_path / "a.jsonl")
-
-
-def test_other_files_are_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("prompt\n")
-    with pytest.raises(ValueError, match=r"must be a \.jsonl, \.json or \.parquet file, got"):
-        read_records(tmp_path / "a.csv")
-    with pytest.raises(FileNotFoundError, match="there is no such file"):
-        read_records(tmp_path / "b.jsonl")
 
 
 def changed(index, **fields):
@@ -124,18 +102,59 @@ def test_overlong_rows_may_be_dropped(tmp_path):
     assert trainer.train_dataset[1].where == "train_dataset[2]"
 
 
-def test_a_dataset_serves_as_well_as_a_list(tmp_path):
-    trainer = rig.trainer(tmp_path, train=datasets.Dataset.from_list(rig.rows(4)))
-    trainer.train()
-    assert trainer.state.global_step == 2
+@pytest.mark.parametrize(
+    "as_given",
+    [
+        datasets.Dataset.from_list,
+        lambda rows: datasets.Dataset.from_list(rows).with_format("torch"),
+        lambda rows: datasets.Dataset.from_list(rows).with_format("numpy"),
+        pandas.DataFrame,
+        lambda rows: [row for _, row in pandas.DataFrame(rows).iterrows()],
+        lambda rows: [{**row, "responses": numpy.array(row["responses"])} for row in rows],
+        lambda rows: [{**row, "rewards": torch.tensor(row["rewards"])} for row in rows],
+        lambda rows: [{**row, "rewards": [numpy.float32(reward) for reward in row["rewards"]]} for row in rows],
+        lambda rows: [{**row, "rewards": tuple(row["rewards"])} for row in rows],
+    ],
+)
+def test_rows_of_other_libraries_are_as_good_as_lists(tmp_path, as_given):
+    wanted = rig.trainer(tmp_path, train=rig.offline_rows(4), num_generations=0).train_dataset
+    found = rig.trainer(tmp_path, train=as_given(rig.offline_rows(4)), num_generations=0).train_dataset
+    assert [found[i] for i in range(4)] == [wanted[i] for i in range(4)]
+    assert wanted[1].given[1].reward == 0.25 and wanted[1].where == "train_dataset[1]"
 
 
-def test_messages_go_through_the_chat_template():
-    tokenizer = rig.tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.content }}#{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-    )
-    assert encode_prompt(tokenizer, [{"role": "user", "content": "12"}]) == tokenizer("12#>")["input_ids"]
+def test_messages_may_come_in_arrays():
+    """As pandas reads them from a parquet file."""
+    row = {"prompt": numpy.array([{"role": "user", "content": "1"}], dtype=object), "answer": numpy.array([1, 2])}
+    checked = check_record(row, "a row")
+    assert checked["prompt"] == [{"role": "user", "content": "1"}]
+    assert checked["answer"] is row["answer"]  # a column of the user's stays what it is
+
+
+def test_tables_give_every_row_the_fields_of_all():
+    row = {
+        "prompt": [{"role": "user", "content": "1"}],
+        "tools": '[{"name": "a", "parameters": null}]',
+        "chat_template_kwargs": {"enable_thinking": False, "effort": None},
+    }
+    checked = check_record(row, "a row")
+    assert checked["tools"] == [{"name": "a"}] and checked["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_the_models_limits_are_those_of_its_decoder_of_text(tmp_path):
+    nested = Gemma3Config(text_config={"max_position_embeddings": 48, "vocab_size": 20})
+    assert Limits.of(nested) == Limits(48, 20) == Limits.of(nested.text_config)
+    assert Limits.of(GPT2Config(n_positions=64, vocab_size=7)) == Limits(64, 7)
+    assert Limits.of(None) == Limits()
+    small = rig.llama()
+    small.resize_token_embeddings(8)
+    with pytest.raises(RowError, match=r"\[0\]: token ids must be below 8, the rows of the model's embedding"):
+        rig.trainer(tmp_path, model=small)
+
+
+def test_a_prompt_without_a_token_predicts_nothing():
+    with pytest.raises(ValueError, match="every prompt must have at least one token, got one of none"):
+        collate([Group(Row("", ids, []), [Response("a", [5, 1], "expert")]) for ids in ([], [4, 4])], pad_id=0)
 
 
 @pytest.mark.parametrize(
@@ -193,18 +212,3 @@ def test_an_unknown_option_is_refused(tmp_path):
 def test_rows_and_options_that_contradict_each_other_are_refused(tmp_path, train, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         rig.trainer(tmp_path, train=train, **options)
-
-
-def test_gsm8k_parquet_files_become_rows(tmp_path):
-    main = [{"question": f"q{i}", "answer": f"1+{i} = <<1+{i}=9>>9\n#### {i}"} for i in range(3)]
-    socratic = [{"question": f"q{i}", "answer": f"How? ** {i}\n#### {i}"} for i in (2, 1, 0)]
-    datasets.Dataset.from_list(main).to_parquet(tmp_path / "train.parquet")
-    assert [len(r["demonstrations"]) for r in gsm8k.read_rows(tmp_path)] == [1, 1, 1]
-    (tmp_path / "socratic").mkdir()
-    datasets.Dataset.from_list(socratic).to_parquet(tmp_path / "socratic" / "train.parquet")
-    rows = gsm8k.read_rows(tmp_path)
-    assert rows[2]["demonstrations"] == ["1+2 = 9\n#### 2", "How? ** 2\n#### 2"] and rows[2]["answer"] == "2"
-    assert rows[2].where == f"{tmp_path / 'train.parquet'}, row 3"
-    datasets.Dataset.from_list([{"question": "q0", "answer": "nine"}]).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(RowError, match=r"train.parquet, row 1: field `answer` must end in a line '#### <number>'"):
-        gsm8k.read_rows(tmp_path)
