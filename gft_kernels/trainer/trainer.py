@@ -8,6 +8,7 @@ likelihood of their demonstrations.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -24,10 +25,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from gft_kernels.data.rows import Response, Row, Rows
+from gft_kernels.data.rows import Limits, Response, Row, Rows
 from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.options import TokenStats
-from gft_kernels.trainer.callbacks import RunLog
+from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt, say
+from gft_kernels.trainer.checkpoints import Manifests
 from gft_kernels.trainer.config import GFTConfig, call_options, clip_range, has_ratio
 from gft_kernels.trainer.engines import Rollout
 from gft_kernels.trainer.groups import IGNORE, Group, GroupBuilder, check_sources, collate, denominator
@@ -104,7 +106,7 @@ class GFTTrainer(Trainer):
             eval_dataset=self.rows_of(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
             compute_metrics=heldout_summary(rewards.names),
-            callbacks=[RunLog(), *(callbacks or [])],
+            callbacks=[RunLog(), Manifests(), *(callbacks or [])],
             optimizers=optimizers,
         )
         refuse_layouts(args, self.accelerator)
@@ -146,10 +148,20 @@ class GFTTrainer(Trainer):
         loader = DataLoader(self.train_dataset, args.train_batch_size, sampler=order, collate_fn=keep, **options)
         return self.accelerator.prepare(loader)
 
+    def train(self, *args, **kwargs):
+        with contextlib.ExitStack() as signals:  # they are given back even when training raises
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, SaveOnInterrupt):
+                    signals.enter_context(callback)
+            return super().train(*args, **kwargs)
+
     # One optimizer step
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The next window's micro-batches as tensors, and the denominator of its loss over all ranks."""
+        if 0 < self.state.max_steps <= self.state.global_step:  # resumed at its end: Trainer would take one more step
+            self.control.should_training_stop = True
+            return [], None
         if self.queue.is_empty(epoch_iterator):
             self.queue.windows = self._roll_out(epoch_iterator, num_batches, device)
         window = self.queue.windows.pop(0)
@@ -294,7 +306,7 @@ class GFTTrainer(Trainer):
         every, step = self.args.log_completions_steps, self.state.global_step
         if every and step % every == 0 and groups and self.is_world_process_zero():
             append_completions(Path(str(self.args.output_dir), "completions.jsonl"), groups, step)
-            print("\n" + completions_table(groups[0], step), flush=True)
+            say("\n" + completions_table(groups[0], step))
 
 
 def start_model(model: nn.Module, device: torch.device) -> nn.Module:
