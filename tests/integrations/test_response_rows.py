@@ -141,7 +141,7 @@ def test_what_a_trainer_forgets_is_an_error(folder):
     model = patched(folder).train()
     with pytest.raises(ValueError, match="num_items_in_batch must come with every training batch"):
         model(**batch)
-    with pytest.raises(ValueError, match="labels must come with every training batch"):
+    with pytest.raises(ValueError, match="labels must come with every training call"):
         model(input_ids=batch["input_ids"])
     bare = {name: value for name, value in batch.items() if name != COLUMN}
     with pytest.raises(ValueError, match="gft_advantages must come with every row"):

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from gft_kernels import checks
 from gft_kernels.api import policy_loss
-from gft_kernels.model import output_head
-from gft_kernels.model.columns import PER_CALL, aligned_columns
-from gft_kernels.model.output_head import HeadCall, Transform
+from gft_kernels.model import head as heads
+from gft_kernels.model.columns import PER_CALL, Columns
+from gft_kernels.model.extra_terms import extra_terms
+from gft_kernels.model.guard import PREFIX, Guard, brought
+from gft_kernels.model.head import HeadCall, Transform
 from gft_kernels.options import TokenStats
 
-PREFIX = "gft_"
 OF_THE_MODEL = ("weight", "bias", "logit_scale", "softcap", "process_group", "inplace")
 _LINEAR_ONLY = ("chunk_rows", "accum_dtype", "logits_dtype")
 _COLUMNS = tuple(name for name in PER_CALL if name != "num_items_in_batch")
@@ -28,10 +29,10 @@ _REPLACED = ("forward", "accepts_loss_kwargs")
 class PatchedForward:
     """Stands in for the forward of one model; copied and pickled with it."""
 
-    def __init__(self, model: Any, head: str | None, options: dict[str, Any]):
-        self.model, self.head, self.options = model, head, options
+    def __init__(self, model: Any, head: str | None, options: dict[str, Any], eval_logits: bool):
+        self.model, self.head, self.options, self.eval_logits = model, head, options, eval_logits
         self.replaced = {name: model.__dict__.get(name) for name in _REPLACED}
-        self.transforms = output_head.transforms(model.config)
+        self.transforms = heads.transforms(model.config)
         self.transform: Transform | None = None  # the one of them that the model is known to apply
         self.refusal: str | None = None  # why the logits are needed, where no later call can change that
         self.warned: set[str] = set()
@@ -41,6 +42,8 @@ class PatchedForward:
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters) and hasattr(model.config, "use_cache")
         self.takes_use_cache = "use_cache" in self.names or passes_on
+        self.output_head()  # raises if there is none
+        self.guard = Guard(model, self)
 
     def __call__(self, *args, **kwargs):
         if args and args[0] is self.model:  # accelerate binds what it unwraps to the model, as if it were a function
@@ -48,13 +51,26 @@ class PatchedForward:
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if self.model.__dict__.get("_gft_forward") is not self:  # unpatched, but another library holds on to this
             return self.plain(kwargs)
+        self.guard.running += 1
+        try:
+            return self.answer(kwargs)
+        finally:
+            self.guard.running -= 1
+
+    def answer(self, kwargs: dict[str, Any]):
+        """With labels, the model's output with the loss in it; without, what it was before."""
+        given = brought(kwargs)
         named = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(PREFIX)}
         named = {name.removeprefix(PREFIX): value for name, value in named.items() if value is not None}
         if kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None:
-            return self.with_loss(kwargs, self.call_options(named))
+            options = self.call_options(named)
+            self.guard.taken(given)
+            return self.with_loss(kwargs, options)
         if named:
             raise ValueError(f"labels must be given with {PREFIX}{next(iter(named))}, got None; pass labels=")
-        return self.plain(kwargs)
+        output = self.plain(kwargs)
+        self.guard.refuse_unlabelled(output)
+        return output
 
     def plain(self, kwargs: dict[str, Any]):
         """The forward the model had before."""
@@ -83,31 +99,40 @@ class PatchedForward:
         """The model's own output with the loss in it, and no logits."""
         labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         options["num_items_in_batch"] = kwargs.pop("num_items_in_batch", None)
-        columns = functools.partial(aligned_columns, labels, shift_labels, options, kwargs.get("logits_to_keep", 0))
+        columns = Columns(labels, shift_labels, options, kwargs.get("logits_to_keep", 0))
         as_dict = kwargs.pop("return_dict", None)
         if as_dict is None:
             as_dict = getattr(self.model.config, "return_dict", True)
         kwargs["return_dict"] = True
         if self.takes_use_cache:
             kwargs.setdefault("use_cache", False)  # nothing is generated from a batch with labels
+        keeps_logits = self.eval_logits and not self.model.training
         try:
-            output, result = self.in_head(kwargs, columns)
+            output, result = (self.from_logits if keeps_logits else self.in_head)(kwargs, columns)
         except LogitsNeededError as reason:
             self.warn(str(reason))
             output, result = self.from_logits(kwargs, columns)
-        output = self.finished(output, *(result if isinstance(result, tuple) else (result, None)))
+        loss, stats = result if isinstance(result, tuple) else (result, None)
+        terms = extra_terms(self.model, output)
+        if terms is not None:
+            loss = loss + columns.share() * terms.to(loss.device)
+        output = finished(output, loss, stats, keeps_logits)
         return output if as_dict else output.to_tuple()
 
-    def in_head(self, kwargs: dict[str, Any], columns: Callable):
+    def in_head(self, kwargs: dict[str, Any], columns: Columns):
         """The model's output, and the loss (or loss and statistics) its head has computed. Raises LogitsNeededError."""
-        head = output_head.trained_module(self.output_head())
-        reason = self.refusal or output_head.adapted(head)
+        head = heads.trained_module(self.output_head())
+        reason = self.refusal or heads.adapted(head)
         if reason is not None:
             raise LogitsNeededError(reason)
         if self.transform is None:
             guess = self.transforms[0]
             output, call = self.attempt(head, guess, kwargs, columns, check=True)
-            self.transform = call.explanation(self.transforms, output.logits)
+            transform = call.explanation(self.transforms, output.logits)
+            if not call.clears(extra_terms(self.model, output)):
+                return self.from_logits(kwargs, columns)  # until a call with gradients tells
+            if call.refusal is None:
+                self.transform = transform
             if self.transform == guess:
                 return output, call.result()
         if self.transform is not None:
@@ -117,9 +142,9 @@ class PatchedForward:
             raise LogitsNeededError(call.refusal)
         return output, call.result()
 
-    def attempt(self, head: Any, transform: Transform, kwargs, columns: Callable, check: bool):
+    def attempt(self, head: Any, transform: Transform, kwargs, columns: Columns, check: bool):
         def loss_of(hidden_STD: Tensor):
-            hidden, targets, options = columns(hidden_STD)
+            hidden, targets, options = columns.beside(hidden_STD)
             return policy_loss(
                 hidden,
                 targets,
@@ -134,31 +159,11 @@ class PatchedForward:
             output = self.plain(kwargs)
         return output, call
 
-    def from_logits(self, kwargs: dict[str, Any], columns: Callable):
+    def from_logits(self, kwargs: dict[str, Any], columns: Columns):
         """The model's output, and the loss of its logits; options about the head's product have nothing to say here."""
         output = self.plain(kwargs)
-        logits, targets, options = columns(output.logits)
+        logits, targets, options = columns.beside(output.logits)
         return output, policy_loss(logits, targets, **{k: v for k, v in options.items() if k not in _LINEAR_ONLY})
-
-    def finished(self, output, loss: Tensor, stats: TokenStats | None):
-        """The output's own class with the loss, and the router's with it where the model returned that."""
-        if output.get("aux_loss") is not None:
-            loss = loss + self.router_weight() * output.aux_loss.to(loss.device)
-        fields = {name: value for name, value in output.items() if name not in ("loss", "logits")}
-        if stats is None:
-            return type(output)(loss=loss, **fields)
-        return with_stats(output.__class__)(loss=loss, stats=stats, **fields)
-
-    def router_weight(self) -> float:
-        """What the model would multiply its load-balancing loss by before adding it to the loss of its labels."""
-        for owner in (self.model, self.model.config.get_text_config(decoder=True)):
-            for name in ("router_aux_loss_coef", "aux_loss_coef"):
-                if hasattr(owner, name):
-                    return float(getattr(owner, name))
-        raise ValueError(
-            f"output_router_logits must be False for {type(self.model).__name__}, got a router loss without a weight "
-            "in its config; add the loss yourself"
-        )
 
     def warn(self, reason: str) -> None:
         if reason not in self.warned:
@@ -172,6 +177,15 @@ class PatchedForward:
 
 class LogitsNeededError(Exception):
     """The loss cannot be computed inside the head; the message is the reason."""
+
+
+def finished(output: Any, loss: Tensor, stats: TokenStats | None, keeps_logits: bool) -> Any:
+    """The output's own class with the loss, without logits unless they are to be kept."""
+    dropped = ("loss",) if keeps_logits else ("loss", "logits")
+    fields = {name: value for name, value in output.items() if name not in dropped}
+    if stats is None:
+        return type(output)(loss=loss, **fields)
+    return with_stats(output.__class__)(loss=loss, stats=stats, **fields)
 
 
 @functools.cache

@@ -136,12 +136,15 @@ class HeadCall:
         if self.refusal is not None:
             return None  # these are logits
         self.loss = output
-        return arguments[0].new_zeros(*arguments[0].shape[:-1], 1) if self.probe is None else self.probe
+        if self.probe is None:
+            return arguments[0].new_zeros(*arguments[0].shape[:-1], 1)
+        return self.probe.requires_grad_(torch.is_grad_enabled()).clone()  # a leaf could not be scaled in place
 
     def result(self) -> Tensor | tuple[Tensor, TokenStats]:
         assert self.refusal is None and self.loss is not None
         return self.loss if self.stats is None else (self.loss, self.stats)
 
+    @torch.no_grad()
     def explanation(self, transforms: list[Transform], output: Tensor | None) -> Transform | None:
         """The first transform that turns the probe into the model's output up to rounding; none: a refusal."""
         if self.refusal is not None or self.probe is None:
@@ -153,3 +156,16 @@ class HeadCall:
                     return transform
         self.refusal = "what the model does to its logits is neither a scale nor a softcap that its config names"
         return None
+
+    def clears(self, terms: Tensor | None) -> bool:
+        """Whether the model's own loss terms are now known not to read its logits, which were not there to be read.
+
+        They are known with gradients only, by whether one flows back; that it does is a refusal.
+        """
+        if terms is None or self.probe is None:
+            return True
+        if terms.requires_grad:
+            [gradient] = torch.autograd.grad(terms, self.probe, retain_graph=True, allow_unused=True)
+            if gradient is not None:
+                self.refusal = "a term that the model adds to its loss is computed from them"
+        return torch.is_grad_enabled()
