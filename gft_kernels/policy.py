@@ -160,10 +160,10 @@ def with_ratios(stats: TokenStats, call: RowCall | LinearCall) -> TokenStats:
         ratios = torch.exp(formulas.log_ratio(stats.log_probs, old))
         over = ratios > 1.0 + o.clip_high
         if o.surrogate == "grpo":
-            over = formulas.is_clipped(ratios, stats.advantages, o.clip_low, o.clip_high)
+            over = formulas.is_clipped(ratios, stats.advantages, o.clip_low, o.clip_high, o.delta)
         added = {"ratios": torch.where(live, ratios, 0.0), "clipped": live & over}
     if o.ref_log_probs_R is not None:
-        kl = formulas.kl_loss(formulas.log_ratio(o.ref_log_probs_R.view(shape), stats.log_probs))
+        kl = formulas.kl_loss(formulas.log_ratio(o.ref_log_probs_R.view(shape), stats.log_probs), o.kl_cap)
         added["kl"] = torch.where(live, kl, 0.0)
     # not dataclasses.replace, which torch 2.6 cannot trace
     return TokenStats(stats.log_probs, stats.coefficients, stats.advantages, stats.entropy, **added)
