@@ -1,4 +1,5 @@
-// The two passes over a row, once for every instruction set: a translation unit includes one simd_*.h, then this file.
+// The two passes over a row, compiled once for every instruction set: GFT_INSTRUCTION_SET is its name, GFT_SIMD_HEADER
+// the vectors it brings.
 //
 // Statistics sum 2^t over the row and the gradient recomputes 2^t, with t = (w(z) - anchor)*k: k holds log2(e),
 // logit_scale and 1/temperature; w is z itself or tanh(z*logit_scale/softcap). Recomputing is cheaper than storing: the
@@ -9,19 +10,45 @@
 // more than e^50 moves it (float32 has room for e^88 over any vocabulary); a row almost never does.
 //
 // Everything is in an anonymous namespace: with external linkage the linker would keep one copy for all sets.
-#pragma once
+#if !defined(GFT_INSTRUCTION_SET)
+#define GFT_INSTRUCTION_SET portable
+#define GFT_SIMD_HEADER "cpu/simd_portable.h"
+#endif
+#include GFT_SIMD_HEADER
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 #include <cmath>
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/flush_denormals.h"
-#include "cpu/row_kernels.h"
+#include "cpu/instruction_sets.h"
 #include "cpu/row_statistics.h"
 #include "cpu/vector_math.h"
 
 namespace gft::cpu {
 namespace {
+
+// Float denormals as zero for the time of a pass: a row with a wide spread would otherwise trap into microcode for
+// every tiny probability, at a hundred times the cost. Conversions to and from fp16 ignore the flags and keep its
+// denormals.
+#if defined(__SSE__)
+class FlushDenormals {
+  public:
+    FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }  // results (FTZ) and operands (DAZ)
+    ~FlushDenormals() { _mm_setcsr(saved_); }
+    FlushDenormals(const FlushDenormals&) = delete;
+    FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+  private:
+    unsigned saved_;
+};
+#else
+struct FlushDenormals {  // elsewhere denormals cost little
+    FlushDenormals() {}
+};
+#endif
 
 // F7 away from the target, block by block; `out` may be `row`. The anchor is near the log-normaliser, so that neither
 // the powers nor the factor leave float's range; what its rounding leaves over is part of the factor. With t near
@@ -117,7 +144,13 @@ void scale_row(const void* row, void* out, Dtype dtype, std::int64_t V, float fa
     });
 }
 
-constexpr RowKernels kernels_named(const char* name) { return {name, statistics_of_row, gradient_of_row, scale_row}; }
-
 }  // namespace
+
+#define GFT_STRING(name) #name
+#define GFT_TABLE(name)                     \
+    extern const RowKernels kernels_##name; \
+    const RowKernels kernels_##name = {GFT_STRING(name), statistics_of_row, gradient_of_row, scale_row}
+#define GFT_TABLE_OF(name) GFT_TABLE(name)  // the set's name is a macro itself: expanded here, before ## sees it
+GFT_TABLE_OF(GFT_INSTRUCTION_SET);
+
 }  // namespace gft::cpu

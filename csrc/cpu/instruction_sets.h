@@ -1,5 +1,8 @@
-// What an instruction set offers: the passes over one row. Each set is one translation unit that defines one table.
+// What an instruction set offers, the passes over one row, and which of them this processor has. Each set's table is
+// row_kernel.cpp, compiled once more (CMakeLists.txt).
 #pragma once
+
+#include <cstring>
 
 #include "gft/args.h"
 
@@ -34,17 +37,44 @@ struct RowKernels {
     void (*scale)(const void* row, void* out, Dtype dtype, std::int64_t V, float factor);
 };
 
-extern const RowKernels kPortableKernels;
+extern const RowKernels kernels_portable;
 #if defined(GFT_X86_KERNELS)
-extern const RowKernels kAvx2Kernels;
-extern const RowKernels kAvx512Kernels;
-extern const RowKernels kAvx512Bf16Kernels;
+extern const RowKernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
 #endif
 
-// The fastest table this processor can run, or the one called `name`; null if the processor or the build lacks it.
-const RowKernels* find_kernels(const char* name);
+struct InstructionSet {
+    const RowKernels* kernels;
+    bool runs_here;
+};
 
-// The names `find_kernels` answers on this processor, fastest first; null-terminated.
-const char* const* kernel_names();
+// All of this build, fastest first.
+GFT_HD const InstructionSet* instruction_sets(int& count) {
+#if defined(GFT_X86_KERNELS)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("x86-64-v4");
+    static const InstructionSet sets[] = {
+        {&kernels_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")},
+        {&kernels_avx512, avx512},
+        {&kernels_avx2, avx2},
+        {&kernels_portable, true},
+    };
+#else
+    static const InstructionSet sets[] = {{&kernels_portable, true}};
+#endif
+    count = static_cast<int>(sizeof sets / sizeof *sets);
+    return sets;
+}
+
+// The fastest table this processor can run, or the one called `name`; null if the processor or the build lacks it.
+GFT_HD const RowKernels* find_kernels(const char* name) {
+    int count = 0;
+    const InstructionSet* sets = instruction_sets(count);
+    for (int i = 0; i < count; ++i) {
+        const bool wanted = *name == '\0' || std::strcmp(sets[i].kernels->name, name) == 0;
+        if (wanted && sets[i].runs_here) return sets[i].kernels;
+    }
+    return nullptr;
+}
 
 }  // namespace gft::cpu
