@@ -118,7 +118,7 @@ def kl_loss(u, kl_cap):
 
 
 def kl_kappa(u, kl_cap):
-    """What the k3 estimate adds to kappa, per unit of its weight: its slope, e^u - 1, which stays what it is at kl_cap."""
+    """What the k3 estimate adds to kappa, per unit of its weight: its slope, e^u - 1, held at kl_cap."""
     return expm1(where(u > kl_cap, kl_cap, u))
 
 
