@@ -10,7 +10,7 @@ from packaging.version import Version
 from transformers import TrainingArguments
 
 from gft_kernels.objectives import PRESETS, objective_of
-from gft_kernels.options import BACKENDS, NORMALIZE, SINGLETON, Objective
+from gft_kernels.options import BACKENDS, NORMALIZE, SINGLETON
 
 OLDEST = "5.6"
 if Version(transformers.__version__) < Version(OLDEST):
@@ -194,8 +194,17 @@ def one_of(config, name, choices):
 
 def settle(config: GFTConfig) -> None:
     """Fill in the objective's defaults. Raises ValueError, naming it, for an option the objective does not use."""
-    preset = PRESETS[config.objective]
-    resolve(config)
+    preset, one_row = PRESETS[config.objective], torch.zeros(1)
+    objective_of(  # refuses as policy_loss does
+        config.objective,
+        {name: getattr(config, name) for name in CHOSEN} | {"old_log_probs": None},
+        beta=config.beta,
+        entropy_coef=config.entropy_coef,
+        ref_log_probs=one_row,
+        kl_cap=config.kl_cap,
+        return_stats=True,
+        targets=one_row.long(),
+    )
     if not preset.weighs and config.advantages != "ones":
         raise ValueError(
             f"advantages must be 'ones' with objective {config.objective!r}, got {config.advantages!r}; "
@@ -213,21 +222,6 @@ def settle(config: GFTConfig) -> None:
             setattr(config, name, preset.options.get(name))
 
 
-def resolve(config: GFTConfig) -> Objective:
-    """The objective as `policy_loss` understands it. Raises ValueError as it does."""
-    one_row = torch.zeros(1)
-    return objective_of(
-        config.objective,
-        {name: getattr(config, name) for name in CHOSEN} | {"old_log_probs": None},
-        beta=config.beta,
-        entropy_coef=config.entropy_coef,
-        ref_log_probs=one_row,  # the trainer brings them where they are needed
-        kl_cap=config.kl_cap,
-        return_stats=True,
-        targets=one_row.long(),
-    )
-
-
 def described(config: GFTConfig) -> str:
     """The objective and its options, for a line of text."""
     given = [f"{name} {getattr(config, name)}" for name in (*CHOSEN, "kl_cap") if getattr(config, name) is not None]
@@ -241,10 +235,10 @@ def has_ratio(config: GFTConfig) -> bool:
 
 def clip_range(config: GFTConfig) -> tuple[float, float]:
     """(lowest, highest) ratio pi / pi_old that counts as near: the objective's own bounds, or 1 - CLIP and 1 + CLIP."""
+    low, high = config.clip_low, config.clip_high
     if not has_ratio(config):
-        return 1.0 - CLIP, 1.0 + CLIP
-    own = resolve(config)
-    return (0.0 if config.objective == "cispo" else 1.0 - own.clip_low), 1.0 + own.clip_high
+        low = high = CLIP
+    return 0.0 if low is None else 1.0 - low, 1.0 + (high or 0.0)  # cispo has no lower bound
 
 
 def has_constant_denominator(config: GFTConfig) -> bool:
