@@ -23,6 +23,7 @@ ADVANTAGES = ("group", "ones")
 MEAN_REDUCTIONS = ("token-mean", "sequence-mean")
 OVERLONG = ("error", "drop", "truncate")
 ROLLOUTS = ("auto", "generate", "continuous", "vllm")
+ROLLOUT_ORDERS = ("groups", "paper")
 CHOSEN = ("tau", "rectify", "clip_low", "clip_high", "delta")  # options that only some objectives take
 CLIP = 0.2  # PPO's range, in which to count the ratios of an objective that does not clip
 
@@ -63,6 +64,7 @@ class GFTConfig(TrainingArguments):
     vllm_memory: float = option(0.3, "Share of a GPU's memory that vLLM takes beside the training.")
     generation_batch_size: int | None = option(None, "Prompts per generate call; None: all prompts of a step at once.")
     steps_per_rollout: int = option(1, "Optimizer steps' prompts sampled at once, with the weights before the first.")
+    rollout_order: str = option("groups", "'paper': a rollout's first steps take all samples, its last the given ones.")
     skip_special_tokens: bool = option(False, "Leave special tokens out of the text that reward functions read.")
     eval_num_generations: int = option(1, "Responses per prompt in evaluation.")
     eval_temperature: float = option(0.0, "Temperature in evaluation; 0: greedy.")
@@ -110,6 +112,7 @@ def check_groups(config: GFTConfig) -> None:
         ("advantages", ADVANTAGES),
         ("overlong", OVERLONG),
         ("rollout", ROLLOUTS),
+        ("rollout_order", ROLLOUT_ORDERS),
         ("objective", tuple(PRESETS)),
         ("normalize", (None, *NORMALIZE)),
         ("singleton", SINGLETON),
@@ -121,6 +124,10 @@ def check_groups(config: GFTConfig) -> None:
         raise ValueError(
             f"num_generations must be 0 when advantages is 'ones', got {config.num_generations}; "
             "imitating the policy's own samples teaches nothing."
+        )
+    if config.rollout_order == "paper" and config.steps_per_rollout == 1:
+        raise ValueError(
+            "steps_per_rollout must be above 1 with rollout_order 'paper', got 1; one step takes them all."
         )
     stops = config.stop_strings
     if stops is not None and not (isinstance(stops, (list, tuple)) and all(isinstance(s, str) and s for s in stops)):
@@ -197,7 +204,7 @@ def settle(config: GFTConfig) -> None:
     preset, one_row = PRESETS[config.objective], torch.zeros(1)
     objective_of(  # refuses as policy_loss does
         config.objective,
-        {name: getattr(config, name) for name in CHOSEN} | {"old_log_probs": None},
+        dict.fromkeys(preset.options) | {name: getattr(config, name) for name in CHOSEN},
         beta=config.beta,
         entropy_coef=config.entropy_coef,
         ref_log_probs=one_row,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,7 +36,16 @@ from gft_kernels.trainer.metrics import (
 )
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import end_tokens, is_complete, refuse_virtual_tokens
-from gft_kernels.trainer.windows import Forward, Queue, Window, refuse_layouts, row_order, start_model, window_of
+from gft_kernels.trainer.windows import (
+    Forward,
+    Queue,
+    Window,
+    micro_batches_of,
+    refuse_layouts,
+    row_order,
+    start_model,
+    window_of,
+)
 
 TRAINING, EVALUATION = 0, 1  # what random numbers are for
 LOADER = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
@@ -173,9 +183,10 @@ class GFTTrainer(Trainer):
             windows.append(super().get_batch_samples(epoch_iterator, num_batches, device)[0])
         rows = [row for batches in windows for batch in batches for row in batch]
         entropy = (self.args.seed, TRAINING, self.state.global_step, self.args.process_index)
-        groups = iter(self.builder.build(self.model, rows, entropy))
+        groups = self.builder.build(self.model, rows, entropy)
+        parts = iter(micro_batches_of(groups, [*itertools.chain(*windows)], self.args.rollout_order))
         left_out = self.is_truncated if self.args.mask_truncated_completions else None
-        cut = [window_of(groups, batches, self.builder.pad_id, left_out) for batches in windows if batches]
+        cut = [window_of([next(parts) for _ in some], self.builder.pad_id, left_out) for some in windows if some]
         for inputs in (inputs for window in cut for inputs in window.micro_batches):
             if self._remembers:
                 inputs["old_log_probs"] = self.ask.log_probs(self.model, inputs)

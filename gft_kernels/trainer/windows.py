@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,14 +31,29 @@ class Window:
     micro_batches: list[dict[str, Tensor]]
 
 
-def window_of(
-    groups: Iterator[Group],
-    batches: Sequence[Sequence],
-    pad_id: int,
-    left_out: Callable[[Response], bool] | None = None,
-) -> Window:
-    """The window of `batches` of rows, whose groups come next; responses `left_out` keep no target, so no loss."""
-    parts = [[next(groups) for _ in batch] for batch in batches]
+def micro_batches_of(groups: Sequence[Group], batches: Sequence[Sequence], order: str) -> list[list[Group]]:
+    """The groups of a rollout over the `batches` of its rows: whole, or in the order of the paper's code.
+
+    That is all samples first, then all the rows brought, in as many equal parts: groups are split, weighed as a whole.
+    """
+    if order == "groups":
+        whole = iter(groups)
+        return [[next(whole) for _ in batch] for batch in batches]
+    pairs = [(g.row, r) for g in groups for r in g.responses]
+    pairs.sort(key=lambda pair: pair[1].source != "sampled")
+    ends = [len(pairs) * i // len(batches) for i in range(len(batches) + 1)]
+    return [
+        [Group(some[0][0], [r for _, r in some]) for some in same_row(pairs[start:end])]
+        for start, end in itertools.pairwise(ends)
+    ]
+
+
+def same_row(pairs: Sequence[tuple[Row, Response]]) -> list[list[tuple[Row, Response]]]:
+    return [list(some) for _, some in itertools.groupby(pairs, key=lambda pair: id(pair[0]))]
+
+
+def window_of(parts: Sequence[Sequence[Group]], pad_id: int, left_out: Callable[[Response], bool] | None) -> Window:
+    """The window of these micro-batches; responses `left_out` keep no target there, so no loss."""
     micro_batches = [collate(part, pad_id) for part in parts]
     for part, inputs in zip(parts, micro_batches, strict=True):
         for s, response in enumerate(r for g in part for r in g.responses):
