@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/row_kernels.h"
+#include "cpu/instruction_sets.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-"""The command `gft`: train, plot, env, demo, bench, study. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped."""
+"""The command `gft`: train, plot, env, demo. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     find_here_last()
     parser = _parser()
     options, options.overrides = parser.parse_known_args(arguments)
-    if options.overrides and options.command not in ("train", "bench", "study"):
+    if options.overrides and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
     try:
         return options.run(options)
@@ -46,7 +46,7 @@ def one_line(error: BaseException) -> str:
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="gft", description="Group Fine-Tuning: train, look at runs, check and measure the machine."
+        prog="gft", description="Group Fine-Tuning: train, look at runs, check the machine."
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -79,13 +79,6 @@ def _parser():
     demo.add_argument("--data", help="full GSM8K: a directory with train.parquet, test.parquet and socratic/")
     demo.add_argument("--only", choices=("digit-sum", "gsm8k"), help="one of the two trainings")
     demo.set_defaults(run=_demo)
-
-    # the options of these two are those of the modules they hand over to: gft bench --help shows them
-    bench = commands.add_parser("bench", help="measure against the floor and other libraries", add_help=False)
-    bench.set_defaults(run=_bench)
-
-    study = commands.add_parser("study", help="compare training methods with seeds and error bars", add_help=False)
-    study.set_defaults(run=_study)
     return parser
 
 
@@ -99,7 +92,7 @@ def _train(options):
 
 
 def _plot(options):
-    from gft_kernels.trainer.plots import draw
+    from gft_kernels.cli.plots import draw
 
     print(draw(options.directory, options.out))
     return DONE
@@ -116,17 +109,3 @@ def _demo(options):
 
     demo(options.out, options.data, options.only)
     return DONE
-
-
-def _bench(options):
-    return _hand_over(options, "benchmarks")
-
-
-def _study(options):
-    return _hand_over(options, "benchmarks.experiments")
-
-
-def _hand_over(options, module):
-    from gft_kernels.cli.source_tree import hand_over
-
-    return hand_over(module, options.overrides)

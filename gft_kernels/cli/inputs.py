@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from gft_kernels.cli import one_line
 from gft_kernels.cli.settings import RunSettings
-from gft_kernels.data.rows import check_record
+from gft_kernels.data.fields import check_record
 from gft_kernels.trainer import GFTConfig, read_records
 from gft_kernels.trainer.rewards import find
 
@@ -51,20 +51,8 @@ def tokenizer_of(settings: RunSettings) -> Any:
         ) from None
 
 
-def user_code(path: str, what: str) -> Callable:
-    """A callable by its dotted path. Raises ValueError whatever its module does when it is imported."""
-    try:
-        return find(path, what)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ValueError) and str(error).startswith(what):
-            raise
-        raise ValueError(f"{what} must be importable, got {path!r}; {blamed(error)}.") from None
-
-
 def blamed(error: BaseException) -> str:
     """An error of the user's code, and where it arose."""
-    if isinstance(error, SyntaxError):
-        return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {one_line(error)} ({frame.filename}:{frame.lineno})"
 
@@ -76,7 +64,7 @@ def rows(path: str, reader: str | None, split: str) -> Sequence:
         for record in records:
             check_record(record, record.where)
         return records
-    read = user_code(reader, "reader")
+    read = find(reader, "reader")
     if "split" in inspect.signature(read).parameters:
         read = functools.partial(read, split=split)
     try:

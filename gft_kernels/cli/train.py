@@ -11,13 +11,14 @@ from typing import Any
 from safetensors import SafetensorError
 
 from gft_kernels.cli import BAD_INPUT, DONE, FAILED, INTERRUPTED, folder, one_line
-from gft_kernels.cli.inputs import BAD, configuration, rows, tokenizer_of, user_code
+from gft_kernels.cli.inputs import BAD, configuration, rows, tokenizer_of
+from gft_kernels.cli.plots import draw
 from gft_kernels.cli.settings import RunSettings, load
 from gft_kernels.trainer import GFTTrainer, RewardError, SaveOnInterrupt
 from gft_kernels.trainer.callbacks import StepLines, read_metrics, say
 from gft_kernels.trainer.checkpoints import Manifests, newest_whole
-from gft_kernels.trainer.objective import described
-from gft_kernels.trainer.plots import draw
+from gft_kernels.trainer.config import described
+from gft_kernels.trainer.rewards import find
 
 
 def train(
@@ -102,8 +103,8 @@ def build(
             "eval_data must be given where eval_on_start or eval_strategy asks for evaluation, got nothing."
         )
     args = configuration(options)
-    rewards = [user_code(name, "reward function") for name in settings.rewards or ()]
-    rollout_fn = user_code(settings.rollout_fn, "rollout_fn") if settings.rollout_fn else None
+    rewards = [find(name) for name in settings.rewards or ()]  # before the rows, which take longer
+    rollout_fn = find(settings.rollout_fn, "rollout_fn") if settings.rollout_fn else None
     train_rows = rows(settings.data, settings.reader, "train")
     eval_rows = None if held_out is None else rows(held_out, settings.eval_reader or settings.reader, "test")
     made_of = folder.run_of(settings, given, train_rows)

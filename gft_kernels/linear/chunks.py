@@ -4,12 +4,12 @@ Per chunk: logits = hidden @ weight^T into the buffer; the row kernel turns them
 two more products take it to hidden and head. Because the gradient is ready with the loss (F7), nothing is computed
 again in backward: three products in all, the fewest there can be.
 
-Sizes: L rows chosen, C rows of a chunk, D hidden size; S, T, R, V as in linear_call.py.
+Sizes: L rows chosen, C rows of a chunk, D hidden size; S, T, R, V as in options.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -18,8 +18,7 @@ from torch import Tensor
 from gft_kernels import checks, distributed, formulas, registry
 from gft_kernels.advantages import RowCredit, credit_rows
 from gft_kernels.linear.products import Head, multiply, precision_of
-from gft_kernels.linear_call import LinearCall, LinearResult
-from gft_kernels.options import FP16_PEAK, Credit, RowCall, RowResult
+from gft_kernels.options import FP16_PEAK, Credit, LinearCall, LinearResult, RowCall, RowResult
 
 _ROW_OPTIONS = [
     f.name for f in fields(RowCall) if f.name in {g.name for g in fields(LinearCall)} - {"credit", "objective"}
@@ -65,7 +64,8 @@ def run(call: LinearCall, backend: str) -> LinearResult:
     if call.process_group:
         shard = distributed.meet(call.process_group, call.weight_VD.shape[0], call.weight_VD.device)
     if call.hidden_STD.device.type == "cpu":
-        checks.check_values(call.credit, int(shard.widths_W.sum()) if shard else call.weight_VD.shape[0])
+        vocabulary = int(shard.widths_W.sum()) if shard else call.weight_VD.shape[0]
+        checks.check_values(call.credit, call.objective, vocabulary)
     chosen = choose_rows(call, credit, shard)
     chunked = _ChunkedLoss(call, backend, credit, shard, chosen)
     for rows_C in chosen.with_gradient_L.split(chosen.chunk):
@@ -159,8 +159,10 @@ class _ChunkedLoss:
             inplace=want_gradient,
             **options,
         )
-        kernel = registry.choose(self.backend, chunk)
-        return (kernel if self.shard is None else replace(kernel, shard=self.shard)).run(chunk)
+        module = registry.choose(self.backend, chunk)
+        if self.shard is None:
+            return module.run(chunk)
+        return distributed.VocabularyParallel(module, self.shard).run(chunk)
 
     def _add_gradients(self, rows_C: Tensor, hidden_CD: Tensor, dlogits_CV: Tensor) -> None:
         if self.bias_gradient_V is not None:

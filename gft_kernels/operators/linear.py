@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gft_kernels.linear import chunks
-from gft_kernels.linear_call import LinearCall, LinearResult
 from gft_kernels.operators import row
-from gft_kernels.options import RowResult
+from gft_kernels.options import LinearCall, LinearResult, RowResult
 
 _TENSORS = ("hidden_STD", "weight_VD", "bias_V")
 _SCHEMA_TYPES = {**row.SCHEMA_TYPES, "torch.dtype": "ScalarType"}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gft_kernels import checks, registry
+from gft_kernels import checks, distributed, registry
 from gft_kernels.options import Credit, Objective, RowCall, RowResult
 
 SCHEMA_TYPES = {
@@ -83,8 +83,9 @@ def _compute(logits: Tensor, arguments: tuple) -> tuple[RowResult, tuple[Tensor,
     """Check the values, choose the backend, run it. An operator returns no None: what was not asked for is empty."""
     call, backend = _unpack(logits, arguments)
     if not call.process_group:  # else the vocabulary's size is known once the ranks have met
-        checks.check_values(call.credit, logits.shape[-1])
-    result = registry.choose(backend, call).run(call)
+        checks.check_values(call.credit, call.objective, logits.shape[-1])
+    module = registry.choose(backend, call)
+    result = (distributed.VocabularyParallel(module) if call.process_group else module).run(call)
     empty = [
         logits.new_empty(0, dtype=torch.float32) if x is None else x for x in (result.row_scale_R, result.entropy_R)
     ]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from cases import problem, run
 from torch.utils.checkpoint import checkpoint
 
-from gft_kernels import checks, gft_loss
+from gft_kernels import gft_loss
 from gft_kernels.operators import row
 
 UPSTREAM = 3.7
@@ -150,25 +148,26 @@ def test_many_lengths_compile_at_most_twice(backend, device):
     assert counter.frame_count <= 2
 
 
-def operator_arguments(dtype, **options):
-    case = problem(dtype=dtype)
-    defaults = {p.name: p.default for p in inspect.signature(gft_loss).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    defaults.update(rewards=case.rewards, group_size=2, mask=case.mask, **options)
-    objective = checks.gft_objective(defaults.pop("tau"), defaults.pop("rectify"))
-    call = checks.row_call(case.logits.requires_grad_(True), case.targets, objective=objective, **defaults)
-    return (call.logits_STV, *row._pack(call, "reference"))
+def operator_arguments(dtype, monkeypatch, **options):
+    """What `gft_loss` hands to its operator."""
+    case, captured, pack = problem(dtype=dtype), [], row._pack
+    leaf = case.logits.requires_grad_(True)
+    with monkeypatch.context() as patched:
+        patched.setattr(row, "_pack", lambda *call: captured.append(pack(*call)) or captured[-1])
+        bound(case, "reference", leaf.device, **options)(leaf)
+    return (leaf, *captured[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"reduction": "none", "return_entropy": True}, {"inplace": False, "softcap": 5.0}]
 )
-def test_opcheck_of_the_functional_operator(dtype, options):
-    torch.library.opcheck(torch.ops.gft.row_loss.default, operator_arguments(dtype, **options))
+def test_opcheck_of_the_functional_operator(dtype, options, monkeypatch):
+    torch.library.opcheck(torch.ops.gft.row_loss.default, operator_arguments(dtype, monkeypatch, **options))
 
 
-def test_opcheck_of_the_mutating_operators():
-    logits, *arguments = operator_arguments(torch.float32)
+def test_opcheck_of_the_mutating_operators(monkeypatch):
+    logits, *arguments = operator_arguments(torch.float32, monkeypatch)
     torch.library.opcheck(torch.ops.gft.row_loss_.default, (logits.detach(), *arguments))
     gradient, row_scale = torch.randn(2, 3, 5), torch.rand(6)
     torch.library.opcheck(torch.ops.gft.scale.default, (gradient, row_scale, torch.rand(6), "reference"))

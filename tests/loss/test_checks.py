@@ -112,7 +112,7 @@ BAD = {
         ValueError,
         "num_items_in_batch must be None with reduction='sum'",
     ),
-    "items 0": (dict(num_items_in_batch=0), ValueError, "num_items_in_batch must be positive, got 0"),
+    "items 0": (dict(num_items_in_batch=0), ValueError, "num_items_in_batch must be finite and positive, got 0"),
     "items shape": (
         dict(num_items_in_batch=torch.ones(2)),
         ValueError,
@@ -167,9 +167,6 @@ def test_inplace_refuses_parameters_and_shared_rows():
     for logits in (leaf, leaf[1:], leaf.transpose(0, 1).transpose(0, 1)):
         with pytest.raises(ValueError, match=r"inplace must be False for logits that are .a view of. a leaf"):
             gft_loss(logits, TARGETS[: len(logits)], inplace=True)
-    shared = (torch.randn(1, 3, 7, requires_grad=True) * 1).expand(4, 3, 7)
-    with pytest.raises(ValueError, match="inplace must be False for expanded logits"):
-        gft_loss(shared, TARGETS, inplace=True)
     assert leaf.isfinite().all()
 
 
