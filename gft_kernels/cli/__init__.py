@@ -1,4 +1,4 @@
-"""The command `gft`: train, plot, env, demo, bench, study. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped."""
+"""The command `gft`: train, plot, env, demo. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code. Heavy imports wait until a command needs them."""
     parser, rest = _parser(), None
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "bench", "study"):
+    if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
     try:
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="gft", description="Group Fine-Tuning: train, look at runs, check and measure the machine."
+        prog="gft", description="Group Fine-Tuning: train, look at runs, check the machine."
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -60,13 +60,6 @@ def _parser():
     demo.add_argument("--data", help="full GSM8K: a directory with train.parquet, test.parquet and socratic/")
     demo.add_argument("--only", choices=("digit-sum", "gsm8k"), help="one of the two trainings")
     demo.set_defaults(run=_demo)
-
-    # the options of these two are those of the modules they hand over to: gft bench --help shows them
-    bench = commands.add_parser("bench", help="measure against the floor and other libraries", add_help=False)
-    bench.set_defaults(run=_bench)
-
-    study = commands.add_parser("study", help="compare training methods with seeds and error bars", add_help=False)
-    study.set_defaults(run=_study)
     return parser
 
 
@@ -108,21 +101,3 @@ def _demo(options):
         print(f"gft demo: {error}", file=sys.stderr)
         return BAD_INPUT
     return DONE
-
-
-def _bench(options):
-    return _hand_over(options, "benchmarks")
-
-
-def _study(options):
-    return _hand_over(options, "benchmarks.experiments")
-
-
-def _hand_over(options, module):
-    from gft_kernels.cli.source_tree import hand_over
-
-    try:
-        return hand_over(module, options.overrides)
-    except FileNotFoundError as error:
-        print(f"gft {options.command}: {error}", file=sys.stderr)
-        return BAD_INPUT

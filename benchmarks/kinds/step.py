@@ -1,4 +1,4 @@
-"""Inputs of the whole-step benchmark: a small Qwen2-shaped model, a batch, an optimizer; and the fp64 check.
+"""An optimizer step of a small Qwen2-shaped model: forward, a loss, backward, update.
 
 The model's weights are random, but the final norm is scaled so that its predictions are as sharp as a trained one's,
 and three targets of four are what it predicts: both sides of τ occur. Sizes: S responses of T tokens, N = S·T rows.
@@ -8,20 +8,60 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import CHECK_UPSTREAM, Answer, Deviation
-from benchmarks.row_problem import peak_tokens
-from benchmarks.shapes import StepCase
-from benchmarks.truth import coefficients
+from benchmarks.harness import CHECK_UPSTREAM, Answer, Deviation, Step
+from benchmarks.kinds import linear, row
+from benchmarks.kinds.inputs import peak_tokens
+from benchmarks.kinds.kind import BACKENDS, ITEM_BYTES, Kind, Peer, words_of
+from benchmarks.kinds.truth import coefficients
 
 ERROR_LIMIT = {"float32": 5e-3, "bfloat16": 1e-1}
 SHARPNESS = 16.0
 """Of the final norm: logits of a standard deviation of about 5."""
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One measurement of an optimizer step; weights are random, embeddings tied."""
+
+    tokens: int  # of each response
+    vocab: int = row.HEADLINE_VOCABULARY
+    hidden: int = 256
+    layers: int = 2
+    heads: int = 4
+    dtype: str = "float32"
+    responses: int = 4
+    tau: float = 0.7
+    temperature: float = 1.0
+    upstream: float = 1.0
+    seed: int = 20
+    device: str = "cpu"
+    threads: int = 2
+
+    @property
+    def rows(self) -> int:
+        return self.responses * self.tokens
+
+    def label(self) -> str:
+        model = f"{self.layers} layers × {self.hidden} × {self.vocab}"
+        return ", ".join([f"step of {self.responses} × {self.tokens} tokens, {model} {self.dtype}", *words_of(self)])
+
+
+def cases(device: str, *, quick: bool = False, threads: int = 1) -> list[StepCase]:
+    """A model small enough for a CPU under the headline vocabulary."""
+    if device == "cpu":
+        return [StepCase(32 if quick else 64, hidden=64 if quick else 256, threads=threads)]
+    return [StepCase(128 if quick else 2048, hidden=896, layers=4, heads=14, dtype="bfloat16", device=device)]
+
+
+def memory_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[StepCase]:
+    return [] if quick else cases(device, threads=threads)
 
 
 @dataclass(frozen=True)
@@ -41,10 +81,6 @@ class StepProblem:
     @property
     def limit(self) -> float:
         return ERROR_LIMIT[self.case.dtype]
-
-    @property
-    def timed_upstream(self) -> float:
-        return self.case.upstream
 
     @property
     def weight_VD(self) -> Tensor:
@@ -120,7 +156,7 @@ def build_model(case: StepCase):
     return model.to(case.device)
 
 
-def build_step_problem(case: StepCase) -> StepProblem:
+def build(case: StepCase) -> StepProblem:
     generator = torch.Generator(case.device).manual_seed(case.seed)
     model = build_model(case).to(getattr(torch, case.dtype))
     shape_ST = case.responses, case.tokens
@@ -144,7 +180,7 @@ def build_step_problem(case: StepCase) -> StepProblem:
     )
 
 
-def optimizer_step(loss: Callable[[Tensor, Tensor, Any], Tensor], problem: StepProblem) -> Callable[[], Answer]:
+def step_of(loss: Callable[[Tensor, Tensor, Any], Tensor], problem: StepProblem) -> Step:
     """Forward, backward and update under a loss over hidden states and head."""
 
     def step() -> Answer:
@@ -156,3 +192,42 @@ def optimizer_step(loss: Callable[[Tensor, Tensor, Any], Tensor], problem: StepP
         return Answer(value.detach(), gradients)
 
     return step
+
+
+# Contenders: everyone's way from hidden states to a loss, under one model and one optimizer.
+
+
+def _floor(problem: StepProblem) -> Step:
+    """What no loss can save: the model's own passes, the head's products and the update."""
+    dhidden_ND = problem.hidden_ND().detach()  # any numbers of that shape
+    products = linear.bare_products(dhidden_ND, problem.weight_VD)
+
+    def step() -> None:
+        hidden_ND = problem.hidden_ND()
+        products()
+        hidden_ND.backward(dhidden_ND)
+        problem.optimizer.step()
+        problem.optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _over_logits(loss: Callable, hidden_ND: Tensor, weight_VD: Tensor, problem: StepProblem) -> Tensor:
+    """A loss over the whole logits, as the model's own head makes them."""
+    return loss(F.linear(hidden_ND, weight_VD), problem)
+
+
+SERVING = [backend for backend in BACKENDS if backend != "reference"]
+# the chunked cross-entropy takes 14 times as long as everyone else, and is in the linear benchmark
+LEFT_OUT = ("floor: three bare products", "F.linear_cross_entropy, chunked", "gft_linear_loss reference")
+PEERS = {
+    "floor: model, three bare products, update": Peer(step=_floor, objective=None),
+    **{f"gft_loss {b}, in place": Peer(partial(_over_logits, partial(row.ours, b, True))) for b in SERVING},
+    "eager PyTorch, paper's formulation": Peer(partial(_over_logits, row.paper_loss)),
+    # ours where memory matters more than time
+    **{f"gft_linear_loss {b}, chunks of 64": Peer(partial(linear.ours, b, chunk_rows=64)) for b in SERVING},
+    **{name: peer for name, peer in linear.PEERS.items() if name not in LEFT_OUT},
+}
+
+KIND = Kind("an optimizer step of a small model", StepCase, cases, build, PEERS, step_of,
+            lambda case: case.vocab * case.hidden * ITEM_BYTES[case.dtype], weighed=memory_cases)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Rewards to advantages: inputs, the fp64 check, contenders. Tiny work, so a call's fixed costs are what is seen."""
+"""Rewards to advantages. Tiny work, so a call's fixed costs are what is seen. Sizes: S responses in G groups of K."""
 
 from __future__ import annotations
 
@@ -9,11 +9,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Absent, Answer, Contender, Deviation
-from benchmarks.shapes import AdvantageCase
+from benchmarks.harness import AbsentError, Answer, Deviation, Step
+from benchmarks.kinds.kind import Kind, Peer, words_of
 
 EPS = 1e-6
-Normalise = Callable[["AdvantageProblem"], Tensor]
+
+
+@dataclass(frozen=True)
+class AdvantageCase:
+    """One measurement of rewards becoming advantages."""
+
+    responses: int
+    group_size: int
+    grouped_by: str = "size"  # size: groups lie together; ids: in any order
+    seed: int = 20
+    device: str = "cpu"
+    threads: int = 1
+    upstream = 1.0  # nothing is differentiated
+
+    def label(self) -> str:
+        how = {"size": "together", "ids": "by id"}[self.grouped_by]
+        return ", ".join([f"{self.responses} rewards in groups of {self.group_size} {how}", *words_of(self)])
+
+
+def cases(device: str, *, quick: bool = False, threads: int = 1) -> list[AdvantageCase]:
+    """A micro-batch, a batch, and far more than anyone has; groups together and by id."""
+    sizes = (64,) if quick else (64, 4096, 65536)
+    return [AdvantageCase(n, 8, how, device=device, threads=threads) for n in sizes for how in ("size", "ids")]
 
 
 @dataclass(frozen=True)
@@ -25,7 +47,6 @@ class AdvantageProblem:
     group_ids_S: Tensor  # int64; consecutive where the case says that groups lie together
 
     limit = 1e-4  # of the largest advantage: a float32 standard deviation of near-equal rewards has no more
-    timed_upstream = 1.0
 
     def prepare(self, upstream: float) -> None:
         """Nothing is overwritten, nothing differentiated."""
@@ -43,7 +64,7 @@ class AdvantageProblem:
         return Deviation((gap_S.max() / truth_S.abs().max()).item(), worst)
 
 
-def build_advantage_problem(case: AdvantageCase) -> AdvantageProblem:
+def build(case: AdvantageCase) -> AdvantageProblem:
     generator = torch.Generator(case.device).manual_seed(case.seed)
     rewards_S = torch.randint(5, (case.responses,), generator=generator, device=case.device) / 4
     group_ids_S = torch.arange(case.responses, device=case.device) // case.group_size
@@ -52,25 +73,15 @@ def build_advantage_problem(case: AdvantageCase) -> AdvantageProblem:
     return AdvantageProblem(case, rewards_S, group_ids_S)
 
 
-FLOOR = "floor: rewards.mul(c)"
+def step_of(way: Callable[[AdvantageProblem], Tensor], problem: AdvantageProblem) -> Step:
+    return lambda: Answer(way(problem), ())
 
 
-def advantage_contenders(problem: AdvantageProblem, only: str = "") -> list[Contender | Absent]:
-    """Everyone who can group this way."""
-    return [advantage_contender(problem, name) for name in _WAYS if name == FLOOR or only in name]
+def _floor(problem: AdvantageProblem) -> Step:
+    def step() -> None:
+        problem.rewards_S.mul(1.0009765625)
 
-
-def advantage_contender(problem: AdvantageProblem, name: str) -> Contender | Absent:
-    way, needs_order = _WAYS[name]
-    if needs_order and problem.case.grouped_by == "ids":
-        return Absent(name, "it takes groups that lie together, and these are in any order")
-    if name == FLOOR:
-        return Contender(name, lambda: (way(problem), None)[1], None)
-    return Contender(name, lambda: Answer(way(problem), ()), "advantages")
-
-
-def _floor(problem: AdvantageProblem) -> Tensor:
-    return problem.rewards_S.mul(1.0009765625)
+    return step
 
 
 def _ours(problem: AdvantageProblem) -> Tensor:
@@ -83,6 +94,8 @@ def _ours(problem: AdvantageProblem) -> Tensor:
 
 def _view(problem: AdvantageProblem) -> Tensor:
     """What TRL and most loops write for groups that lie together."""
+    if problem.case.grouped_by == "ids":
+        raise AbsentError("it takes groups that lie together, and these are in any order")
     rewards_GK = problem.rewards_S.view(-1, problem.case.group_size)
     repeats = problem.case.group_size
     mean_S = rewards_GK.mean(1).repeat_interleave(repeats)
@@ -100,9 +113,11 @@ def _dictionary(problem: AdvantageProblem) -> Tensor:
     return torch.stack(advantages)
 
 
-_WAYS: dict[str, tuple[Normalise, bool]] = {  # name: (how, whether groups must lie together)
-    FLOOR: (_floor, False),
-    "gft_kernels group_advantages": (_ours, False),
-    "eager PyTorch, view and repeat": (_view, True),
-    "Python dictionary of groups": (_dictionary, False),
+PEERS = {
+    "floor: rewards.mul(c)": Peer(step=_floor, objective=None),
+    "gft_kernels group_advantages": Peer(_ours, "advantages"),
+    "eager PyTorch, view and repeat": Peer(_view, "advantages"),
+    "Python dictionary of groups": Peer(_dictionary, "advantages"),
 }
+
+KIND = Kind("rewards to advantages", AdvantageCase, cases, build, PEERS, step_of, lambda case: 4 * case.responses)
