@@ -249,7 +249,7 @@ def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
         stop = live_R.numel() if per_response is None else per_response.numel()
         _in_range("sequence_ids", credit.sequence_ids_R, live_R, stop, "number the responses from 0")
     if credit.rewards_S is not None:
-        check_finite("rewards", credit.rewards_S)
+        check_reward_values(credit.rewards_S, credit.normalize, credit.group_size, credit.group_ids_S)
     if credit.advantages_S is not None and not bool(credit.advantages_S.isfinite().all()):
         check_finite("advantages", credit.advantages_S, _has_live_row(credit, live_R), "drop or score that response")
     weighed_R = live_R if credit.advantages_R is None else live_R & (credit.advantages_R != 0.0)
@@ -263,6 +263,26 @@ def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
     if credit.num_items is not None:
         items = "pass the count of the whole batch, or None to count this call's"
         positive("num_items_in_batch", float(credit.num_items), items)
+
+
+def check_reward_values(rewards: Tensor, normalize: str, group_size: int | None, group_ids: Tensor | None) -> None:
+    """Rewards on the CPU: finite, and their advantages must fit float32. Raises ValueError.
+
+    A division by their spread makes them fit, as long as float64 holds the squares; a group of one has none.
+    """
+    low, high = torch.aminmax(rewards) if len(rewards) else (0.0, 0.0)
+    if low >= -1e38 and high <= 1e38:  # neither holds for a NaN
+        return
+    check_finite("rewards", rewards)
+    sizes = torch.tensor(group_size) if group_ids is None else torch.unique(group_ids, return_counts=True)[1]
+    limit = 1e150 if normalize == "std" and (sizes > 1).all() else 1e38
+    large = (rewards.abs() > limit).nonzero()
+    if len(large):
+        at = int(large[0])
+        raise ValueError(
+            f"rewards must lie within {limit:g} of 0, got {float(rewards[at]):g} at position {at}; "
+            "divide them all by one number"
+        )
 
 
 def check_finite(

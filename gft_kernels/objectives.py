@@ -167,9 +167,9 @@ def ratios(result: RowResult, call: RowCall | LinearCall, shape: torch.Size) -> 
         ratios_R = torch.exp(formulas.log_ratio(log_probs_R, old_R))
         over_R = ratios_R > 1.0 + o.clip_high
         if o.surrogate == "grpo":
-            over_R = formulas.is_clipped(ratios_R, result.advantages_R, o.clip_low, o.clip_high)
+            over_R = formulas.is_clipped(ratios_R, result.advantages_R, o.clip_low, o.clip_high, o.delta)
         added = {"ratios": torch.where(live_R, ratios_R, 0.0), "clipped": live_R & over_R}
     if o.ref_log_probs_R is not None:
-        kl_R = formulas.kl_loss(formulas.log_ratio(o.ref_log_probs_R, log_probs_R))
+        kl_R = formulas.kl_loss(formulas.log_ratio(o.ref_log_probs_R, log_probs_R), o.kl_cap)
         added["kl"] = torch.where(live_R, kl_R, 0.0)
     return {name: values_R.view(shape) for name, values_R in added.items()}

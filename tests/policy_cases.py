@@ -14,6 +14,8 @@ WITH_RATIO = ("grpo", "dapo", "dr_grpo", "cispo")
 IMITATION = ("sft", "dft")
 CLIPS = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "dr_grpo": (0.2, 0.2), "cispo": (0.0, 0.25)}
 PENALTIES = {"beta": 0.3, "entropy_coef": 0.2}
+CLIPPED = ("grpo", "dapo", "dr_grpo")
+BOUNDS = {"delta": 1.5, "beta": 0.3, "kl_cap": 0.4}  # each holds some rows of every problem
 UPSTREAM = 3.7
 
 

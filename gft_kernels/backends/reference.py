@@ -166,18 +166,18 @@ def row_terms(objective: Objective, log_pi: Tensor, advantages: Tensor, entropy:
     else:
         ratio = torch.exp(formulas.log_ratio(log_pi, log_pi if o.old_log_probs_R is None else o.old_log_probs_R))
         if o.surrogate == "grpo":
-            coefficient = formulas.clipped_coefficient(ratio, advantages, o.clip_low, o.clip_high)
+            coefficient = formulas.clipped_coefficient(ratio, advantages, o.clip_low, o.clip_high, o.delta)
         else:
             coefficient = formulas.capped_coefficient(ratio, o.clip_high)
     kappa = formulas.kappa(advantages, coefficient)
     if o.surrogate == "grpo":
-        loss = formulas.clipped_loss(ratio, advantages, o.clip_low, o.clip_high)
+        loss = formulas.clipped_loss(ratio, advantages, o.clip_low, o.clip_high, o.delta)
     else:
         loss = formulas.token_loss(log_pi, kappa)
     if o.beta != 0.0:
         log_ratio = formulas.log_ratio(o.ref_log_probs_R, log_pi)
-        kappa = kappa + o.beta * formulas.kl_kappa(log_ratio)
-        loss = loss + o.beta * formulas.kl_loss(log_ratio)
+        kappa = kappa + o.beta * formulas.kl_kappa(log_ratio, o.kl_cap)
+        loss = loss + o.beta * formulas.kl_loss(log_ratio, o.kl_cap)
     if o.entropy_coef != 0.0:
         loss = loss - o.entropy_coef * entropy
     return RowTerms(coefficient, kappa, loss)

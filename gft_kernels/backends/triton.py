@@ -224,7 +224,9 @@ def _objective(objective: Objective) -> dict[str, float]:
         "has_old": int(objective.old_log_probs_R is not None),
         "clip_low": objective.clip_low,
         "clip_high": objective.clip_high,
+        "delta": objective.delta,
         "beta": objective.beta,
+        "kl_cap": objective.kl_cap,
         "entropy_coef": objective.entropy_coef,
     }
 

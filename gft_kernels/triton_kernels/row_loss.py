@@ -76,7 +76,7 @@ def row_entropy(z_y, others_top, others_mass, others_gap, top, mass):
 @triton.jit
 def row_terms(
     r, log_pi, h, advantage, tau, rectify_all, surrogate, old_log_probs_R, has_old, ref_log_probs_R, clip_low,
-    clip_high, beta, entropy_coef, ENTROPY: tl.constexpr,
+    clip_high, delta, beta, kl_cap, entropy_coef, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """F4, kappa and F6 of row r: the only place here that knows one objective from another."""
     if surrogate == GFT:
@@ -89,17 +89,17 @@ def row_terms(
             old_log_pi = tl.load(old_log_probs_R + r)
         ratio = exp(log_ratio(log_pi, old_log_pi))
         if surrogate == GRPO:
-            c = clipped_coefficient(ratio, advantage, clip_low, clip_high)
+            c = clipped_coefficient(ratio, advantage, clip_low, clip_high, delta)
             k = kappa(advantage, c)
-            loss = clipped_loss(ratio, advantage, clip_low, clip_high)
+            loss = clipped_loss(ratio, advantage, clip_low, clip_high, delta)
         else:
             c = capped_coefficient(ratio, clip_high)
             k = kappa(advantage, c)
             loss = token_loss(log_pi, k)
     if beta != 0.0:
         u = log_ratio(tl.load(ref_log_probs_R + r), log_pi)
-        k += beta * kl_kappa(u)
-        loss += beta * kl_loss(u)
+        k += beta * kl_kappa(u, kl_cap)
+        loss += beta * kl_loss(u, kl_cap)
     if ENTROPY:
         loss -= tl.where(entropy_coef == 0.0, 0.0, entropy_coef * h)
     return c, k, loss
@@ -142,7 +142,9 @@ def row_loss_kernel(
     has_old: tl.int32,  # 0: on-policy
     clip_low: tl.float32,
     clip_high: tl.float32,
+    delta: tl.float32,
     beta: tl.float32,
+    kl_cap: tl.float32,
     entropy_coef: tl.float32,
     logit_scale: tl.float32,
     temperature: tl.float32,
@@ -175,7 +177,7 @@ def row_loss_kernel(
         weight = tl.load(weights_R + r)
         c, k, loss = row_terms(
             r, log_pi, h, advantage, tau, rectify_all, surrogate, old_log_probs_R, has_old, ref_log_probs_R, clip_low,
-            clip_high, beta, entropy_coef, ENTROPY,
+            clip_high, delta, beta, kl_cap, entropy_coef, ENTROPY,
         )  # fmt: skip
         loss = tl.where(loss == 0.0, 0.0, weight * loss)
         scale = tl.where(k == 0.0, 0.0, weight * k)

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 from cases import DTYPES
-from policy_cases import CLIPS, OBJECTIVES, PENALTIES, WITH_RATIO, assert_right, problem
+from policy_cases import BOUNDS, CLIPPED, CLIPS, OBJECTIVES, PENALTIES, UPSTREAM, WITH_RATIO, assert_right, problem
 
 from gft_kernels import gft_loss, objectives, policy_loss
 from gft_kernels.advantages import RowCredit
@@ -25,6 +25,17 @@ def test_every_objective(backend, objective, penalties, dtype):
     case = problem(objective, dtype=dtype, **penalties)
     loss, gradient = case.run(backend=backend)
     assert_right(case, loss, gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("objective", CLIPPED)
+def test_every_objective_within_bounds(backend, objective, dtype):
+    case = problem(objective, dtype=dtype, **BOUNDS)
+    (loss, stats), gradient = case.run(backend=backend, return_stats=True)
+    assert_right(case, loss, gradient)
+    held = case.mask & (case.advantages < 0) & (stats.ratios > BOUNDS["delta"])
+    assert held.any() and stats.clipped[held].all() and stats.coefficients[held].eq(0).all()
+    assert (case.mask & (case.ref - stats.log_probs > BOUNDS["kl_cap"])).any()
 
 
 @pytest.mark.parametrize("objective", ["gft", "dapo", "cispo"])
@@ -286,6 +297,28 @@ def test_a_ratio_that_overflows(backend):
         assert loss.isfinite().tolist() == expected
         assert leaf.grad.isfinite().all(1).tolist() == expected
         assert objective == "cispo" or (loss[0].item() == pytest.approx(-1.2) and leaf.grad[0].eq(0).all())
+
+
+@pytest.mark.parametrize("bounds", [{}, {"delta": 3.0, "kl_cap": 4.0}], ids=["free", "bounded"])
+def test_a_token_at_minus_200_nats(backend, bounds):
+    """e^200 twice, in the ratio where A < 0 and in the k3 term: with bounds the step is right."""
+    logits = torch.tensor([[200.0, 0.0, -1.0], [0.2, 0.0, -1.0]])
+    leaf, targets = logits.clone().requires_grad_(True), torch.tensor([1, 1])
+    advantages, old, ref = torch.tensor([-1.0, -1.0]), torch.tensor([-400.0, -1.0]), torch.tensor([-0.5, -0.5])
+    loss = policy_loss(
+        leaf, targets, objective="grpo", advantages=advantages, old_log_probs=old, ref_log_probs=ref, beta=0.1,
+        reduction="sum", backend=backend, **bounds,
+    )  # fmt: skip
+    (loss * UPSTREAM).backward()
+    if not bounds:
+        assert not loss.isfinite() and not leaf.grad[0].isfinite().all() and leaf.grad[1].isfinite().all()
+        return
+    losses, truth = oracle.loss_and_gradient(
+        logits, targets, [True, True], advantages, torch.ones(2), UPSTREAM, objective="grpo", old=old, ref=ref,
+        beta=0.1, **bounds,
+    )  # fmt: skip
+    torch.testing.assert_close(loss.double(), losses.sum(), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(leaf.grad.double(), truth, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("bad", ["old", "ref", "logits"])
