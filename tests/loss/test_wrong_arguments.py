@@ -87,7 +87,8 @@ RIGHT = {  # what an argument takes of WRONG
     "logit_scale": {"half", "negative", *OPTIONAL}, "beta": {"half"}, "entropy_coef": {"half", "negative"},
     "clip_high": {"half", *OPTIONAL}, "clip_low": OPTIONAL, "delta": {"half", *OPTIONAL}, "kl_cap": {"half", *OPTIONAL},
     "num_items_in_batch": {"half", *OPTIONAL}, "return_stats": {"True"}, "return_entropy": {"True"},
-    "inplace": {"True"}, "logits": {"meta"}, "rewards": {"two numbers"}, "inputs": {"meta"}, "hidden": {"meta"},  # of another shape: others speak
+    "inplace": {"True"}, "rewards": {"two numbers", "empty"},
+    "logits": {"meta"}, "inputs": {"meta"}, "hidden": {"meta"},  # of another shape: others speak
 }  # fmt: skip
 NONE_IS_ABSENT = {
     "rewards", "advantages", "group_size", "group_ids", "sequence_ids", "mask", "tau", "rectify", "reduction", "bias",
