@@ -142,6 +142,29 @@ def test_apple_cce(backend, shape, dtype, tolerance, softcap, has_bias, invalids
         (loss / count if reduction == "sum" else loss).mean().backward()
     everything = [[loss.detach(), *(x.grad for x in given if x is not None)] for loss, given in results]
     for of_ours, of_torch, truth in zip(*everything, strict=True):
+        near, far = (of_ours.float() - truth).abs(), (of_torch.float() - truth).abs()
+        scale = max(1.0, float(truth.abs().max()))
+        assert (near <= far + tolerance * scale).all(), float((near - far).max())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("rows", "size", "vocabulary"), [(8, 512, 512), (47, 31, 123), (9, 41, 3201)])
+@pytest.mark.parametrize(
+    ("dtype", "atol", "rtol"), [(torch.bfloat16, 5e-3, 5e-2), (torch.float32, 1e-5, 5e-4)], ids=str
+)
+def test_liger_fused_linear_cross_entropy(backend, rows, size, vocabulary, dtype, atol, rtol, bias):
+    """linkedin/Liger-Kernel, test/transformers/test_fused_linear_cross_entropy.py: uniform weights, mean."""
+    weight, shift = torch.rand(vocabulary, size).to(dtype), torch.rand(vocabulary).to(dtype)
+    hidden, targets = torch.randn(rows, size).to(dtype), torch.randint(0, vocabulary, (rows,))
+    given = [hidden, weight, *([shift] if bias else [])]
+    ours = [x.clone().requires_grad_() for x in given]
+    theirs = [x.float().requires_grad_() for x in given]
+    loss = gft_linear_loss(*ours[:2], targets, bias=ours[2] if bias else None, backend=backend, **SFT)
+    expected = F.cross_entropy(F.linear(*theirs), targets)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, atol=atol, rtol=rtol)
+    for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one.grad.float(), other.grad, atol=atol, rtol=rtol)
 
 
