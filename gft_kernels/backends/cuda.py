@@ -39,7 +39,19 @@ def refuses(call: RowCall) -> str | None:
         return f"the vocabulary must be at most {MAX_VOCABULARY}, got {logits.shape[-1]}"
     if logits.numel() and logits.stride(-1) != 1 and logits.shape[-1] > 1:
         return f"logits must have stride 1 along the vocabulary, got {logits.stride(-1)}; pass logits.contiguous()"
-    return _extension.misaligned(call) or _extension.kernels().cuda.unfit(logits.device.index)
+    return _extension.misaligned(call) or _beyond_float32(call) or _extension.kernels().cuda.unfit(logits.device.index)
+
+
+def _beyond_float32(call: RowCall) -> str | None:
+    """Why the transform's constants would not be normal float32 numbers, which is what these kernels compute in."""
+    sizes = {"logit_scale / temperature": call.logit_scale / call.temperature}
+    if call.softcap:
+        sizes |= {"softcap / temperature": call.softcap / call.temperature,
+                  "logit_scale / softcap": call.logit_scale / call.softcap}  # fmt: skip
+    for name, size in sizes.items():
+        if not 1e-30 <= abs(size) <= 1e30:
+            return f"{name} must lie within 1e-30 and 1e30 in size, got {size:g}"
+    return None
 
 
 def run(call: RowCall) -> RowResult:
