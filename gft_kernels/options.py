@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 RECTIFY = ("all", "positive")
@@ -119,6 +120,11 @@ class RowCall:
     def needs_entropy(self) -> bool:
         """Whether H is needed, for the caller or for the loss."""
         return self.want_entropy or self.objective.entropy_coef != 0.0
+
+
+def gradient_for(logits: Tensor, inplace: bool) -> Tensor:
+    """Where a gradient of the logits goes: their own memory, or contiguous memory, uninitialised."""
+    return logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 class ShardStatistics(NamedTuple):
