@@ -59,7 +59,7 @@ def row_launch(vocabulary: int, dtype: torch.dtype, architecture: str, softcappe
     if architecture.startswith("gfx"):  # a wavefront has 64 threads
         return RowLaunch(block, warps=2 if small else 8)
     # 65,536 registers on a multiprocessor: 64 a thread let two rows of 512 threads run side by side, so that one
-    # reads while the other computes. benchmarks/gates holds every variant to it without spilling.
+    # reads while the other computes. tests/codegen holds every variant to it without spilling.
     return RowLaunch(block, warps=4) if small else RowLaunch(block, warps=16, registers=64)
 
 

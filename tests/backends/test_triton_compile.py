@@ -14,8 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.gates import measures, triton_gate
 from gft_kernels.triton_kernels import launch, row_loss, scale_rows, shard
+from tests.codegen import measures, triton_gate
 
 KERNELS = {
     name: kernel

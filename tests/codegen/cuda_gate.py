@@ -1,7 +1,4 @@
-"""Compile every CUDA kernel for every target without a GPU and measure the result.
-
-`python -m benchmarks.gates.cuda_gate [sm_90 ...]` runs this gate alone.
-"""
+"""Compile every CUDA kernel for every target without a GPU and measure the result."""
 
 from __future__ import annotations
 
@@ -9,13 +6,12 @@ import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gates.measures import Limits, Verdict, measure_sass, print_table
+from tests.codegen.measures import Limits, Verdict, measure_sass
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -128,14 +124,3 @@ def output(command: list[str]) -> str:
     if done.returncode != 0:
         raise RuntimeError(f"{Path(command[0]).name} must succeed, got exit status {done.returncode}:\n{done.stderr}")
     return done.stdout + done.stderr
-
-
-def main(targets: list[str]) -> int:
-    if (reason := absent()) is not None:
-        print(f"CUDA gate skipped: {reason}")
-        return 0
-    return 0 if print_table(gate(tuple(targets) or TARGETS)) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gates.measures import Limits, Measures, Verdict, measure_cubin, measure_gcn
+from tests.codegen.measures import Limits, Measures, Verdict, measure_cubin, measure_gcn
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
