@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from gft_kernels.cli import plan
+from gft_kernels.cli.inputs import configuration, rows, user_code
 from gft_kernels.cli.settings import RunSettings
-from gft_kernels.cli.train import rows
 from gft_kernels.data.rows import Limits, Rows
 from gft_kernels.trainer import GFTConfig
 from gft_kernels.trainer.config import described
@@ -23,9 +23,10 @@ GIB = 1 << 30
 def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
     """The report. Raises ValueError, TypeError, OSError for what training would refuse."""
     on_cpu = {} if torch.cuda.is_available() else {"use_cpu": True}
-    config = GFTConfig(**{**options, **on_cpu})
+    config = configuration({**options, **on_cpu})
     records = rows(settings.data, settings.reader, "train")
-    rewards = Rewards(settings.rewards or (), config.reward_weights)
+    functions = [user_code(name, "reward function") for name in settings.rewards or ()]
+    rewards = Rewards(functions, config.reward_weights)
     tokenizer = local(AutoTokenizer, settings.tokenizer or settings.model)
     own_config = local(AutoConfig, settings.model)
     model_config = own_config or given_config(settings)

@@ -41,6 +41,7 @@ def locked(output_dir: str) -> Iterator[None]:
         yield
         return
     path = Path(output_dir, LOCK)
+    ours = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _opened(path)
@@ -54,6 +55,8 @@ def locked(output_dir: str) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):
                 path.unlink()
+                if ours:
+                    path.parent.rmdir()  # if nothing came of the run
 
 
 def _opened(path: Path):

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import errno
-import functools
-import inspect
 import sys
 import traceback
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
 
 from gft_kernels.cli import BAD_INPUT, DONE, FAILED, INTERRUPTED, folder, one_line
+from gft_kernels.cli.inputs import BAD, configuration, rows, tokenizer_of, user_code
 from gft_kernels.cli.plots import draw
 from gft_kernels.cli.settings import RunSettings, load
-from gft_kernels.data.fields import check_record
-from gft_kernels.trainer import GFTConfig, GFTTrainer, RewardError, SaveOnInterrupt, read_records
+from gft_kernels.trainer import GFTTrainer, RewardError, SaveOnInterrupt
 from gft_kernels.trainer.callbacks import StepLines, read_metrics, say
 from gft_kernels.trainer.checkpoints import Manifests, newest_whole
 from gft_kernels.trainer.config import described
-from gft_kernels.trainer.rewards import find
-
-BAD = (ValueError, TypeError, OSError, SafetensorError)  # what a user can have written, or have too little room for
 
 
 def train(
@@ -108,92 +101,29 @@ def build(
         raise ValueError(
             "eval_data must be given where eval_on_start or eval_strategy asks for evaluation, got nothing."
         )
-    args = checked(options)
+    args = configuration(options)
     rewards = [user_code(name, "reward function") for name in settings.rewards or ()]
     rollout_fn = user_code(settings.rollout_fn, "rollout_fn") if settings.rollout_fn else None
     train_rows = rows(settings.data, settings.reader, "train")
     eval_rows = None if held_out is None else rows(held_out, settings.eval_reader or settings.reader, "test")
-    run = folder.run_of(settings, given, train_rows)
+    made_of = folder.run_of(settings, given, train_rows)
     if checkpoint is not None:
-        notes += folder.changes(checkpoint, run, anyway)
+        notes += folder.changes(checkpoint, made_of, anyway)
     tokenizer = tokenizer_of(settings)
-    trainer = GFTTrainer(
-        settings.model, args, train_rows, eval_rows, tokenizer,
-        reward_funcs=rewards, rollout_fn=rollout_fn, callbacks=[stop],
-    )  # fmt: skip
+    try:
+        trainer = GFTTrainer(
+            settings.model, args, train_rows, eval_rows, tokenizer,
+            reward_funcs=rewards, rollout_fn=rollout_fn, callbacks=[stop],
+        )  # fmt: skip
+    except SafetensorError as error:
+        raise ValueError(f"model must have whole weights, got {settings.model!r}; {error}.") from None
     trainer.remove_callback(Manifests)
-    trainer.add_callback(Manifests(run))
+    trainer.add_callback(Manifests(made_of))
     if not args.disable_tqdm:
         StepLines.install(trainer)
     if args.should_save:
         notes += folder.begin(str(args.output_dir), settings, given, fresh=checkpoint is None)
     return trainer
-
-
-def checked(options: dict[str, Any]) -> GFTConfig:
-    """The configuration of the trainer. Raises ValueError for whatever TrainingArguments makes of wrong options."""
-    try:
-        return GFTConfig(**options)
-    except (*BAD, ImportError):
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"options must be those of GFTConfig, got {type(error).__name__}: {one_line(error)}"
-        ) from error
-
-
-def tokenizer_of(settings: RunSettings) -> Any:
-    """The run's tokenizer. Raises ValueError where it is not, or where the model is a folder that is not."""
-    named = {"model": settings.model, **({"tokenizer": settings.tokenizer} if settings.tokenizer else {})}
-    for key, name in named.items():
-        is_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-        if is_path and not Path(name).is_dir():
-            raise ValueError(
-                f"{key} must be a folder or the name of a model on the hub, got {name!r}; there is no such folder."
-            )
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (*BAD, ImportError, KeyError) as error:
-        raise ValueError(
-            f"{key} must be a folder or the name of a model on the hub, with a tokenizer, got {name!r}; "
-            f"{one_line(error)}"
-        ) from None
-
-
-def user_code(path: str, what: str) -> Callable:
-    """A callable by its dotted path. Raises ValueError whatever its module does when it is imported."""
-    try:
-        return find(path, what)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ValueError) and str(error).startswith(what):
-            raise
-        raise ValueError(f"{what} must be importable, got {path!r}; {blamed(error)}.") from None
-
-
-def blamed(error: BaseException) -> str:
-    """An error of the user's code, and where it arose."""
-    if isinstance(error, SyntaxError):
-        return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {one_line(error)} ({frame.filename}:{frame.lineno})"
-
-
-def rows(path: str, reader: str | None, split: str) -> Sequence:
-    """Rows of a file, or of whatever a reader makes of the path; each checked where it was read."""
-    if reader is None:
-        records = read_records(path)
-        for record in records:
-            check_record(record, record.where)
-        return records
-    read = user_code(reader, "reader")
-    if "split" in inspect.signature(read).parameters:
-        read = functools.partial(read, split=split)
-    try:
-        return read(None if path == "sample" else path)
-    except (*BAD, ImportError):
-        raise
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"reader must read {path!r}, got {blamed(error)}; see {reader}.") from None
 
 
 def announce(trainer: GFTTrainer, checkpoint: Path | None, notes: list[str]) -> None:

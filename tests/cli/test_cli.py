@@ -10,9 +10,9 @@ import yaml
 from cli_rig import ROOT, write_run
 
 from gft_kernels.cli import main
+from gft_kernels.cli.inputs import rows
 from gft_kernels.cli.plots import draw
 from gft_kernels.cli.settings import load
-from gft_kernels.cli.train import rows
 from gft_kernels.trainer import GFTConfig
 from gft_kernels.trainer.rewards import find
 

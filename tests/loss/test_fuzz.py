@@ -1,7 +1,7 @@
 """Random calls of every public function against the float64 oracle: a few seconds, more by `pytest --fuzz N`.
 
-A call draws everything: layout, dtype, transform, credit, objective, bounds, reduction, statistics, path. What failed is
-repeated by its number: `pytest tests/loss/test_fuzz.py --fuzz 1 --fuzz-from NUMBER`.
+A call draws everything: layout, dtype, transform, credit, objective, bounds, reduction, statistics, path. What failed
+is repeated by its number: `pytest tests/loss/test_fuzz.py --fuzz 1 --fuzz-from NUMBER`.
 """
 
 from __future__ import annotations
