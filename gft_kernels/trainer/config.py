@@ -10,7 +10,7 @@ from packaging.version import Version
 from transformers import TrainingArguments
 
 from gft_kernels.objectives import PRESETS, objective_of
-from gft_kernels.options import BACKENDS, NORMALIZE, SINGLETON, Objective
+from gft_kernels.options import BACKENDS, NORMALIZE, SINGLETON
 
 OLDEST = "5.6"
 if Version(transformers.__version__) < Version(OLDEST):
@@ -23,6 +23,7 @@ ADVANTAGES = ("group", "ones")
 MEAN_REDUCTIONS = ("token-mean", "sequence-mean")
 OVERLONG = ("error", "drop", "truncate")
 ROLLOUTS = ("auto", "generate", "continuous", "vllm")
+ROLLOUT_ORDERS = ("groups", "paper")
 CHOSEN = ("tau", "rectify", "clip_low", "clip_high", "delta")  # options that only some objectives take
 CLIP = 0.2  # PPO's range, in which to count the ratios of an objective that does not clip
 
@@ -63,6 +64,7 @@ class GFTConfig(TrainingArguments):
     vllm_memory: float = option(0.3, "Share of a GPU's memory that vLLM takes beside the training.")
     generation_batch_size: int | None = option(None, "Prompts per generate call; None: all prompts of a step at once.")
     steps_per_rollout: int = option(1, "Optimizer steps' prompts sampled at once, with the weights before the first.")
+    rollout_order: str = option("groups", "'paper': a rollout's first steps take all samples, its last the given ones.")
     skip_special_tokens: bool = option(False, "Leave special tokens out of the text that reward functions read.")
     eval_num_generations: int = option(1, "Responses per prompt in evaluation.")
     eval_temperature: float = option(0.0, "Temperature in evaluation; 0: greedy.")
@@ -110,6 +112,7 @@ def check_groups(config: GFTConfig) -> None:
         ("advantages", ADVANTAGES),
         ("overlong", OVERLONG),
         ("rollout", ROLLOUTS),
+        ("rollout_order", ROLLOUT_ORDERS),
         ("objective", tuple(PRESETS)),
         ("normalize", (None, *NORMALIZE)),
         ("singleton", SINGLETON),
@@ -121,6 +124,10 @@ def check_groups(config: GFTConfig) -> None:
         raise ValueError(
             f"num_generations must be 0 when advantages is 'ones', got {config.num_generations}; "
             "imitating the policy's own samples teaches nothing."
+        )
+    if config.rollout_order == "paper" and config.steps_per_rollout == 1:
+        raise ValueError(
+            "steps_per_rollout must be above 1 with rollout_order 'paper', got 1; one step takes them all."
         )
     stops = config.stop_strings
     if stops is not None and not (isinstance(stops, (list, tuple)) and all(isinstance(s, str) and s for s in stops)):
@@ -194,8 +201,17 @@ def one_of(config, name, choices):
 
 def settle(config: GFTConfig) -> None:
     """Fill in the objective's defaults. Raises ValueError, naming it, for an option the objective does not use."""
-    preset = PRESETS[config.objective]
-    resolve(config)
+    preset, one_row = PRESETS[config.objective], torch.zeros(1)
+    objective_of(  # refuses as policy_loss does
+        config.objective,
+        dict.fromkeys(preset.options) | {name: getattr(config, name) for name in CHOSEN},
+        beta=config.beta,
+        entropy_coef=config.entropy_coef,
+        ref_log_probs=one_row,
+        kl_cap=config.kl_cap,
+        return_stats=True,
+        targets=one_row.long(),
+    )
     if not preset.weighs and config.advantages != "ones":
         raise ValueError(
             f"advantages must be 'ones' with objective {config.objective!r}, got {config.advantages!r}; "
@@ -213,21 +229,6 @@ def settle(config: GFTConfig) -> None:
             setattr(config, name, preset.options.get(name))
 
 
-def resolve(config: GFTConfig) -> Objective:
-    """The objective as `policy_loss` understands it. Raises ValueError as it does."""
-    one_row = torch.zeros(1)
-    return objective_of(
-        config.objective,
-        {name: getattr(config, name) for name in CHOSEN} | {"old_log_probs": None},
-        beta=config.beta,
-        entropy_coef=config.entropy_coef,
-        ref_log_probs=one_row,  # the trainer brings them where they are needed
-        kl_cap=config.kl_cap,
-        return_stats=True,
-        targets=one_row.long(),
-    )
-
-
 def described(config: GFTConfig) -> str:
     """The objective and its options, for a line of text."""
     given = [f"{name} {getattr(config, name)}" for name in (*CHOSEN, "kl_cap") if getattr(config, name) is not None]
@@ -241,10 +242,10 @@ def has_ratio(config: GFTConfig) -> bool:
 
 def clip_range(config: GFTConfig) -> tuple[float, float]:
     """(lowest, highest) ratio pi / pi_old that counts as near: the objective's own bounds, or 1 - CLIP and 1 + CLIP."""
+    low, high = config.clip_low, config.clip_high
     if not has_ratio(config):
-        return 1.0 - CLIP, 1.0 + CLIP
-    own = resolve(config)
-    return (0.0 if config.objective == "cispo" else 1.0 - own.clip_low), 1.0 + own.clip_high
+        low = high = CLIP
+    return 0.0 if low is None else 1.0 - low, 1.0 + (high or 0.0)  # cispo has no lower bound
 
 
 def has_constant_denominator(config: GFTConfig) -> bool:

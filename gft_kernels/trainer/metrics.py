@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gft_kernels.data.rows import Response, Row
 from gft_kernels.options import TokenStats
+from gft_kernels.trainer.callbacks import say
 from gft_kernels.trainer.groups import SOURCES, Group
 from gft_kernels.trainer.rewards import Rewards
 
@@ -56,6 +57,15 @@ class Means:
         self.add("truncated", sum(map(is_truncated, sampled)), len(sampled))
         self.add("completion_length", sum(len(r.ids) for r in sampled), len(sampled))
         self.add("tokens", sum(len(r.ids) for r in responses), 1)
+
+    def add_step(self, stats: TokenStats, live_ST: Tensor, inputs: dict[str, Tensor], clip: tuple) -> None:
+        """What a micro-batch's forward says of its tokens, and of the policies that sampled and started."""
+        self.add_tokens(stats, live_ST)
+        if "old_log_probs" in inputs:
+            self.add_drift(stats.log_probs, inputs["old_log_probs"], inputs["sources"], live_ST, clip)
+        if "ref_log_probs" in inputs:
+            log_ratio_ST = inputs["ref_log_probs"] - stats.log_probs
+            self.add_sampled_kl("kl_to_start", log_ratio_ST, inputs["sources"], live_ST)
 
     def add_tokens(self, stats: TokenStats, live_ST: Tensor) -> None:
         """Of the live positions (S, T): mean pi and entropy, the least log pi, and where the loss held back.
@@ -218,11 +228,11 @@ def shorten(text: str, width: int) -> str:
     return textwrap.shorten(text.replace("\n", " ⏎ "), width, placeholder=" …")
 
 
-def append_completions(path: Path, groups: Sequence[Group], step: int) -> None:
-    """One JSON line per response."""
-    with path.open("a", encoding="utf-8") as lines:
-        for g in groups:
-            for r in g.responses:
-                entry = {"step": step, "row": g.row.where, "source": r.source, "advantage": r.advantage}
-                entry |= {"reward": r.reward if r.reward == r.reward else None, "prompt": g.row.prompt, "text": r.text}
-                lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
+def show_completions(groups: Sequence[Group], step: int, output_dir: str) -> None:
+    """Prints the first group, and appends one JSON line per response of all to completions.jsonl."""
+    with Path(output_dir, "completions.jsonl").open("a", encoding="utf-8") as lines:
+        for row, r in ((g.row, r) for g in groups for r in g.responses):
+            entry = {"step": step, "row": row.where, "source": r.source, "advantage": r.advantage}
+            entry |= {"reward": r.reward if r.reward == r.reward else None, "prompt": row.prompt, "text": r.text}
+            lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    say("\n" + completions_table(groups[0], step))

@@ -9,41 +9,43 @@ likelihood of their demonstrations.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import inspect
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
-from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from gft_kernels.data.rows import Limits, Response, Row, Rows
 from gft_kernels.model.patch import patch_model, unwrapped
-from gft_kernels.options import TokenStats
-from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt, say
+from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt
 from gft_kernels.trainer.checkpoints import Manifests
 from gft_kernels.trainer.config import GFTConfig, call_options, clip_range, has_ratio
 from gft_kernels.trainer.engines import Rollout
-from gft_kernels.trainer.groups import IGNORE, Group, GroupBuilder, check_sources, collate, denominator
+from gft_kernels.trainer.groups import IGNORE, GroupBuilder, check_sources, denominator
 from gft_kernels.trainer.metrics import (
     Means,
-    append_completions,
-    completions_table,
     heldout_lines,
     heldout_summary,
+    show_completions,
     signs_of_collapse,
 )
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import end_tokens, is_complete, refuse_virtual_tokens
-from gft_kernels.trainer.windows import Queue, Window, refuse_layouts, row_order, window_of
+from gft_kernels.trainer.windows import (
+    Forward,
+    Queue,
+    Window,
+    micro_batches_of,
+    refuse_layouts,
+    row_order,
+    start_model,
+    window_of,
+)
 
 TRAINING, EVALUATION = 0, 1  # what random numbers are for
 LOADER = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
@@ -130,7 +132,7 @@ class GFTTrainer(Trainer):
     def _patch(self, model) -> None:
         """Let the model compute the loss in its head, and settle what it is asked for."""
         args = self.args
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.ask = Forward(model, self.accelerator)
         # What every call has; a training step adds its objective, for others only ask for log-probabilities.
         patch_model(model, objective="sft", temperature=args.temperature, ignore_index=IGNORE, backend=args.backend)
         statistics = {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
@@ -166,7 +168,9 @@ class GFTTrainer(Trainer):
             self.queue.windows = self._roll_out(epoch_iterator, num_batches, device)
         window = self.queue.windows.pop(0)
         self.means.add_groups(window.groups, self.is_truncated)
-        self._show(window.groups)
+        every, step = self.args.log_completions_steps, self.state.global_step
+        if every and step % every == 0 and window.groups and self.is_world_process_zero():
+            show_completions(window.groups, step, str(self.args.output_dir))
         num_items = torch.tensor(denominator(window.groups, self.args), dtype=torch.float32, device=device)
         return window.micro_batches, self.accelerator.gather(num_items).sum()
 
@@ -179,28 +183,19 @@ class GFTTrainer(Trainer):
             windows.append(super().get_batch_samples(epoch_iterator, num_batches, device)[0])
         rows = [row for batches in windows for batch in batches for row in batch]
         entropy = (self.args.seed, TRAINING, self.state.global_step, self.args.process_index)
-        groups = iter(self.builder.build(self.model, rows, entropy))
+        groups = self.builder.build(self.model, rows, entropy)
+        parts = iter(micro_batches_of(groups, [*itertools.chain(*windows)], self.args.rollout_order))
         left_out = self.is_truncated if self.args.mask_truncated_completions else None
-        cut = [window_of(groups, batches, self.builder.pad_id, left_out) for batches in windows if batches]
+        cut = [window_of([next(parts) for _ in some], self.builder.pad_id, left_out) for some in windows if some]
         for inputs in (inputs for window in cut for inputs in window.micro_batches):
             if self._remembers:
-                inputs["old_log_probs"] = self._log_probs(self.model, inputs)
+                inputs["old_log_probs"] = self.ask.log_probs(self.model, inputs)
             if self.args.beta:
-                inputs["ref_log_probs"] = self._log_probs(self.start_model, inputs)
+                inputs["ref_log_probs"] = self.ask.log_probs(self.start_model, inputs)
         tokens, seconds = (now - before for now, before in zip(self.rollout.spent, spent, strict=True))
         self.means.add("tokens_per_second/sampling", tokens, seconds)
         self._aside += time.perf_counter() - begun
         return cut or [Window([], [])]
-
-    @torch.no_grad()
-    def _log_probs(self, model, inputs) -> Tensor:
-        """log pi (nats) of each target under a model as it samples, without dropout; where `with_loss` has targets."""
-        training = model.training
-        model.eval()
-        with self.accelerator.autocast():
-            outputs, _ = self.with_loss(model, send_to_device(inputs, self.args.device), gft_return_stats=True)
-        model.train(training)
-        return outputs.stats.log_probs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the step's loss. `model` is the wrapped one: its hooks average gradients."""
@@ -209,34 +204,27 @@ class GFTTrainer(Trainer):
             given["gft_old_log_probs"] = inputs["old_log_probs"]
         if "ref_log_probs" in inputs:
             given["gft_ref_log_probs"] = inputs["ref_log_probs"]
-        outputs, targets_ST = self.with_loss(
+        outputs, targets_ST = self.ask(
             model, inputs, num_items_in_batch=num_items_in_batch, **self._loss_options, **given
         )
         if self.args.token_metrics:
-            self._add_statistics(outputs.stats, targets_ST != IGNORE, inputs)
+            if "ref_log_probs" not in inputs and self.start_model is not None and self._logs_after_this_step():
+                inputs = {**inputs, "ref_log_probs": self.ask.log_probs(self.start_model, inputs)}
+            self.means.add_step(outputs.stats, targets_ST != IGNORE, inputs, clip_range(self.args))
         # Data parallelism averages gradients over the ranks, but the denominator is already the sum over ranks.
         loss = outputs.loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
-
-    def with_loss(self, model, inputs, **options) -> tuple[Any, Tensor]:
-        """The output of a patched model for the responses' tokens, and the targets its statistics have the shape of."""
-        length, behind = inputs["input_ids"].shape[1], inputs["targets"].shape[1] + 1
-        # Where the loss needs logits after all, a model that can will not compute those of the prompts.
-        selection = {"logits_to_keep": behind} if self._keeps_logits else {}
-        before = 0 if selection else length - behind
-        targets_ST = functional.pad(inputs["targets"], (before, 1), value=IGNORE)
-        texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        return model(**texts, **selection, shift_labels=targets_ST, **options), targets_ST
 
     # Evaluation
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """Metrics of rows, of those given to the trainer, or of one of these by its name."""
-        self._eval_batches, begun = 0, time.perf_counter()  # the same random numbers in every evaluation
+        self._eval_batches = 0  # the same random numbers in every evaluation
+        begun, aside = time.perf_counter(), self._aside
         if not isinstance(eval_dataset, str):
             eval_dataset = self.rows_of(eval_dataset, "eval_dataset")
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        self._aside += time.perf_counter() - begun
+        self._aside = aside + time.perf_counter() - begun
         return metrics
 
     def predict(self, test_dataset, *args, **kwargs):
@@ -254,21 +242,9 @@ class GFTTrainer(Trainer):
         self._eval_batches += 1
         sampled = builder.sample(self.model, inputs, args.eval_num_generations, args.eval_temperature, entropy)
         lines = heldout_lines(inputs, sampled, builder.rewards, self.is_truncated)
-        lines_BX = torch.cat([self._expert_log_probs(model, inputs), torch.tensor(lines, device=args.device)], 1)
+        experts_B2 = self.ask.experts(model, inputs, builder.pad_id)
+        lines_BX = torch.cat([experts_B2, torch.tensor(lines, device=args.device)], 1)
         return None, lines_BX, torch.zeros(len(inputs), device=args.device)
-
-    def _expert_log_probs(self, model, rows: Sequence[Row]) -> Tensor:
-        """Summed log-probability (nats, temperature 1) and token count of each row's expert response, (B, 2)."""
-        experts = [Group(row, [max(row.given, key=expert_order)]) for row in rows if row.given]
-        out_B2 = torch.zeros(len(rows), 2, device=self.args.device)
-        if experts:
-            inputs = send_to_device(collate(experts, self.builder.pad_id), self.args.device)
-            with torch.no_grad():
-                outputs, _ = self.with_loss(model, inputs, gft_temperature=1.0, gft_return_stats=True)
-            where = [i for i, row in enumerate(rows) if row.given]
-            out_B2[where, 0] = outputs.stats.log_probs.sum(1)
-            out_B2[where, 1] = (inputs["targets"] != IGNORE).sum(1).float()
-        return out_B2
 
     # Reporting
 
@@ -276,16 +252,6 @@ class GFTTrainer(Trainer):
         """Whether a sample was cut at the length limit."""
         stops, tokenizer = self.args.stop_strings, self.processing_class
         return response.source == "sampled" and not is_complete(response.ids, self.builder.eos_ids, stops, tokenizer)
-
-    def _add_statistics(self, stats: TokenStats, live_ST: Tensor, inputs) -> None:
-        """What the step's log line says of its tokens."""
-        self.means.add_tokens(stats, live_ST)
-        if "old_log_probs" in inputs:
-            clip = clip_range(self.args)
-            self.means.add_drift(stats.log_probs, inputs["old_log_probs"], inputs["sources"], live_ST, clip)
-        if self.start_model is not None and ("ref_log_probs" in inputs or self._logs_after_this_step()):
-            start_ST = inputs["ref_log_probs"] if self.args.beta else self._log_probs(self.start_model, inputs)
-            self.means.add_sampled_kl("kl_to_start", start_ST - stats.log_probs, inputs["sources"], live_ST)
 
     def _logs_after_this_step(self) -> bool:
         return (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
@@ -301,27 +267,6 @@ class GFTTrainer(Trainer):
                 warnings.warn(sentence, stacklevel=2)
             self._last_log, self._aside = now, 0.0
         super().log(logs, start_time)
-
-    def _show(self, groups: Sequence[Group]) -> None:
-        every, step = self.args.log_completions_steps, self.state.global_step
-        if every and step % every == 0 and groups and self.is_world_process_zero():
-            append_completions(Path(str(self.args.output_dir), "completions.jsonl"), groups, step)
-            say("\n" + completions_table(groups[0], step))
-
-
-def start_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """A frozen copy of a patched model as it is now, whole on this rank. Raises ValueError where it is not whole."""
-    if any(p.numel() == 0 for p in model.parameters()):
-        raise ValueError(
-            "zero3_init_flag must be false with log_kl or beta, got a model whose weights are elsewhere; "
-            "every rank keeps a whole copy of the starting weights."
-        )
-    return copy.deepcopy(model).requires_grad_(False).eval().to(device)
-
-
-def expert_order(response) -> tuple[bool, float]:
-    """The expert first; among offline responses the best rewarded."""
-    return response.source == "expert", response.reward if response.source == "offline" else 0.0
 
 
 def keep(rows: list[Row]) -> Any:

@@ -228,7 +228,7 @@ async def later(prompts, completions, **columns):
         (one_prompt, "one_prompt must do without `prompt`, got a parameter; it is called with `prompts`"),
         (the_groups, "the_groups must do without `responses`, got a parameter; it is no column"),
         (later, "later must return numbers, got an async function"),
-        (torch.nn.Linear(2, 1), r"must be one, got the model Linear; wrap it: \n    def reward\(prompts, compl"),
+        (torch.nn.Linear(2, 1), r"must be a function, got the model Linear; wrap it: \n    def reward\(prompts, compl"),
         (7, "reward function must be a function or a name, got 7"),
     ],
 )

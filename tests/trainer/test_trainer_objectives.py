@@ -167,6 +167,35 @@ def test_a_rollout_serves_several_steps_and_ends_with_the_run(tmp_path):
     assert not torch.equal(weights[0], weights[1])
 
 
+def test_in_the_papers_order_samples_come_first_and_groups_are_split(tmp_path):
+    """Two prompts of 3 given and 2 sampled responses a step, three steps a rollout: 12 samples, then 18 given."""
+    options = {"num_generations": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    found = {}
+    for order in ("groups", "paper"):
+        three = [{**row, "demonstrations": [*row["demonstrations"], "0."]} for row in rig.rows(6)]
+        trainer = rig.trainer(
+            tmp_path, rig.gpt2(dropout=0.0), three, steps_per_rollout=3, max_steps=3, rollout_order=order,
+            num_demonstrations=3, **options,
+        )  # fmt: skip
+        trainer.state.max_steps = 3
+        iterator = iter(trainer.get_train_dataloader())
+        steps = [trainer.get_batch_samples(iterator, 2, torch.device("cpu")) for _ in range(3)]
+        found[order] = steps
+        assert not trainer.queue.windows
+    sources = [[inputs["sources"].tolist() for inputs in batches] for batches, _ in found["paper"]]
+    assert sources == [[[2] * 5, [2] * 5], [[2] * 2 + [0, 1, 1], [0, 1, 1, 0, 1]], [[1, 0, 1, 1, 0], [1, 1, 0, 1, 1]]]
+    for steps in found.values():  # the same responses with the same weights, each step over its own tokens
+        for batches, count in steps:
+            assert count == sum((inputs["targets"] != IGNORE).sum() for inputs in batches)
+    weights = {
+        order: sorted(a for batches, _ in steps for inputs in batches for a in inputs["advantages"].tolist())
+        for order, steps in found.items()
+    }
+    assert weights["paper"] == weights["groups"] and len(weights["paper"]) == 30
+    with pytest.raises(ValueError, match="steps_per_rollout must be above 1 with rollout_order 'paper', got 1"):
+        rig.config(tmp_path, rollout_order="paper")
+
+
 def test_drift_is_nothing_in_the_first_step_of_a_rollout_and_grows_in_it(tmp_path):
     lines, _, _ = run(tmp_path, steps_per_rollout=4, max_steps=8, objective="dapo", clip_high=0.01)
     kl = [line["drift/kl"] for line in lines]
