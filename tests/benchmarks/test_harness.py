@@ -100,6 +100,19 @@ def test_slow_contender_stops_after_its_budget():
     assert fast.rounds == 6 and fast.over_floor == 0.1
 
 
+def test_who_fails_in_its_turn_takes_no_more_and_the_others_go_on():
+    def out_of_memory():
+        if len(turns := clock.steps) > 4:
+            raise torch.OutOfMemoryError(f"CUDA out of memory after {len(turns)}")
+        return "a"
+
+    clock = CountingClock({"a": 2.0, "b": 3.0})
+    contenders = [floor("b"), Contender("a", out_of_memory, None)]
+    b, a = measure(NamedProblem(), contenders, clock, rounds=4, warmup=1)
+    assert (a.status, a.median_s, a.why.split(":")[0]) == ("failed", None, "OutOfMemoryError"), a
+    assert b.rounds == 4
+
+
 def test_logits_are_restored_before_every_step():
     problem = row.build(SMALL)
     seen = []
