@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy
 from torch import Tensor
 
 from benchmarks.clocks import Clock, Step
@@ -112,14 +113,8 @@ class AbsentError(RuntimeError):
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
-    """The q-quantile, linear between neighbours."""
-    if not samples:
-        raise ValueError("samples must not be empty, got none; time at least one round")
-    ordered = sorted(samples)
-    place = q * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    """Linear between neighbours."""
+    return float(numpy.quantile(samples, q))
 
 
 def check(problem: Problem, contender: Contender) -> Outcome:

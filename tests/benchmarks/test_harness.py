@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.clocks import CpuClock
-from benchmarks.harness import Absent, Answer, Contender, measure, quantile
+from benchmarks.harness import Absent, Answer, Contender, measure
 from benchmarks.kinds import row
 from benchmarks.kinds.row import RowCase
 
@@ -72,15 +72,6 @@ def test_what_is_wrong_is_never_timed():
 
 
 # ---- timing and statistics
-
-
-def test_quantiles():
-    assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert quantile([1.0, 2.0], 0.5) == 1.5
-    assert quantile([float(i) for i in range(11)], 0.1) == pytest.approx(1.0)
-    assert quantile([5.0], 0.9) == 5.0
-    with pytest.raises(ValueError, match="samples must not be empty"):
-        quantile([], 0.5)
 
 
 def test_contenders_take_turns_and_warm_up_is_dropped():
