@@ -102,7 +102,7 @@ def surrogate(objective, log_pi, advantage, old, clip_low, clip_high, tau, recti
 
 
 def k3(u, cap=None):
-    """Schulman's estimate of the KL divergence at one token; past the cap, a straight line of the slope it has there."""
+    """Schulman's estimate of the KL divergence at one token; past the cap, its tangent there."""
     if cap is None or float(u.detach()) <= cap:
         return torch.exp(u) - 1 - u
     return math.exp(cap) - 1 - cap + (math.exp(cap) - 1) * (u - cap)

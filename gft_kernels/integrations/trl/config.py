@@ -64,7 +64,7 @@ class GFTConfig(GRPOConfig):
                 f"per_device_train_batch_size * steps_per_generation must be a multiple of num_generations = {size}, "
                 f"got {here}; groups must be whole on each process."
             )
-        checks.gft_objective(self.tau, self.rectify)
+        checks.check_coefficient(self.tau, self.rectify)
         checks.check_transform(self.temperature, None, None)
         checks.check_normalisation(self.normalize, self.advantage_eps, "zero")
         checks.one_of("reduction", self.reduction, MEAN_REDUCTIONS)
@@ -85,7 +85,7 @@ class GFTSFTConfig(SFTConfig):
     def __post_init__(self):
         super().__post_init__()
         refuse_changed(self, SFTConfig, OF_SFT, "TRL's own loss, in whose place GFT's stands; choose by tau")
-        checks.gft_objective(self.tau, "all")
+        checks.check_coefficient(self.tau, "all")
         checks.one_of("backend", self.backend, BACKENDS)
 
 
