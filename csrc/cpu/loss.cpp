@@ -85,7 +85,7 @@ RowView view_row(const RowCall& call, std::int64_t r, const RowKernels& kernels)
     return {raw,
             log_prob(logit, row.others),
             {row.all.top, log_mass},
-            want_entropy ? larger(entropy(log_mass, row.gap / row.all.mass), 0.0) : 0.0};  // where pi is 1: -1e-9
+            want_entropy ? entropy(log_mass, row.gap / row.all.mass) : 0.0};
 }
 
 // fp16: a weight of 1/N times pi = 1e-6 is below the smallest half, so the row is stored at kFp16Peak instead. Returns

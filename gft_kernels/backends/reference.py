@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gft_kernels import formulas
 from gft_kernels.advantages import RowCredit, credit_rows
-from gft_kernels.options import FP16_PEAK, AgreedRows, Objective, RowCall, RowResult
+from gft_kernels.options import FP16_PEAK, AgreedRows, Objective, RowCall, RowResult, ShardStatistics, gradient_for
 
 BLOCK_BYTES = 64 << 20
 """Float32 logits held at a time: large enough to hide the Python loop, small beside any logits worth a kernel."""
@@ -46,7 +46,7 @@ def run(call: RowCall) -> RowResult:
     row_scale_R = torch.zeros(rows, device=logits.device) if call.defer_scale else None
     gradient = None
     if call.want_gradient:
-        gradient = logits if call.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        gradient = gradient_for(logits, call.inplace)
     for chosen, where in _row_blocks(logits, torch.arange(rows, device=logits.device)):
         part = RowCredit(*(column[chosen] for column in credit))
         block = statistics(call, logits[where], call.credit.targets_R[chosen])
@@ -108,36 +108,27 @@ def _state(z_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return top_C, share_CV.sum(1, dtype=torch.float64), share_CV
 
 
-class ShardStatistics(NamedTuple):
-    """A vocabulary shard's part of each row; float64 (R,). The state leaves the target out, as F3 wants it."""
-
-    top_R: Tensor
-    mass_R: Tensor  # sum of e^(z - top)
-    gap_R: Tensor  # sum of e^(z - top)·(z - top), for the entropy
-    target_logit_R: Tensor  # transformed; 0 where the target lies in another shard
-
-
 def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardStatistics:
-    """F1 over a vocabulary shard; see `ShardStatistics`.
+    """F1 over a vocabulary shard, in float64; see `ShardStatistics`.
 
     columns_R: (R,) int64, the target's column in this shard, or anything outside [0, V) if it lies in another.
     read_R: (R,) bool; rows it leaves out give the neutral state.
     """
-    out = ShardStatistics(*torch.zeros(4, columns_R.numel(), dtype=torch.float64, device=columns_R.device))
-    out.top_R.fill_(formulas.NEG_INF)
+    out_4R = torch.zeros(4, columns_R.numel(), dtype=torch.float64, device=columns_R.device)
+    out_4R[0] = formulas.NEG_INF
     for chosen, where in _row_blocks(call.logits_STV, read_R.nonzero()[:, 0]):
         _, target_logit_C, _, others_CV = _apart(call, call.logits_STV[where], columns_R[chosen])
         top_C, mass_C, share_CV = _state(others_CV)
         gap_CV = torch.where(share_CV == 0.0, 0.0, share_CV * (others_CV - top_C[:, None]))
-        for column, value in zip(out, (top_C, mass_C, gap_CV.sum(1), target_logit_C), strict=True):
+        for column, value in zip(out_4R, (top_C, mass_C, gap_CV.sum(1), target_logit_C), strict=True):
             column[chosen] = value.double()
-    return out
+    return ShardStatistics(*out_4R)
 
 
 def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tensor:
     """F7 over a vocabulary shard, from what is known of the whole rows."""
     logits = call.logits_STV.detach()
-    gradient = logits if call.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    gradient = gradient_for(logits, call.inplace)
     for chosen, where in _row_blocks(logits, torch.arange(columns_R.numel(), device=logits.device)):
         z_CV = formulas.transform(logits[where].float(), call.logit_scale, call.softcap, call.temperature)
         part = AgreedRows(*(x[chosen] for x in agreed))
@@ -239,7 +230,7 @@ def scale(gradient: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplac
     factor = upstream.float() if row_scale_R is None else row_scale_R * upstream.float()
     rows = gradient.shape[0] * gradient.shape[1]
     factor_STV = factor.expand(rows).reshape(*gradient.shape[:2], 1)
-    out = gradient if inplace else torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    out = gradient_for(gradient, inplace)
     for _, where in _row_blocks(gradient, torch.arange(rows, device=gradient.device)):
         out[where] = (gradient[where].float() * factor_STV[where]).to(gradient.dtype)
     return out

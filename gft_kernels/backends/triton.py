@@ -10,13 +10,21 @@ import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gft_kernels.advantages import credit_rows
-from gft_kernels.options import FP16_PEAK, SURROGATES, AgreedRows, Objective, RowCall, RowResult
+from gft_kernels.options import (
+    FP16_PEAK,
+    SURROGATES,
+    AgreedRows,
+    Objective,
+    RowCall,
+    RowResult,
+    ShardStatistics,
+    gradient_for,
+)
 
 MAX_VOCABULARY = 1 << 30  # columns are counted in 32 bits, with room for one tile more
 MIN_CAPABILITY = (8, 0)
@@ -60,7 +68,7 @@ def run(call: RowCall) -> RowResult:
     logits, rows = call.logits_STV.detach(), call.credit.targets_R.numel()
     with _on(logits.device):
         credit = credit_rows(call.credit)
-        gradient = _gradient_for(logits, call.inplace) if call.want_gradient else None
+        gradient = gradient_for(logits, call.inplace) if call.want_gradient else None
         loss_R, log_prob_R, coefficient_R = (_float32(logits, rows) for _ in range(3))
         entropy_R = _float32(logits, rows) if call.needs_entropy else None
         row_scale_R = _float32(logits, rows) if call.defer_scale and gradient is not None else None
@@ -101,7 +109,7 @@ def scale(gradient: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplac
     from gft_kernels.triton_kernels.scale_rows import scale_rows_kernel
 
     with _on(gradient.device):
-        out = _gradient_for(gradient, inplace)
+        out = gradient_for(gradient, inplace)
         launch = _row_launch(gradient)
         upstream = upstream.float().contiguous()
         scale_rows_kernel[(gradient.shape[0] * gradient.shape[1],)](
@@ -119,15 +127,6 @@ def scale(gradient: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplac
             **launch.options(),
         )
     return out
-
-
-class ShardStatistics(NamedTuple):
-    """One rank's columns of each row, all float32 (R,). The state leaves the target out, as F3 wants it."""
-
-    top_R: Tensor
-    mass_R: Tensor
-    gap_R: Tensor | None
-    target_logit_R: Tensor  # transformed; 0 where the target is another rank's
 
 
 def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardStatistics:
@@ -165,7 +164,7 @@ def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tens
 
     logits = call.logits_STV.detach()
     with _on(logits.device):
-        gradient = _gradient_for(logits, call.inplace)
+        gradient = gradient_for(logits, call.inplace)
         launch = _row_launch(logits, call.softcap)
         shard_gradient_kernel[(columns_R.numel(),)](
             logits,
@@ -203,10 +202,6 @@ def _row_launch(logits: Tensor, softcap: float = 0.0):
 
     name = architecture(logits.device.index) if logits.device.type == "cuda" else "interpreter"
     return row_launch(logits.shape[-1], logits.dtype, name, softcapped=softcap != 0.0)
-
-
-def _gradient_for(logits: Tensor, inplace: bool) -> Tensor:
-    return logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _float32(like: Tensor, rows: int) -> Tensor:

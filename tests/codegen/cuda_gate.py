@@ -28,8 +28,10 @@ ROW_LIMITS = {
     "observe_shard_row": Limits(ROW_REGISTERS, wide_loads=3),
     "shade_shard_row": Limits(ROW_REGISTERS, wide_loads=3, wide_stores=4),
     "scale_row": Limits(ROW_REGISTERS, wide_loads=3, wide_stores=3),
+    # Blocks of 256 threads, a warp a response, and sums in doubles: three of them on a multiprocessor are plenty.
+    "advantages_of_rewards": Limits(registers=80),
 }
-CREDIT_LIMITS = Limits(registers=64)
+CREDIT_LIMITS = Limits(registers=64)  # one block of 1024 threads, or four of 256
 
 
 @dataclass(frozen=True)
