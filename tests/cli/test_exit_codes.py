@@ -96,7 +96,7 @@ FLAGS = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "message"), FLAGS, ids=lambda value: " ".join(value)[:40] if value else None)
+@pytest.mark.parametrize(("flags", "message"), FLAGS, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
 def test_a_wrong_flag_is_one_sentence_and_exit_code_2(run, capsys, flags, message):
     assert main(["train", "--config", run(), *flags]) == 2
     assert_one_sentence(capsys.readouterr().err, message)
