@@ -43,12 +43,12 @@ def group_advantages(
     Source: docs/formulas.md#F5.
     """
     checks.check_rewards(rewards, None, None)
-    checks.check_groups(rewards.shape[0], group_size, group_ids, rewards.device)
+    size = checks.check_groups(rewards.shape[0], group_size, group_ids, rewards.device)
     checks.check_normalisation(normalize, eps, singleton)
     rewards = rewards.double()
     if rewards.device.type == "cpu":
-        checks.check_reward_values(rewards, normalize, group_size, group_ids)
-    return normalise(rewards, group_size or 0, group_ids, normalize, eps, singleton)
+        checks.check_reward_values(rewards, normalize, size, group_ids)
+    return normalise(rewards, size, group_ids, normalize, float(eps), singleton)
 
 
 class RowCredit(NamedTuple):

@@ -122,7 +122,7 @@ def row_credit(
     return Credit(
         targets_R=_flat(targets, torch.int64),
         mask_R=None if mask is None else _flat(mask, torch.bool),
-        rewards_S=None if rewards is None else _flat(rewards, torch.float32),
+        rewards_S=None if rewards is None else _flat(rewards, torch.float64),
         advantages_S=advantages_S,
         advantages_R=advantages_R,
         group_size=group_size,

@@ -38,7 +38,7 @@ class Credit:
 
     targets_R: Tensor  # (R,) int64
     mask_R: Tensor | None = None  # (R,) bool
-    rewards_S: Tensor | None = None  # (S,) float32
+    rewards_S: Tensor | None = None  # (S,) float64: 1e8 + 1 is a reward, and no float32
     advantages_S: Tensor | None = None  # (S,) float32
     advantages_R: Tensor | None = None  # (R,) float32
     weights_R: Tensor | None = None  # (R,) float32: decided already; the loss is then the sum of w·loss
@@ -148,6 +148,20 @@ class LinearCall:
     @property
     def want_gradient(self) -> bool:
         return self.want_hidden or self.want_weight or self.want_bias
+
+
+def gradient_for(logits: Tensor, inplace: bool) -> Tensor:
+    """Where a gradient of the logits goes: their own memory, or contiguous memory, uninitialised."""
+    return logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+class ShardStatistics(NamedTuple):
+    """A vocabulary shard's part of each row; (R,), in nats. The state leaves the target out, as F3 wants it."""
+
+    top_R: Tensor  # at most 50 below the shard's largest logit; -inf on rows that were not read
+    mass_R: Tensor  # sum of e^(z - top)
+    gap_R: Tensor | None  # sum of e^(z - top)·(z - top), for the entropy
+    target_logit_R: Tensor  # transformed; 0 where the target lies in another shard
 
 
 class AgreedRows(NamedTuple):

@@ -19,8 +19,9 @@ from gft_kernels import checks
 from gft_kernels.advantages import group_advantages
 from gft_kernels.api import policy_loss
 from gft_kernels.model.columns import PER_CALL
+from gft_kernels.model.forward import OF_THE_MODEL, refuse
+from gft_kernels.model.guard import PREFIX
 from gft_kernels.model.patch import patch_model, unwrapped
-from gft_kernels.model.patched_forward import OF_THE_MODEL, PREFIX, refuse
 from gft_kernels.options import BACKENDS
 
 COLUMN = PREFIX + "advantages"
@@ -35,12 +36,15 @@ def response_rows(rows: Iterable[Mapping[str, Any]], **normalisation: Any) -> li
 
     Raises: ValueError for a malformed row.
     """
-    from gft_kernels.data.rows import RowError, check_record
+    from gft_kernels.data.fields import check_record
+    from gft_kernels.data.readers import RowError
 
     found: list[dict[str, Any]] = []
-    for number, row in enumerate(rows):
-        where = getattr(row, "where", f"rows[{number}]")
-        check_record(dict(row), where)
+    for number, given in enumerate(rows):
+        where = getattr(given, "where", f"rows[{number}]")
+        row = check_record(given, where)
+        for name in sorted({"response", COLUMN} & row.keys()):
+            raise RowError(f"{where}: field `{name}` must have another name, got one that is written here; rename it.")
         if row.get("responses") is None:
             raise RowError(f"{where}: field `responses` must be given, got nothing; score the responses beforehand.")
         rewards_S = torch.tensor([float(reward) for reward in row["rewards"]])
@@ -54,11 +58,13 @@ def response_rows(rows: Iterable[Mapping[str, Any]], **normalisation: Any) -> li
 def encode_row(row: Mapping[str, Any], tokenizer: Any, max_length: int | None = None) -> dict[str, Any]:
     """A row of `response_rows` as token ids: input_ids, attention_mask, labels (-100 on the prompt), gft_advantages.
 
-    The response is closed by the end-of-text token. Raises: ValueError for a row of more than max_length tokens.
+    The response is closed once, after messages as the chat template closes a turn, else by the end-of-text token.
+    Raises: ValueError for a row of more than max_length tokens.
     """
-    from gft_kernels.data.rows import encode_prompt, encode_response
+    from gft_kernels.data.text import encode_prompt, encode_response
 
-    prompt, response = encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row["response"])
+    prompt = encode_prompt(tokenizer, row["prompt"], row.get("tools"), row.get("chat_template_kwargs"))
+    response = encode_response(tokenizer, row["response"], row["prompt"], prompt)
     length = len(prompt) + len(response)
     if max_length is not None and length > max_length:
         raise ValueError(
@@ -138,43 +144,38 @@ def check_loss_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def patch_for_rows(model: nn.Module, *, counted: bool = True, **loss_options: Any) -> nn.Module:
-    """`patch_model`, and a guard at the model's door: what a host forgets to pass on is an error, not another loss.
+    """`patch_model` with a stricter guard: what a host forgets to pass on is an error, not another loss.
 
-    In training every batch must bring `labels`, and with labels always `gft_advantages` (a list of numbers becomes a
-    tensor). Where the host is `counted` upon to count the tokens of a step, a training batch must bring
-    `num_items_in_batch` as well.
+    With labels every batch must bring `gft_advantages` (a list of numbers becomes a tensor). Where the host is
+    `counted` upon to count the tokens of a step, a training batch must bring `num_items_in_batch` as well.
 
     Returns: model. Raises: as `patch_model`; later, in a call: ValueError.
     """
     patch_model(model, **loss_options)
-    counted = counted and unwrapped(model).accepts_loss_kwargs
+    inner = unwrapped(model)
+    # On the outermost module: PEFT's wrappers call the forward of what they wrap, past its hooks.
+    inner._gft_forward.guard.require(model, EveryRow(counted and inner.accepts_loss_kwargs))
+    return model
 
-    def guard(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if "_gft_forward" not in unwrapped(module).__dict__:
-            return args, kwargs  # unpatched since
-        if kwargs.get("labels") is None:
-            if module.training:
-                raise ValueError(
-                    "labels must come with every training batch, got none; switch off what makes the trainer compute "
-                    "a loss of its own from the logits (label smoothing, compute_loss_func, loss_type and the like)"
-                )
+
+class EveryRow:
+    """What a batch of labels must bring beside them; made into tensors."""
+
+    def __init__(self, counted: bool):
+        self.counted = counted
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        labels, advantages = kwargs.get("labels"), kwargs.get(COLUMN)
+        if labels is None:
             return args, kwargs
-        advantages = kwargs.get(COLUMN)
         if advantages is None or (isinstance(advantages, list) and None in advantages):
             raise ValueError(
                 f"{COLUMN} must come with every row of a batch of labels, got {', '.join(kwargs)}; the trainer has "
                 "dropped the column on its way from the data: see its page in the documentation"
             )
-        if counted and module.training and kwargs.get("num_items_in_batch") is None:
+        if self.counted and module.training and kwargs.get("num_items_in_batch") is None:
             raise ValueError(
                 "num_items_in_batch must come with every training batch, got None; without the tokens of the whole "
                 "step each micro-batch would be a mean of its own"
             )
-        return args, {
-            **kwargs,
-            COLUMN: torch.as_tensor(advantages, dtype=torch.float32, device=kwargs["labels"].device),
-        }
-
-    # On the outermost module: PEFT's wrappers call the forward of what they wrap, past its hooks.
-    model.register_forward_pre_hook(guard, with_kwargs=True)
-    return model
+        return args, {**kwargs, COLUMN: torch.as_tensor(advantages, dtype=torch.float32, device=labels.device)}

@@ -10,44 +10,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gft_kernels.model import extra_terms
+
+IGNORE = -100  # the label of a token that does not count, where no other is asked for
 PER_TOKEN = ("advantages", "mask", "sequence_ids", "old_log_probs", "ref_log_probs")
 PER_CALL = ("rewards", "group_ids", "num_items_in_batch", *PER_TOKEN)
 
 
-def aligned_columns(
-    labels: Tensor | None, shift_labels: Tensor | None, options: dict[str, Any], keep: int | Tensor, states: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Head inputs or outputs (S, T, ·), their targets (S, T), and the options with their tensors next to them.
+class Columns:
+    """What one call of a patched model brings: its labels, and its options of `policy_loss`.
 
     `labels` and the columns of its shape are shifted here; `shift_labels` and its columns are aligned already.
-    With sequence_ids everything comes back as packed rows: (R, ·), (R,).
     """
-    ignore = options.get("ignore_index", -100)
-    given = labels if shift_labels is None else shift_labels
-    assert given is not None
 
-    def align(column: Tensor, fill) -> Tensor:
-        if column.shape != given.shape:  # one value per response
-            return column.to(states.device)
-        return (column if shift_labels is not None else kept(shifted(column, fill), keep)).to(states.device)
+    def __init__(self, labels: Tensor | None, shift_labels: Tensor | None, options: dict[str, Any], keep: int | Tensor):
+        given = labels if shift_labels is None else shift_labels
+        assert given is not None
+        self.labels, self.shifts, self.options, self.keep = given, shift_labels is None, options, keep
 
-    targets_ST = align(given, ignore)
-    if states.shape[:-1] != targets_ST.shape:
-        raise ValueError(
-            f"labels must cover the {tuple(states.shape[:-1])} rows of the output head, got labels for "
-            f"{tuple(targets_ST.shape)}; pass labels of the shape of input_ids, or shift_labels of one per row"
-        )
-    aligned = dict(options)
-    for name, value in options.items():
-        if isinstance(value, Tensor):
-            aligned[name] = align(value, 0) if name in PER_TOKEN else value.to(states.device)
-    if options.get("sequence_ids") is None:
-        return states, targets_ST, aligned
-    for name in PER_TOKEN:
-        value = aligned.get(name)
-        if isinstance(value, Tensor) and value.shape == targets_ST.shape:
-            aligned[name] = value.flatten()
-    return states.flatten(0, 1), targets_ST.flatten(), aligned
+    def beside(self, states: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Head inputs or outputs (S, T, ·), their targets (S, T), and the options with their tensors next to them.
+
+        With sequence_ids everything comes back as packed rows: (R, ·), (R,).
+        """
+        targets_ST = self._aligned(self.labels, self.options.get("ignore_index", IGNORE)).to(states.device)
+        if states.shape[:-1] != targets_ST.shape:
+            raise ValueError(
+                f"labels must cover the {tuple(states.shape[:-1])} rows of the output head, got labels for "
+                f"{tuple(targets_ST.shape)}; pass labels of the shape of input_ids, or shift_labels of one per row"
+            )
+        options = dict(self.options)
+        for name, value in options.items():
+            if isinstance(value, Tensor):
+                options[name] = (self._aligned(value, 0) if name in PER_TOKEN else value).to(states.device)
+        self.targets, self.aligned_options = targets_ST, options
+        if options.get("sequence_ids") is None:
+            return states, targets_ST, options
+        for name in PER_TOKEN:
+            value = options.get(name)
+            if isinstance(value, Tensor) and value.shape == targets_ST.shape:
+                options[name] = value.flatten()
+        self.targets = targets_ST.flatten()
+        return states.flatten(0, 1), self.targets, options
+
+    def share(self) -> Tensor:
+        """What a term beside the loss is multiplied by (extra_terms.py), of the rows last asked for."""
+        return extra_terms.share(self.targets, self.aligned_options)
+
+    def _aligned(self, column: Tensor, fill) -> Tensor:
+        if column.shape != self.labels.shape or not self.shifts:  # one value per response, or aligned already
+            return column
+        return kept(shifted(column, fill), self.keep)
 
 
 def shifted(column_SL: Tensor, fill) -> Tensor:

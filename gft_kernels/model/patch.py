@@ -1,7 +1,8 @@
 """`patch_model`: a Hugging Face causal language model that returns the GFT loss and never holds its logits.
 
-Given labels, the patched model computes the loss inside the call of its output head (output_head.py), and so inside
-whatever wraps the model: DDP and FSDP reduce the gradients as they would of any loss. Without labels nothing changes.
+Given labels, the patched model computes the loss inside the call of its output head (head.py), and so inside
+whatever wraps the model: DDP and FSDP reduce the gradients as they would of any loss. Without labels nothing changes,
+except that training on the logits is refused.
 
 Sizes: S responses (rows of the batch), L tokens of a row, T rows of it the head sees, V vocabulary.
 """
@@ -15,11 +16,15 @@ from torch import nn
 from gft_kernels import checks
 from gft_kernels.api import policy_loss
 from gft_kernels.model.columns import PER_CALL
-from gft_kernels.model.patched_forward import OF_THE_MODEL, PREFIX, PatchedForward, refuse
+from gft_kernels.model.extra_terms import reduction_of
+from gft_kernels.model.forward import OF_THE_MODEL, PatchedForward, refuse
+from gft_kernels.model.guard import PREFIX
 from gft_kernels.objectives import PRESETS
 
 
-def patch_model(model: nn.Module, *, head: str | None = None, **loss_options: Any) -> nn.Module:
+def patch_model(
+    model: nn.Module, *, head: str | None = None, eval_logits: bool = False, **loss_options: Any
+) -> nn.Module:
     """Let a causal language model return the GFT loss (F6) of its labels, or another objective's, from inside its head.
 
     The model, changed where it stands, then takes `labels` (S, L) int64 as before (position t is predicted from t - 1;
@@ -29,12 +34,14 @@ def patch_model(model: nn.Module, *, head: str | None = None, **loss_options: An
     `gft_old_log_probs` and `gft_ref_log_probs` of the shape of the labels; `gft_sequence_ids` of the shape of the
     labels, which makes the batch packed rows; `gft_return_stats`.
     It returns its own output class with `loss` and without logits (with statistics asked for: also `stats`).
-    Logit scale, softcap and bias are the model's own. Without labels the model is as it was. Patching again replaces
-    the patch.
+    Logit scale, softcap and bias are the model's own. Terms the model adds to its loss (a router's) are weighed by the
+    batch's share of the step. Without labels the model is as it was, but for training calls with gradients, which
+    raise, as does every call whose labels or columns do not reach the loss. Patching again replaces the patch.
 
     Args:
         model: a transformers causal language model; wrapped by PEFT or DDP, the model inside is changed.
         head: the name of the output head, if it is not what `get_output_embeddings()` returns.
+        eval_logits: return logits beside the loss while `model.training` is False, for metrics that are made from them.
         loss_options: options of `policy_loss` for every call, such as tau=0.7, or objective="grpo" and clip_high=0.28.
 
     Returns: model. Raises: ValueError, TypeError. Warns once (UserWarning), with the reason, if the loss must be
@@ -51,8 +58,9 @@ def patch_model(model: nn.Module, *, head: str | None = None, **loss_options: An
     refuse(loss_options, PER_CALL, "", f"come with each call, got a value for all; pass {PREFIX}<name>= to the model")
     if "_gft_forward" in inner.__dict__:
         unpatch_model(inner)
-    forward = PatchedForward(inner, head, loss_options)
-    forward.output_head()  # raises if there is none
+    forward = PatchedForward(inner, head, loss_options, eval_logits)
+    if model is not inner:
+        forward.guard.watch(model)
     inner._gft_forward = inner.forward = forward
     # transformers.Trainer hands over its count of label tokens only if told so; it is the denominator of this mean.
     inner.accepts_loss_kwargs = divides_by_tokens(loss_options)
@@ -61,9 +69,7 @@ def patch_model(model: nn.Module, *, head: str | None = None, **loss_options: An
 
 def divides_by_tokens(loss_options: dict[str, Any]) -> bool:
     preset = PRESETS.get(loss_options.get("objective", "gft"))
-    if preset is None or preset.constant_denominator:
-        return False
-    return (loss_options.get("reduction") or preset.reduction) == "token-mean"
+    return preset is not None and not preset.constant_denominator and reduction_of(loss_options) == "token-mean"
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
@@ -73,6 +79,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     if forward is None:
         raise ValueError("model must have been patched by patch_model, got one that was not; there is nothing to undo")
     del inner._gft_forward
+    forward.guard.remove()
     for name, before in forward.replaced.items():
         if name == "forward" and inner.__dict__.get("forward") is not forward:
             continue  # wrapped by another library since; without its `_gft_forward` the patch only passes calls on

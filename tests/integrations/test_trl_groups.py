@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chat_tokenizers
 import pytest
 import torch
 import trainer_rig as rig
@@ -12,8 +13,9 @@ trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'gft-
 
 import trl_rig  # noqa: E402
 
-from gft_kernels.data.rows import RowError  # noqa: E402
-from gft_kernels.integrations.trl import GFTTrainer  # noqa: E402
+from gft_kernels.data import scratch  # noqa: E402
+from gft_kernels.data.readers import RowError  # noqa: E402
+from gft_kernels.integrations.trl import GFTGRPOTrainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error:the GFT loss")
 
@@ -130,9 +132,36 @@ def test_rows_that_cannot_make_a_group_are_named(tmp_path, change, sentence):
         trl_rig.trainer(tmp_path, rows=rows)
 
 
+def test_demonstrations_and_samples_end_as_the_template_closes_a_turn(tmp_path):
+    tokenizer = chat_tokenizers.tokenizer("gemma")
+    rows = [{"prompt": [{"role": "user", "content": "q"}], "demonstrations": ["a x", "x<end_of_turn>"]}] * 2
+    trainer = GFTGRPOTrainer(
+        scratch.small_llama(tokenizer, width=32, layers=1, heads=2, context=64),
+        lambda completions, **columns: [float(len(c[0]["content"])) for c in completions],
+        trl_rig.config(tmp_path),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    ends = tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
+    assert set(trainer.eos_token_ids) == set(trainer.generation_config.eos_token_id) == set(ends)
+    found = trl_rig.completions(trl_rig.generated(trainer, rows=2)[1])
+    assert [tokenizer.decode(ids) for ids in found[:2]] == ["a x<end_of_turn>", "x<end_of_turn>"]
+    assert all(not set(ends) & set(ids[:-1]) for ids in found)
+
+
 def test_what_is_not_one_turn_of_text_is_refused(tmp_path):
     for name, value in (("tools", [print]), ("rollout_func", print), ("environment_factory", print)):
         with pytest.raises(ValueError, match=f"{name} must be left out, got a value"):
-            GFTTrainer(rig.llama(), rig.digit_count, trl_rig.config(tmp_path), **{name: value})
-    with pytest.raises(TypeError, match=r"args must be a gft_kernels\.integrations\.trl\.GFTConfig, got GRPOConfig"):
-        GFTTrainer(rig.llama(), rig.digit_count, trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+            GFTGRPOTrainer(rig.llama(), rig.digit_count, trl_rig.config(tmp_path), **{name: value})
+    with pytest.raises(TypeError, match=r"args must be a gft_kernels.*GFTGRPOConfig, got GRPOConfig"):
+        GFTGRPOTrainer(rig.llama(), rig.digit_count, trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_the_names_of_before_are_still_found():
+    from gft_kernels.integrations import trl as adapter
+
+    for before, now in (("GFTConfig", adapter.GFTGRPOConfig), ("GFTTrainer", adapter.GFTGRPOTrainer)):
+        with pytest.warns(DeprecationWarning, match=f"{before} is now called {now.__name__}"):
+            assert getattr(adapter, before) is now
+    with pytest.raises(AttributeError, match="GFTNothing"):
+        _ = adapter.GFTNothing

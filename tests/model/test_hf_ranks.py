@@ -40,10 +40,23 @@ def live_tokens(inputs: dict) -> int:
 
 def one_process(family: str, silent_rank: bool) -> dict[str, torch.Tensor]:
     """Gradients from the logits of the joined batch, without a patch."""
-    model, inputs = tiny(family), joined(silent_rank)
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    gft_loss(logits[:, :-1], inputs["labels"][:, 1:], advantages=ADVANTAGES).backward()
+    model, inputs = made(family), joined(silent_rank)
+    texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    loss = gft_loss(model(**texts).logits[:, :-1], inputs["labels"][:, 1:], advantages=ADVANTAGES)
+    if family == "mixtral":  # each rank's term by its share of the tokens
+        for rank in range(WORLD):
+            part = {name: value[rank * S : (rank + 1) * S] for name, value in inputs.items()}
+            term = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).aux_loss
+            loss = loss + live_tokens(part) / live_tokens(inputs) * term
+    loss.backward()
     return gradients(model)
+
+
+def made(family: str):
+    model = tiny(family)
+    if family == "mixtral":
+        model.config.output_router_logits, model.router_aux_loss_coef = True, 1.0
+    return model
 
 
 def backward(model, rank: int, silent_rank: bool = False, micro_batches: int = 1) -> None:
@@ -58,13 +71,25 @@ def backward(model, rank: int, silent_rank: bool = False, micro_batches: int = 1
 
 
 def ddp(rank: int, family: str = "gemma2", patch_first: bool = True, **options) -> dict[str, torch.Tensor]:
-    model = tiny(family)
+    model = made(family)
     if patch_first:
         wrapped = DistributedDataParallel(patch_model(model), find_unused_parameters=True)
     else:
         wrapped = patch_model(DistributedDataParallel(model))
     backward(wrapped, rank, **options)
-    return gradients(model)
+    found = gradients(model)
+    assert refused(wrapped, model)
+    return found
+
+
+def refused(wrapped, model) -> bool:
+    """Whether a forward assigned after the patch is noticed through the wrapper."""
+    model.forward = lambda **kwargs: [torch.zeros((), requires_grad=True)]
+    try:
+        wrapped(**joined(False))
+    except ValueError as error:
+        return "must reach the patched forward" in str(error)
+    return False
 
 
 def fsdp2(rank: int, groups, family: str = "llama", silent_rank: bool = False) -> dict[str, torch.Tensor]:
@@ -83,7 +108,9 @@ def fsdp2(rank: int, groups, family: str = "llama", silent_rank: bool = False) -
         model.zero_grad()
         backward(model, rank, silent_rank)
     assert model.forward.refusal is None and model.forward.transform is not None
-    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    assert refused(model, model)
+    return found
 
 
 CHECKS = {
@@ -91,6 +118,9 @@ CHECKS = {
     "ddp": (ddp, "gemma2", False),
     "ddp, patched through the wrapper": (functools.partial(ddp, patch_first=False), "gemma2", False),
     "ddp, one rank without a live token": (functools.partial(ddp, silent_rank=True), "gemma2", True),
+    "ddp, a router's loss": (functools.partial(ddp, family="mixtral"), "mixtral", False),
+    "ddp, a router's loss, one rank without a live token": (
+        functools.partial(ddp, family="mixtral", silent_rank=True), "mixtral", True),
     "ddp, 2 micro-batches": (functools.partial(ddp, micro_batches=2), "gemma2", False),
     "ddp, 4 micro-batches": (functools.partial(ddp, micro_batches=4), "gemma2", False),
     "fsdp2, head in the root": (functools.partial(fsdp2, groups=[]), "llama", False),

@@ -1,0 +1,95 @@
+"""The guard of a patched model: what a call brings for the loss reaches the loss, whoever replaces what.
+
+A library that assigns `model.forward` after the patch, or reads labels off the batch for a loss of its own, would
+train something else and look well doing it. So hooks note what each call of the model brings, the patched forward
+strikes out what it is given, and what is left over when the call returns is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+PREFIX = "gft_"
+LABELS = ("labels", "shift_labels")
+
+
+def brought(kwargs: dict[str, Any]) -> set[str]:
+    """The names of a call's arguments that are for the loss."""
+    return {name for name, value in kwargs.items() if value is not None and (name in LABELS or name.startswith(PREFIX))}
+
+
+class Guard:
+    """Watches the calls of one patched model; copied and pickled with it."""
+
+    def __init__(self, model: Any, forward: Any):
+        self.model, self.forward = model, forward
+        self.open: list[set[str]] = []  # of each call under way, what it brought that the loss has not been given
+        self.running = 0  # calls of the patched forward under way
+        self.handles: list[Any] = []
+        self.watch(model)
+        trunk = getattr(model, "base_model", None)
+        if isinstance(trunk, nn.Module) and trunk is not model:
+            self.handles.append(trunk.register_forward_pre_hook(self.passing))
+
+    def watch(self, module: nn.Module) -> None:
+        """Hold the calls of the model, or of a wrapper around it, against what reaches the loss."""
+        self.handles.append(module.register_forward_pre_hook(self.opening, with_kwargs=True, prepend=True))
+        # Called when a forward raises as well, or else a call that failed would stay open.
+        self.handles.append(module.register_forward_hook(self.closing, with_kwargs=True, always_call=True))
+
+    def require(self, module: nn.Module, check: Callable) -> None:
+        """Let `check(module, args, kwargs)` look at, and mend, what each call of `module` brings."""
+        self.handles.append(module.register_forward_pre_hook(check, with_kwargs=True))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def opening(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        named = dict(zip(self.forward.names, args, strict=False)) if module is self.model else {}
+        self.open.append(brought({**named, **kwargs}))
+
+    def taken(self, names: Iterable[str]) -> None:
+        """The loss has been given these; asked of every call under way, for a wrapper's call holds the model's."""
+        for call in self.open:
+            call.difference_update(names)
+
+    def closing(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        lost = self.open.pop() if self.open else set()
+        if lost and output is not None:  # None: the forward has raised
+            raise ValueError(f"{', '.join(sorted(lost))} must reach the patched forward of {self.told()}")
+
+    def passing(self, trunk: nn.Module, args: tuple) -> None:
+        """PEFT's wrappers call the forward of what they wrap past its hooks; but nobody passes the trunk's."""
+        replaced = self.model.__dict__.get("forward") is not self.forward
+        if replaced and not self.running and self.model.training and torch.is_grad_enabled():
+            raise ValueError(f"a training call must reach the patched forward of {self.told()}")
+
+    def told(self) -> str:
+        """The rest of the sentence: whose forward the call went through instead."""
+        now = self.model.__dict__.get("forward")
+        bare = getattr(now, "__func__", now)
+        by = (
+            ""
+            if now is self.forward
+            else f", but through {getattr(bare, '__module__', '')}."
+            + str(getattr(bare, "__qualname__", type(bare).__name__))
+        )
+        return (
+            f"{type(self.model).__name__}, got a call that went past it{by}; call patch_model last, or switch off the "
+            "library's own loss (use_liger_kernel: liger_kernel_config={'fused_linear_cross_entropy': False})"
+        )
+
+    def refuse_unlabelled(self, output: Any) -> None:
+        """Raises ValueError where logits without labels are about to be trained on by somebody else's loss."""
+        first = output[0]
+        if self.model.training and isinstance(first, torch.Tensor) and first.requires_grad:
+            raise ValueError(
+                f"labels must come with every training call of a patched {type(self.model).__name__}, got none; switch "
+                "off what makes the trainer compute a loss of its own from the logits (label smoothing, "
+                "compute_loss_func, loss_type and the like), or call unpatch_model"
+            )
