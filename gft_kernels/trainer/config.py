@@ -131,8 +131,6 @@ NUMBERS = {
     "tau": SHARE,
     "clip_low": SHARE,
     "clip_high": NOT_NEGATIVE,
-    "delta": (lambda x: 1 < x < math.inf, "be above 1 + clip_high and finite"),
-    "kl_cap": (lambda x: 0 < x < math.inf, "be positive and finite"),
     "beta": NOT_NEGATIVE,
     "entropy_coef": (math.isfinite, "be finite"),
     "temperature": (lambda x: 0 < x < math.inf, "be positive and finite"),
@@ -148,7 +146,7 @@ NUMBERS = {
 def check_numbers(config: GFTConfig) -> None:
     for name, (holds, condition) in NUMBERS.items():
         value = getattr(config, name)
-        if value is None and name in (*CHOSEN, "kl_cap"):
+        if value is None and name in CHOSEN:
             continue  # the objective's own
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
             raise ValueError(f"{name} must {condition}, got {value!r}.")
