@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 RESULTS ?= runs/gpu
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc python_api -type f 2>/dev/null)
 
-.PHONY: demo test gpu bench study gates instructions accept reproduce docs lint format clean
+.PHONY: demo test gpu bench study codegen reproduce docs lint format clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m benchmarks row --quick --only "gft_loss auto, in place" --only "PyTorch, lean"
@@ -16,9 +16,10 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile --durations 10
 
-# On a machine with a GPU: builds, tests and measures everything there, with the Python that is there; JSON into RESULTS.
+# On a machine with a GPU: builds, tests and measures there, with the Python that is there; at most 8 files into RESULTS.
 gpu:
-	$(PYTHON) -m benchmarks.gpu --results $(RESULTS)
+	-$(PYTHON) -m benchmarks.gpu correctness --results $(RESULTS)
+	$(PYTHON) -m benchmarks.gpu speed --results $(RESULTS)
 
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks --quick
@@ -27,17 +28,9 @@ bench: $(VENV)/.built
 study: $(VENV)/.built
 	$(BIN)/python -m benchmarks.experiments run --quick --jobs 2
 
-gates: $(VENV)/.built
-	$(BIN)/python -m benchmarks.gates
-
-# Instructions an element of the CPU row kernels against the record; skipped with a sentence without valgrind.
-instructions: $(VENV)/.built
-	$(BIN)/python -m benchmarks.instructions
-
-# After a change of kernels that is meant: write both records anew.
-accept: $(VENV)/.built
-	$(BIN)/python -m benchmarks.gates --accept
-	$(BIN)/python -m benchmarks.instructions --accept
+# What compilers make of the kernels, held to limits: registers, spills, widths, instructions an element. No GPU needed.
+codegen: $(VENV)/.built
+	$(BIN)/python -m tests.codegen
 
 # Whether the committed quick results hold here: how many times as fast as others ours is, within spread and tolerance.
 reproduce: $(VENV)/.built
@@ -54,12 +47,12 @@ lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc python_api tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc python_api tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc python_api tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format -i $$(find csrc python_api tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info gft_kernels/_C*.so

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import compare, memory, provenance, report
 from benchmarks.clocks import Clock, clock_for
-from benchmarks.harness import Outcome, measure
+from benchmarks.harness import Outcome, measure, sentence
 from benchmarks.kinds import KINDS, SWEEPS
 
 BUDGET_S = 45.0
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", **several, help="contenders whose name contains this (the floor always runs)")
     parser.add_argument("--skip", **several, help="not those whose name contains this; both repeatable")
     parser.add_argument("--case", default="", help="cases whose label contains this")
-    parser.add_argument("--sweep", choices=SWEEPS, help="the cases that a plot is drawn from, instead of the grid")
+    parser.add_argument("--sweep", choices=SWEEPS, help="other cases: a plot's, or a GPU's")
     parser.add_argument("--warm", action="store_true", help="do not sweep the caches before each step")
     parser.add_argument("--graph", action="store_true", help="CUDA: time graph replays")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
@@ -132,8 +132,8 @@ def _measured(kind: str, case, clock: Clock, rounds: int, options: argparse.Name
         problem = KINDS[kind].build(case)
     except ModuleNotFoundError as error:
         return [Outcome("all", "absent", why=f"the inputs need {error.name}; pip install 'gft-kernels[train]'")]
-    except torch.OutOfMemoryError as error:  # of a GPU: this case alone is lost
-        return [Outcome("all", "failed", why=str(error).splitlines()[0])]
+    except RuntimeError as error:  # a GPU out of memory, say: this case alone is lost
+        return [Outcome("all", "failed", why=sentence(error))]
     contenders = KINDS[kind].invite(problem, **chosen)
     with _progress(case.label(), len(contenders) * (1 + WARMUP + rounds)) as tick:
         return measure(problem, contenders, clock, rounds=rounds, warmup=WARMUP, budget_s=BUDGET_S, tick=tick)

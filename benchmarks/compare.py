@@ -109,7 +109,7 @@ def claims(before: dict, after: dict) -> Iterator[Claim]:
         if new["case"].get("dtype") == "bfloat16" and bool(sets[0]) != bool(sets[1]):
             continue
         then, now = _ratios(old), _ratios(new)
-        for name in then.keys() & now.keys():
+        for name in (name for name in then if name in now):
             yield Claim(new["label"], name, then[name], now[name], TOLERANCE[new["benchmark"]])
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy
 from torch import Tensor
 
 from benchmarks.clocks import Clock, Step
@@ -112,14 +113,8 @@ class AbsentError(RuntimeError):
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
-    """The q-quantile, linear between neighbours."""
-    if not samples:
-        raise ValueError("samples must not be empty, got none; time at least one round")
-    ordered = sorted(samples)
-    place = q * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    """Linear between neighbours."""
+    return float(numpy.quantile(samples, q))
 
 
 def check(problem: Problem, contender: Contender) -> Outcome:
@@ -168,7 +163,9 @@ def measure(
     """
     outcomes, steps = _admit(problem, contenders, clock, tick)
     samples = _take_turns(problem, steps, clock, rounds, warmup, budget_s, random.Random(order_seed), tick)
-    floor = next((samples[name] for name in steps if outcomes[name].objective is None), None)
+    for name in [name for name, taken in samples.items() if isinstance(taken, str)]:
+        outcomes[name] = replace(outcomes[name], status="failed", why=samples.pop(name))
+    floor = next((samples[name] for name in samples if outcomes[name].objective is None), None)
     timed = {name: _summary(outcomes[name], taken, floor) for name, taken in samples.items()}
     return list((outcomes | timed).values())
 
@@ -191,16 +188,22 @@ def _admit(problem, contenders, clock, tick) -> tuple[dict[str, Outcome], dict[s
     return outcomes, steps
 
 
-def _take_turns(problem, steps, clock, rounds, warmup, budget_s, order, tick) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {name: [] for name in steps}
+def _take_turns(problem, steps, clock, rounds, warmup, budget_s, order, tick) -> dict[str, list[float] | str]:
+    """Each one's seconds; instead of them a sentence for one that failed, which takes no more turns."""
+    samples: dict[str, list[float] | str] = {name: [] for name in steps}
     spent = dict.fromkeys(steps, 0.0)
     for turn in range(warmup + rounds):
-        names = [name for name in steps if turn <= warmup or spent[name] <= budget_s]
+        names = [name for name in spent if turn <= warmup or spent[name] <= budget_s]
         order.shuffle(names)
         for name in names:
             tick(name)
-            problem.prepare(problem.case.upstream)
-            seconds = clock.time(steps[name])
+            try:
+                problem.prepare(problem.case.upstream)
+                seconds = clock.time(steps[name])
+            except RuntimeError as error:  # out of memory in one's turn is not the others' end
+                samples[name] = sentence(error)
+                del spent[name]
+                continue
             spent[name] += seconds
             if turn >= warmup:
                 samples[name].append(seconds)

@@ -87,7 +87,9 @@ def write(path: Path, saved: dict) -> None:
         result = {**result, "case": case}
         del result["outcomes"]
         results.append(_line(result)[:-1] + ', "outcomes": [\n  ' + ",\n  ".join(lines) + "\n ]}")
-    path.write_text(head[: head.rindex("\n}")] + ',\n "results": [\n ' + ",\n ".join(results) + "\n]}\n")
+    scratch = path.with_name(f".{path.name}")  # whole or not at all
+    scratch.write_text(head[: head.rindex("\n}")] + ',\n "results": [\n ' + ",\n ".join(results) + "\n]}\n")
+    scratch.replace(path)
 
 
 def _without_defaults(kind: type, values: dict) -> dict:

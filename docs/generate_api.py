@@ -42,7 +42,7 @@ def options() -> str:
     lines = [
         "## Options",
         "",
-        "By keyword, of the losses whose signature lists them, with the default shown there.",
+        "By keyword, where a signature lists them, with the default shown there.",
         "",
     ]
     for name, (kind, option) in arguments.meanings(arguments.PolicyOptions).items():

@@ -19,6 +19,7 @@ from gft_kernels.options import (
     RowCall,
     RowResult,
     ShardStatistics,
+    gradient_for,
 )
 
 
@@ -60,11 +61,6 @@ def logit_rows(rows_STV: Tensor) -> object:
     shape, strides = tuple(rows_STV.shape), tuple(rows_STV.stride())
     dtype = str(rows_STV.dtype).removeprefix("torch.")
     return kernels().LogitRows(data=address(rows_STV), dtype=dtype, shape=shape, strides=strides[:2])
-
-
-def gradient_for(logits: Tensor, inplace: bool) -> Tensor:
-    """Where a gradient goes: the logits' own memory, or contiguous memory, uninitialised."""
-    return logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def empty_result(call: RowCall) -> RowResult:

@@ -74,8 +74,9 @@ def gft_linear_loss(
 
     Source: docs/linear.md; docs/formulas.md; GFT, arXiv 2604.14258.
     """
-    linear_checks.check_head(weight, options.get("bias"))
-    return _loss("hidden", hidden, targets, {**completed(gft_linear_loss, options), "weight": weight})
+    given = completed(gft_linear_loss, options)
+    linear_checks.check_head(weight, given["bias"])
+    return _loss("hidden", hidden, targets, {**given, "weight": weight})
 
 
 @takes(PolicyOptions)

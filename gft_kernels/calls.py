@@ -201,6 +201,8 @@ def _num_items(value: Any, reduction: str, device: torch.device) -> Tensor | Non
     remedy = "pass the token count of the whole batch, or None to count the live rows of this call"
     if isinstance(value, Tensor):
         checks.check_tensor("num_items_in_batch", value, None, None, None, remedy)
+        if value.dtype == torch.bool:
+            raise TypeError(f"num_items_in_batch must be a number, got {value.dtype}; {remedy}")
         if value.numel() != 1:
             raise ValueError(f"num_items_in_batch must hold one number, got shape {tuple(value.shape)}; sum it first")
         return value.detach().reshape(()).to(device=device, dtype=torch.float32, non_blocking=True)

@@ -157,5 +157,6 @@ def row_size(scale, tilt, entropy):
 
 
 def entropy(log_mass, mean_gap):
-    """H = log mass - E[z - top], in nats; mean_gap is that expectation and mass the whole row's, target included."""
-    return log_mass - mean_gap
+    """H = log mass - E[z - top] >= 0, in nats; mean_gap is that expectation, mass the whole row's, target included."""
+    h = log_mass - mean_gap
+    return where(h < 0.0, 0.0, h)  # a rounding below 0 is 0; a NaN stays a NaN

@@ -150,6 +150,11 @@ class LinearCall:
         return self.want_hidden or self.want_weight or self.want_bias
 
 
+def gradient_for(logits: Tensor, inplace: bool) -> Tensor:
+    """Where a gradient of the logits goes: their own memory, or contiguous memory, uninitialised."""
+    return logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
 class ShardStatistics(NamedTuple):
     """A vocabulary shard's part of each row; (R,), in nats. The state leaves the target out, as F3 wants it."""
 

@@ -1,16 +1,14 @@
-"""Everything that needs a GPU, in one command: build, tests, sanitizers, memory traffic, benchmarks.
+"""What needs a GPU, in two profiles of one command each:
 
-`python -m benchmarks.gpu --results FOLDER` runs the stages of stages.py on the machine it is started on, each under its
-own time limit and all of them in less than ten minutes, and writes at most 8 JSON files into FOLDER:
+    python -m benchmarks.gpu correctness --results FOLDER    build, tests, sanitizers; at most 4 minutes
+    python -m benchmarks.gpu speed --results FOLDER          build, benchmarks, DRAM traffic; at most 6 minutes
 
-    run.json         machine, commit, versions, and how each stage ended
-    tests.json       outcome of `pytest tests --device cuda`, every failure with its message
-    sanitizers.json  compute-sanitizer memcheck, racecheck and initcheck over small calls
-    traffic.json     bytes the row kernels moved through DRAM (Nsight Compute) beside the traffic model
-    row.json, row-quick.json, linear.json   benchmarks (benchmarks/README.md)
+Stages run in order of value (stages.py), each with a reserve of time that no earlier stage can take; what one does not
+need is left to the next. A stage that fails, hangs, or whose tool the machine lacks is reported and the next one runs.
+Results are written as they arrive, at most 8 files in all: PROFILE.jsonl (provenance, then a line a stage), tests.jsonl
+(a line a test), and the files of the benchmarks, written anew after each case. The summary is printed last.
 
-A stage that fails, or whose tool the machine lacks, is reported and the next one runs. Nothing is downloaded: the build
-needs nvcc, a C++ compiler, cmake, ninja, pybind11 and setuptools in the present environment. What is missing there can
-be brought along as wheels: `--wheels FOLDER` (or GFT_WHEELS=FOLDER) unpacks them to a folder that only this run sees.
-Where the tree is no git checkout, `--commit TEXT` says what was measured. `--stages build,tests` runs some of them.
+Nothing is downloaded: a build needs nvcc, a C++ compiler, cmake, ninja, pybind11 and setuptools; it is spared where a
+module with CUDA kernels that loads is there already. `--wheels FOLDER` (or GFT_WHEELS) unpacks wheels to a folder that
+only this run sees. `--stages a,b` runs some stages. `--stub` rehearses everything without a GPU (stub.py).
 """

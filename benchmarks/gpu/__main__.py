@@ -1,59 +1,95 @@
-"""`python -m benchmarks.gpu --results FOLDER [--stages a,b] [--wheels FOLDER] [--commit TEXT] [--limit SECONDS]`."""
+"""`python -m benchmarks.gpu PROFILE --results FOLDER`: see the package's docstring."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import signal
 import sys
 import tempfile
-from dataclasses import asdict
-from datetime import datetime, timezone
+import time
 from pathlib import Path
 
-from benchmarks.gpu import stages
-from benchmarks.gpu.stages import STAGES, Run, StageResult
+from benchmarks.gpu import programs, summary
+from benchmarks.gpu.stages import PROFILES, Profile, Run, Stage
+
+ENOUGH_S = 3.0
+"""A stage that would have less is not begun."""
 
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     options.results.mkdir(parents=True, exist_ok=True)
+    # so that stages end and the summary stands
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    profile = PROFILES[options.profile]
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run(options.results.resolve(), Path(scratch), options.limit)
-        outcomes = [stages.wheels(run, options.wheels)] if options.wheels else []
-        for name in options.stages:
-            if run.remaining() < 5:
-                outcomes.append(StageResult(name, "skipped", 0.0, "no time was left"))
-            else:
-                outcomes.append(STAGES[name](run))
-            print(f"{name}: {outcomes[-1].outcome} in {outcomes[-1].seconds:.0f} s. {outcomes[-1].why}", flush=True)
-            write_summary(run, options, outcomes)  # each time: what is known so far survives whatever comes next
-    return 0 if all(outcome.outcome in ("passed", "skipped") for outcome in outcomes) else 1
+        run = Run(options.results.resolve(), Path(scratch), options.stub, options.commit)
+        lines: list[dict] = []
+        try:
+            every(profile, run, options, lines)
+        finally:
+            print(summary.text(run, lines), flush=True)
+            signal.signal(signal.SIGTERM, before)
+    return 0 if all(line["outcome"] in ("passed", "skipped") for line in lines) else 1
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Build, test and measure on a GPU.")
-    parser.add_argument("--results", type=Path, required=True, help="folder for the JSON files")
-    parser.add_argument("--stages", default=None, help=f"some of {','.join(STAGES)}, in this order")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Test or measure on a GPU.")
+    parser.add_argument("profile", choices=PROFILES)
+    parser.add_argument("--results", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--stages", default=None, help="some of the profile's, separated by commas")
     parser.add_argument("--wheels", type=Path, default=os.environ.get("GFT_WHEELS"), help="folder of wheels to use")
     parser.add_argument("--commit", default="", help="what is measured, where this is no git checkout")
-    parser.add_argument("--limit", type=float, default=570.0, help="seconds for everything")
+    parser.add_argument("--limit", type=float, default=None, help="seconds for everything (default: the profile's)")
+    parser.add_argument("--stub", action="store_true", help="rehearse: a stand-in answers as a GPU would")
     options = parser.parse_args(argv)
-    options.stages = options.stages.split(",") if options.stages else list(STAGES)
-    unknown = [name for name in options.stages if name not in STAGES]
+    names = [stage.name for stage in PROFILES[options.profile].stages]
+    options.stages = options.stages.split(",") if options.stages else names
+    unknown = [name for name in options.stages if name not in names]
     if unknown:
-        parser.error(f"--stages must be some of {', '.join(STAGES)}, got {', '.join(unknown)}")
+        parser.error(f"--stages must be some of {', '.join(names)}, got {', '.join(unknown)}")
     return options
 
 
-def write_summary(run: Run, options: argparse.Namespace, outcomes: list[StageResult]) -> None:
-    summary = {
-        "taken": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit_given": options.commit,
-        **stages.provenance(run),
-        "stages": [asdict(outcome) for outcome in outcomes],
-    }
-    (run.results / "run.json").write_text(json.dumps(summary, indent=1) + "\n")
+def every(profile: Profile, run: Run, options: argparse.Namespace, lines: list[dict]) -> None:
+    """The stages in turn. One may take what is left beside the reserves of those after it."""
+    deadline = time.monotonic() + (options.limit or profile.limit_s)
+    stages = [stage for stage in profile.stages if stage.name in options.stages]
+    file = run.results / f"{options.profile}.jsonl"
+    file.unlink(missing_ok=True)
+    if options.wheels:
+        stages.insert(0, wheels(run, Path(options.wheels)))
+    for number, stage in enumerate(stages):
+        reserved = sum(later.reserve_s for later in stages[number + 1 :])
+        line = one(stage, run, deadline - time.monotonic() - reserved)
+        lines.append(line)
+        programs.append(file, line)
+        print(f"{stage.name}: {line['outcome']} in {line['seconds']:.0f} s. {line['why']}", flush=True)
+
+
+def one(stage: Stage, run: Run, limit_s: float) -> dict:
+    """Run a stage, and keep of it what it says and what its `read` finds."""
+    if limit_s < ENOUGH_S:
+        return programs.Ended("skipped", 0.0, "no time was left").line(stage.name)
+    command = stage.command(run)
+    if isinstance(command, str):
+        return programs.Ended("skipped", 0.0, command).line(stage.name)
+    ended = programs.run(run.rehearsed(stage.name, command), limit_s, run.scratch / f"{stage.name}.log",
+                         {**run.environment, **stage.environment})  # fmt: skip
+    try:
+        found = stage.read(run, ended.output)
+    except Exception as error:  # what a broken tool prints must not end the run
+        found = {"read_failed": repr(error)}
+    return ended.line(stage.name) | found
+
+
+def wheels(run: Run, folder: Path) -> Stage:
+    """Unpack wheels where only this run looks."""
+    site = run.scratch / "site"
+    run.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), run.environment.get("PYTHONPATH")]))
+    pip = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", str(site)]
+    return Stage("wheels", 20, lambda _: [sys.executable, *pip, *map(str, sorted(folder.glob("*.whl")))])
 
 
 if __name__ == "__main__":

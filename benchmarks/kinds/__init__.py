@@ -21,5 +21,8 @@ SWEEPS = {
     "vocabulary": ("row", row.vocabulary_sweep),
     "live": ("linear", linear.live_sweep),
     "memory": ("row", row.memory_cases),
+    "gpu": ("row", row.gpu_sweep),
+    "gpu-small": ("row", row.small_sweep),
+    "gpu-linear": ("linear", linear.gpu_sweep),
 }
-"""Cases that a plot is drawn from, in the order of what is swept, and the kind they are of."""
+"""Cases and the kind they are of: those that a plot is drawn from, in the order of what is swept, and a GPU's."""

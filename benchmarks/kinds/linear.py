@@ -94,6 +94,11 @@ def live_sweep(device: str, threads: int = 1) -> list[LinearCase]:
     return [*(replace(head, dead="zero-advantage", dead_share=share) for share in dead), head]
 
 
+def gpu_sweep(device: str, threads: int = 1) -> list[LinearCase]:
+    """Llama 3.1 8B, Qwen2.5 1.5B."""
+    return [LinearCase(8192, d, v, "bfloat16", device=device) for d, v in ((4096, 128256), (1536, 151936))]
+
+
 # Inputs and their check.
 
 

@@ -101,6 +101,18 @@ def vocabulary_sweep(device: str, threads: int = 1) -> list[RowCase]:
     return [case for dtype in DTYPES for case in _over_vocabularies(replace(head, dtype=dtype))]
 
 
+def gpu_sweep(device: str, threads: int = 1) -> list[RowCase]:
+    """What a GPU is asked first: bfloat16, the headline vocabulary, then small to large; float32 after it."""
+    head = RowCase(8192, HEADLINE_VOCABULARY, "bfloat16", device=device)
+    wide = [replace(head, vocab=vocab) for vocab in (128256, 262144, 50257, 32000)]
+    return [head, *wide, replace(head, rows=4096, dtype="float32")]
+
+
+def small_sweep(device: str, threads: int = 1) -> list[RowCase]:
+    """So few rows that launching counts: to be timed as CUDA graphs."""
+    return [RowCase(rows, HEADLINE_VOCABULARY, "bfloat16", device=device) for rows in (1, 8, 32)]
+
+
 def _over_vocabularies(head: RowCase) -> list[RowCase]:
     """As many logits as the headline shape has, in rows of another width."""
     return [replace(head, rows=head.rows * head.vocab // vocab, vocab=vocab) for vocab in VOCABULARIES]

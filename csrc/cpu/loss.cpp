@@ -56,14 +56,21 @@ struct RowSoftmax {
 };
 
 RowSoftmax read_row(const LogitRows& logits, std::int64_t r, std::int64_t target, double target_logit,
-                    const Transform& t, bool want_gap, const RowKernels& kernels) {
+                    const Transform& t, bool want_gap, decltype(RowKernels::statistics) statistics) {
     const RowStatistics beside =
-        kernels.statistics(row_of(logits, r), logits.dtype, logits.V, target, target_logit, t, want_gap);
+        statistics(row_of(logits, r), logits.dtype, logits.V, target, target_logit, t, want_gap);
     RowSoftmax row{{beside.top, beside.mass}, {}, 0.0};
     row.all = observe(row.others, target_logit);
     row.gap =
         raise_gap(beside.gap, beside.mass, beside.top - row.all.top) + raise_gap(0.0, 1.0, target_logit - row.all.top);
     return row;
+}
+
+// Whether a token that is not the target has nearly all the mass. Its 1 swallows in float32 what the entropy, and the
+// gradient of a bonus for it, are made of: 1e-2 to 1e-9 of the mass. Few rows are so, and those are read in doubles.
+bool is_peaked_elsewhere(const RowSoftmax& row, double target_logit) {
+    const double h = entropy(std::log(row.all.mass), row.gap / row.all.mass);
+    return h < 0.2 && log_prob(target_logit, row.others) < -0.7;
 }
 
 // What the loss and F7 need of a row, in nats.
@@ -80,12 +87,16 @@ RowView view_row(const RowCall& call, std::int64_t r, const RowKernels& kernels)
     const double raw = read_element(row_of(call.logits, r), call.logits.dtype, target);
     const double logit = transformed(raw, call.transform);
     const bool want_entropy = needs_entropy(call.objective, call.out.entropy_R);
-    const RowSoftmax row = read_row(call.logits, r, target, logit, call.transform, want_entropy, kernels);
+    const auto read = [&](auto statistics) {
+        return read_row(call.logits, r, target, logit, call.transform, want_entropy, statistics);
+    };
+    RowSoftmax row = read(kernels.statistics);
+    if (want_entropy && is_peaked_elsewhere(row, logit)) row = read(exact_statistics);
     const double log_mass = std::log(row.all.mass);
     return {raw,
             log_prob(logit, row.others),
             {row.all.top, log_mass},
-            want_entropy ? larger(entropy(log_mass, row.gap / row.all.mass), 0.0) : 0.0};  // where pi is 1: -1e-9
+            want_entropy ? entropy(log_mass, row.gap / row.all.mass) : 0.0};
 }
 
 // fp16: a weight of 1/N times pi = 1e-6 is below the smallest half, so the row is stored at kFp16Peak instead. Returns

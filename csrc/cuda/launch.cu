@@ -128,7 +128,7 @@ const char* absent() {
 }
 
 const char* unfit(int device) {
-    const Device& known = device_at(device);
+    const Device known = device_at(device);
     if (known.error != cudaSuccess) return cudaGetErrorString(known.error);
     return known.capability >= 80 ? nullptr : "the kernels need compute capability 8.0 or later";
 }

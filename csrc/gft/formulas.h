@@ -239,7 +239,8 @@ GFT_HD Real row_size(Real scale, Real tilt, Real entropy) {
 // H = log mass - E[z - top], in nats; mean_gap is that expectation and mass the whole row's, target included.
 template <class Real>
 GFT_HD Real entropy(Real log_mass, Real mean_gap) {
-    return log_mass - mean_gap;
+    const Real h = log_mass - mean_gap;
+    return h < Real(0) ? Real(0) : h;  // a rounding below 0 is 0; a NaN stays a NaN
 }
 
 }  // namespace gft

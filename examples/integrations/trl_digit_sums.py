@@ -17,7 +17,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from gft_kernels.data import digit_sum, scratch
-from gft_kernels.integrations.trl import GFTConfig, GFTSFTConfig, GFTSFTTrainer, GFTTrainer
+from gft_kernels.integrations.trl import GFTGRPOConfig, GFTGRPOTrainer, GFTSFTConfig, GFTSFTTrainer
 
 SHARED = {
     "lr_scheduler_type": "cosine",
@@ -67,7 +67,7 @@ def fit(model, tokenizer, folder: str, steps: int, tau: float) -> None:
 
 
 def tune(model, tokenizer, folder: str, steps: int) -> None:
-    args = GFTConfig(
+    args = GFTGRPOConfig(
         folder,
         num_generations=8,  # a group,
         num_demonstrations=4,  # of which four are given
@@ -81,7 +81,7 @@ def tune(model, tokenizer, folder: str, steps: int) -> None:
         per_device_eval_batch_size=128,
         **SHARED,
     )
-    trainer = GFTTrainer(
+    trainer = GFTGRPOTrainer(
         model,
         digit_sum.strict,
         args,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gft_kernels import _extension
-from gft_kernels.options import AgreedRows, RowCall, RowResult, ShardStatistics
+from gft_kernels.options import AgreedRows, RowCall, RowResult, ShardStatistics, gradient_for
 
 FASTEST = ""
 """The instruction set the processor runs fastest; tests name another of `_C.instruction_sets()`."""
@@ -43,7 +43,7 @@ def scale(
     gradient_STV: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool, instruction_set: str = FASTEST
 ) -> Tensor:
     """gradient·row_scale·upstream, one product in float32 and one rounding; upstream is () or (R,)."""
-    out = _extension.gradient_for(gradient_STV, inplace)
+    out = gradient_for(gradient_STV, inplace)
     upstream = upstream.to(torch.float32).contiguous()
     _extension.kernels().scale_rows(
         gradient=_extension.logit_rows(gradient_STV),
@@ -76,7 +76,7 @@ def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows, instruc
 
     A row whose scale and tilt are 0 is not read; its gradient is exactly 0.
     """
-    out = _extension.gradient_for(call.logits_STV.detach(), call.inplace)
+    out = gradient_for(call.logits_STV.detach(), call.inplace)
     _extension.kernels().shard_gradient(
         _extension.shard(call, columns_R),
         agreed=_extension.agreed_rows(call, agreed),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gft_kernels import _extension
-from gft_kernels.options import AgreedRows, RowCall, RowResult, ShardStatistics
+from gft_kernels.options import AgreedRows, RowCall, RowResult, ShardStatistics, gradient_for
 
 MAX_VOCABULARY = (1 << 31) - 1024
 """Columns are counted in 32 bits, with room for a step past the end."""
@@ -39,7 +39,19 @@ def refuses(call: RowCall) -> str | None:
         return f"the vocabulary must be at most {MAX_VOCABULARY}, got {logits.shape[-1]}"
     if logits.numel() and logits.stride(-1) != 1 and logits.shape[-1] > 1:
         return f"logits must have stride 1 along the vocabulary, got {logits.stride(-1)}; pass logits.contiguous()"
-    return _extension.misaligned(call) or _extension.kernels().cuda.unfit(logits.device.index)
+    return _extension.misaligned(call) or _beyond_float32(call) or _extension.kernels().cuda.unfit(logits.device.index)
+
+
+def _beyond_float32(call: RowCall) -> str | None:
+    """Why the transform's constants would not be normal float32 numbers, which is what these kernels compute in."""
+    sizes = {"logit_scale / temperature": call.logit_scale / call.temperature}
+    if call.softcap:
+        sizes |= {"softcap / temperature": call.softcap / call.temperature,
+                  "logit_scale / softcap": call.logit_scale / call.softcap}  # fmt: skip
+    for name, size in sizes.items():
+        if not 1e-30 <= abs(size) <= 1e30:
+            return f"{name} must lie within 1e-30 and 1e30 in size, got {size:g}"
+    return None
 
 
 def run(call: RowCall) -> RowResult:
@@ -56,7 +68,7 @@ def run(call: RowCall) -> RowResult:
 def scale(gradient_STV: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool) -> Tensor:
     """gradient·row_scale·upstream in float32, rounded once; upstream is () or (R,) and is read on the device only."""
     with torch.cuda.device(gradient_STV.device):
-        out = _extension.gradient_for(gradient_STV, inplace)
+        out = gradient_for(gradient_STV, inplace)
         upstream = upstream.to(torch.float32).contiguous()
         _extension.kernels().cuda.scale_rows(
             gradient=_extension.logit_rows(gradient_STV),
@@ -89,7 +101,7 @@ def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardS
 def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tensor:
     """F7 over a vocabulary shard, from what is known of the whole rows."""
     with torch.cuda.device(call.logits_STV.device):
-        out = _extension.gradient_for(call.logits_STV.detach(), call.inplace)
+        out = gradient_for(call.logits_STV.detach(), call.inplace)
         _extension.kernels().cuda.shard_gradient(
             _extension.shard(call, columns_R),
             agreed=_extension.agreed_rows(call, agreed),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gft_kernels import formulas
 from gft_kernels.advantages import RowCredit, credit_rows
-from gft_kernels.options import FP16_PEAK, AgreedRows, Objective, RowCall, RowResult
+from gft_kernels.options import FP16_PEAK, AgreedRows, Objective, RowCall, RowResult, ShardStatistics, gradient_for
 
 BLOCK_BYTES = 64 << 20
 """Float32 logits held at a time: large enough to hide the Python loop, small beside any logits worth a kernel."""
@@ -33,7 +33,7 @@ class Block(NamedTuple):
 
     z_CV: Tensor
     top_C: Tensor
-    mass_C: Tensor
+    log_mass_C: Tensor
     log_pi_C: Tensor
 
 
@@ -46,7 +46,7 @@ def run(call: RowCall) -> RowResult:
     row_scale_R = torch.zeros(rows, device=logits.device) if call.defer_scale else None
     gradient = None
     if call.want_gradient:
-        gradient = logits if call.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        gradient = gradient_for(logits, call.inplace)
     for chosen, where in _row_blocks(logits, torch.arange(rows, device=logits.device)):
         part = RowCredit(*(column[chosen] for column in credit))
         block = statistics(call, logits[where], call.credit.targets_R[chosen])
@@ -78,9 +78,9 @@ def statistics(call: RowCall, logits_CV: Tensor, targets_C: Tensor) -> Block:
     """F1 to F3 over a block of rows. A target outside [0, V) gives a NaN log-probability."""
     z_CV, target_logit_C, inside_C, others_CV = _apart(call, logits_CV, targets_C)
     others_top_C, others_mass_C, _ = _state(others_CV)
-    log_pi_C = formulas.log_prob(target_logit_C, others_top_C, others_mass_C)
+    log_pi_C = formulas.log_prob(target_logit_C, others_top_C, others_mass_C).float()
     top_C, mass_C = formulas.observe(others_top_C, others_mass_C, target_logit_C)
-    return Block(z_CV, top_C, mass_C, torch.where(inside_C, log_pi_C, float("nan")))
+    return Block(z_CV, top_C, torch.log(mass_C).float(), torch.where(inside_C, log_pi_C, float("nan")))
 
 
 def _apart(call: RowCall, logits_CV: Tensor, columns_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -98,47 +98,41 @@ def _inside(columns_C: Tensor, z_CV: Tensor) -> Tensor:
 
 
 def _state(z_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """F1 over whole rows: top, mass, and e^(z - top), whose sum the mass is."""
+    """F1 over whole rows: top, mass, and e^(z - top), whose sum the mass is.
+
+    Float64 for the sum: where one token has nearly all of it, 1 + 1e-7 holds what entropy and its gradient are made of.
+    """
     top_C = z_CV.amax(1)
     anchor_C = torch.where(top_C == formulas.NEG_INF, 0.0, top_C)
     share_CV = torch.exp(z_CV - anchor_C[:, None])
-    return top_C, share_CV.sum(1), share_CV
-
-
-class ShardStatistics(NamedTuple):
-    """A vocabulary shard's part of each row; float32 (R,). The state leaves the target out, as F3 wants it."""
-
-    top_R: Tensor
-    mass_R: Tensor  # sum of e^(z - top)
-    gap_R: Tensor  # sum of e^(z - top)·(z - top), for the entropy
-    target_logit_R: Tensor  # transformed; 0 where the target lies in another shard
+    return top_C, share_CV.sum(1, dtype=torch.float64), share_CV
 
 
 def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardStatistics:
-    """F1 over a vocabulary shard; see `ShardStatistics`.
+    """F1 over a vocabulary shard, in float64; see `ShardStatistics`.
 
     columns_R: (R,) int64, the target's column in this shard, or anything outside [0, V) if it lies in another.
     read_R: (R,) bool; rows it leaves out give the neutral state.
     """
-    out = ShardStatistics(*torch.zeros(4, columns_R.numel(), device=columns_R.device))
-    out.top_R.fill_(formulas.NEG_INF)
+    out_4R = torch.zeros(4, columns_R.numel(), dtype=torch.float64, device=columns_R.device)
+    out_4R[0] = formulas.NEG_INF
     for chosen, where in _row_blocks(call.logits_STV, read_R.nonzero()[:, 0]):
         _, target_logit_C, _, others_CV = _apart(call, call.logits_STV[where], columns_R[chosen])
         top_C, mass_C, share_CV = _state(others_CV)
         gap_CV = torch.where(share_CV == 0.0, 0.0, share_CV * (others_CV - top_C[:, None]))
-        for column, value in zip(out, (top_C, mass_C, gap_CV.sum(1), target_logit_C), strict=True):
-            column[chosen] = value
-    return out
+        for column, value in zip(out_4R, (top_C, mass_C, gap_CV.sum(1), target_logit_C), strict=True):
+            column[chosen] = value.double()
+    return ShardStatistics(*out_4R)
 
 
 def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tensor:
     """F7 over a vocabulary shard, from what is known of the whole rows."""
     logits = call.logits_STV.detach()
-    gradient = logits if call.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    gradient = gradient_for(logits, call.inplace)
     for chosen, where in _row_blocks(logits, torch.arange(columns_R.numel(), device=logits.device)):
         z_CV = formulas.transform(logits[where].float(), call.logit_scale, call.softcap, call.temperature)
         part = AgreedRows(*(x[chosen] for x in agreed))
-        block = Block(z_CV, part.top_R, torch.exp(part.log_mass_R), part.log_pi_R)
+        block = Block(z_CV, part.top_R, part.log_mass_R, part.log_pi_R)
         scales = RowScales(part.scale_R, part.tilt_R, part.entropy_R)
         gradient[where] = block_gradient(call, block, logits[where], columns_R[chosen], scales)
     return gradient
@@ -186,8 +180,8 @@ def row_terms(objective: Objective, log_pi: Tensor, advantages: Tensor, entropy:
 def entropy(block: Block) -> Tensor:
     """H of each row's distribution in nats; banned tokens (pi = 0) add nothing."""
     gap_CV = block.z_CV - block.top_C[:, None]
-    pi_CV = torch.exp(gap_CV) / block.mass_C[:, None]
-    return formulas.entropy(torch.log(block.mass_C), torch.where(pi_CV == 0.0, 0.0, pi_CV * gap_CV).sum(1))
+    pi_CV = torch.exp(gap_CV - block.log_mass_C[:, None])
+    return formulas.entropy(block.log_mass_C, torch.where(pi_CV == 0.0, 0.0, pi_CV * gap_CV).sum(1))
 
 
 class RowScales(NamedTuple):
@@ -217,7 +211,7 @@ def row_scales(
 
 def block_gradient(call: RowCall, block: Block, logits_CV: Tensor, targets_C: Tensor, scales_C: RowScales) -> Tensor:
     """F7 over a block of rows, with the transform's chain rule, rounded once to the logits' dtype."""
-    log_pi_CV = (block.z_CV - block.top_C[:, None]) - torch.log(block.mass_C)[:, None]
+    log_pi_CV = (block.z_CV - block.top_C[:, None]) - block.log_mass_C[:, None]
     scale_CV, tilt_CV, entropy_CV = (x[:, None] for x in scales_C)
     gradient_CV = formulas.dlogit_other(log_pi_CV, scale_CV)
     at_target = formulas.dlogit_target(block.log_pi_C, scales_C.scale)
@@ -236,7 +230,7 @@ def scale(gradient: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplac
     factor = upstream.float() if row_scale_R is None else row_scale_R * upstream.float()
     rows = gradient.shape[0] * gradient.shape[1]
     factor_STV = factor.expand(rows).reshape(*gradient.shape[:2], 1)
-    out = gradient if inplace else torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    out = gradient_for(gradient, inplace)
     for _, where in _row_blocks(gradient, torch.arange(rows, device=gradient.device)):
         out[where] = (gradient[where].float() * factor_STV[where]).to(gradient.dtype)
     return out

@@ -66,7 +66,7 @@ class Rows(Dataset):
             raise TypeError(f"{name} must be a list of rows or a datasets.Dataset, got {type(records).__name__}.")
         self.records, self.name, self.tokenizer, self.config, self.limits = records, name, tokenizer, config, limits
         self.required_columns = required_columns
-        self.offline = len(records) > 0 and self._record(0).get("responses") is not None
+        self.offline = len(records) > 0 and self._record(0)[0].get("responses") is not None
         if self.offline and config.overlong == "truncate":
             raise ValueError(
                 "overlong must be 'error' or 'drop' where rows bring `rewards`, got 'truncate'; "
@@ -85,26 +85,21 @@ class Rows(Dataset):
     def __getitem__(self, index: int | None) -> Row:
         if index is None:
             return Row("", [self.tokenizer.eos_token_id], [], where="no row", absent=True)
-        record, where = self._record(self.kept[index]), self._where(self.kept[index])
+        record, where = self._record(self.kept[index])
         prompt_ids, encoded = self._encoded(record, where)
-        _, sources = self._texts(record)
-        ends = text.end_tokens(self.tokenizer)
-        skip = self.config.skip_special_tokens
-        given = [
-            Response(text.decode(self.tokenizer, ids, ends, skip), ids, source)
-            for ids, source in zip(encoded, sources, strict=True)
-        ]
+        ends, skip = text.end_tokens(self.tokenizer), self.config.skip_special_tokens
+        texts = [text.decode(self.tokenizer, ids, ends, skip) for ids in encoded]
+        given = [Response(*fields) for fields in zip(texts, encoded, self._texts(record)[1], strict=True)]
         for response, reward in zip(given, record.get("rewards") or [], strict=False):
             response.reward = float(reward)
         columns = {key: value for key, value in record.items() if key not in OWN_FIELDS}
         return Row(record["prompt"], prompt_ids, given, columns, where)
 
-    def _where(self, i: int) -> str:
-        record = self.records[i]
-        return record.where if isinstance(record, Record) else f"{self.name}[{i}]"
-
-    def _record(self, i: int) -> dict[str, Any]:
-        return check_record(self.records[i], self._where(i))
+    def _record(self, i: int) -> tuple[dict[str, Any], str]:
+        """The fields of a row, and where it stands."""
+        given = self.records[i]
+        where = given.where if isinstance(given, Record) else f"{self.name}[{i}]"
+        return check_record(given, where), where
 
     def _texts(self, record: dict[str, Any]) -> tuple[list[str], list[str]]:
         """The responses that the row brings along, and what each of them is."""
@@ -127,7 +122,7 @@ class Rows(Dataset):
         return ids, encoded
 
     def _usable(self, i: int, doubts: dict[str, str]) -> bool:
-        record, where = self._record(i), self._where(i)
+        record, where = self._record(i)
         self._check_kind(record, where)
         prompt_ids, encoded = self._encoded(record, where)
         if not prompt_ids:

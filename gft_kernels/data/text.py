@@ -1,13 +1,15 @@
 """Text to token ids and back, one way for every source of responses.
 
 A response is its tokens: what reward functions read is decoded from them, whoever wrote it, without the token that
-ends it. A response to messages ends in the token with which the chat template closes an assistant's turn, one to a
-text in the tokenizer's end-of-text token; each of the two, and those that the model's defaults name, end a sample.
+ends it. A response to messages, or to a text that is messages rendered, ends in the token with which the chat template
+closes an assistant's turn, one to another text in the tokenizer's end-of-text token; each of the two, and those that
+the model's defaults name, end a sample.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -96,9 +98,13 @@ def decode(tokenizer: Any, ids: Sequence[int], ends: Sequence[int], skip_special
 
 
 def end_of_response(tokenizer: Any, prompt: Any) -> int:
-    """The token that closes a response to the prompt, text or messages. Raises: ValueError if there is none."""
-    turn_end = None if isinstance(prompt, str) else _turn_end(tokenizer, _template(tokenizer))
-    end = tokenizer.eos_token_id if turn_end is None else turn_end
+    """The token that closes a response to the prompt: messages, these rendered, or any other text.
+
+    Raises: ValueError if there is none.
+    """
+    opening, turn_end = _turn(tokenizer, _template(tokenizer))
+    in_turns = opening != "" and prompt.rstrip().endswith(opening) if isinstance(prompt, str) else True
+    end = turn_end if in_turns and turn_end is not None else tokenizer.eos_token_id
     if end is None:
         raise ValueError("tokenizer must have an end-of-text token, got none; set its eos_token.")
     return end
@@ -108,7 +114,7 @@ def end_tokens(tokenizer: Any, generation_config: Any = None) -> tuple[int, ...]
     """Every token that ends a response: the tokenizer's, the chat template's, and those the model's defaults name."""
     named = plain(getattr(generation_config, "eos_token_id", None))  # a number, a list, a tuple or a tensor
     several = named if isinstance(named, list) else [named]
-    ends = [tokenizer.eos_token_id, _turn_end(tokenizer, _template(tokenizer)), *several]
+    ends = [tokenizer.eos_token_id, _turn(tokenizer, _template(tokenizer))[1], *several]
     return tuple(dict.fromkeys(int(end) for end in ends if end is not None))
 
 
@@ -118,23 +124,26 @@ def _template(tokenizer: Any) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def _turn_end(tokenizer: Any, template: str) -> int | None:
-    """The token with which the chat template closes an assistant's turn; None where it has none of its own.
+def _turn(tokenizer: Any, template: str) -> tuple[str, int | None]:
+    """How the chat template opens an assistant's turn, and the token that closes it; "", None where it says neither.
 
-    It is read from a rendered turn: what a template calls it, and whether it is the tokenizer's, differs (Gemma's
-    <end_of_turn>, Phi's <|end|>, ChatML's <|im_end|>, Llama 3's <|eot_id|>).
+    Both are read from rendered turns: what a template calls its end, and whether it is the tokenizer's, differs
+    (Gemma's <end_of_turn>, Phi's <|end|>, ChatML's <|im_end|>, Llama 3's <|eot_id|>).
     """
     if "{" not in template:
-        return None
+        return "", None
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": ANSWER}]
     try:
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+        closed, asked = render(turns), render(turns[:1])
+        opened = render(turns[:1], add_generation_prompt=True)
     except Exception:  # a template of other roles: its turns end as texts do
-        return None
-    behind = rendered.rpartition(ANSWER)[2] if ANSWER in rendered else ""
+        return "", None
+    behind = closed.rpartition(ANSWER)[2] if ANSWER in closed else ""
     marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     marks -= {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
-    return next((i for i in tokenizer(behind, add_special_tokens=False)["input_ids"] if i in marks), None)
+    end = next((i for i in tokenizer(behind, add_special_tokens=False)["input_ids"] if i in marks), None)
+    return opened[len(os.path.commonprefix([opened, asked])) :].strip(), end  # noqa: RUF071 (characters are meant)
 
 
 def doubts(tokenizer: Any, prompt_ids: Sequence[int], responses: Sequence[str]) -> Iterator[tuple[str, str]]:

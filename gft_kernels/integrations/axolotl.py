@@ -6,13 +6,15 @@ with the dataset type `gft_kernels.integrations.axolotl`. Only axolotl imports t
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 from axolotl.prompt_tokenizers import PromptTokenizingStrategy
 from pydantic import BaseModel, field_validator, model_validator
 
-from gft_kernels.integrations.response_rows import check_loss_options, encode_row, patch_for_rows
+from gft_kernels.integrations.response_rows import CarryAdvantages, check_loss_options, encode_row, patch_for_rows
+from gft_kernels.model.patch import unwrapped
 
 # What makes axolotl compute another loss, or cut rows so that their advantages would not follow.
 _REFUSED = ("rl", "reward_model", "process_reward_model", "use_eaft", "orpo_alpha", "label_smoothing_factor")
@@ -57,9 +59,29 @@ class GFTPlugin(BasePlugin):
         return {"average_tokens_across_devices": True}  # axolotl's default counts the tokens of each rank for itself
 
     def get_trainer_cls(self, cfg: Any) -> type:
-        from gft_kernels.integrations.axolotl_trainer import GFTAxolotlTrainer
+        return trainer_class()
 
-        return GFTAxolotlTrainer
+
+@functools.cache
+def trainer_class() -> type:
+    """axolotl's trainer, so that advantages pass its collators and a step is one mean over its tokens.
+
+    Made when it is asked for: axolotl reads its plugins before its trainers can be imported.
+    """
+    from axolotl.core.trainers.base import AxolotlTrainer
+
+    class GFTAxolotlTrainer(AxolotlTrainer):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            # It asks the trunk's forward for num_items_in_batch, which no trunk takes, and then does not count.
+            self.model_accepts_loss_kwargs = unwrapped(self.model).accepts_loss_kwargs
+            side = self.processing_class.padding_side
+            for name in ("data_collator", "train_data_collator", "eval_data_collator"):
+                collator = getattr(self, name)
+                if collator is not None:
+                    setattr(self, name, CarryAdvantages(collator, side))
+
+    return GFTAxolotlTrainer
 
 
 class ResponseRows(PromptTokenizingStrategy):

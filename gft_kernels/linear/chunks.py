@@ -9,6 +9,7 @@ Sizes: L rows chosen, C rows of a chunk, D hidden size; S, T, R, V as in options
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -204,7 +205,7 @@ def scales_gradient(call: LinearCall) -> bool:
 
 
 MAX_ENTROPY = 16.0  # nats: of 9 million tokens, all alike; the same bound on every rank, as the unit must be
-RATIO_ROOM = 16.0  # how far rho and e^u may exceed their bound before a float16 gradient overflows; they have none
+RATIO_ROOM = 16.0  # what rho (where A < 0) and e^u may be before a float16 gradient overflows, without delta and kl_cap
 
 
 def _gradient_unit(call: LinearCall, credit: RowCredit) -> tuple[Tensor | None, Tensor]:
@@ -215,13 +216,13 @@ def _gradient_unit(call: LinearCall, credit: RowCredit) -> tuple[Tensor | None, 
     """
     if not scales_gradient(call):
         return None, credit.weights_R
-    o, peak = call.objective, FP16_PEAK
-    kappa_R = credit.advantages_R.abs() * (1.0 if o.surrogate == "gft" else 1.0 + o.clip_high) + o.beta
-    if o.surrogate == "grpo" or o.beta != 0.0:
-        peak = FP16_PEAK / RATIO_ROOM
+    o = call.objective
+    ratio = {"gft": 1.0, "grpo": min(max(1.0 + o.clip_high, o.delta), RATIO_ROOM * (1.0 + o.clip_high))}
+    pull = max(1.0, math.expm1(min(o.kl_cap, math.log1p(RATIO_ROOM))))
+    kappa_R = credit.advantages_R.abs() * ratio.get(o.surrogate, 1.0 + o.clip_high) + o.beta * pull
     row_size_R = formulas.row_size(kappa_R, torch.full_like(kappa_R, o.entropy_coef), MAX_ENTROPY)
     size_R = (credit.weights_R * row_size_R * (call.logit_scale / call.temperature)).abs()
     largest = torch.where(torch.isfinite(size_R), size_R, 0.0).amax() if size_R.numel() else size_R.sum()
-    power = torch.floor(torch.log2(peak / largest)).clamp(-120, 120)
+    power = torch.floor(torch.log2(FP16_PEAK / largest)).clamp(-120, 120)
     factor = torch.where(largest > 0.0, torch.exp2(power), 1.0)
     return 1.0 / factor, credit.weights_R * factor

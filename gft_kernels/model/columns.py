@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gft_kernels.model import extra_terms
 
+IGNORE = -100  # the label of a token that does not count, where no other is asked for
 PER_TOKEN = ("advantages", "mask", "sequence_ids", "old_log_probs", "ref_log_probs")
 PER_CALL = ("rewards", "group_ids", "num_items_in_batch", *PER_TOKEN)
 
@@ -32,7 +33,7 @@ class Columns:
 
         With sequence_ids everything comes back as packed rows: (R, ·), (R,).
         """
-        targets_ST = self._aligned(self.labels, self.options.get("ignore_index", -100)).to(states.device)
+        targets_ST = self._aligned(self.labels, self.options.get("ignore_index", IGNORE)).to(states.device)
         if states.shape[:-1] != targets_ST.shape:
             raise ValueError(
                 f"labels must cover the {tuple(states.shape[:-1])} rows of the output head, got labels for "

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gft_kernels import checks, distributed, registry
+from gft_kernels.operators import derivatives
 from gft_kernels.options import Credit, Objective, RowCall, RowResult
 
 SCHEMA_TYPES = {
@@ -41,6 +41,7 @@ _PER_ROW = "Tensor loss, Tensor log_probs, Tensor coefficients, Tensor advantage
 
 def row_loss(call: RowCall, backend: str) -> RowResult:
     """Run a call through its operator; the loss carries the gradient if `call.want_gradient`."""
+    derivatives.refuse_others(call.logits_STV)
     arguments = _pack(call, backend)
     if call.want_gradient and call.inplace:
         outputs = _InPlace.apply(call.logits_STV, *arguments)
@@ -126,14 +127,14 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     ctx.backend, ctx.arguments = inputs[-1], len(inputs) - 1
 
 
-@once_differentiable
+@derivatives.first_only
 def _backward(ctx, upstream: Tensor | None, *_non_differentiable) -> tuple:
     nothing = (None,) * ctx.arguments
     if upstream is None:
         return None, *nothing
     gradient, row_scale = ctx.saved_tensors
-    if not row_scale.numel() and _is_one(upstream):
-        return gradient, *nothing
+    if not row_scale.numel() and derivatives.graph_is_dropped() and _is_one(upstream):
+        return gradient.detach(), *nothing
     return torch.ops.gft.scale(gradient, row_scale, upstream, ctx.backend), *nothing
 
 
@@ -175,7 +176,7 @@ class _InPlace(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @derivatives.first_only
     def backward(ctx, upstream, *_non_differentiable):
         nothing = (None,) * ctx.arguments
         if upstream is None:
@@ -189,7 +190,7 @@ class _InPlace(torch.autograd.Function):
         gradient, row_scale = ctx.saved_tensors
         if row_scale.numel() or not _is_one(upstream):
             torch.ops.gft.scale_(gradient, row_scale, upstream, ctx.backend)
-        return gradient, *nothing
+        return gradient.detach(), *nothing
 
 
 _FUNCTIONAL = torch.library.custom_op(

@@ -1,7 +1,7 @@
 """GFTConfig: transformers.TrainingArguments plus what a group, a rollout and the loss need, and which loss that is."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ import transformers
 from packaging.version import Version
 from transformers import TrainingArguments
 
+from gft_kernels.model.loss_options import MEAN_REDUCTIONS, GroupLossOptions, at_least, option
 from gft_kernels.objectives import PRESETS, objective_of
 from gft_kernels.options import BACKENDS, NORMALIZE, SINGLETON
 
@@ -20,7 +21,6 @@ if Version(transformers.__version__) < Version(OLDEST):
     )
 
 ADVANTAGES = ("group", "ones")
-MEAN_REDUCTIONS = ("token-mean", "sequence-mean")
 OVERLONG = ("error", "drop", "truncate")
 ROLLOUTS = ("auto", "generate", "continuous", "vllm")
 ROLLOUT_ORDERS = ("groups", "paper")
@@ -28,12 +28,8 @@ CHOSEN = ("tau", "rectify", "clip_low", "clip_high", "delta")  # options that on
 CLIP = 0.2  # PPO's range, in which to count the ratios of an objective that does not clip
 
 
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class GFTConfig(TrainingArguments):
+class GFTConfig(GroupLossOptions, TrainingArguments):
     """How groups are built, sampled and weighted; every other option is transformers.TrainingArguments'.
 
     `per_device_train_batch_size` counts prompts, each with its whole group of responses; the gradient of a step
@@ -71,22 +67,15 @@ class GFTConfig(TrainingArguments):
 
     # The loss
     objective: str = option("gft", "'gft', 'sft', 'dft', 'grpo', 'dapo', 'dr_grpo' or 'cispo'.")
-    tau: float | None = option(None, "gft: C(pi) = pi below tau, else 1 (F4); None: 0.7.")
-    rectify: str | None = option(None, "gft: 'all' is the paper; 'positive': C only where A > 0.")
     clip_low: float | None = option(None, "grpo, dapo, dr_grpo: ratios below 1 - this are clipped.")
     clip_high: float | None = option(None, "The same and cispo: ratios above 1 + this are clipped.")
     delta: float | None = option(None, "grpo, dapo, dr_grpo: where A < 0 ratios above this are held there; None: free.")
     beta: float = option(0.0, "Weight of the KL to the starting weights; above 0 a frozen copy of them is kept.")
     kl_cap: float | None = option(None, "With beta: beyond this log(pi_start / pi), in nats, the penalty is linear.")
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
-    normalize: str | None = option(None, "F5: 'std', 'mean', 'leave-one-out'; None: std, dr_grpo's mean.")
-    advantage_eps: float = option(1e-6, "F5: added to the standard deviation.")
     singleton: str = option("reward", "A of a group of one: 'reward' or 'zero'.")
-    reduction: str | None = option(None, "'token-mean' or 'sequence-mean' over the step; None: the objective's.")
-    backend: str = option("auto", "Loss backend: auto, reference, cpu, triton or cuda.")
 
     # What is logged
-    token_metrics: bool = option(True, "Log mean pi, entropy and rectified fraction (reads zero-advantage rows too).")
     log_kl: bool = option(False, "Log the KL to the starting weights; keeps a frozen copy of them.")
     log_completions_steps: int = option(50, "Print one group and append it to completions.jsonl every N steps; 0: off.")
 
@@ -142,8 +131,6 @@ NUMBERS = {
     "tau": SHARE,
     "clip_low": SHARE,
     "clip_high": NOT_NEGATIVE,
-    "delta": (lambda x: 1 < x < math.inf, "be above 1 + clip_high and finite"),
-    "kl_cap": (lambda x: 0 < x < math.inf, "be positive and finite"),
     "beta": NOT_NEGATIVE,
     "entropy_coef": (math.isfinite, "be finite"),
     "temperature": (lambda x: 0 < x < math.inf, "be positive and finite"),
@@ -159,7 +146,7 @@ NUMBERS = {
 def check_numbers(config: GFTConfig) -> None:
     for name, (holds, condition) in NUMBERS.items():
         value = getattr(config, name)
-        if value is None and name in (*CHOSEN, "kl_cap"):
+        if value is None and name in CHOSEN:
             continue  # the objective's own
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
             raise ValueError(f"{name} must {condition}, got {value!r}.")
@@ -180,13 +167,6 @@ def check_training_arguments(config: GFTConfig) -> None:
             f"train_sampling_strategy must be 'random' or 'sequential', got {config.train_sampling_strategy!r}; "
             "the length of a group is not known before it is sampled."
         )
-
-
-def at_least(config, low, *names):
-    for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}.")
 
 
 def one_of(config, name, choices):

@@ -22,30 +22,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from gft_kernels.data.rows import Limits, Response, Row, Rows
 from gft_kernels.model.patch import patch_model, unwrapped
+from gft_kernels.trainer import windows
 from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt
 from gft_kernels.trainer.checkpoints import Manifests
 from gft_kernels.trainer.config import GFTConfig, call_options, clip_range, has_ratio
 from gft_kernels.trainer.engines import Rollout
 from gft_kernels.trainer.groups import IGNORE, GroupBuilder, check_sources, denominator
-from gft_kernels.trainer.metrics import (
-    Means,
-    heldout_lines,
-    heldout_summary,
-    show_completions,
-    signs_of_collapse,
-)
+from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, show_completions, signs_of_collapse
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import end_tokens, is_complete, refuse_virtual_tokens
-from gft_kernels.trainer.windows import (
-    Forward,
-    Queue,
-    Window,
-    micro_batches_of,
-    refuse_layouts,
-    row_order,
-    start_model,
-    window_of,
-)
 
 TRAINING, EVALUATION = 0, 1  # what random numbers are for
 LOADER = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
@@ -111,14 +96,14 @@ class GFTTrainer(Trainer):
             callbacks=[RunLog(), Manifests(), *(callbacks or [])],
             optimizers=optimizers,
         )
-        refuse_layouts(args, self.accelerator)
+        windows.refuse_layouts(args, self.accelerator)
         # Read by transformers before 5.19, where loss_is_scaled_for_ga does not exist yet.
         self.model_accepts_loss_kwargs = True
         self.rollout = Rollout(args, self.model, rollout_fn, processing_class)
         self.builder = GroupBuilder(args, processing_class, rewards, self.rollout, end_tokens(model, processing_class))
         self._patch(unwrapped(self.accelerator.unwrap_model(self.model)))
-        self.start_model = start_model(model, args.device) if args.log_kl or args.beta else None
-        self.queue, self.means = Queue(), Means(args.device)
+        self.start_model = windows.start_model(model, args.device) if args.log_kl or args.beta else None
+        self.queue, self.means = windows.Queue(), Means(args.device)
         self._last_log, self._aside = time.perf_counter(), 0.0  # seconds since then that were not training
 
     def rows_of(self, records, name: str) -> Any:
@@ -132,7 +117,7 @@ class GFTTrainer(Trainer):
     def _patch(self, model) -> None:
         """Let the model compute the loss in its head, and settle what it is asked for."""
         args = self.args
-        self.ask = Forward(model, self.accelerator)
+        self.ask = windows.Forward(model, self.accelerator)
         # What every call has; a training step adds its objective, for others only ask for log-probabilities.
         patch_model(model, objective="sft", temperature=args.temperature, ignore_index=IGNORE, backend=args.backend)
         statistics = {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
@@ -146,7 +131,7 @@ class GFTTrainer(Trainer):
             return super().get_train_dataloader()  # which refuses
         args = self.args
         options = {name: getattr(args, f"dataloader_{name}") for name in LOADER}
-        order = row_order(self.train_dataset, args)
+        order = windows.row_order(self.train_dataset, args)
         loader = DataLoader(self.train_dataset, args.train_batch_size, sampler=order, collate_fn=keep, **options)
         return self.accelerator.prepare(loader)
 
@@ -174,19 +159,20 @@ class GFTTrainer(Trainer):
         num_items = torch.tensor(denominator(window.groups, self.args), dtype=torch.float32, device=device)
         return window.micro_batches, self.accelerator.gather(num_items).sum()
 
-    def _roll_out(self, epoch_iterator, num_batches, device) -> list[Window]:
+    def _roll_out(self, epoch_iterator, num_batches, device) -> list[windows.Window]:
         """The next windows, sampled with the weights as they are, and what those say of every response."""
         begun, spent = time.perf_counter(), self.rollout.spent
         steps = min(self.args.steps_per_rollout, self.state.max_steps - self.state.global_step)
-        windows = []
+        steps_batches = []
         for _ in range(max(steps, 1)):  # the epoch may end before
-            windows.append(super().get_batch_samples(epoch_iterator, num_batches, device)[0])
-        rows = [row for batches in windows for batch in batches for row in batch]
+            steps_batches.append(super().get_batch_samples(epoch_iterator, num_batches, device)[0])
+        rows = [row for batches in steps_batches for batch in batches for row in batch]
         entropy = (self.args.seed, TRAINING, self.state.global_step, self.args.process_index)
         groups = self.builder.build(self.model, rows, entropy)
-        parts = iter(micro_batches_of(groups, [*itertools.chain(*windows)], self.args.rollout_order))
+        parts = iter(windows.micro_batches_of(groups, [*itertools.chain(*steps_batches)], self.args.rollout_order))
         left_out = self.is_truncated if self.args.mask_truncated_completions else None
-        cut = [window_of([next(parts) for _ in some], self.builder.pad_id, left_out) for some in windows if some]
+        pad_id = self.builder.pad_id
+        cut = [windows.window_of([next(parts) for _ in some], pad_id, left_out) for some in steps_batches if some]
         for inputs in (inputs for window in cut for inputs in window.micro_batches):
             if self._remembers:
                 inputs["old_log_probs"] = self.ask.log_probs(self.model, inputs)
@@ -195,7 +181,7 @@ class GFTTrainer(Trainer):
         tokens, seconds = (now - before for now, before in zip(self.rollout.spent, spent, strict=True))
         self.means.add("tokens_per_second/sampling", tokens, seconds)
         self._aside += time.perf_counter() - begun
-        return cut or [Window([], [])]
+        return cut or [windows.Window([], [])]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the step's loss. `model` is the wrapped one: its hooks average gradients."""

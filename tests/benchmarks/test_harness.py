@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.clocks import CpuClock
-from benchmarks.harness import Absent, Answer, Contender, measure, quantile
+from benchmarks.harness import Absent, Answer, Contender, measure
 from benchmarks.kinds import row
 from benchmarks.kinds.row import RowCase
 
@@ -74,15 +74,6 @@ def test_what_is_wrong_is_never_timed():
 # ---- timing and statistics
 
 
-def test_quantiles():
-    assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert quantile([1.0, 2.0], 0.5) == 1.5
-    assert quantile([float(i) for i in range(11)], 0.1) == pytest.approx(1.0)
-    assert quantile([5.0], 0.9) == 5.0
-    with pytest.raises(ValueError, match="samples must not be empty"):
-        quantile([], 0.5)
-
-
 def test_contenders_take_turns_and_warm_up_is_dropped():
     clock = CountingClock({"a": 2.0, "b": 3.0})
     a, b = measure(NamedProblem(), [floor("a"), floor("b")], clock, rounds=4, warmup=2)
@@ -98,6 +89,19 @@ def test_slow_contender_stops_after_its_budget():
     slow, fast = measure(NamedProblem(), [floor("slow"), floor("fast")], clock, rounds=6, warmup=1, budget_s=25.0)
     assert slow.rounds == 2, "10 s of warm-up, then 10 s and 10 s, which passes 25 s"
     assert fast.rounds == 6 and fast.over_floor == 0.1
+
+
+def test_who_fails_in_its_turn_takes_no_more_and_the_others_go_on():
+    def out_of_memory():
+        if len(turns := clock.steps) > 4:
+            raise torch.OutOfMemoryError(f"CUDA out of memory after {len(turns)}")
+        return "a"
+
+    clock = CountingClock({"a": 2.0, "b": 3.0})
+    contenders = [floor("b"), Contender("a", out_of_memory, None)]
+    b, a = measure(NamedProblem(), contenders, clock, rounds=4, warmup=1)
+    assert (a.status, a.median_s, a.why.split(":")[0]) == ("failed", None, "OutOfMemoryError"), a
+    assert b.rounds == 4
 
 
 def test_logits_are_restored_before_every_step():

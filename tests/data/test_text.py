@@ -38,6 +38,14 @@ def test_a_response_to_text_ends_once_as_it_does_itself_or_the_tokenizer_says(st
     assert marks(tokenizer, ids) == ["a", " ", "x", of.end if own else of.eos]
 
 
+@pytest.mark.parametrize("style", [style for style in STYLES if style not in ("mistral", "none")])
+def test_a_prompt_that_is_rendered_already_is_answered_as_messages_are(style):
+    tokenizer, of = chat.tokenizer(style), chat.STYLES[style]
+    rendered = tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, tokenize=False)
+    assert text.encode_prompt(tokenizer, rendered) == text.encode_prompt(tokenizer, ASKED)
+    assert marks(tokenizer, text.encode_response(tokenizer, "a x", rendered)) == ["a", " ", "x", of.end]
+
+
 @pytest.mark.parametrize(
     ("named", "others"),
     [(None, []), (5, [5]), ([5, 6], [5, 6]), ((5, 6), [5, 6]), (torch.tensor([5, 6]), [5, 6])],

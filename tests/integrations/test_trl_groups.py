@@ -15,7 +15,7 @@ import trl_rig  # noqa: E402
 
 from gft_kernels.data import scratch  # noqa: E402
 from gft_kernels.data.readers import RowError  # noqa: E402
-from gft_kernels.integrations.trl import GFTTrainer  # noqa: E402
+from gft_kernels.integrations.trl import GFTGRPOTrainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error:the GFT loss")
 
@@ -135,7 +135,7 @@ def test_rows_that_cannot_make_a_group_are_named(tmp_path, change, sentence):
 def test_demonstrations_and_samples_end_as_the_template_closes_a_turn(tmp_path):
     tokenizer = chat_tokenizers.tokenizer("gemma")
     rows = [{"prompt": [{"role": "user", "content": "q"}], "demonstrations": ["a x", "x<end_of_turn>"]}] * 2
-    trainer = GFTTrainer(
+    trainer = GFTGRPOTrainer(
         scratch.small_llama(tokenizer, width=32, layers=1, heads=2, context=64),
         lambda completions, **columns: [float(len(c[0]["content"])) for c in completions],
         trl_rig.config(tmp_path),
@@ -152,6 +152,16 @@ def test_demonstrations_and_samples_end_as_the_template_closes_a_turn(tmp_path):
 def test_what_is_not_one_turn_of_text_is_refused(tmp_path):
     for name, value in (("tools", [print]), ("rollout_func", print), ("environment_factory", print)):
         with pytest.raises(ValueError, match=f"{name} must be left out, got a value"):
-            GFTTrainer(rig.llama(), rig.digit_count, trl_rig.config(tmp_path), **{name: value})
-    with pytest.raises(TypeError, match=r"args must be a gft_kernels\.integrations\.trl\.GFTConfig, got GRPOConfig"):
-        GFTTrainer(rig.llama(), rig.digit_count, trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+            GFTGRPOTrainer(rig.llama(), rig.digit_count, trl_rig.config(tmp_path), **{name: value})
+    with pytest.raises(TypeError, match=r"args must be a gft_kernels.*GFTGRPOConfig, got GRPOConfig"):
+        GFTGRPOTrainer(rig.llama(), rig.digit_count, trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_the_names_of_before_are_still_found():
+    from gft_kernels.integrations import trl as adapter
+
+    for before, now in (("GFTConfig", adapter.GFTGRPOConfig), ("GFTTrainer", adapter.GFTGRPOTrainer)):
+        with pytest.warns(DeprecationWarning, match=f"{before} is now called {now.__name__}"):
+            assert getattr(adapter, before) is now
+    with pytest.raises(AttributeError, match="GFTNothing"):
+        _ = adapter.GFTNothing

@@ -18,7 +18,7 @@ pytest.importorskip("trl", reason="trl is not installed: pip install 'gft-kernel
 
 import trl_rig
 
-from gft_kernels.integrations.trl import GFTTrainer
+from gft_kernels.integrations.trl import GFTGRPOTrainer
 
 WORLD = 2
 ROWS = {"grpo": rig.rows(8), "sft": trl_rig.sft_rows(8), "fsdp2": rig.rows(8)}
@@ -42,7 +42,7 @@ def steps(folder: Path, kind: str, processes: int) -> list[torch.Tensor]:
     args, model = trl_rig.config(folder, **GIVEN, **options), rig.untied_llama()
     if kind == "fsdp2" and processes > 1:
         shard_on_a_cpu(head_alone=False)
-    trainer = GFTTrainer(
+    trainer = GFTGRPOTrainer(
         model,
         length,
         args,

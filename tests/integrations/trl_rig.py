@@ -5,7 +5,7 @@ from __future__ import annotations
 import trainer_rig as rig
 from datasets import Dataset
 
-from gft_kernels.integrations.trl import GFTConfig, GFTSFTConfig, GFTSFTTrainer, GFTTrainer
+from gft_kernels.integrations.trl import GFTGRPOConfig, GFTGRPOTrainer, GFTSFTConfig, GFTSFTTrainer
 
 QUIET = {
     "per_device_train_batch_size": 8,
@@ -24,14 +24,14 @@ QUIET = {
 }
 
 
-def config(tmp_path, **options) -> GFTConfig:
+def config(tmp_path, **options) -> GFTGRPOConfig:
     """Groups of four, two of them given."""
     group = {"num_generations": 4, "num_demonstrations": 2, "max_completion_length": 10, "shuffle_dataset": False}
-    return GFTConfig(str(tmp_path), **{**QUIET, **group, **options})
+    return GFTGRPOConfig(str(tmp_path), **{**QUIET, **group, **options})
 
 
 def trainer(tmp_path, model=None, rows=None, reward_funcs=rig.digit_count, evaluation=None, callbacks=None, **options):
-    return GFTTrainer(
+    return GFTGRPOTrainer(
         rig.llama() if model is None else model,
         reward_funcs,
         config(tmp_path, **options),

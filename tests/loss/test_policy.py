@@ -356,6 +356,37 @@ def test_an_entropy_bonus_spreads_and_a_kl_penalty_pulls(backend):
         assert (leaf.grad[0, 1] < 0) == (shift > 0), "a target the reference likes better rises"
 
 
+@pytest.mark.parametrize("target", [0, 1])
+def test_an_entropy_bonus_on_peaked_rows(backend, target):
+    """One token has all but 1e-2 to 1e-9 of the mass: what is left of H and of the gradient is right to its digits."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(15, 1003, generator=generator)
+    logits[:, 0] = torch.linspace(12.0, 28.0, 15)
+    targets, advantages = torch.full((15,), target), torch.zeros(15)
+    leaf = logits.clone().requires_grad_(True)
+    options = {"reduction": "sum", "backend": backend, "return_stats": True, "return_entropy": True}
+    loss, stats = policy_loss(leaf, targets, advantages=advantages, entropy_coef=0.3, **options)
+    (loss * UPSTREAM).backward()
+    _, truth = oracle.loss_and_gradient(
+        logits, targets, [True] * 15, advantages, torch.ones(15), UPSTREAM, objective="gft", entropy_coef=0.3
+    )
+    size = truth.abs().amax(-1, keepdim=True)
+    assert ((leaf.grad.double() - truth).abs() <= 3e-6 * size).all()
+    log_pi = torch.log_softmax(logits.double(), -1)
+    torch.testing.assert_close(stats.entropy.double(), -(log_pi.exp() * log_pi).sum(-1), rtol=3e-6, atol=5e-7)
+
+
+def test_entropy_is_never_negative(backend):
+    """A certain row, also where the mass is a rounding away from 1."""
+    logits = torch.zeros(64, 17)
+    logits[:, 3] = torch.linspace(0.0, 120.0, 64)
+    _, stats = policy_loss(
+        logits, torch.arange(64) % 17, advantages=torch.ones(64), return_stats=True, return_entropy=True,
+        backend=backend,
+    )  # fmt: skip
+    assert (stats.entropy >= 0.0).all()
+
+
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.5, 1e-3])
 def test_fp16_survives_a_gradient_scaler(backend, entropy_coef):
     """At weight 1/8192 an fp16 gradient would underflow before the scaler's 65536 reaches it."""

@@ -108,7 +108,7 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(pure_wheel):
     package = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
     assert package == files_under(ROOT, "gft_kernels")
     assert "gft_kernels/py.typed" in package
-    data = [name for name in package if name.startswith("gft_kernels/tasks/data/")]
+    data = [name for name in package if name.startswith("gft_kernels/data/samples/")]
     assert any("LICENSE" in name for name in data) and any(name.endswith(".jsonl") for name in data)
 
 

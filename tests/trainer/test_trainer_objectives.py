@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 
 import oracle
@@ -11,9 +10,7 @@ import pytest
 import torch
 import trainer_rig as rig
 
-from gft_kernels import policy_loss
 from gft_kernels.trainer import GFTConfig, GFTTrainer
-from gft_kernels.trainer.config import call_options, described
 from gft_kernels.trainer.groups import IGNORE
 
 OFFLINE = {"train": rig.offline_rows(6), "reward_funcs": (), "num_generations": 0}
@@ -102,16 +99,6 @@ def items(trainer, objective) -> int:
     return len(responses) if objective == "grpo" else sum(len(text) + 1 for text in responses)
 
 
-def test_bounds_are_passed_on_only_where_they_are_set(tmp_path):
-    plain, bounded = (
-        call_options(rig.config(tmp_path, objective="grpo", beta=0.1, **bounds))
-        for bounds in ({}, {"delta": 1.6, "kl_cap": 3.0})
-    )
-    assert bounded == {**plain, "gft_delta": 1.6, "gft_kl_cap": 3.0}
-    assert described(rig.config(tmp_path, objective="grpo", delta=1.6)).endswith("clip_high 0.2, delta 1.6")
-
-
-@pytest.mark.skipif("delta" not in inspect.signature(policy_loss).parameters, reason="policy_loss has no bounds yet")
 def test_a_step_keeps_to_the_bounds_of_ratio_and_penalty(tmp_path):
     """Against their definitions, in float64: delta holds rho where A < 0, kl_cap the growth of the penalty."""
     delta, cap, beta = 1.25, 0.05, 0.7

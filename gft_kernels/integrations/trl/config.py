@@ -9,8 +9,7 @@ from packaging.version import Version
 from trl import GRPOConfig, SFTConfig
 
 from gft_kernels import checks
-from gft_kernels.options import BACKENDS
-from gft_kernels.trainer.config import MEAN_REDUCTIONS, at_least, option
+from gft_kernels.model.loss_options import GroupLossOptions, TokenLossOptions, at_least, option
 
 OLDEST = "1.15"
 if Version(trl.__version__) < Version(OLDEST):
@@ -26,7 +25,7 @@ OF_SFT = ("loss_type", "label_smoothing_factor")
 
 
 @dataclass
-class GFTConfig(GRPOConfig):
+class GFTGRPOConfig(GroupLossOptions, GRPOConfig):
     """How groups are built and weighted; every other option is trl.GRPOConfig's.
 
     `num_generations` is the size of a whole group, K: its first `num_demonstrations` responses are given by the row,
@@ -35,13 +34,6 @@ class GFTConfig(GRPOConfig):
     """
 
     num_demonstrations: int = option(4, "Responses of each group that the row brings: the expert's, then teachers'.")
-    tau: float = option(0.7, "F4: C(pi) = pi below tau, else 1.")
-    rectify: str = option("all", "'all' is the paper; 'positive' applies C only where A > 0.")
-    normalize: str = option("std", "F5: 'std', 'mean' or 'leave-one-out'.")
-    advantage_eps: float = option(1e-6, "F5: added to the standard deviation.")
-    reduction: str = option("token-mean", "'token-mean' or 'sequence-mean', over all responses of a step.")
-    backend: str = option("auto", "Loss backend: auto, reference, cpu, triton or cuda.")
-    token_metrics: bool = option(True, "Log mean pi, entropy and rectified fraction (reads zero-advantage rows too).")
     vllm_importance_sampling_correction: bool = option(False, "Must stay False: the loss has no importance ratio.")
 
     def __post_init__(self):
@@ -64,29 +56,19 @@ class GFTConfig(GRPOConfig):
                 f"per_device_train_batch_size * steps_per_generation must be a multiple of num_generations = {size}, "
                 f"got {here}; groups must be whole on each process."
             )
-        checks.check_coefficient(self.tau, self.rectify)
         checks.check_transform(self.temperature, None, None)
-        checks.check_normalisation(self.normalize, self.advantage_eps, "zero")
-        checks.one_of("reduction", self.reduction, MEAN_REDUCTIONS)
-        checks.one_of("backend", self.backend, BACKENDS)
 
 
 @dataclass
-class GFTSFTConfig(SFTConfig):
+class GFTSFTConfig(TokenLossOptions, SFTConfig):
     """Fine-tuning on demonstrations with C(pi) of F4 and A = 1; every other option is trl.SFTConfig's.
 
     Raises: ValueError, one sentence. Source: docs/integrations/trl.md.
     """
 
-    tau: float = option(0.7, "F4: C(pi) = pi below tau, else 1; 0 is SFT, 1 is DFT.")
-    backend: str = option("auto", "Loss backend: auto, reference, cpu, triton or cuda.")
-    token_metrics: bool = option(True, "Log mean pi, entropy and rectified fraction.")
-
     def __post_init__(self):
         super().__post_init__()
         refuse_changed(self, SFTConfig, OF_SFT, "TRL's own loss, in whose place GFT's stands; choose by tau")
-        checks.check_coefficient(self.tau, "all")
-        checks.one_of("backend", self.backend, BACKENDS)
 
 
 def refuse_changed(config: Any, base: Any, names: tuple[str, ...], belongs_to: str) -> None:

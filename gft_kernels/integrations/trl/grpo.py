@@ -22,30 +22,30 @@ from gft_kernels.advantages import group_advantages
 from gft_kernels.data.fields import check_record
 from gft_kernels.data.readers import RowError
 from gft_kernels.data.text import encode_prompt, encode_response, end_tokens
-from gft_kernels.integrations.trl.config import GFTConfig
+from gft_kernels.integrations.trl.config import GFTGRPOConfig
 from gft_kernels.integrations.trl.patch import log_means, parameters_of, patch_trainer, token_means
-from gft_kernels.trainer.groups import IGNORE
+from gft_kernels.model.columns import IGNORE
 
 NOT_HYBRID = ("tools", "rollout_func", "environment_factory")
 
 
-class GFTTrainer(GRPOTrainer):
+class GFTGRPOTrainer(GRPOTrainer):
     """Group Fine-Tuning on TRL's GRPOTrainer, whose arguments it takes.
 
     Rows of `train_dataset` have a column `demonstrations`, a list of texts, the expert's first. In evaluation all
     responses are sampled. Raises: ValueError, RowError for what cannot work. Source: docs/integrations/trl.md.
     """
 
-    args: GFTConfig
+    args: GFTGRPOConfig
     model: Any
     _logs: Any
 
-    def __init__(self, model, reward_funcs=None, args: GFTConfig | None = None, **arguments):
+    def __init__(self, model, reward_funcs=None, args: GFTGRPOConfig | None = None, **arguments):
         for name in NOT_HYBRID:
             if arguments.get(name) is not None:
                 raise ValueError(f"{name} must be left out, got a value; a demonstration is one turn of text.")
-        if not isinstance(args, GFTConfig):
-            raise TypeError(f"args must be a gft_kernels.integrations.trl.GFTConfig, got {type(args).__name__}.")
+        if not isinstance(args, GFTGRPOConfig):
+            raise TypeError(f"args must be a gft_kernels.integrations.trl.GFTGRPOConfig, got {type(args).__name__}.")
         super().__init__(model, reward_funcs, args, **arguments)
         if self._is_vlm:
             raise ValueError("processing_class must be a tokenizer, got a processor of images; only text is supported.")
@@ -144,7 +144,7 @@ class GFTTrainer(GRPOTrainer):
         return group_advantages(
             (rewards_NF.nan_to_num(nan=0.0) * self.reward_weights.to(rewards_NF.device)).sum(1),
             group_ids=torch.where(alone_N, len(place_N) + place_N, place_N // size),
-            normalize=self.args.normalize,
+            normalize=str(self.args.normalize),
             eps=self.args.advantage_eps,
             singleton="zero",
         )

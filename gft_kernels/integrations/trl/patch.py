@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gft_kernels.model.columns import IGNORE
 from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.options import TokenStats
-from gft_kernels.trainer.groups import IGNORE
 
 
 def patch_trainer(trainer: Any, **loss_options: Any) -> None:

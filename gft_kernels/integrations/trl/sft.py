@@ -10,8 +10,7 @@ from trl import SFTTrainer
 
 from gft_kernels.integrations.trl.config import GFTSFTConfig
 from gft_kernels.integrations.trl.patch import log_means, patch_trainer, token_means
-from gft_kernels.model.columns import shifted
-from gft_kernels.trainer.groups import IGNORE
+from gft_kernels.model.columns import IGNORE, shifted
 
 
 class GFTSFTTrainer(SFTTrainer):

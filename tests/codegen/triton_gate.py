@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gates.measures import Limits, Measures, Verdict, measure_cubin, measure_gcn
+from tests.codegen.measures import Limits, Measures, Verdict, measure_cubin, measure_gcn
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -26,12 +26,8 @@ LARGE, SMALL = 151936, 1000  # one vocabulary per launch configuration
 
 POINTERS = {
     "targets_R": "*i64",
-    "group_ids_S": "*i64",
-    "sequence_ids_R": "*i64",
+    "live_R": "*u8",
     "read_R": "*u8",
-    "mask_R": "*u8",
-    "live_P": "*i32",
-    "live_S": "*i32",
 }
 """Pointers that are neither logits (their dtype varies) nor float32 (the rest)."""
 LOGITS = ("logits", "gradient", "scaled")
@@ -48,14 +44,14 @@ class Variant:
 
     kernel: str
     target: str
-    dtype: str = "float32"
-    vocabulary: int = 0  # 0: a kernel of credit.py, which sees no logits
+    dtype: str
+    vocabulary: int
     constants: tuple[tuple[str, object], ...] = ()
 
     @property
     def name(self) -> str:
-        size = [f"V={self.vocabulary}", self.dtype] if self.vocabulary else []
-        return " ".join([self.target, self.kernel, *size, *(f"{k}={v}" for k, v in self.constants)])
+        constants = (f"{k}={v}" for k, v in self.constants)
+        return " ".join([self.target, self.kernel, f"V={self.vocabulary}", self.dtype, *constants])
 
 
 def absent() -> str | None:
@@ -82,8 +78,6 @@ def variants(targets=tuple(TARGETS)) -> Iterator[Variant]:
             yield Variant("shard_statistics", target, dtype, LARGE, full)
             yield Variant("shard_gradient", target, dtype, LARGE, plain)
             yield Variant("shard_gradient", target, dtype, LARGE, full)
-        for kernel in ("group_advantage", "count_tokens", "count_responses", "row_credit", "total"):
-            yield Variant(kernel, target)
 
 
 def gate(targets=tuple(TARGETS), workers: int = 0) -> list[Verdict]:
@@ -101,18 +95,13 @@ def judge(variant: Variant) -> Verdict:
 
 def recipe(variant: Variant) -> tuple[object, dict[str, object], dict[str, int]]:
     """The kernel, its compile-time arguments and its launch options, as the library would choose them."""
-    from gft_kernels.triton_kernels import configs, credit, row_loss, scale_rows, shard
+    from gft_kernels.triton_kernels import launch, row_loss, scale_rows, shard
 
     home = {"row_loss": row_loss, "scale_rows": scale_rows, "shard_statistics": shard, "shard_gradient": shard}
-    kernel = getattr(home.get(variant.kernel, credit), f"{variant.kernel}_kernel")
-    if variant.vocabulary:
-        softcapped = dict(variant.constants).get("SOFTCAP", 0.0) != 0.0
-        launch = configs.row_launch(variant.vocabulary, DTYPES[variant.dtype], variant.target, softcapped)
-        return kernel, {**dict(variant.constants), "BLOCK": launch.block}, launch.options()
-    launch = configs.CreditLaunch()
-    if variant.kernel == "count_responses":
-        return kernel, {"RESPONSES": launch.responses, "BLOCK": launch.rows_beside_responses}, {}
-    return kernel, {"BLOCK": launch.rows}, {}
+    kernel = getattr(home[variant.kernel], f"{variant.kernel}_kernel")
+    softcapped = dict(variant.constants).get("SOFTCAP", 0.0) != 0.0
+    chosen = launch.row_launch(variant.vocabulary, DTYPES[variant.dtype], variant.target, softcapped)
+    return kernel, {**dict(variant.constants), "BLOCK": chosen.block}, chosen.options()
 
 
 def compile_and_measure(kernel, variant: Variant, constants: dict[str, object], options: dict[str, int]) -> Measures:
@@ -145,8 +134,6 @@ def limits(variant: Variant, constants: dict[str, object], options: dict[str, in
     """No spill anywhere; on rows, every block of the text moves in 16-byte vectors."""
     amd = variant.target.startswith("gfx")
     registers = 512 if amd else options.get("maxnreg", 255)
-    if not variant.vocabulary:
-        return Limits(registers)
     threads = options["num_warps"] * (64 if amd else 32)
     vectors = max(1, constants["BLOCK"] * DTYPES[variant.dtype].itemsize // 16 // threads)
     return Limits(registers, BLOCKS_LOADED[variant.kernel] * vectors, BLOCKS_STORED[variant.kernel] * vectors)

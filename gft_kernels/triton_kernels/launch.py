@@ -1,14 +1,26 @@
-"""How the kernels are launched: fixed by vocabulary, dtype and architecture, never tuned on the number of rows.
+"""How kernels are compiled and launched: once for all lengths; by vocabulary, dtype and architecture, never by rows.
 
-An autotuner keyed on lengths would stall a training run at each new one.
+A kernel compiled or tuned anew for a batch's length would stall a training run at each new one.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+import triton
+
+
+def compiled_once(function):
+    """`triton.jit`, without the variants Triton makes for arguments equal to 1 or divisible by 16.
+
+    Those would recompile a training step whenever a batch has a new remainder. The kernels find alignment themselves,
+    at run time (walks.py). Integers carry an annotation, so that a value past 2^31 is no new type either.
+    """
+    names = [name for name, p in inspect.signature(function).parameters.items() if "constexpr" not in str(p.annotation)]
+    return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
 
 
 @dataclass(frozen=True)
@@ -47,17 +59,8 @@ def row_launch(vocabulary: int, dtype: torch.dtype, architecture: str, softcappe
     if architecture.startswith("gfx"):  # a wavefront has 64 threads
         return RowLaunch(block, warps=2 if small else 8)
     # 65,536 registers on a multiprocessor: 64 a thread let two rows of 512 threads run side by side, so that one
-    # reads while the other computes. benchmarks/gates holds every variant to it without spilling.
+    # reads while the other computes. tests/codegen holds every variant to it without spilling.
     return RowLaunch(block, warps=4) if small else RowLaunch(block, warps=16, registers=64)
-
-
-@dataclass(frozen=True)
-class CreditLaunch:
-    """Blocks of the small kernels of credit.py; they read a few bytes a row and are launched with 4 warps."""
-
-    rows: int = 1024
-    responses: int = 64
-    rows_beside_responses: int = 64  # a tile of 64 x 64 comparisons is 32 registers a thread
 
 
 @cache

@@ -1,0 +1,82 @@
+"""Models that bring a loss of their own to GFTTrainer: a router's term, and Liger's forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import trainer_rig as rig
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from gft_kernels.trainer.groups import collate
+
+CUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
+OFFLINE = {"reward_funcs": (), "num_generations": 0}
+
+
+def routed(coefficient: float):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        return MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=len(rig.tokenizer()), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, num_local_experts=4,
+                num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=coefficient,
+                initializer_range=0.2, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+            )
+        )  # fmt: skip
+
+
+def losses(tmp_path, model, rows, micro_batch, accumulation, **options) -> list[float]:
+    trainer = rig.trainer(
+        tmp_path, model, rows, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulation,
+        max_steps=-1, num_train_epochs=1, max_grad_norm=0.0, optim="sgd", learning_rate=1e-9, logging_steps=1,
+        **{**OFFLINE, **options},
+    )  # fmt: skip
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("reduction", ["token-mean", "sequence-mean"])
+def test_a_routers_term_counts_once_a_step_however_it_is_cut(tmp_path, reduction):
+    """11 prompts: two windows, the second partial, and micro-batches whose rows are all beyond the last prompt."""
+    rows = rig.offline_rows(11)
+    found = {
+        cut: [
+            after - before
+            for before, after in zip(
+                losses(tmp_path, routed(0.0), rows, *cut, reduction=reduction),
+                losses(tmp_path, routed(1.0), rows, *cut, reduction=reduction),
+                strict=True,
+            )
+        ]
+        for cut in CUTS
+    }
+    for terms in found.values():
+        # About 2, the experts a token takes; few tokens load them less evenly, so small micro-batches differ a little.
+        assert terms == pytest.approx(found[8, 1], abs=0.35)
+        assert all(1.9 < term < 2.6 for term in terms)
+
+
+def test_a_micro_batch_without_a_response_adds_no_term(tmp_path):
+    model = routed(1.0)
+    trainer = rig.trainer(tmp_path, model, rig.offline_rows(2), **OFFLINE)
+    nothing = trainer._prepare_inputs(collate([], pad_id=0))
+    loss = trainer.compute_loss(trainer.model, nothing, num_items_in_batch=torch.tensor(7.0))
+    loss.backward()
+    assert loss == 0.0 and not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_ligers_kernels_train_gfts_loss(tmp_path, monkeypatch):
+    liger = pytest.importorskip("liger_kernel.transformers", reason="liger_kernel is not installed")
+    applied = []
+    own = liger._apply_liger_kernel_to_instance
+    monkeypatch.setattr(liger, "_apply_liger_kernel_to_instance", lambda **given: applied.append(given) or own(**given))
+    rows = rig.offline_rows(4)
+    off = dict.fromkeys(("rope", "rms_norm", "swiglu"), False)  # those need a GPU
+    expected = losses(tmp_path, rig.llama(), rows, 2, 2)
+    for metrics in (True, False):
+        found = losses(
+            tmp_path, rig.llama(), rows, 2, 2, use_liger_kernel=True, liger_kernel_config=off, token_metrics=metrics
+        )
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert len(applied) == 2 and all(given["fused_linear_cross_entropy"] is False for given in applied)
