@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gft_kernels import group_advantages
+from gft_kernels import gft_loss, group_advantages
 from gft_kernels.advantages import credit_rows
 from gft_kernels.options import Credit
 
@@ -82,6 +82,15 @@ def test_any_real_dtype_in_its_own_digits(name, normalize):
             continue
         ours = group_advantages(rewards, normalize=normalize, **groups)
         torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["int64 from 1e8", "float64 from 1e9", "bool"])
+def test_a_loss_sees_rewards_in_their_own_digits(backend, device, name):
+    logits, targets = torch.randn(4, 2, 7, device=device), torch.tensor([[1, 2]] * 4, device=device)
+    for groups in ({"group_size": 4}, {"group_ids": torch.zeros(4, dtype=torch.long, device=device)}):
+        _, stats = gft_loss(logits, targets, rewards=FAR[name].to(device), return_stats=True, backend=backend, **groups)
+        truth = oracle.advantages(FAR[name], [0, 0, 0, 0])[:, None].expand(4, 2)
+        torch.testing.assert_close(stats.advantages.cpu().double(), truth, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,14 @@
+"""The Triton kernels without a GPU: `gft_loss` over them, interpreted."""
+
+from __future__ import annotations
+
+import pytest
+from interpreter.process import LEFT_OUT, assert_passes, needs_triton
+
+SLOW = "not (float16 and (tau or softcap or per_row or poison or strides or statistics or peaked))"
+
+
+@pytest.mark.slow
+@needs_triton
+def test_the_loss_under_the_interpreter():
+    assert_passes("loss/test_loss.py", "-k", " and ".join([SLOW, *(f"not {name}" for name in LEFT_OUT)]))
