@@ -47,7 +47,7 @@ def response_rows(rows: Iterable[Mapping[str, Any]], **normalisation: Any) -> li
             raise RowError(f"{where}: field `{name}` must have another name, got one that is written here; rename it.")
         if row.get("responses") is None:
             raise RowError(f"{where}: field `responses` must be given, got nothing; score the responses beforehand.")
-        rewards_S = torch.tensor([float(reward) for reward in row["rewards"]])
+        rewards_S = torch.tensor([float(reward) for reward in row["rewards"]], dtype=torch.float64)
         advantages = group_advantages(rewards_S, group_size=len(rewards_S), **normalisation).tolist()
         columns = {name: value for name, value in row.items() if name not in _OF_THE_GROUP}
         pairs = zip(row["responses"], advantages, strict=True)

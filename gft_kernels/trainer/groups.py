@@ -94,7 +94,7 @@ def weigh(groups: Sequence[Group], config: GFTConfig) -> None:
     """F5 within each group."""
     responses = [r for g in groups for r in g.responses]
     advantages_S = group_advantages(
-        torch.tensor([r.reward for r in responses], dtype=torch.float32),
+        torch.tensor([r.reward for r in responses], dtype=torch.float64),
         group_ids=torch.tensor([i for i, g in enumerate(groups) for _ in g.responses], dtype=torch.int64),
         normalize=str(config.normalize),
         eps=config.advantage_eps,
