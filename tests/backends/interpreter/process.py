@@ -20,7 +20,7 @@ LEFT_OUT = (  # names in `-k`
     "lengths", "autocast", "0.6-30.0-torch.float32",
 )  # fmt: skip
 """bfloat16 (the interpreter truncates where a GPU rounds), rows too long for Python, repetition, what does not depend
-on the backend, and a softcap case in float32, where one unit in the last place of tanh is 2.1e-6 for a limit of 2e-6."""
+on the backend, a softcap case in float32, where one unit in the last place of tanh is 2.1e-6 for a limit of 2e-6."""
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install triton)"
