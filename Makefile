@@ -6,10 +6,10 @@ BIN    := $(VENV)/bin
 RESULTS ?= runs/gpu
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc python_api -type f 2>/dev/null)
 
-.PHONY: demo test gpu bench gates instructions accept reproduce docs lint format clean
+.PHONY: demo test gpu bench study codegen reproduce docs lint format clean
 
 demo: $(VENV)/.built
-	$(BIN)/python -m benchmarks.demo_table
+	$(BIN)/python -m benchmarks row --quick --only "gft_loss auto, in place" --only "PyTorch, lean"
 	$(BIN)/gft demo --out runs/demo
 
 # One worker a core, one thread a worker; a file's tests stay together, for what they build they share.
@@ -21,38 +21,37 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu --results $(RESULTS)
 
 bench: $(VENV)/.built
-	$(BIN)/gft bench --quick
+	$(BIN)/python -m benchmarks --quick
 
-gates: $(VENV)/.built
-	$(BIN)/python -m benchmarks.gates
+# Methods of training compared: a few minutes; other studies by python -m benchmarks.experiments run NAME.
+study: $(VENV)/.built
+	$(BIN)/python -m benchmarks.experiments run --quick --jobs 2
 
-# Instructions an element of the CPU row kernels against the record; skipped with a sentence without valgrind.
-instructions: $(VENV)/.built
-	$(BIN)/python -m benchmarks.instructions
+# What compilers make of the kernels, held to limits: registers, spills, widths, instructions an element. No GPU needed.
+codegen: $(VENV)/.built
+	$(BIN)/python -m tests.codegen
 
-# After a change of kernels that is meant: write both records anew.
-accept: $(VENV)/.built
-	$(BIN)/python -m benchmarks.gates --accept
-	$(BIN)/python -m benchmarks.instructions --accept
-
-# Whether the committed quick results hold here: their ratios to the floor, within a factor of 1.5.
+# Whether the committed quick results hold here: how many times as fast as others ours is, within spread and tolerance.
 reproduce: $(VENV)/.built
-	$(BIN)/gft bench --quick --save runs/quick-cpu.json
-	$(BIN)/gft bench --compare benchmarks/results/quick-cpu.json runs/quick-cpu.json --ratios
+	$(BIN)/python -m benchmarks --quick --save runs/quick-cpu.json
+	$(BIN)/python -m benchmarks --compare benchmarks/results/quick-cpu.json runs/quick-cpu.json --ratios
 
+# The generated parts of README and docs: the reference, tables and plots from the results, the page of experiments.
 docs: $(VENV)/.built
 	$(BIN)/python docs/generate_api.py
+	$(BIN)/python -m benchmarks.pages
+	$(BIN)/python -m benchmarks.experiments report
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc python_api tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc python_api tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc python_api tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format -i $$(find csrc python_api tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info gft_kernels/_C*.so

@@ -7,6 +7,7 @@ GFT_BUILD chooses what is compiled:
   cpu   the CPU kernels; without a compiler the install fails.
   cuda  the CPU and the CUDA kernels; needs nvcc, no GPU. Without nvcc the install fails.
   none  pure Python.
+GFT_CUDA_ARCHITECTURES, CMake's list (90-real, or "80-real;90-real"), replaces the targets chosen by what nvcc knows.
 No torch is needed: the kernels see addresses and strides.
 """
 

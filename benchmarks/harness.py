@@ -12,15 +12,25 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from benchmarks.clocks import Clock
-from benchmarks.traffic import Passes
+from benchmarks.clocks import Clock, Step
 
 CHECK_UPSTREAM = 1.7
 """The upstream gradient of the checked steps: not 1, so that whoever drops it is caught."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The traffic model: reads and writes of all N·V logits once, N·V·b bytes each.
+
+    They are counted apart, because a write-allocate cache and a streaming store differ by a read.
+    """
+
+    reads: float
+    writes: float
 
 
 @dataclass(frozen=True)
@@ -45,11 +55,10 @@ class Deviation:
 
 
 class Problem(Protocol):
-    """Inputs of one case."""
+    """Inputs of one case, which has the upstream gradient of the timed steps."""
 
+    case: Any
     limit: float  # the largest scaled deviation that counts as an answer
-
-    timed_upstream: float  # the upstream gradient of the timed steps
 
     def prepare(self, upstream: float) -> None: ...  # restores what a step may overwrite, sets upstream; never timed
 
@@ -61,10 +70,9 @@ class Contender:
     """Something that can be timed. `objective` None: a floor, which has no answer to check."""
 
     name: str
-    step: Callable[[], Answer | None]
+    step: Step
     objective: str | None = "gft"
     passes: Passes | None = None  # of the traffic model, where it is known
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class Outcome:
     why: str = ""
     error: float | None = None  # Deviation.scaled
     worst_row_error: float | None = None  # Deviation.worst_row
-    samples_s: list[float] = field(default_factory=list)
+    rounds: int = 0  # that it was timed in
     median_s: float | None = None
     p10_s: float | None = None
     p90_s: float | None = None
@@ -93,7 +101,7 @@ class Outcome:
     extra_bytes: int | None = None  # peak beyond the inputs in one step
     reads: float | None = None  # passes of the traffic model, where known
     writes: float | None = None
-    longest_tokens: int | None = None  # of a response, within budget_bytes beyond the inputs (longest.py)
+    longest_tokens: int | None = None  # of a response, within budget_bytes beyond the inputs (memory.py)
     budget_bytes: int | None = None
     peaks: list[tuple[int, int]] = field(default_factory=list)  # (tokens, bytes) that were measured on the way
     note: str = ""
@@ -116,7 +124,7 @@ def quantile(samples: Sequence[float], q: float) -> float:
 
 def check(problem: Problem, contender: Contender) -> Outcome:
     """Run one step and compare it with fp64. The outcome is "ready" where the contender may be timed."""
-    outcome = Outcome(contender.name, "ready", contender.objective, note=contender.note)
+    outcome = Outcome(contender.name, "ready", contender.objective)
     if contender.passes:
         outcome = replace(outcome, reads=contender.passes.reads, writes=contender.passes.writes)
     problem.prepare(CHECK_UPSTREAM)
@@ -191,7 +199,7 @@ def _take_turns(problem, steps, clock, rounds, warmup, budget_s, order, tick) ->
         order.shuffle(names)
         for name in names:
             tick(name)
-            problem.prepare(problem.timed_upstream)
+            problem.prepare(problem.case.upstream)
             seconds = clock.time(steps[name])
             spent[name] += seconds
             if turn >= warmup:
@@ -204,7 +212,7 @@ def _summary(outcome: Outcome, samples: list[float], floor: list[float] | None) 
     return replace(
         outcome,
         status="timed",
-        samples_s=samples,
+        rounds=len(samples),
         median_s=quantile(samples, 0.5),
         p10_s=quantile(samples, 0.1),
         p90_s=quantile(samples, 0.9),

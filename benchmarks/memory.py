@@ -4,6 +4,11 @@ CPU: a fresh process makes the inputs, takes one step to load and start everythi
 mark of resident memory, takes the step again and reports by how much the mark rose. The allocator there gives every
 block of 128 KiB or more back as soon as it is freed; with freed blocks kept, a peak would hide in them.
 CUDA: the caching allocator's own peak, in this process.
+
+Also the longest sequence whose step stays within a budget. Peak memory is nearly a straight line in the number of
+tokens, so a line through two measured peaks says where the budget ends; that length is measured in its turn, and the
+line drawn again, until a length that fits and one that does not lie close together. No limit is imposed on anyone, so
+what is found does not depend on how a library behaves when memory runs out.
 """
 
 from __future__ import annotations
@@ -13,12 +18,14 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks.harness import Absent, AbsentError
+from benchmarks.kinds import KINDS
 from benchmarks.provenance import default_allocator_environment
 
 # a fixed threshold: glibc otherwise raises it to the largest block ever freed, and then keeps blocks
@@ -32,7 +39,7 @@ class NotMeasuredError(RuntimeError):
 def peak_extra_bytes(kind: str, case, name: str) -> int:
     """Bytes that `name` needs in one step beyond the inputs, at its peak.
 
-    kind: "row" or "linear" (benchmarks.kinds). name: of a contender that has passed its check. Raises NotMeasuredError.
+    kind: one of benchmarks.kinds. name: of a contender that has passed its check. Raises NotMeasuredError.
     """
     if case.device == "cuda":
         return _peak_cuda(kind, case, name)
@@ -58,8 +65,6 @@ def _peak_cuda(kind: str, case, name: str) -> int:
 
 
 def _contender(kind: str, case, name: str):
-    from benchmarks.kinds import KINDS  # late: kinds imports the peers, and they import the harness
-
     problem = KINDS[kind].build(case)
     found = KINDS[kind].contender(problem, name)
     if isinstance(found, Absent):
@@ -69,9 +74,9 @@ def _contender(kind: str, case, name: str):
 
 def _settled_step(problem, step) -> None:
     """A first step, for what only the first one allocates, and the inputs as they were."""
-    problem.prepare(problem.timed_upstream)
+    problem.prepare(problem.case.upstream)
     step()
-    problem.prepare(problem.timed_upstream)
+    problem.prepare(problem.case.upstream)
     gc.collect()
 
 
@@ -82,10 +87,53 @@ def _status_bytes(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
+GRAIN = 4  # tokens
+CLOSE = 0.05  # a length that fits is good enough if one that is larger by this share does not
+PROBES = 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """tokens: the longest length that was measured to fit, 0 for none. peaks: (tokens, bytes) as they were measured."""
+
+    tokens: int
+    peaks: list[tuple[int, int]]
+
+
+def longest(peak: Callable[[int], int], budget_bytes: int, start: int = 8 * GRAIN) -> Found:
+    """peak: bytes at a number of tokens. Lengths are multiples of GRAIN."""
+    measured: dict[int, int] = {}
+    tokens = start
+    for _ in range(PROBES):
+        measured[tokens] = peak(tokens)
+        fits = max((t for t, b in measured.items() if b <= budget_bytes), default=0)
+        fails = min((t for t, b in measured.items() if b > budget_bytes), default=None)
+        if fails is not None and fails - fits <= max(GRAIN, CLOSE * fits):
+            break
+        tokens = _next(measured, budget_bytes, fits, fails)
+    return Found(fits, sorted(measured.items()))
+
+
+def _next(measured: dict[int, int], budget_bytes: int, fits: int, fails: int | None) -> int:
+    """Where the line through the two peaks nearest to the budget meets it, between what fits and what fails."""
+    if len(measured) == 1:
+        return 2 * fits if fits else GRAIN
+    (a, peak_a), (b, peak_b) = sorted(measured.items(), key=lambda entry: abs(entry[1] - budget_bytes))[:2]
+    slope = (peak_b - peak_a) / (b - a)
+    guess = 2 * max(measured) if slope <= 0 else int(a + (budget_bytes - peak_a) / slope)
+    guess = guess // GRAIN * GRAIN
+    if fails is None:
+        # past the guess by a little, so that one side of it is known to fail
+        return max(fits + GRAIN, min(guess, 64 * fits)) if guess > fits * (1 + CLOSE) else fits + _grains(CLOSE * fits)
+    return min(max(guess, fits + GRAIN), fails - GRAIN)
+
+
+def _grains(tokens: float) -> int:
+    return max(GRAIN, int(tokens) // GRAIN * GRAIN)
+
+
 def main() -> None:
     kind, case_json, name = sys.argv[1:]
-    from benchmarks.kinds import KINDS
-
     case = KINDS[kind].case(**json.loads(case_json))
     torch.set_num_threads(case.threads)
     problem, step = _contender(kind, case, name)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 import gft_kernels
+from gft_kernels import arguments
 
 PAGE = Path(__file__).parent / "api.md"
 LOSSES = ("gft_loss", "gft_linear_loss", "policy_loss", "group_advantages", "token_log_probs")
@@ -31,7 +33,33 @@ of [the mathematics](formulas.md); a row is one token position.
 def page() -> str:
     """The whole page. Every name in `gft_kernels.__all__` is on it."""
     others = [name for name in gft_kernels.__all__ if name not in LOSSES + MODULES]
-    return "\n".join([HEAD, *(entry(name) for name in (*LOSSES, *MODULES, *others))])
+    losses = [entry(name) for name in (*LOSSES, *MODULES)]
+    return "\n".join([HEAD, *losses, options(), *(entry(name) for name in others)])
+
+
+def options() -> str:
+    """Every option of the losses, once."""
+    lines = [
+        "## Options",
+        "",
+        "By keyword, where a signature lists them, with the default shown there.",
+        "",
+    ]
+    for name, (kind, option) in arguments.meanings(arguments.PolicyOptions).items():
+        text = f"- `{name}` ({plain(kind)}): {option.meaning}"
+        lines.append(textwrap.fill(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+    return linked("\n".join([*lines, ""]))
+
+
+def plain(annotation: object) -> str:
+    """A type as a signature writes it."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return text.replace("torch.Tensor", "Tensor").replace(".distributed_c10d.", ".").removeprefix("Unpack[").rstrip("]")
+
+
+def shown(default: object) -> str:
+    """A default as a signature writes it, strings in double quotes."""
+    return f'"{default}"' if isinstance(default, str) else repr(default)
 
 
 def entry(name: str) -> str:
@@ -40,7 +68,9 @@ def entry(name: str) -> str:
     parts = [f"## {name}", ""]
     if not (inspect.isclass(thing) and issubclass(thing, Exception)):
         parts += ["```text", signature(name, thing), "```", ""]
-    return "\n".join([*parts, markdown(inspect.getdoc(thing) or ""), ""])
+    described = (inspect.getdoc(thing) or "").split("\n\nOptions:\n")
+    options = ["", "**Options** below."] if len(described) > 1 else []
+    return "\n".join([*parts, markdown(described[0]), *options, ""])
 
 
 def signature(name: str, thing: object) -> str:
@@ -67,10 +97,9 @@ def argument(parameter: inspect.Parameter) -> str:
     """`name: type = default`, strings in double quotes."""
     text = parameter.name if parameter.kind is not parameter.VAR_KEYWORD else f"**{parameter.name}"
     if parameter.annotation is not parameter.empty:
-        text += f": {parameter.annotation}"
+        text += f": {plain(parameter.annotation)}"
     if parameter.default is not parameter.empty:
-        default = f'"{parameter.default}"' if isinstance(parameter.default, str) else repr(parameter.default)
-        text += f" = {default}"
+        text += f" = {shown(parameter.default)}"
     return text
 
 
@@ -89,6 +118,11 @@ def markdown(docstring: str) -> str:
         else:
             lines.append(line)
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+    return linked(text)
+
+
+def linked(text: str) -> str:
+    """Names of pages as links."""
     return re.sub(r"docs/(\w+\.md(?:#\w+)?)", r"[\1](\1)", text)
 
 

@@ -11,13 +11,22 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gft_kernels.options import BackendUnavailable, Credit, Objective, RowCall, RowResult
+from gft_kernels.options import (
+    AgreedRows,
+    BackendUnavailable,
+    Credit,
+    Objective,
+    RowCall,
+    RowResult,
+    ShardStatistics,
+    gradient_for,
+)
 
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        from gft_kernels import _C
+        from gft_kernels import _C  # type: ignore[attr-defined]
     except ImportError as error:
         return None, f"the C++ kernels are not built or do not load ({error}); reinstall with GFT_BUILD=cpu to see why"
     return _C, ""
@@ -54,10 +63,6 @@ def logit_rows(rows_STV: Tensor) -> object:
     return kernels().LogitRows(data=address(rows_STV), dtype=dtype, shape=shape, strides=strides[:2])
 
 
-def transform(logit_scale: float, softcap: float, temperature: float) -> object:
-    return kernels().Transform(logit_scale=logit_scale, softcap=softcap, temperature=temperature)
-
-
 def empty_result(call: RowCall) -> RowResult:
     """Memory for what a kernel hands back, uninitialised; in place the gradient is the logits' own."""
     logits, rows = call.logits_STV.detach(), call.credit.targets_R.numel()
@@ -65,9 +70,6 @@ def empty_result(call: RowCall) -> RowResult:
     def per_row(wanted: bool = True) -> Tensor | None:
         return torch.empty(rows, dtype=torch.float32, device=logits.device) if wanted else None
 
-    gradient = None
-    if call.want_gradient:
-        gradient = logits if call.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     loss_shape = (rows,) if call.credit.reduction == "none" else ()
     log_probs, coefficients, advantages = per_row(), per_row(), per_row()
     assert log_probs is not None and coefficients is not None and advantages is not None
@@ -76,7 +78,7 @@ def empty_result(call: RowCall) -> RowResult:
         log_probs_R=log_probs,
         coefficients_R=coefficients,
         advantages_R=advantages,
-        gradient_STV=gradient,
+        gradient_STV=gradient_for(logits, call.inplace) if call.want_gradient else None,
         row_scale_R=per_row(call.defer_scale),
         entropy_R=per_row(call.want_entropy),
     )
@@ -84,11 +86,17 @@ def empty_result(call: RowCall) -> RowResult:
 
 def native_call(call: RowCall, result: RowResult) -> object:
     """A call as the C++ struct. It holds addresses only: keep `call` and `result` alive while a kernel uses it."""
+    rewards_S = call.credit.rewards_S
+    assert rewards_S is None or rewards_S.dtype == torch.float64, "C++ reads rewards as doubles"
     return kernels().RowCall(
         logits=logit_rows(call.logits_STV),
-        credit=_native_credit(call.credit),
-        transform=transform(call.logit_scale, call.softcap, call.temperature),
-        objective=_native_objective(call.objective),
+        credit=kernels().Credit(
+            S=_responses(call.credit),
+            R=call.credit.targets_R.numel(),
+            **{**_native_fields(call.credit), "tokens_per_response": max(call.credit.tokens_per_response, 1)},
+        ),
+        transform=_transform(call),
+        objective=kernels().Objective(**_native_fields(call.objective)),
         read_zero_advantage=call.reads_every_live_row,
         loss=address(result.loss),
         log_probs_R=address(result.log_probs_R),
@@ -100,41 +108,50 @@ def native_call(call: RowCall, result: RowResult) -> object:
     )
 
 
-def _native_objective(objective: Objective) -> object:
-    return kernels().Objective(
-        surrogate=objective.surrogate,
-        tau=objective.tau,
-        rectify=objective.rectify,
-        clip_low=objective.clip_low,
-        clip_high=objective.clip_high,
-        beta=objective.beta,
-        entropy_coef=objective.entropy_coef,
-        old_log_probs_R=address(objective.old_log_probs_R),
-        ref_log_probs_R=address(objective.ref_log_probs_R),
-    )
+def shard(call: RowCall, columns_R: Tensor) -> object:
+    """The rows of a vocabulary shard as the C++ struct; like every struct here it holds addresses only."""
+    logits = logit_rows(call.logits_STV.detach())
+    return kernels().Shard(logits=logits, columns_R=address(columns_R), transform=_transform(call))
 
 
-def _native_credit(credit: Credit) -> object:
-    return kernels().Credit(
-        S=_responses(credit),
-        R=credit.targets_R.numel(),
-        targets_R=address(credit.targets_R),
-        mask_R=address(credit.mask_R),
-        rewards_S=address(credit.rewards_S),
-        advantages_S=address(credit.advantages_S),
-        advantages_R=address(credit.advantages_R),
-        weights_R=address(credit.weights_R),
-        group_size=credit.group_size,
-        group_ids_S=address(credit.group_ids_S),
-        sequence_ids_R=address(credit.sequence_ids_R),
-        tokens_per_response=max(credit.tokens_per_response, 1),
-        num_items=address(credit.num_items),
-        reduction=credit.reduction,
-        ignore_index=credit.ignore_index,
-        normalize=credit.normalize,
-        eps=credit.eps,
-        singleton=credit.singleton,
-    )
+def agreed_rows(call: RowCall, agreed: AgreedRows) -> object:
+    """What the shards agreed on as the C++ struct; without an entropy bonus there is no tilt to read."""
+    given = agreed._asdict()
+    if call.objective.entropy_coef == 0.0:
+        given |= {"tilt_R": None, "entropy_R": None}
+    return kernels().AgreedRows(**{name: address(numbers) for name, numbers in given.items()})
+
+
+def shard_results(call: RowCall, rows: int, dtype: torch.dtype) -> tuple[ShardStatistics, dict[str, int]]:
+    """Memory for a shard's statistics, uninitialised, and its addresses by name."""
+    top_R, mass_R, gap_R, target_logit_R = torch.empty(4, rows, dtype=dtype, device=call.logits_STV.device)
+    statistics = ShardStatistics(top_R, mass_R, gap_R if call.needs_entropy else None, target_logit_R)
+    return statistics, {name: address(numbers) for name, numbers in statistics._asdict().items()}
+
+
+def misaligned(call: RowCall) -> str | None:
+    """Why C++ cannot read this call's memory: a tensor that starts in the middle of one of its elements."""
+    given = {"logits_STV": call.logits_STV}
+    for part in (call.credit, call.objective):
+        given |= {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
+    for name, tensor in given.items():
+        size = tensor.element_size()
+        if past := tensor.data_ptr() % size:
+            argument = name.rpartition("_")[0]
+            return f"{argument} must start at a multiple of {size} bytes, got {past} bytes past one; clone() it"
+    return None
+
+
+def _transform(call: RowCall) -> object:
+    return kernels().Transform(logit_scale=call.logit_scale, softcap=call.softcap, temperature=call.temperature)
+
+
+def _native_fields(part: Credit | Objective) -> dict[str, object]:
+    """The fields of a dataclass as its C++ twin takes them: addresses for tensors (0: absent), all else as it is."""
+    return {
+        name: address(value) if value is None or isinstance(value, Tensor) else value
+        for name, value in vars(part).items()
+    }
 
 
 def _responses(credit: Credit) -> int:

@@ -92,7 +92,7 @@ class VocabularyParallel:
         logits = call.logits_STV
         shard = self.shard or meet(call.process_group, logits.shape[-1], logits.device)
         if logits.device.type == "cpu":
-            checks.check_values(call.credit, int(shard.widths_W.sum()))
+            checks.check_values(call.credit, call.objective, int(shard.widths_W.sum()))
         credit = credit_rows(call.credit)
         read_R = credit.live_R
         if not call.reads_every_live_row:

@@ -80,21 +80,24 @@ def log_ratio(log_a, log_b):
     return where(log_a == log_b, 0.0, log_a - log_b)
 
 
-def is_clipped(ratio, advantage, clip_low, clip_high):
-    """Whether the clip is active: A would push rho further beyond its bound. At the bound itself it is not."""
+def is_clipped(ratio, advantage, clip_low, clip_high, delta):
+    """Whether a bound holds rho: A would push it further out, or A < 0 and rho > delta. At a bound itself it does not.
+
+    delta, the dual clip, is beyond 1 + clip_high; inf: none.
+    """
     above = (advantage > 0.0) & (ratio > 1.0 + clip_high)
-    return above | ((advantage < 0.0) & (ratio < 1.0 - clip_low))
+    return above | ((advantage < 0.0) & ((ratio < 1.0 - clip_low) | (ratio > delta)))
 
 
-def clipped_coefficient(ratio, advantage, clip_low, clip_high):
-    """F4 of grpo: rho, 0 where the clip is active."""
-    return where(is_clipped(ratio, advantage, clip_low, clip_high), 0.0, ratio)
+def clipped_coefficient(ratio, advantage, clip_low, clip_high, delta):
+    """F4 of grpo: rho, 0 where a bound holds it."""
+    return where(is_clipped(ratio, advantage, clip_low, clip_high, delta), 0.0, ratio)
 
 
-def clipped_loss(ratio, advantage, clip_low, clip_high):
-    """F6 of grpo: -min(rho·A, clip(rho)·A), exactly 0 where A = 0."""
-    bound = where(advantage > 0.0, 1.0 + clip_high, 1.0 - clip_low)
-    bounded = where(is_clipped(ratio, advantage, clip_low, clip_high), bound, ratio)
+def clipped_loss(ratio, advantage, clip_low, clip_high, delta):
+    """F6 of grpo: -min(min(rho, delta)·A, clip(rho)·A), exactly 0 where A = 0."""
+    bound = where(advantage > 0.0, 1.0 + clip_high, where(ratio > 1.0, delta, 1.0 - clip_low))
+    bounded = where(is_clipped(ratio, advantage, clip_low, clip_high, delta), bound, ratio)
     return where(advantage == 0.0, 0.0, -advantage * bounded)
 
 
@@ -103,14 +106,20 @@ def capped_coefficient(ratio, clip_high):
     return where(ratio > 1.0 + clip_high, 1.0 + clip_high, ratio)
 
 
-def kl_loss(u):
-    """The k3 estimate of KL(pi, pi_ref) at one token, e^u - 1 - u >= 0 with u = log pi_ref - log pi."""
-    return where(u == -NEG_INF, -NEG_INF, expm1(u) - u)  # +inf there, not inf - inf
+def kl_loss(u, kl_cap):
+    """The k3 estimate of KL(pi, pi_ref) at one token, e^u - 1 - u >= 0 with u = log pi_ref - log pi.
+
+    Beyond u = kl_cap its tangent there goes on; inf: the estimate itself everywhere.
+    """
+    held = where(u > kl_cap, kl_cap, u)
+    slope = expm1(held)
+    beyond = where(u > kl_cap, slope * (u - held), 0.0)
+    return where(u == -NEG_INF, -NEG_INF, slope - held + beyond)  # +inf there, not inf - inf
 
 
-def kl_kappa(u):
-    """What the k3 estimate adds to kappa, per unit of its weight: e^u - 1 with u = log pi_ref - log pi."""
-    return expm1(u)
+def kl_kappa(u, kl_cap):
+    """What the k3 estimate adds to kappa, per unit of its weight: its slope, e^u - 1, held at kl_cap."""
+    return expm1(where(u > kl_cap, kl_cap, u))
 
 
 def kappa(advantage, coefficient):
@@ -148,5 +157,6 @@ def row_size(scale, tilt, entropy):
 
 
 def entropy(log_mass, mean_gap):
-    """H = log mass - E[z - top], in nats; mean_gap is that expectation and mass the whole row's, target included."""
-    return log_mass - mean_gap
+    """H = log mass - E[z - top] >= 0, in nats; mean_gap is that expectation, mass the whole row's, target included."""
+    h = log_mass - mean_gap
+    return where(h < 0.0, 0.0, h)  # a rounding below 0 is 0; a NaN stays a NaN

@@ -1,7 +1,7 @@
 """The one contract between the rooms: a call as every backend sees it, and what a backend hands back.
 
-Sizes: S responses, T positions per padded response, R = S·T rows (packed: S = 1, T = R in shapes), V vocabulary.
-Suffixes name shapes: logits_STV, targets_R, rewards_S.
+Sizes: S responses, T positions per padded response, R = S·T rows (packed: S = 1, T = R in shapes), D hidden size,
+V vocabulary (of this rank's shard, where it is sharded). Suffixes name shapes: logits_STV, targets_R, rewards_S.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 RECTIFY = ("all", "positive")
@@ -37,7 +38,7 @@ class Credit:
 
     targets_R: Tensor  # (R,) int64
     mask_R: Tensor | None = None  # (R,) bool
-    rewards_S: Tensor | None = None  # (S,) float32
+    rewards_S: Tensor | None = None  # (S,) float64: 1e8 + 1 is a reward, and no float32
     advantages_S: Tensor | None = None  # (S,) float32
     advantages_R: Tensor | None = None  # (R,) float32
     weights_R: Tensor | None = None  # (R,) float32: decided already; the loss is then the sum of w·loss
@@ -121,6 +122,48 @@ class RowCall:
         return self.want_entropy or self.objective.entropy_coef != 0.0
 
 
+@dataclass(frozen=True)
+class LinearCall:
+    """One loss over hidden states and an output head: logits = hidden @ weight^T + bias, never all at once."""
+
+    hidden_STD: Tensor  # float32, bfloat16 or float16; any strides
+    weight_VD: Tensor  # one of the same dtypes
+    bias_V: Tensor | None
+    credit: Credit
+    objective: Objective = field(default_factory=Objective)
+    logit_scale: float = 1.0  # this and the next five as in RowCall
+    softcap: float = 0.0
+    temperature: float = 1.0
+    want_stats: bool = False
+    want_entropy: bool = False
+    process_group: str = ""
+    chunk_rows: int = 0  # rows of logits held at a time; 0: linear.chunks decides
+    product_dtype: torch.dtype = torch.float32  # what hidden and weight are rounded to before they are multiplied
+    logits_dtype: torch.dtype = torch.float32
+    accum_dtype: torch.dtype = torch.float32  # of the gradients' sums
+    want_hidden: bool = False  # which gradients: a product each
+    want_weight: bool = False
+    want_bias: bool = False
+
+    @property
+    def want_gradient(self) -> bool:
+        return self.want_hidden or self.want_weight or self.want_bias
+
+
+def gradient_for(logits: Tensor, inplace: bool) -> Tensor:
+    """Where a gradient of the logits goes: their own memory, or contiguous memory, uninitialised."""
+    return logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+class ShardStatistics(NamedTuple):
+    """A vocabulary shard's part of each row; (R,), in nats. The state leaves the target out, as F3 wants it."""
+
+    top_R: Tensor  # at most 50 below the shard's largest logit; -inf on rows that were not read
+    mass_R: Tensor  # sum of e^(z - top)
+    gap_R: Tensor | None  # sum of e^(z - top)·(z - top), for the entropy
+    target_logit_R: Tensor  # transformed; 0 where the target lies in another shard
+
+
 class AgreedRows(NamedTuple):
     """What the ranks of a sharded vocabulary agreed on about each whole row; float32 (R,), in nats."""
 
@@ -143,6 +186,21 @@ class RowResult:
     gradient_STV: Tensor | None = None  # in the logits' dtype; times row_scale_R where that is given
     row_scale_R: Tensor | None = None
     entropy_R: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """Per-row tensors are float32 (R,); gradients are in accum_dtype, not yet times the upstream gradient, or None."""
+
+    loss: Tensor  # () float32; (R,) for reduction "none"
+    log_probs_R: Tensor
+    coefficients_R: Tensor
+    advantages_R: Tensor
+    entropy_R: Tensor | None
+    hidden_gradient_RD: Tensor | None
+    weight_gradient_VD: Tensor | None
+    bias_gradient_V: Tensor | None
+    unit: Tensor | None  # () float32 the gradients must still be multiplied by; None: 1
 
 
 @dataclass(frozen=True)

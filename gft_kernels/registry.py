@@ -17,17 +17,7 @@ def backend(name: str) -> ModuleType:
 
 
 def choose(name: str, call: RowCall) -> Any:
-    """The backend that serves `call`, told to meet the other ranks if the vocabulary is sharded.
-
-    Raises BackendUnavailable if a named one cannot serve it.
-    """
-    module = _serving(name, call)
-    if call.process_group:
-        return import_module("gft_kernels.distributed").VocabularyParallel(module)
-    return module
-
-
-def _serving(name: str, call: RowCall) -> ModuleType:
+    """The backend that serves `call`. Raises BackendUnavailable if a named one cannot."""
     if name == "auto":
         return next(module for module in map(backend, ORDER) if refusal(module, call) is None)
     module = backend(name)

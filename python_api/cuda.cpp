@@ -32,21 +32,14 @@ void scale_rows(const LogitRows& gradient, const LogitRows& out, Address row_sca
                                    upstream_per_row, place_of(device, stream)));
 }
 
-void shard_statistics(const LogitRows& logits, Address columns_R, Address read_R, const Transform& transform,
-                      Address top_R, Address mass_R, Address gap_R, Address target_logit_R, int device,
-                      Address stream) {
-    const cuda::ShardStatistics out{to<float>(top_R), to<float>(mass_R), to<float>(gap_R), to<float>(target_logit_R)};
-    raise_failure(cuda::observe_shard(logits, to<const std::int64_t>(columns_R), to<const std::uint8_t>(read_R),
-                                      transform, out, place_of(device, stream)));
+void shard_statistics(const Shard& shard, Address read_R, Address top_R, Address mass_R, Address gap_R,
+                      Address target_logit_R, int device, Address stream) {
+    const ShardStatistics<float> out{to<float>(top_R), to<float>(mass_R), to<float>(gap_R), to<float>(target_logit_R)};
+    raise_failure(cuda::shard_statistics(shard, to<const std::uint8_t>(read_R), out, place_of(device, stream)));
 }
 
-void shard_gradient(const LogitRows& logits, const LogitRows& out, Address columns_R, Address log_pi_R, Address top_R,
-                    Address log_mass_R, Address scale_R, Address tilt_R, Address entropy_R, const Transform& transform,
-                    int device, Address stream) {
-    const cuda::ShardGradient agreed{to<const float>(log_pi_R), to<const float>(top_R),  to<const float>(log_mass_R),
-                                     to<const float>(scale_R),  to<const float>(tilt_R), to<const float>(entropy_R)};
-    raise_failure(
-        cuda::shade_shard(logits, to<const std::int64_t>(columns_R), agreed, transform, out, place_of(device, stream)));
+void shard_gradient(const Shard& shard, const AgreedRows& agreed, const LogitRows& out, int device, Address stream) {
+    raise_failure(cuda::shard_gradient(shard, agreed, out, place_of(device, stream)));
 }
 
 }  // namespace
@@ -61,12 +54,11 @@ void bind_cuda(py::module_& parent) {
           "Loss, statistics and gradient of a call.");
     m.def("scale_rows", &scale_rows, unlocked, py::kw_only(), "gradient"_a, "out"_a, "row_scale_R"_a, "upstream"_a,
           "upstream_per_row"_a, "device"_a, "stream"_a, "out = gradient * row_scale * upstream, rounded once.");
-    m.def("shard_statistics", &shard_statistics, unlocked, py::kw_only(), "logits"_a, "columns_R"_a, "read_R"_a,
-          "transform"_a, "top_R"_a, "mass_R"_a, "gap_R"_a, "target_logit_R"_a, "device"_a, "stream"_a,
-          "A vocabulary shard's part of each row's softmax, without the target.");
-    m.def("shard_gradient", &shard_gradient, unlocked, py::kw_only(), "logits"_a, "out"_a, "columns_R"_a, "log_pi_R"_a,
-          "top_R"_a, "log_mass_R"_a, "scale_R"_a, "tilt_R"_a, "entropy_R"_a, "transform"_a, "device"_a, "stream"_a,
-          "F7 on a vocabulary shard.");
+    m.def("shard_statistics", &shard_statistics, unlocked, "shard"_a, py::kw_only(), "read_R"_a, "top_R"_a, "mass_R"_a,
+          "gap_R"_a, "target_logit_R"_a, "device"_a, "stream"_a,
+          "A vocabulary shard's part of each row's softmax (float32), without the target.");
+    m.def("shard_gradient", &shard_gradient, unlocked, "shard"_a, py::kw_only(), "agreed"_a, "out"_a, "device"_a,
+          "stream"_a, "F7 on a vocabulary shard.");
 }
 
 }  // namespace gft::python_api

@@ -6,7 +6,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "cpu/loss.h"
@@ -52,7 +51,7 @@ Credit make_credit(std::int64_t S, std::int64_t R, Address targets_R, Address ma
     credit.R = R;
     credit.targets_R = to<const std::int64_t>(targets_R);
     credit.mask_R = to<const std::uint8_t>(mask_R);
-    credit.rewards_S = to<const float>(rewards_S);
+    credit.rewards_S = to<const double>(rewards_S);
     credit.advantages_S = to<const float>(advantages_S);
     credit.advantages_R = to<const float>(advantages_R);
     credit.weights_R = to<const float>(weights_R);
@@ -70,8 +69,8 @@ Credit make_credit(std::int64_t S, std::int64_t R, Address targets_R, Address ma
 }
 
 Objective make_objective(const std::string& surrogate, double tau, const std::string& rectify, double clip_low,
-                         double clip_high, double beta, double entropy_coef, Address old_log_probs_R,
-                         Address ref_log_probs_R) {
+                         double clip_high, double beta, double entropy_coef, double delta, double kl_cap,
+                         Address old_log_probs_R, Address ref_log_probs_R) {
     return {tau,
             parse<Rectify>(rectify, "rectify", kRectify),
             parse<Surrogate>(surrogate, "surrogate", kSurrogates),
@@ -79,6 +78,8 @@ Objective make_objective(const std::string& surrogate, double tau, const std::st
             clip_high,
             beta,
             entropy_coef,
+            delta,
+            kl_cap,
             to<const float>(old_log_probs_R),
             to<const float>(ref_log_probs_R)};
 }
@@ -90,6 +91,12 @@ RowCall make_call(const LogitRows& logits, const Credit& credit, const Transform
         to<float>(loss),      to<float>(log_probs_R), to<float>(coefficients_R),     to<float>(advantages_R),
         to<float>(entropy_R), to<float>(row_scale_R), gradient.value_or(LogitRows{})};
     return {logits, credit, transform, objective, read_zero_advantage, out};
+}
+
+AgreedRows make_agreed(Address log_pi_R, Address top_R, Address log_mass_R, Address scale_R, Address tilt_R,
+                       Address entropy_R) {
+    return {to<const float>(log_pi_R), to<const float>(top_R),  to<const float>(log_mass_R),
+            to<const float>(scale_R),  to<const float>(tilt_R), to<const float>(entropy_R)};
 }
 
 void bind_arguments(py::module_& m) {
@@ -107,47 +114,54 @@ void bind_arguments(py::module_& m) {
              "singleton"_a);
     py::class_<Objective>(m, "Objective")
         .def(py::init(&make_objective), py::kw_only(), "surrogate"_a, "tau"_a, "rectify"_a, "clip_low"_a, "clip_high"_a,
-             "beta"_a, "entropy_coef"_a, "old_log_probs_R"_a, "ref_log_probs_R"_a);
+             "beta"_a, "entropy_coef"_a, "delta"_a, "kl_cap"_a, "old_log_probs_R"_a, "ref_log_probs_R"_a);
     py::class_<RowCall>(m, "RowCall")
         .def(py::init(&make_call), py::kw_only(), "logits"_a, "credit"_a, "transform"_a, "objective"_a,
              "read_zero_advantage"_a, "loss"_a, "log_probs_R"_a, "coefficients_R"_a, "advantages_R"_a, "entropy_R"_a,
              "row_scale_R"_a, "gradient"_a);
+    py::class_<Shard>(m, "Shard")
+        .def(py::init([](const LogitRows& logits, Address columns_R, const Transform& transform) {
+                 return Shard{logits, to<const std::int64_t>(columns_R), transform};
+             }),
+             py::kw_only(), "logits"_a, "columns_R"_a, "transform"_a);
+    py::class_<AgreedRows>(m, "AgreedRows")
+        .def(py::init(&make_agreed), py::kw_only(), "log_pi_R"_a, "top_R"_a, "log_mass_R"_a, "scale_R"_a, "tilt_R"_a,
+             "entropy_R"_a);
+}
+
+std::vector<std::string> instruction_sets() {
+    int count = 0;
+    const cpu::InstructionSet* sets = cpu::instruction_sets(count);
+    std::vector<std::string> names;
+    for (int i = 0; i < count; ++i) {
+        if (sets[i].runs_here) names.emplace_back(sets[i].kernels->name);
+    }
+    return names;
 }
 
 cpu::Execution execution(const std::string& instruction_set, int threads) {
     const cpu::RowKernels* kernels = cpu::find_kernels(instruction_set.c_str());
     if (kernels != nullptr) return {kernels, threads};
     std::string names;
-    for (const char* const* name = cpu::kernel_names(); *name != nullptr; ++name) names += std::string(" ") + *name;
+    for (const std::string& name : instruction_sets()) names += " " + name;
     throw std::invalid_argument("instruction_set must be one of" + names + ", got '" + instruction_set +
                                 "'; leave it out for the fastest");
 }
 
-using FaultTuple = std::tuple<std::string, std::int64_t, std::int64_t, std::int64_t>;
-
-std::optional<FaultTuple> row_loss(const RowCall& call, const std::string& instruction_set, int threads) {
-    const cpu::Fault fault = cpu::row_loss(call, execution(instruction_set, threads));
-    if (fault.kind == cpu::Fault::none) return std::nullopt;
-    const char* argument = fault.kind == cpu::Fault::target ? "targets" : "sequence_ids";
-    return FaultTuple{argument, fault.position, fault.value, fault.stop};
+void row_loss(const RowCall& call, const std::string& instruction_set, int threads) {
+    cpu::row_loss(call, execution(instruction_set, threads));
 }
 
-void shard_statistics(const LogitRows& logits, Address columns_R, Address read_R, const Transform& transform,
-                      Address top_R, Address mass_R, Address gap_R, Address target_logit_R,
-                      const std::string& instruction_set, int threads) {
-    const cpu::ShardStatistics out{to<double>(top_R), to<double>(mass_R), to<double>(gap_R),
-                                   to<double>(target_logit_R)};
-    cpu::shard_statistics(logits, to<const std::int64_t>(columns_R), to<const std::uint8_t>(read_R), transform, out,
-                          execution(instruction_set, threads));
+void shard_statistics(const Shard& shard, Address read_R, Address top_R, Address mass_R, Address gap_R,
+                      Address target_logit_R, const std::string& instruction_set, int threads) {
+    const ShardStatistics<double> out{to<double>(top_R), to<double>(mass_R), to<double>(gap_R),
+                                      to<double>(target_logit_R)};
+    cpu::shard_statistics(shard, to<const std::uint8_t>(read_R), out, execution(instruction_set, threads));
 }
 
-void shard_gradient(const LogitRows& logits, const LogitRows& out, Address columns_R, Address log_pi_R, Address top_R,
-                    Address log_mass_R, Address scale_R, Address tilt_R, Address entropy_R, const Transform& transform,
+void shard_gradient(const Shard& shard, const AgreedRows& agreed, const LogitRows& out,
                     const std::string& instruction_set, int threads) {
-    const cpu::WholeRows given{to<const float>(log_pi_R), to<const float>(top_R),  to<const float>(log_mass_R),
-                               to<const float>(scale_R),  to<const float>(tilt_R), to<const float>(entropy_R)};
-    cpu::shard_gradient(logits, out, to<const std::int64_t>(columns_R), given, transform,
-                        execution(instruction_set, threads));
+    cpu::shard_gradient(shard, agreed, out, execution(instruction_set, threads));
 }
 
 void scale_rows(const LogitRows& gradient, const LogitRows& out, Address row_scale_R, Address upstream,
@@ -156,23 +170,16 @@ void scale_rows(const LogitRows& gradient, const LogitRows& out, Address row_sca
                     execution(instruction_set, threads));
 }
 
-std::vector<std::string> instruction_sets() {
-    std::vector<std::string> names;
-    for (const char* const* name = cpu::kernel_names(); *name != nullptr; ++name) names.emplace_back(*name);
-    return names;
-}
-
 void bind_cpu(py::module_& m) {
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
     m.def("instruction_sets", &instruction_sets, "Those of this build that this processor can run, fastest first.");
     m.def("row_loss", &row_loss, unlocked, "call"_a, py::kw_only(), "instruction_set"_a = "", "threads"_a = 1,
-          "Loss, statistics and gradient of a call; (argument, position, value, stop) if a live row's index is bad.");
-    m.def("shard_statistics", &shard_statistics, unlocked, py::kw_only(), "logits"_a, "columns_R"_a, "read_R"_a,
-          "transform"_a, "top_R"_a, "mass_R"_a, "gap_R"_a, "target_logit_R"_a, "instruction_set"_a = "",
-          "threads"_a = 1, "A vocabulary shard's part of each row's softmax (float64), without the target.");
-    m.def("shard_gradient", &shard_gradient, unlocked, py::kw_only(), "logits"_a, "out"_a, "columns_R"_a, "log_pi_R"_a,
-          "top_R"_a, "log_mass_R"_a, "scale_R"_a, "tilt_R"_a, "entropy_R"_a, "transform"_a, "instruction_set"_a = "",
-          "threads"_a = 1, "F7 on a vocabulary shard.");
+          "Loss, statistics and gradient of a call.");
+    m.def("shard_statistics", &shard_statistics, unlocked, "shard"_a, py::kw_only(), "read_R"_a, "top_R"_a, "mass_R"_a,
+          "gap_R"_a, "target_logit_R"_a, "instruction_set"_a = "", "threads"_a = 1,
+          "A vocabulary shard's part of each row's softmax (float64), without the target.");
+    m.def("shard_gradient", &shard_gradient, unlocked, "shard"_a, py::kw_only(), "agreed"_a, "out"_a,
+          "instruction_set"_a = "", "threads"_a = 1, "F7 on a vocabulary shard.");
     m.def("scale_rows", &scale_rows, unlocked, py::kw_only(), "gradient"_a, "out"_a, "row_scale_R"_a, "upstream"_a,
           "upstream_per_row"_a, "instruction_set"_a = "", "threads"_a = 1,
           "out = gradient * row_scale * upstream, rounded once.");

@@ -13,6 +13,8 @@ BACKENDS_OF = {"cpu": ("reference", "cpu"), "cuda": ("reference", "triton", "cud
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=sorted(BACKENDS_OF), help="where the backends run")
+    parser.addoption("--fuzz", type=int, default=150, help="random calls of each kind against the oracle")
+    parser.addoption("--fuzz-from", type=int, default=0, help="the number of the first of them")
 
 
 def pytest_generate_tests(metafunc):

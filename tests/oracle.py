@@ -87,7 +87,7 @@ def token_losses(
     return tuple(torch.stack(x) for x in (losses, log_probs, coefficients, entropies))
 
 
-def surrogate(objective, log_pi, advantage, old, clip_low, clip_high, tau, rectify):
+def surrogate(objective, log_pi, advantage, old, clip_low, clip_high, tau, rectify, delta=None):
     """One token's loss, differentiable in log_pi, as the papers write it. old None: the policy itself."""
     pi = math.exp(float(log_pi.detach()))
     if objective in ("sft", "dft", "gft"):
@@ -97,12 +97,20 @@ def surrogate(objective, log_pi, advantage, old, clip_low, clip_high, tau, recti
     ratio = torch.exp(log_pi - (log_pi.detach() if old is None else old))
     if objective == "cispo":
         return -advantage * ratio.clamp(max=1 + clip_high).detach() * log_pi
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    outer = ratio if delta is None else ratio.clamp(max=delta)
+    return -torch.minimum(outer * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+
+
+def k3(u, cap=None):
+    """Schulman's estimate of the KL divergence at one token; past the cap, its tangent there."""
+    if cap is None or float(u.detach()) <= cap:
+        return torch.exp(u) - 1 - u
+    return math.exp(cap) - 1 - cap + (math.exp(cap) - 1) * (u - cap)
 
 
 def policy_losses(
     logits, targets, live, advantage, *, objective, old=None, ref=None, clip_low=0.2, clip_high=0.2, beta=0.0,
-    entropy_coef=0.0, tau=0.7, rectify="all", **transform,
+    entropy_coef=0.0, tau=0.7, rectify="all", delta=None, kl_cap=None, **transform,
 ):  # fmt: skip
     """Per-row loss (R,) in float64 of a named objective, differentiable in `logits` (R, V); `advantage`, `old`, `ref`
     are (R,) or, the last two, None."""
@@ -114,10 +122,9 @@ def policy_losses(
         log_pi = log_softmax(logits[r], **transform)
         chosen = log_pi[int(targets[r])]
         before = None if old is None else old[r].double()
-        loss = surrogate(objective, chosen, float(advantage[r]), before, clip_low, clip_high, tau, rectify)
+        loss = surrogate(objective, chosen, float(advantage[r]), before, clip_low, clip_high, tau, rectify, delta)
         if beta:
-            u = ref[r].double() - chosen
-            loss = loss + beta * (torch.exp(u) - 1 - u)
+            loss = loss + beta * k3(ref[r].double() - chosen, kl_cap)
         if entropy_coef:
             possible = log_pi[log_pi > -math.inf]
             loss = loss + entropy_coef * (possible.exp() * possible).sum()

@@ -8,12 +8,15 @@ import oracle
 import torch
 
 from gft_kernels import policy_loss
+from gft_kernels.options import Credit, Objective, RowCall
 
 OBJECTIVES = ("gft", "sft", "dft", "grpo", "dapo", "dr_grpo", "cispo")
 WITH_RATIO = ("grpo", "dapo", "dr_grpo", "cispo")
 IMITATION = ("sft", "dft")
 CLIPS = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "dr_grpo": (0.2, 0.2), "cispo": (0.0, 0.25)}
 PENALTIES = {"beta": 0.3, "entropy_coef": 0.2}
+CLIPPED = ("grpo", "dapo", "dr_grpo")
+BOUNDS = {"delta": 1.5, "beta": 0.3, "kl_cap": 0.4}  # each holds some rows of every problem
 UPSTREAM = 3.7
 
 
@@ -55,6 +58,17 @@ class PolicyProblem:
         (loss * torch.as_tensor(upstream, dtype=loss.dtype)).sum().backward()
         return out, leaf.grad
 
+    def row_call(self, surrogate: str, **options) -> RowCall:
+        """The same problem as a backend sees it, for backends that are asked without `policy_loss`."""
+        low, high = CLIPS.get(self.objective, (0.0, 0.0))
+        terms = {k: v for k, v in self.options.items() if k in ("beta", "entropy_coef", "delta", "kl_cap")}
+        objective = Objective(surrogate, clip_low=low, clip_high=high, old_log_probs_R=self.old.flatten(),
+                              ref_log_probs_R=self.ref.flatten(), **terms)  # fmt: skip
+        credit = Credit(self.targets.flatten(), self.mask.flatten(), advantages_R=self.advantages.flatten(),
+                        num_items=torch.tensor(17.0))  # fmt: skip
+        return RowCall(self.logits, credit, objective, want_gradient=True,
+                       defer_scale=self.logits.dtype == torch.float16, **options)  # fmt: skip
+
     def truth(self, upstream=UPSTREAM, weights=None):
         """Weighted losses (R,) and gradient (S, T, V) in float64."""
         advantages = torch.ones_like(self.advantages) if self.objective in IMITATION else self.advantages
@@ -89,6 +103,14 @@ def problem(objective, responses=6, length=4, vocabulary=131, dtype=torch.float3
     )
     ref = log_pi + torch.randn(rows, generator=generator) * 0.7
     return PolicyProblem(objective, logits, targets, mask, advantages, old, ref, options)
+
+
+def bounded_problem(dtype=torch.float32) -> PolicyProblem:
+    """Rows on both sides of every bound; the first's target is at -200 nats and its ratio e^200, where A < 0."""
+    case = problem("grpo", dtype=dtype, **BOUNDS)
+    case.logits[0, 0, 0] = float(case.logits[0, 0, -1]) + 200
+    case.advantages[0, 0], case.old[0, 0], case.ref[0, 0] = -1.0, -400.0, -0.5
+    return case
 
 
 def assert_right(case: PolicyProblem, loss, gradient, upstream=UPSTREAM, rtol=2e-5):

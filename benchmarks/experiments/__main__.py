@@ -1,4 +1,4 @@
-"""`python -m benchmarks.experiments`, which is `gft study`: run a study, write the page of its results."""
+"""`python -m benchmarks.experiments`: run a study, write the page of its results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.experiments import report, results, runner, settings
 from benchmarks.experiments.jobs import Folder
 
+PROGRAM = "python -m benchmarks.experiments"
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -18,19 +19,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.command(options)
     except (ValueError, OSError) as error:
-        print(f"gft study: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return BAD_INPUT
     except runner.StudyError as error:
-        print(f"gft study: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("gft study: interrupted", file=sys.stderr)
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="gft study", description="Compare training methods with seeds, error bars and controls."
+        prog="python -m benchmarks.experiments",
+        description="Compare training methods with seeds, error bars and controls.",
     )
     actions = parser.add_subparsers(required=True)
 

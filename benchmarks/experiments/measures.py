@@ -27,24 +27,14 @@ def _pass_at(k: int) -> Callable[[dict], float]:
     return lambda record: record["metrics"]["pass_at"].get(str(k), math.nan)
 
 
-def _gradient(number: Callable[[list[float]], float]) -> Callable[[dict], float]:
-    return lambda record: number(record["training"]["grad_norm"]) if "training" in record else math.nan
+def _gradient(number: int) -> Callable[[dict], float]:
+    """One of the quantiles of the gradient norm (training.QUANTILES)."""
+    return lambda record: record["training"]["grad_norm"][number] if "training" in record else math.nan
 
 
-def _window_mean(name: str) -> Callable[[dict], float]:
+def _mean_of(name: str) -> Callable[[dict], float]:
     """The mean over training of what the trainer logs under a name."""
-
-    def of(record):
-        values = record.get("training", {}).get("windows", {}).get(name)
-        return sum(values) / len(values) if values else math.nan
-
-    return of
-
-
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    return lambda record: record.get("training", {}).get("means", {}).get(name, math.nan)
 
 
 MEASURES = {
@@ -55,8 +45,8 @@ MEASURES = {
     "kl": Measure("KL to base", _metric("kl")),
     "retention": Measure("retention", _metric("retention")),
     "expert": Measure("expert, nats per token", _metric("expert_log_likelihood"), 2),
-    "grad_median": Measure("gradient norm, median", _gradient(_median), 2),
-    "grad_max": Measure("gradient norm, max", _gradient(max), 2),
-    "zero_std": Measure("zero-std groups", _window_mean("zero_std_groups"), 2),
-    "rectified": Measure("rectified", _window_mean("rectified"), 2),
+    "grad_median": Measure("gradient norm, median", _gradient(5), 2),
+    "grad_max": Measure("gradient norm, max", _gradient(10), 2),
+    "zero_std": Measure("zero-std groups", _mean_of("zero_std_groups"), 2),
+    "rectified": Measure("rectified", _mean_of("rectified"), 2),
 }

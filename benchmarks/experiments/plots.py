@@ -7,14 +7,13 @@ from pathlib import Path
 
 import matplotlib
 import numpy
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from benchmarks.experiments.measures import MEASURES
 from benchmarks.experiments.methods import label_of
 from benchmarks.experiments.results import Results
 from benchmarks.experiments.statistics import mean
-from benchmarks.plots import digest
+from benchmarks.plots import STYLE, save
 
 COMPARED = {
     "sft": "#c0392b", "sft-same": "#e67e22", "sft-mix": "#b7950b", "dft": "#7d3c98", "grpo": "#1e8449",
@@ -23,24 +22,19 @@ COMPARED = {
 BARS = ("sft", "sft-same", "gft", "grpo", "sft>grpo", "sft-same>grpo", "gft>grpo", "grpo>grpo", "sft>gft",
         "sft-same>gft", "sft-same>gft>grpo")  # fmt: skip
 GRADIENTS = ("sft", "sft-same", "dft", "gft-tau-0", "gft", "grpo")
-STYLE = {"svg.hashsalt": "gft", "svg.fonttype": "none", "font.size": 8, "axes.grid": True, "grid.alpha": 0.3}
 
 
 def draw(results: Results, experts: Sequence[str], page: Path) -> list[tuple[str, str]]:
     """Title and path, relative to the page, of every plot; a panel for each expert."""
-    folder, file = page.with_suffix(""), results.file
-    drawn_from = f"{file.parent.name}/{file.name} {digest(file)}"
-    folder.mkdir(exist_ok=True)
-    made = []
+    folder, made = page.with_suffix(""), []
     for stem, (title, panel) in PLOTS.items():
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=(4.6 * len(experts), 3.4), layout="constrained")
-            FigureCanvasSVG(figure)
             for axes, expert in zip(figure.subplots(1, len(experts), squeeze=False).flat, experts, strict=True):
                 axes.set_title(f"{results.study.name}, expert {expert}")
                 panel(axes, results, expert)
             name = f"{results.study.name}-{stem}.svg"
-            figure.savefig(folder / name, metadata={"Date": None, "Creator": None, "Source": drawn_from})
+            save(figure, folder / name, [results.file])
         made.append((title, f"{folder.name}/{name}"))
     return made
 
@@ -83,14 +77,13 @@ def pass_at_k(axes, results: Results, expert: str) -> None:
 
 
 def gradients(axes, results: Results, expert: str) -> None:
-    edges = numpy.logspace(-2.5, 2, 46)
     for chain, label, records in _arms(results, expert, GRADIENTS):
-        norms = numpy.concatenate([record["training"]["grad_norm"] for record in records])
-        norms = norms[norms > 0].clip(edges[0], edges[-1])  # 0: a step whose groups had no advantage at all
-        share, _ = numpy.histogram(norms, edges)
-        axes.stairs(share / max(share.sum(), 1), edges, label=label, color=COMPARED.get(chain, "#7f8c8d"))
+        quantiles = numpy.array([record["training"]["grad_norm"] for record in records]).clip(1e-3)
+        middle = numpy.exp(numpy.log(quantiles).mean(0))
+        shares = numpy.linspace(0, 1, len(middle))
+        axes.plot(middle, shares, label=label, color=COMPARED.get(chain, "#7f8c8d"), marker="o", markersize=2)
     axes.set_xscale("log")
-    axes.set(xlabel="gradient norm before clipping", ylabel="share of steps")
+    axes.set(xlabel="gradient norm before clipping", ylabel="share of steps with a smaller one")
     axes.legend(fontsize=6)
 
 

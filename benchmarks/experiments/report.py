@@ -29,8 +29,8 @@ DYNAMICS = ("grad_median", "grad_max", "zero_std", "rectified")
 INTRODUCTION = """# Experiments
 
 Does GFT hold what it promises? A study with seeds, error bars and controls, on models small enough for two CPU cores,
-trained by this project's own [trainer](training.md) and kernels. `gft study report` writes this page from the raw
-results in `benchmarks/results/experiments/`; no number is typed by hand. What to make of it in practice is in
+trained by this project's own [trainer](training.md) and kernels. `make docs` writes this page from the results in
+`benchmarks/results/experiments/`; no number is typed by hand. What to make of it in practice is in
 [Choosing a method](choosing.md). Models of 0.1 M parameters say how methods behave, not how large models will score.
 
 **How to read it.** *Mean ± standard error* over runs, a run being one base model and one seed; n is their number.

@@ -61,7 +61,7 @@ def read(path: str | Path) -> Results:
     """Raises: FileNotFoundError, ValueError for a file of another kind."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"results must be a .jsonl file written by `gft study run`, got {str(path)!r}.")
+        raise FileNotFoundError(f"results must be a .jsonl file that a study wrote, got {str(path)!r}; there is none.")
     head, *records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     if not isinstance(head, dict) or "study" not in head:
         raise ValueError(f"results must begin with the settings of a study, got something else in {path}.")

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gft_kernels.data.rows import OWN_FIELDS, Response, Row, encode_prompt, encode_response
+from gft_kernels.data.fields import OWN_FIELDS
+from gft_kernels.data.rows import Response, Row
+from gft_kernels.data.text import encode_prompt, encode_response
 from gft_kernels.trainer.groups import IGNORE, Group, collate
 
 RESPONSES_AT_ONCE = 128

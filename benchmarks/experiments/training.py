@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PrinterCallback
 
+from benchmarks.harness import quantile
 from gft_kernels.trainer import GFTConfig, GFTTrainer
 
 QUIET: dict[str, Any] = {
@@ -18,10 +19,9 @@ QUIET: dict[str, Any] = {
     "log_completions_steps": 0,
     "dataloader_num_workers": 0,
 }
-PER_STEP = ("grad_norm",)
 AVERAGED = ("reward/sampled", "entropy", "rectified", "zero_std_groups")
-HELD_OUT = ("eval_reward", "eval_expert_log_likelihood")
-WINDOW = 10  # optimizer steps averaged into one point of a curve
+QUANTILES = 10
+"""Gradient norms are kept as their 0, 1/10, …, 10/10 quantiles over the steps."""
 
 
 @dataclass
@@ -55,20 +55,22 @@ def train(model, task, stage: Stage) -> list[dict]:
 
 
 def summary(history: list[dict]) -> dict:
-    """The compact record of a stage: every gradient norm, window means of what is logged, the held-out curve."""
+    """The compact record of a stage: quantiles of the gradient norm, means of what is logged, the held-out curve."""
     steps = [line for line in history if "loss" in line]
     held_out = [line for line in history if "eval_runtime" in line]
-    windows = [steps[start : start + WINDOW] for start in range(0, len(steps), WINDOW)]
-    record: dict[str, Any] = {name: [rounded(line[name]) for line in steps] for name in PER_STEP}
-    record["windows"] = {
-        name: [rounded(sum(line[name] for line in window) / len(window)) for window in windows]
-        for name in AVERAGED
-        if all(name in line for line in steps)
+    norms = [line["grad_norm"] for line in steps]
+    return {
+        "grad_norm": [rounded(quantile(norms, i / QUANTILES)) for i in range(QUANTILES + 1)],
+        "means": {
+            name: rounded(sum(line[name] for line in steps) / len(steps))
+            for name in AVERAGED
+            if all(name in line for line in steps)
+        },
+        "held_out": {
+            "step": [line["step"] for line in held_out],
+            "eval_reward": [rounded(line["eval_reward"]) for line in held_out],
+        },
     }
-    record["held_out"] = {"step": [line["step"] for line in held_out]} | {
-        name: [rounded(line[name]) for line in held_out] for name in HELD_OUT if held_out and name in held_out[0]
-    }
-    return record
 
 
 def rounded(value: float, digits: int = 4) -> float:

@@ -30,7 +30,7 @@ GFT_HD float float_of(std::uint32_t bits) {
 GFT_HD float widen(float value) { return value; }
 GFT_HD float widen(BFloat16 value) { return float_of(std::uint32_t{value.bits} << 16); }
 
-// A half's denormals are read as integers: as float bits they would be denormal too, and flushed (flush_denormals.h).
+// A half's denormals are read as integers: as float bits they would be denormal too, and flushed (row_kernel.cpp).
 GFT_HD float widen(Float16 value) {
     const std::uint32_t size = value.bits & 0x7fffu, sign = (value.bits & 0x8000u) << 16;
     if (size < 0x400u) return float_of(sign | bits_of(static_cast<float>(size) * 0x1p-24f));

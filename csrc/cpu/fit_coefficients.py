@@ -1,4 +1,4 @@
-"""Fit the polynomials of row_kernel.h: 2^f on [0, 1) and tanh(x)/x as a ratio of polynomials in x².
+"""Fit the polynomials of vector_math.h: 2^f on [0, 1) and tanh(x)/x as a ratio of polynomials in x².
 
 Run it to reprint the tables. Lawson's iteration: weighted least squares on Chebyshev nodes, each weight multiplied by
 its node's error, converges to the smallest maximum of the relative error.

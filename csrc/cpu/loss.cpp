@@ -4,10 +4,13 @@
 #include <emmintrin.h>
 #endif
 
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
+#include "cpu/credit.h"
 #include "cpu/elements.h"
+#include "cpu/exact_row.h"
 #include "cpu/parallel.h"
 #include "gft/formulas.h"
 
@@ -37,9 +40,13 @@ void write_zeros(const LogitRows& rows, std::int64_t r) {
     std::memset(row, 0, static_cast<std::size_t>(bytes));
 }
 
-double transformed(double logit, const Transform& t) {
-    return transform(logit, t.logit_scale, t.softcap, t.temperature);
+// The passes that serve a transform.
+RowKernels passes_for(const Transform& t, const Execution& execution) {
+    if (in_float_range(t)) return *execution.kernels;
+    return {"exact", exact_statistics, exact_gradient, execution.kernels->scale};
 }
+
+bool inside(const LogitRows& logits, std::int64_t column) { return column >= 0 && column < logits.V; }
 
 // One row's softmax. The target stays out of the pass and joins in double: the loss keeps its relative precision as pi
 // goes to 1, where the mass of all the others is what is left of it.
@@ -69,6 +76,7 @@ struct RowView {
 
 RowView view_row(const RowCall& call, std::int64_t r, const RowKernels& kernels) {
     const std::int64_t target = call.credit.targets_R[r];
+    if (!inside(call.logits, target)) return {NAN, NAN, {NAN, NAN}, NAN};
     const double raw = read_element(row_of(call.logits, r), call.logits.dtype, target);
     const double logit = transformed(raw, call.transform);
     const bool want_entropy = needs_entropy(call.objective, call.out.entropy_R);
@@ -77,7 +85,7 @@ RowView view_row(const RowCall& call, std::int64_t r, const RowKernels& kernels)
     return {raw,
             log_prob(logit, row.others),
             {row.all.top, log_mass},
-            want_entropy ? entropy(log_mass, row.gap / row.all.mass) : 0.0};
+            want_entropy ? larger(entropy(log_mass, row.gap / row.all.mass), 0.0) : 0.0};  // where pi is 1: -1e-9
 }
 
 // fp16: a weight of 1/N times pi = 1e-6 is below the smallest half, so the row is stored at kFp16Peak instead. Returns
@@ -88,13 +96,13 @@ double split_scales(RowScales<double>& scales, const Transform& t) {
     const double slope = std::fabs(t.logit_scale / t.temperature);
     scales.scale = scales.scale / size * kFp16Peak / slope;
     scales.tilt = scales.tilt / size * kFp16Peak / slope;
-    return size * slope / kFp16Peak;
+    return std::fmin(size * slope / kFp16Peak, FLT_MAX);  // beyond, a stored 0 would become 0 * inf
 }
 
 void write_gradient(const void* row, void* out, const LogitRows& logits, std::int64_t target, const RowView& view,
                     const RowScales<double>& scales, const Transform& t, const RowKernels& kernels) {
     kernels.gradient(row, out, logits.dtype, logits.V, view.normaliser, scales, t);
-    if (target < 0 || target >= logits.V) return;
+    if (!inside(logits, target)) return;
     const double slope = transform_slope(view.target_logit, t.logit_scale, t.softcap, t.temperature);
     const double in_nats =
         dlogit_target(view.log_pi, scales.scale) + dlogit_tilted(view.log_pi, 0.0, scales.tilt, scales.entropy);
@@ -132,49 +140,54 @@ double run_row(const RowCall& call, const RowCredit& credit, std::int64_t r, con
 
 }  // namespace
 
-Fault row_loss(const RowCall& call, const Execution& execution) {
-    Fault fault;
-    const std::vector<RowCredit> credit = credit_rows(call.credit, call.logits.V, fault);
-    if (fault.kind != Fault::none) return fault;
+void row_loss(const RowCall& call, const Execution& execution) {
+    const std::vector<RowCredit> credit = credit_rows(call.credit);
+    const RowKernels kernels = passes_for(call.transform, execution);
     std::vector<double> loss_R(credit.size());
     for_each_row(call.credit.R, call.logits.V, execution.threads,
-                 [&](std::int64_t r) { loss_R[r] = run_row(call, credit[r], r, *execution.kernels); });
+                 [&](std::int64_t r) { loss_R[r] = run_row(call, credit[r], r, kernels); });
     double total = 0.0;
     for (std::size_t r = 0; r < loss_R.size(); ++r) {
         total += loss_R[r];
         if (call.credit.reduction == Reduction::none) call.out.loss[r] = static_cast<float>(loss_R[r]);
     }
     if (call.credit.reduction != Reduction::none) *call.out.loss = static_cast<float>(total);
-    return {};
 }
 
-void shard_statistics(const LogitRows& logits, const std::int64_t* columns_R, const std::uint8_t* read_R,
-                      const Transform& t, const ShardStatistics& out, const Execution& execution) {
+void shard_statistics(const Shard& shard, const std::uint8_t* read_R, const ShardStatistics<double>& out,
+                      const Execution& execution) {
+    const LogitRows& logits = shard.logits;
+    const Transform& t = shard.transform;
+    const RowKernels kernels = passes_for(t, execution);
     for_each_row(row_count(logits), logits.V, execution.threads, [&](std::int64_t r) {
-        RowStatistics shard{neg_inf<double>(), 0.0, 0.0};
+        const std::int64_t column = shard.columns_R[r];
+        RowStatistics found{neg_inf<double>(), 0.0, 0.0};
         double target_logit = 0.0;
         if (read_R[r] != 0) {
-            const bool here = columns_R[r] >= 0 && columns_R[r] < logits.V;
-            if (here) target_logit = transformed(read_element(row_of(logits, r), logits.dtype, columns_R[r]), t);
-            shard = execution.kernels->statistics(row_of(logits, r), logits.dtype, logits.V, here ? columns_R[r] : -1,
-                                                  here ? target_logit : neg_inf<double>(), t, out.gap_R != nullptr);
+            const bool here = inside(logits, column);
+            if (here) target_logit = transformed(read_element(row_of(logits, r), logits.dtype, column), t);
+            found = kernels.statistics(row_of(logits, r), logits.dtype, logits.V, here ? column : -1,
+                                       here ? target_logit : neg_inf<double>(), t, out.gap_R != nullptr);
         }
-        out.top_R[r] = shard.top;
-        out.mass_R[r] = shard.mass;
-        if (out.gap_R != nullptr) out.gap_R[r] = shard.gap;
+        out.top_R[r] = found.top;
+        out.mass_R[r] = found.mass;
+        if (out.gap_R != nullptr) out.gap_R[r] = found.gap;
         out.target_logit_R[r] = target_logit;
     });
 }
 
-void shard_gradient(const LogitRows& logits, const LogitRows& out, const std::int64_t* columns_R,
-                    const WholeRows& given, const Transform& t, const Execution& execution) {
+void shard_gradient(const Shard& shard, const AgreedRows& agreed, const LogitRows& out, const Execution& execution) {
+    const LogitRows& logits = shard.logits;
+    const RowKernels kernels = passes_for(shard.transform, execution);
     for_each_row(row_count(logits), logits.V, execution.threads, [&](std::int64_t r) {
-        const RowScales<double> scales{given.scale_R[r], given.tilt_R[r], given.entropy_R[r]};
+        const bool tilted = agreed.tilt_R != nullptr;
+        const RowScales<double> scales{agreed.scale_R[r], tilted ? agreed.tilt_R[r] : 0.0,
+                                       tilted ? agreed.entropy_R[r] : 0.0};
         if (scales.scale == 0.0 && scales.tilt == 0.0) return write_zeros(out, r);
-        RowView view{0.0, given.log_pi_R[r], {given.top_R[r], given.log_mass_R[r]}, 0.0};
-        const bool here = columns_R[r] >= 0 && columns_R[r] < logits.V;
-        if (here) view.target_logit = read_element(row_of(logits, r), logits.dtype, columns_R[r]);
-        write_gradient(row_of(logits, r), row_of(out, r), logits, columns_R[r], view, scales, t, *execution.kernels);
+        const std::int64_t column = shard.columns_R[r];
+        RowView view{0.0, agreed.log_pi_R[r], {agreed.top_R[r], agreed.log_mass_R[r]}, 0.0};
+        if (inside(logits, column)) view.target_logit = read_element(row_of(logits, r), logits.dtype, column);
+        write_gradient(row_of(logits, r), row_of(out, r), logits, column, view, scales, shard.transform, kernels);
     });
 }
 

@@ -1,9 +1,9 @@
-// The first pass over a row: its softmax beside one column. Included after one simd_*.h; the plan is in row_kernel.h.
+// The first pass over a row: its softmax beside one column. Included after one simd_*.h; the plan is in row_kernel.cpp.
 #pragma once
 
 #include <cmath>
 
-#include "cpu/row_kernels.h"
+#include "cpu/instruction_sets.h"
 #include "cpu/vector_math.h"
 
 namespace gft::cpu {

@@ -2,7 +2,7 @@
 // sum after it. Small kernels over S responses or R rows; nothing here is read back by the host.
 #pragma once
 
-#include "cuda/reduce.cuh"
+#include "cuda/softmax.cuh"
 #include "gft/formulas.h"
 
 namespace gft::cuda {

@@ -128,7 +128,7 @@ const char* absent() {
 }
 
 const char* unfit(int device) {
-    const Device& known = device_at(device);
+    const Device known = device_at(device);
     if (known.error != cudaSuccess) return cudaGetErrorString(known.error);
     return known.capability >= 80 ? nullptr : "the kernels need compute capability 8.0 or later";
 }
@@ -182,27 +182,26 @@ Outcome scale_rows(const LogitRows& gradient, const LogitRows& scaled, const flo
     });
 }
 
-Outcome observe_shard(const LogitRows& logits, const std::int64_t* columns_R, const std::uint8_t* read_R,
-                      const Transform& transform, const ShardStatistics& out, Place place) {
+Outcome shard_statistics(const Shard& shard, const std::uint8_t* read_R, const ShardStatistics<float>& out,
+                         Place place) {
     const Outcome chosen = outcome(cudaSetDevice(place.device), "choosing the device");
     if (chosen.code != 0) return chosen;
-    const ShardTask task{logits, {}, columns_R, read_R, view_of(transform), out, {}};
-    return with_type(logits.dtype, [&](auto type) {
+    const ShardTask task{shard, view_of(shard.transform), read_R, out, {}, {}};
+    return with_type(shard.logits.dtype, [&](auto type) {
         return launch("launching observe_shard_row", observe_shard_row<decltype(type)>,
-                      block_per_row(row_count(logits), kTwoPassThreads, sizeof(TwoPassShared)), place, task);
+                      block_per_row(row_count(shard.logits), kTwoPassThreads, sizeof(TwoPassShared)), place, task);
     });
 }
 
-Outcome shade_shard(const LogitRows& logits, const std::int64_t* columns_R, const ShardGradient& agreed,
-                    const Transform& transform, const LogitRows& gradient, Place place) {
+Outcome shard_gradient(const Shard& shard, const AgreedRows& agreed, const LogitRows& out, Place place) {
     const Outcome chosen = outcome(cudaSetDevice(place.device), "choosing the device");
     if (chosen.code != 0) return chosen;
-    const ShardTask task{logits, gradient, columns_R, nullptr, view_of(transform), {}, agreed};
-    return with_type(logits.dtype, [&](auto type) {
+    const ShardTask task{shard, view_of(shard.transform), nullptr, {}, agreed, out};
+    return with_type(shard.logits.dtype, [&](auto type) {
         using T = decltype(type);
         return launch("launching shade_shard_row",
                       agreed.tilt_R != nullptr ? shade_shard_row<T, true> : shade_shard_row<T, false>,
-                      block_per_row(row_count(logits), kTwoPassThreads, 0), place, task);
+                      block_per_row(row_count(shard.logits), kTwoPassThreads, 0), place, task);
     });
 }
 

@@ -40,31 +40,12 @@ Outcome scale_rows(const LogitRows& gradient, const LogitRows& scaled, const flo
 
 // ---- one vocabulary over several devices: each holds a range of columns of every row ----
 
-// A row's softmax over the columns here, without its target; nats, R long.
-struct ShardStatistics {
-    float* top_R;
-    float* mass_R;          // in units of e^top
-    float* gap_R;           // sum (z - top) * e^(z - top); null: no entropy wanted
-    float* target_logit_R;  // transformed; 0 where the target is on another device
-};
+// F1 over the columns here. A row that read_R leaves out gets the neutral state (-inf, 0).
+Outcome shard_statistics(const Shard& shard, const std::uint8_t* read_R, const ShardStatistics<float>& out,
+                         Place place);
 
-// What the devices agreed on, R long: the whole row's log pi, top, log mass and RowScales.
-struct ShardGradient {
-    const float* log_pi_R;
-    const float* top_R;
-    const float* log_mass_R;
-    const float* scale_R;
-    const float* tilt_R;     // null: no entropy bonus; where it and scale are 0 the row is not read, its gradient is 0
-    const float* entropy_R;  // null with tilt_R
-};
-
-// columns_R: the target's column on this device, or anything outside [0, V). Rows with read_R false keep the neutral
-// state (-inf, 0).
-Outcome observe_shard(const LogitRows& logits, const std::int64_t* columns_R, const std::uint8_t* read_R,
-                      const Transform& transform, const ShardStatistics& out, Place place);
-
-// F7 here; `gradient.data` may be `logits.data`: in place.
-Outcome shade_shard(const LogitRows& logits, const std::int64_t* columns_R, const ShardGradient& agreed,
-                    const Transform& transform, const LogitRows& gradient, Place place);
+// F7 over the columns here; `out.data` may be the logits': in place. A row whose scale and tilt are 0 is not read; its
+// gradient is exactly 0.
+Outcome shard_gradient(const Shard& shard, const AgreedRows& agreed, const LogitRows& out, Place place);
 
 }  // namespace gft::cuda

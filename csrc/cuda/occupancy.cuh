@@ -1,4 +1,5 @@
-// What a device offers and how many clusters of a kernel it holds: asked of the driver once, then remembered.
+// What a device offers and how many clusters of a kernel it holds: asked of the driver once, then remembered. An answer
+// is; a failure to answer is not, and the next call asks again.
 #pragma once
 
 #include <map>
@@ -41,16 +42,17 @@ Device ask_device(int index) {
     return device;
 }
 
-// Asked once per device and process.
-const Device& device_at(int index) {
+Device device_at(int index) {
     static std::mutex mutex;
-    static std::map<int, Device> devices;
+    static std::map<int, Device> known;
     const std::lock_guard lock(mutex);
-    const auto found = devices.find(index);
-    return found != devices.end() ? found->second : devices.emplace(index, ask_device(index)).first->second;
+    if (const auto found = known.find(index); found != known.end()) return found->second;
+    const Device device = ask_device(index);
+    if (device.error == cudaSuccess) known.emplace(index, device);
+    return device;
 }
 
-// Clusters of this shape the device holds at once; 0: it cannot place one. Asked once per shape and process.
+// Clusters of this shape the device holds at once; 0: it cannot place one, or does not say.
 int resident_clusters(const void* kernel, const ClusterPlan& plan, int device) {
     static std::mutex mutex;
     static std::map<std::tuple<int, const void*, int, int, int>, int> known;
@@ -58,9 +60,14 @@ int resident_clusters(const void* kernel, const ClusterPlan& plan, int device) {
     const auto key = std::make_tuple(device, kernel, plan.blocks, plan.threads, plan.shared_bytes);
     if (const auto found = known.find(key); found != known.end()) return found->second;
 
-    const Machine& machine = device_at(device).machine;
+    const Machine machine = device_at(device).machine;
+    cudaError_t error = cudaSuccess;
+    const auto done = [&](cudaError_t result) {
+        error = result;
+        return result == cudaSuccess;
+    };
     const auto set = [&](cudaFuncAttribute attribute, int value) {
-        return cudaFuncSetAttribute(kernel, attribute, value) == cudaSuccess;
+        return done(cudaFuncSetAttribute(kernel, attribute, value));
     };
     bool fits = set(cudaFuncAttributeMaxDynamicSharedMemorySize, machine.shared_per_block) &&
                 set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
@@ -76,14 +83,17 @@ int resident_clusters(const void* kernel, const ClusterPlan& plan, int device) {
         config.dynamicSmemBytes = static_cast<std::size_t>(plan.shared_bytes);
         config.attrs = &cluster;
         config.numAttrs = 1;
-        fits = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
+        fits = done(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
     } else if (fits) {
-        fits = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-                   &clusters, kernel, plan.threads, static_cast<std::size_t>(plan.shared_bytes)) == cudaSuccess;
+        fits = done(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, kernel, plan.threads,
+                                                                  static_cast<std::size_t>(plan.shared_bytes)));
         clusters *= machine.multiprocessors;
     }
-    if (!fits) (void)cudaGetLastError();
-    return known[key] = fits ? clusters : 0;
+    if (fits) return known[key] = clusters;
+    (void)cudaGetLastError();  // or the next call would report this error as its own
+    // A shape the device does not have is an answer too.
+    if (error == cudaErrorInvalidValue || error == cudaErrorInvalidClusterSize) known[key] = 0;
+    return 0;
 }
 
 }  // namespace

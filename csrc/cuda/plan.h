@@ -87,9 +87,8 @@ GFT_HD int threads_for(int capacity) {
 
 // The cluster-size rule: candidate number `choice` in order of preference; blocks = 0 past the last.
 //
-// 1. The smallest cluster whose slices let two blocks live on a multiprocessor: while one of them waits for its loads
-// or
-//    for the others of its cluster, the other one reads, reduces or writes. Small, because every block added to a
+// 1. The smallest cluster whose slices let two blocks live on a multiprocessor: while one of them waits for its loads,
+//    or for the others of its cluster, the other one reads, reduces or writes. Small, because every block added to a
 //    cluster adds a partner that all others wait for, and a cluster must fit into one GPC.
 //    V = 151936 bf16: a row is 296.75 KiB; half a multiprocessor of sm_90 holds 113 KiB; 4 blocks of 74.25 KiB.
 //    V = 32000 bf16: 62.5 KiB, 1 block. V = 262144 bf16: 8 of 64 KiB. V = 262144 fp32: 16 of 64 KiB.

@@ -148,7 +148,7 @@ GFT_DEVICE Verdict settle(const RowTask& task, const Part<T>& part, Softmax othe
 
     const float mean_gap = kEntropy ? kLn2 * all.gap / all.mass : 0.0f;
     RowScales<float> scales{};
-    if (kEntropy) scales.entropy = entropy(logf(all.mass), mean_gap);
+    if (kEntropy) scales.entropy = larger(entropy(logf(all.mass), mean_gap), 0.0f);  // where pi is 1: -1e-7
     const RowTerms<float> row = row_terms(log_pi, scales.entropy, part.advantage, part.row, task.objective);
     scales.scale = part.weight * row.kappa * task.view.chain;
     if (kEntropy) scales.tilt = part.weight * static_cast<float>(task.objective.entropy_coef) * task.view.chain;

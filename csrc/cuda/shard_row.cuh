@@ -3,28 +3,27 @@
 // so both kernels carry the difference of the two anchors (formed in doubles, once a row) over to the masses.
 #pragma once
 
-#include "cuda/launch.h"
 #include "cuda/two_pass_row.cuh"
 
 namespace gft::cuda {
 
 struct ShardTask {
-    LogitRows logits, gradient;
-    const std::int64_t* columns_R;
-    const std::uint8_t* read_R;
+    Shard shard;
     View view;
-    ShardStatistics statistics;
-    ShardGradient agreed;
+    const std::uint8_t* read_R;         // of observe_shard_row
+    ShardStatistics<float> statistics;  // of observe_shard_row
+    AgreedRows agreed;                  // of shade_shard_row
+    LogitRows gradient;                 // of shade_shard_row
 };
 
 constexpr double kLog2EDouble = 1.4426950408889634;
 
 template <class T>
 GFT_DEVICE Part<T> open_shard(const ShardTask& task, long long row) {
-    const int whole_row = slice_capacity(task.logits.V, sizeof(T), 1);
-    Part<T> part = locate_part<T>(task.logits, task.gradient, row, whole_row, 0, 1);
-    const std::int64_t column = task.columns_R[row];
-    if (column >= 0 && column < task.logits.V) part.target = static_cast<int>(column);
+    const LogitRows& logits = task.shard.logits;
+    Part<T> part = locate_part<T>(logits, task.gradient, row, slice_capacity(logits.V, sizeof(T), 1), 0, 1);
+    const std::int64_t column = task.shard.columns_R[row];
+    if (column >= 0 && column < logits.V) part.target = static_cast<int>(column);
     return part;
 }
 
@@ -32,8 +31,8 @@ template <class T>
 GFT_KERNEL(kTwoPassThreads, 1)
 observe_shard_row(const ShardTask task) {
     auto& shared = *reinterpret_cast<TwoPassShared*>(shared_memory());
-    const ShardStatistics& out = task.statistics;
-    for (long long row = block_index(); row < row_count(task.logits); row += block_count()) {
+    const ShardStatistics<float>& out = task.statistics;
+    for (long long row = block_index(); row < row_count(task.shard.logits); row += block_count()) {
         Part<T> part = open_shard<T>(task, row);
         const bool read = task.read_R[row] != 0;
         Softmax others = empty_softmax();
@@ -63,8 +62,8 @@ observe_shard_row(const ShardTask task) {
 template <class T, bool kEntropy>
 GFT_KERNEL(kTwoPassThreads, 1)
 shade_shard_row(const ShardTask task) {
-    const ShardGradient& agreed = task.agreed;
-    for (long long row = block_index(); row < row_count(task.logits); row += block_count()) {
+    const AgreedRows& agreed = task.agreed;
+    for (long long row = block_index(); row < row_count(task.shard.logits); row += block_count()) {
         Part<T> part = open_shard<T>(task, row);
         RowScales<float> scales{agreed.scale_R[row] * task.view.chain, 0.0f, 0.0f};
         if (kEntropy) {

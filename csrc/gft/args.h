@@ -48,7 +48,7 @@ struct Credit {
     std::int64_t S, R;
     const std::int64_t* targets_R;
     const std::uint8_t* mask_R;  // bool; null: every row whose target is not ignore_index is live
-    const float* rewards_S;      // need group_size or group_ids_S
+    const double* rewards_S;     // need group_size or group_ids_S; doubles, for 1e8 + 1 is not a float
     const float* advantages_S;
     const float* advantages_R;
     const float* weights_R;              // decided already: the loss is then the plain sum of w*loss
@@ -76,6 +76,8 @@ struct Objective {
     Surrogate surrogate;
     double clip_low, clip_high;    // of rho: grpo; cispo has the upper one
     double beta, entropy_coef;     // weights of the k3 penalty and of the entropy bonus
+    double delta;                  // grpo: rho above it is held there where A < 0; inf: no such bound
+    double kl_cap;                 // k3: beyond this log(pi_ref / pi) it goes on in a straight line; inf: nowhere
     const float* old_log_probs_R;  // of rho; null: on-policy, rho = 1
     const float* ref_log_probs_R;  // of k3; read where beta is not 0
 };
@@ -102,6 +104,29 @@ struct RowScales {
     Real scale;    // weight * kappa: of pi_v - 1[v = y]
     Real tilt;     // weight * lambda: of pi_v * (log pi_v + H)
     Real entropy;  // H in nats
+};
+
+// One device's columns of every row, where a vocabulary is spread over several.
+struct Shard {
+    LogitRows logits;
+    const std::int64_t* columns_R;  // the target's column here, or anything outside [0, V) if it lies elsewhere
+    Transform transform;
+};
+
+// A shard's part of each row's softmax, without its target; nats, R long.
+template <class Real>
+struct ShardStatistics {
+    Real* top_R;
+    Real* mass_R;          // sum of e^(z - top)
+    Real* gap_R;           // sum of (z - top) * e^(z - top); null: no entropy wanted
+    Real* target_logit_R;  // transformed; 0 where the target lies in another shard
+};
+
+// What all shards agreed on about each whole row: its log pi, top, log mass and RowScales; R long.
+struct AgreedRows {
+    const float *log_pi_R, *top_R, *log_mass_R;
+    const float* scale_R;
+    const float *tilt_R, *entropy_R;  // null, both: no entropy bonus
 };
 
 // One loss over logits.

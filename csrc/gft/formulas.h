@@ -125,25 +125,27 @@ GFT_HD Real log_ratio(Real log_a, Real log_b) {
     return log_a == log_b ? Real(0) : log_a - log_b;
 }
 
-// Whether the clip is active: A would push rho further beyond its bound. At the bound itself it is not.
+// Whether a bound holds rho: A would push it further out, or A < 0 and rho > delta. At a bound itself it does not.
+// delta, the dual clip, is beyond 1 + clip_high; inf: none.
 template <class Real>
-GFT_HD bool is_clipped(Real ratio, Real advantage, Real clip_low, Real clip_high) {
+GFT_HD bool is_clipped(Real ratio, Real advantage, Real clip_low, Real clip_high, Real delta) {
     if (advantage > Real(0)) return ratio > Real(1) + clip_high;
-    return advantage < Real(0) && ratio < Real(1) - clip_low;
+    return advantage < Real(0) && (ratio < Real(1) - clip_low || ratio > delta);
 }
 
-// F4 of grpo: rho, 0 where the clip is active.
+// F4 of grpo: rho, 0 where a bound holds it.
 template <class Real>
-GFT_HD Real clipped_coefficient(Real ratio, Real advantage, Real clip_low, Real clip_high) {
-    return is_clipped(ratio, advantage, clip_low, clip_high) ? Real(0) : ratio;
+GFT_HD Real clipped_coefficient(Real ratio, Real advantage, Real clip_low, Real clip_high, Real delta) {
+    return is_clipped(ratio, advantage, clip_low, clip_high, delta) ? Real(0) : ratio;
 }
 
-// F6 of grpo: -min(rho*A, clip(rho)*A), exactly 0 where A = 0.
+// F6 of grpo: -min(min(rho, delta)*A, clip(rho)*A), exactly 0 where A = 0.
 template <class Real>
-GFT_HD Real clipped_loss(Real ratio, Real advantage, Real clip_low, Real clip_high) {
+GFT_HD Real clipped_loss(Real ratio, Real advantage, Real clip_low, Real clip_high, Real delta) {
     if (advantage == Real(0)) return Real(0);
-    if (!is_clipped(ratio, advantage, clip_low, clip_high)) return -advantage * ratio;
-    return -advantage * (advantage > Real(0) ? Real(1) + clip_high : Real(1) - clip_low);
+    if (!is_clipped(ratio, advantage, clip_low, clip_high, delta)) return -advantage * ratio;
+    if (advantage > Real(0)) return -advantage * (Real(1) + clip_high);
+    return -advantage * (ratio > Real(1) ? delta : Real(1) - clip_low);
 }
 
 // F4 of cispo: min(rho, 1 + clip_high); a NaN stays a NaN.
@@ -152,16 +154,20 @@ GFT_HD Real capped_coefficient(Real ratio, Real clip_high) {
     return ratio > Real(1) + clip_high ? Real(1) + clip_high : ratio;
 }
 
-// The k3 estimate of KL(pi, pi_ref) at one token, e^u - 1 - u >= 0 with u = log pi_ref - log pi; +inf at u = +inf.
+// What the k3 estimate adds to kappa, per unit of its weight: its slope, e^u - 1 with u = log pi_ref - log pi, which
+// stays what it is at kl_cap; inf: no such bound.
 template <class Real>
-GFT_HD Real kl_loss(Real u) {
-    return u == -neg_inf<Real>() ? u : std::expm1(u) - u;
+GFT_HD Real kl_kappa(Real u, Real kl_cap) {
+    return std::expm1(u > kl_cap ? kl_cap : u);
 }
 
-// What the k3 estimate adds to kappa, per unit of its weight: e^u - 1 with u = log pi_ref - log pi.
+// The k3 estimate of KL(pi, pi_ref) at one token, e^u - 1 - u >= 0; beyond u = kl_cap its tangent there. +inf at u =
+// +inf.
 template <class Real>
-GFT_HD Real kl_kappa(Real u) {
-    return std::expm1(u);
+GFT_HD Real kl_loss(Real u, Real kl_cap) {
+    if (u == -neg_inf<Real>()) return u;
+    const Real slope = kl_kappa(u, kl_cap);
+    return u > kl_cap ? slope - kl_cap + slope * (u - kl_cap) : slope - u;
 }
 
 // The row coefficient of the gradient, A*C(pi): all that tells one objective of the family from another.
@@ -183,12 +189,12 @@ GFT_HD RowTerms<Real> row_terms(Real log_pi, Real entropy, Real advantage, std::
     if (o.surrogate == Surrogate::gft) {
         row.coefficient = coefficient(log_pi, row_tau(advantage, Real(o.tau), o.rectify == Rectify::all));
     } else {
-        const Real low = Real(o.clip_low), high = Real(o.clip_high);
+        const Real low = Real(o.clip_low), high = Real(o.clip_high), delta = Real(o.delta);
         const Real old_log_pi = o.old_log_probs_R == nullptr ? log_pi : Real(o.old_log_probs_R[r]);
         const Real ratio = std::exp(log_ratio(log_pi, old_log_pi));
         if (o.surrogate == Surrogate::grpo) {
-            row.coefficient = clipped_coefficient(ratio, advantage, low, high);
-            row.loss = clipped_loss(ratio, advantage, low, high);
+            row.coefficient = clipped_coefficient(ratio, advantage, low, high, delta);
+            row.loss = clipped_loss(ratio, advantage, low, high, delta);
         } else {
             row.coefficient = capped_coefficient(ratio, high);
         }
@@ -197,8 +203,8 @@ GFT_HD RowTerms<Real> row_terms(Real log_pi, Real entropy, Real advantage, std::
     if (o.surrogate != Surrogate::grpo) row.loss = token_loss(log_pi, row.kappa);
     if (o.beta != 0.0) {
         const Real u = log_ratio(Real(o.ref_log_probs_R[r]), log_pi);
-        row.kappa += Real(o.beta) * kl_kappa(u);
-        row.loss += Real(o.beta) * kl_loss(u);
+        row.kappa += Real(o.beta) * kl_kappa(u, Real(o.kl_cap));
+        row.loss += Real(o.beta) * kl_loss(u, Real(o.kl_cap));
     }
     if (o.entropy_coef != 0.0) row.loss -= Real(o.entropy_coef) * entropy;
     return row;

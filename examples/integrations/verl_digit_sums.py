@@ -22,7 +22,7 @@ from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, get_poli
 from verl.workers.config import ActorConfig
 
 from gft_kernels.data import digit_sum, scratch
-from gft_kernels.data.rows import encode_response
+from gft_kernels.data.text import encode_response
 from gft_kernels.integrations.verl import GFTPolicyLossConfig
 from gft_kernels.trainer import GFTConfig, GFTTrainer, Sampling, generate
 

@@ -7,13 +7,11 @@ How a row travels: docs/kernels.md#cuda. Sizes: S, T, R, V as in options.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from gft_kernels import _extension
-from gft_kernels.options import AgreedRows, RowCall, RowResult
+from gft_kernels.options import AgreedRows, RowCall, RowResult, ShardStatistics, gradient_for
 
 MAX_VOCABULARY = (1 << 31) - 1024
 """Columns are counted in 32 bits, with room for a step past the end."""
@@ -39,9 +37,21 @@ def refuses(call: RowCall) -> str | None:
         return f"logits must be on a CUDA GPU, got {logits.device}"
     if logits.shape[-1] > MAX_VOCABULARY:
         return f"the vocabulary must be at most {MAX_VOCABULARY}, got {logits.shape[-1]}"
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+    if logits.numel() and logits.stride(-1) != 1 and logits.shape[-1] > 1:
         return f"logits must have stride 1 along the vocabulary, got {logits.stride(-1)}; pass logits.contiguous()"
-    return _extension.kernels().cuda.unfit(logits.device.index)
+    return _extension.misaligned(call) or _beyond_float32(call) or _extension.kernels().cuda.unfit(logits.device.index)
+
+
+def _beyond_float32(call: RowCall) -> str | None:
+    """Why the transform's constants would not be normal float32 numbers, which is what these kernels compute in."""
+    sizes = {"logit_scale / temperature": call.logit_scale / call.temperature}
+    if call.softcap:
+        sizes |= {"softcap / temperature": call.softcap / call.temperature,
+                  "logit_scale / softcap": call.logit_scale / call.softcap}  # fmt: skip
+    for name, size in sizes.items():
+        if not 1e-30 <= abs(size) <= 1e30:
+            return f"{name} must lie within 1e-30 and 1e30 in size, got {size:g}"
+    return None
 
 
 def run(call: RowCall) -> RowResult:
@@ -58,7 +68,7 @@ def run(call: RowCall) -> RowResult:
 def scale(gradient_STV: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool) -> Tensor:
     """gradient·row_scale·upstream in float32, rounded once; upstream is () or (R,) and is read on the device only."""
     with torch.cuda.device(gradient_STV.device):
-        out = _gradient_for(gradient_STV, inplace)
+        out = gradient_for(gradient_STV, inplace)
         upstream = upstream.to(torch.float32).contiguous()
         _extension.kernels().cuda.scale_rows(
             gradient=_extension.logit_rows(gradient_STV),
@@ -71,61 +81,34 @@ def scale(gradient_STV: Tensor, row_scale_R: Tensor | None, upstream: Tensor, in
     return out
 
 
-class ShardStatistics(NamedTuple):
-    """A vocabulary shard's part of each row; float32 (R,), in nats. The state leaves the target out, as F3 wants it."""
-
-    top_R: Tensor
-    mass_R: Tensor  # sum of e^(z - top)
-    gap_R: Tensor | None  # sum of e^(z - top)·(z - top), for the entropy
-    target_logit_R: Tensor  # transformed; 0 where the target lies in another shard
-
-
 def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardStatistics:
-    """F1 and F2 over a vocabulary shard; see `ShardStatistics`.
+    """F1 and F2 over a vocabulary shard, in float32; see `ShardStatistics`.
 
     columns_R: (R,) int64, the target's column in this shard, or anything outside [0, V) if it lies in another.
     read_R: (R,) bool; rows it leaves out are not read and give the neutral state (-inf, 0).
     """
-    logits = call.logits_STV.detach()
-    with torch.cuda.device(logits.device):
-        top_R, mass_R, gap_R, target_logit_R = torch.empty(4, columns_R.numel(), device=logits.device)
+    with torch.cuda.device(call.logits_STV.device):
+        statistics, addresses = _extension.shard_results(call, columns_R.numel(), torch.float32)
         _extension.kernels().cuda.shard_statistics(
-            logits=_extension.logit_rows(logits),
-            columns_R=_extension.address(columns_R),
+            _extension.shard(call, columns_R),
             read_R=_extension.address(read_R),
-            transform=_extension.transform(call.logit_scale, call.softcap, call.temperature),
-            top_R=_extension.address(top_R),
-            mass_R=_extension.address(mass_R),
-            gap_R=_extension.address(gap_R),
-            target_logit_R=_extension.address(target_logit_R),
-            **_place(logits),
+            **addresses,
+            **_place(call.logits_STV),
         )
-    return ShardStatistics(top_R, mass_R, gap_R if call.needs_entropy else None, target_logit_R)
+    return statistics
 
 
 def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tensor:
     """F7 over a vocabulary shard, from what is known of the whole rows."""
-    logits, tilted = call.logits_STV.detach(), call.objective.entropy_coef != 0.0
-    with torch.cuda.device(logits.device):
-        out = _gradient_for(logits, call.inplace)
+    with torch.cuda.device(call.logits_STV.device):
+        out = gradient_for(call.logits_STV.detach(), call.inplace)
         _extension.kernels().cuda.shard_gradient(
-            logits=_extension.logit_rows(logits),
+            _extension.shard(call, columns_R),
+            agreed=_extension.agreed_rows(call, agreed),
             out=_extension.logit_rows(out),
-            columns_R=_extension.address(columns_R),
-            log_pi_R=_extension.address(agreed.log_pi_R),
-            top_R=_extension.address(agreed.top_R),
-            log_mass_R=_extension.address(agreed.log_mass_R),
-            scale_R=_extension.address(agreed.scale_R),
-            tilt_R=_extension.address(agreed.tilt_R if tilted else None),
-            entropy_R=_extension.address(agreed.entropy_R if tilted else None),
-            transform=_extension.transform(call.logit_scale, call.softcap, call.temperature),
-            **_place(logits),
+            **_place(call.logits_STV),
         )
     return out
-
-
-def _gradient_for(logits: Tensor, inplace: bool) -> Tensor:
-    return logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _place(tensor: Tensor) -> dict[str, int]:

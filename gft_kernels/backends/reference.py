@@ -33,7 +33,7 @@ class Block(NamedTuple):
 
     z_CV: Tensor
     top_C: Tensor
-    mass_C: Tensor
+    log_mass_C: Tensor
     log_pi_C: Tensor
 
 
@@ -78,9 +78,9 @@ def statistics(call: RowCall, logits_CV: Tensor, targets_C: Tensor) -> Block:
     """F1 to F3 over a block of rows. A target outside [0, V) gives a NaN log-probability."""
     z_CV, target_logit_C, inside_C, others_CV = _apart(call, logits_CV, targets_C)
     others_top_C, others_mass_C, _ = _state(others_CV)
-    log_pi_C = formulas.log_prob(target_logit_C, others_top_C, others_mass_C)
+    log_pi_C = formulas.log_prob(target_logit_C, others_top_C, others_mass_C).float()
     top_C, mass_C = formulas.observe(others_top_C, others_mass_C, target_logit_C)
-    return Block(z_CV, top_C, mass_C, torch.where(inside_C, log_pi_C, float("nan")))
+    return Block(z_CV, top_C, torch.log(mass_C).float(), torch.where(inside_C, log_pi_C, float("nan")))
 
 
 def _apart(call: RowCall, logits_CV: Tensor, columns_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -98,15 +98,18 @@ def _inside(columns_C: Tensor, z_CV: Tensor) -> Tensor:
 
 
 def _state(z_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """F1 over whole rows: top, mass, and e^(z - top), whose sum the mass is."""
+    """F1 over whole rows: top, mass, and e^(z - top), whose sum the mass is.
+
+    Float64 for the sum: where one token has nearly all of it, 1 + 1e-7 holds what entropy and its gradient are made of.
+    """
     top_C = z_CV.amax(1)
     anchor_C = torch.where(top_C == formulas.NEG_INF, 0.0, top_C)
     share_CV = torch.exp(z_CV - anchor_C[:, None])
-    return top_C, share_CV.sum(1), share_CV
+    return top_C, share_CV.sum(1, dtype=torch.float64), share_CV
 
 
 class ShardStatistics(NamedTuple):
-    """A vocabulary shard's part of each row; float32 (R,). The state leaves the target out, as F3 wants it."""
+    """A vocabulary shard's part of each row; float64 (R,). The state leaves the target out, as F3 wants it."""
 
     top_R: Tensor
     mass_R: Tensor  # sum of e^(z - top)
@@ -120,14 +123,14 @@ def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardS
     columns_R: (R,) int64, the target's column in this shard, or anything outside [0, V) if it lies in another.
     read_R: (R,) bool; rows it leaves out give the neutral state.
     """
-    out = ShardStatistics(*torch.zeros(4, columns_R.numel(), device=columns_R.device))
+    out = ShardStatistics(*torch.zeros(4, columns_R.numel(), dtype=torch.float64, device=columns_R.device))
     out.top_R.fill_(formulas.NEG_INF)
     for chosen, where in _row_blocks(call.logits_STV, read_R.nonzero()[:, 0]):
         _, target_logit_C, _, others_CV = _apart(call, call.logits_STV[where], columns_R[chosen])
         top_C, mass_C, share_CV = _state(others_CV)
         gap_CV = torch.where(share_CV == 0.0, 0.0, share_CV * (others_CV - top_C[:, None]))
         for column, value in zip(out, (top_C, mass_C, gap_CV.sum(1), target_logit_C), strict=True):
-            column[chosen] = value
+            column[chosen] = value.double()
     return out
 
 
@@ -138,7 +141,7 @@ def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tens
     for chosen, where in _row_blocks(logits, torch.arange(columns_R.numel(), device=logits.device)):
         z_CV = formulas.transform(logits[where].float(), call.logit_scale, call.softcap, call.temperature)
         part = AgreedRows(*(x[chosen] for x in agreed))
-        block = Block(z_CV, part.top_R, torch.exp(part.log_mass_R), part.log_pi_R)
+        block = Block(z_CV, part.top_R, part.log_mass_R, part.log_pi_R)
         scales = RowScales(part.scale_R, part.tilt_R, part.entropy_R)
         gradient[where] = block_gradient(call, block, logits[where], columns_R[chosen], scales)
     return gradient
@@ -166,18 +169,18 @@ def row_terms(objective: Objective, log_pi: Tensor, advantages: Tensor, entropy:
     else:
         ratio = torch.exp(formulas.log_ratio(log_pi, log_pi if o.old_log_probs_R is None else o.old_log_probs_R))
         if o.surrogate == "grpo":
-            coefficient = formulas.clipped_coefficient(ratio, advantages, o.clip_low, o.clip_high)
+            coefficient = formulas.clipped_coefficient(ratio, advantages, o.clip_low, o.clip_high, o.delta)
         else:
             coefficient = formulas.capped_coefficient(ratio, o.clip_high)
     kappa = formulas.kappa(advantages, coefficient)
     if o.surrogate == "grpo":
-        loss = formulas.clipped_loss(ratio, advantages, o.clip_low, o.clip_high)
+        loss = formulas.clipped_loss(ratio, advantages, o.clip_low, o.clip_high, o.delta)
     else:
         loss = formulas.token_loss(log_pi, kappa)
     if o.beta != 0.0:
         log_ratio = formulas.log_ratio(o.ref_log_probs_R, log_pi)
-        kappa = kappa + o.beta * formulas.kl_kappa(log_ratio)
-        loss = loss + o.beta * formulas.kl_loss(log_ratio)
+        kappa = kappa + o.beta * formulas.kl_kappa(log_ratio, o.kl_cap)
+        loss = loss + o.beta * formulas.kl_loss(log_ratio, o.kl_cap)
     if o.entropy_coef != 0.0:
         loss = loss - o.entropy_coef * entropy
     return RowTerms(coefficient, kappa, loss)
@@ -186,8 +189,8 @@ def row_terms(objective: Objective, log_pi: Tensor, advantages: Tensor, entropy:
 def entropy(block: Block) -> Tensor:
     """H of each row's distribution in nats; banned tokens (pi = 0) add nothing."""
     gap_CV = block.z_CV - block.top_C[:, None]
-    pi_CV = torch.exp(gap_CV) / block.mass_C[:, None]
-    return formulas.entropy(torch.log(block.mass_C), torch.where(pi_CV == 0.0, 0.0, pi_CV * gap_CV).sum(1))
+    pi_CV = torch.exp(gap_CV - block.log_mass_C[:, None])
+    return formulas.entropy(block.log_mass_C, torch.where(pi_CV == 0.0, 0.0, pi_CV * gap_CV).sum(1))
 
 
 class RowScales(NamedTuple):
@@ -217,7 +220,7 @@ def row_scales(
 
 def block_gradient(call: RowCall, block: Block, logits_CV: Tensor, targets_C: Tensor, scales_C: RowScales) -> Tensor:
     """F7 over a block of rows, with the transform's chain rule, rounded once to the logits' dtype."""
-    log_pi_CV = (block.z_CV - block.top_C[:, None]) - torch.log(block.mass_C)[:, None]
+    log_pi_CV = (block.z_CV - block.top_C[:, None]) - block.log_mass_C[:, None]
     scale_CV, tilt_CV, entropy_CV = (x[:, None] for x in scales_C)
     gradient_CV = formulas.dlogit_other(log_pi_CV, scale_CV)
     at_target = formulas.dlogit_target(block.log_pi_C, scales_C.scale)

@@ -1,7 +1,7 @@
 """The Triton backend: NVIDIA and AMD GPUs, or the CPU through Triton's interpreter (TRITON_INTERPRET=1, for tests).
 
-A call is a few small launches for the rows' credit, one launch for loss and gradient, and one for the sum. Nothing is
-read back by the host. Sizes: S, T, R, V as in options.py.
+A call is torch's few small operators for the rows' credit (advantages.py), one launch for loss and gradient, and the
+sum. Nothing is read back by the host. Sizes: S, T, R, V as in options.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gft_kernels.advantages import credit_rows
 from gft_kernels.options import FP16_PEAK, SURROGATES, AgreedRows, Objective, RowCall, RowResult
 
 MAX_VOCABULARY = 1 << 30  # columns are counted in 32 bits, with room for one tile more
@@ -54,15 +55,12 @@ def refuses(call: RowCall) -> str | None:
 
 def run(call: RowCall) -> RowResult:
     """Loss, statistics and, if wanted, the gradient of a call; see `RowResult`."""
-    from gft_kernels.triton_kernels.credit import total_kernel
-    from gft_kernels.triton_kernels.row_credit import LAUNCH, row_credit
     from gft_kernels.triton_kernels.row_loss import row_loss_kernel
 
-    logits = call.logits_STV.detach()
+    logits, rows = call.logits_STV.detach(), call.credit.targets_R.numel()
     with _on(logits.device):
-        credit = row_credit(call.credit, read_all=call.reads_every_live_row)
+        credit = credit_rows(call.credit)
         gradient = _gradient_for(logits, call.inplace) if call.want_gradient else None
-        rows = call.credit.targets_R.numel()
         loss_R, log_prob_R, coefficient_R = (_float32(logits, rows) for _ in range(3))
         entropy_R = _float32(logits, rows) if call.needs_entropy else None
         row_scale_R = _float32(logits, rows) if call.defer_scale and gradient is not None else None
@@ -71,7 +69,9 @@ def run(call: RowCall) -> RowResult:
             logits,
             logits if gradient is None else gradient,
             call.credit.targets_R,
-            *credit,
+            credit.live_R.view(torch.uint8),
+            credit.advantages_R,
+            credit.weights_R,
             loss_R,
             log_prob_R,
             coefficient_R,
@@ -85,15 +85,13 @@ def run(call: RowCall) -> RowResult:
             **_objective(call.objective),
             **_transform(call),
             peak=0.0 if row_scale_R is None else FP16_PEAK,
+            read_all=int(call.reads_every_live_row),
             want_gradient=int(gradient is not None),
             ENTROPY=call.needs_entropy,
             BLOCK=launch.block,
             **launch.options(),
         )
-        loss = loss_R
-        if call.credit.reduction != "none":
-            loss = torch.empty((), dtype=torch.float32, device=logits.device)
-            total_kernel[(1,)](loss_R, loss, R=rows, BLOCK=LAUNCH.rows)
+        loss = loss_R if call.credit.reduction == "none" else loss_R.sum(dtype=torch.float64).float()
     asked_R = entropy_R if call.want_entropy else None
     return RowResult(loss, log_prob_R, coefficient_R, credit.advantages_R, gradient, row_scale_R, asked_R)
 
@@ -201,7 +199,7 @@ def _on(device: torch.device) -> AbstractContextManager:
 
 
 def _row_launch(logits: Tensor, softcap: float = 0.0):
-    from gft_kernels.triton_kernels.configs import architecture, row_launch
+    from gft_kernels.triton_kernels.launch import architecture, row_launch
 
     name = architecture(logits.device.index) if logits.device.type == "cuda" else "interpreter"
     return row_launch(logits.shape[-1], logits.dtype, name, softcapped=softcap != 0.0)
@@ -224,7 +222,9 @@ def _objective(objective: Objective) -> dict[str, float]:
         "has_old": int(objective.old_log_probs_R is not None),
         "clip_low": objective.clip_low,
         "clip_high": objective.clip_high,
+        "delta": objective.delta,
         "beta": objective.beta,
+        "kl_cap": objective.kl_cap,
         "entropy_coef": objective.entropy_coef,
     }
 

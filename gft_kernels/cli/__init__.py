@@ -1,8 +1,9 @@
-"""The command `gft`: train, plot, env, demo, bench, study. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped."""
+"""The command `gft`: train, plot, env, demo. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -10,27 +11,42 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code. Heavy imports wait until a command needs them."""
-    parser, rest = _parser(), None
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "bench", "study"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.overrides = rest
+    for stream in (sys.stdout, sys.stderr):  # a console that cannot show a character ends nothing
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    find_here_last()
+    parser = _parser()
+    options, options.overrides = parser.parse_known_args(arguments)
+    if options.overrides and options.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
     try:
         return options.run(options)
     except KeyboardInterrupt:
-        print("gft: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        sentence, code = "interrupted", INTERRUPTED
     except ModuleNotFoundError as error:
-        print(f"gft: {error}; run pip install 'gft-kernels[train]'.", file=sys.stderr)
-        return BAD_INPUT
-    except ImportError as error:
-        print(f"gft: {error}", file=sys.stderr)
-        return BAD_INPUT
+        sentence, code = f"{error}; run pip install 'gft-kernels[train]'.", BAD_INPUT
+    except (ImportError, OSError, ValueError) as error:
+        sentence, code = one_line(error), BAD_INPUT
+    print(f"gft {options.command}: {sentence}", file=sys.stderr)
+    return code
+
+
+def find_here_last() -> None:
+    """Rewards and readers may lie in the caller's folder, but its matplotlib.py is not to stand in for the real one."""
+    here = os.getcwd()
+    if sys.path and sys.path[0] in ("", here):  # as `python -m` puts it
+        del sys.path[0]
+    if here not in sys.path:
+        sys.path.append(here)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="gft", description="Group Fine-Tuning: train, look at runs, check and measure the machine."
+        prog="gft", description="Group Fine-Tuning: train, look at runs, check the machine."
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -42,6 +58,9 @@ def _parser():
     )
     train.add_argument("--config", help="YAML file; see docs/training.md")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    train.add_argument(
+        "--resume-anyway", action="store_true", help="go on although settings, rows or the number of processes changed"
+    )
     train.add_argument("--data", help="training rows, instead of the configuration's")
     train.add_argument("--dry-run", action="store_true", help="check settings and data, count batches and memory, stop")
     train.add_argument("--ranks", type=int, help="processes to count with in a dry run (default: 1)")
@@ -60,13 +79,6 @@ def _parser():
     demo.add_argument("--data", help="full GSM8K: a directory with train.parquet, test.parquet and socratic/")
     demo.add_argument("--only", choices=("digit-sum", "gsm8k"), help="one of the two trainings")
     demo.set_defaults(run=_demo)
-
-    # the options of these two are those of the modules they hand over to: gft bench --help shows them
-    bench = commands.add_parser("bench", help="measure against the floor and other libraries", add_help=False)
-    bench.set_defaults(run=_bench)
-
-    study = commands.add_parser("study", help="compare training methods with seeds and error bars", add_help=False)
-    study.set_defaults(run=_study)
     return parser
 
 
@@ -74,22 +86,15 @@ def _train(options):
     from gft_kernels.cli.train import train
 
     if options.ranks is not None and (not options.dry_run or options.ranks < 1):
-        print(
-            "gft train: --ranks must be at least 1 and come with --dry-run; torchrun decides otherwise.",
-            file=sys.stderr,
-        )
-        return BAD_INPUT
-    return train(options.config, options.overrides, options.data, options.resume, options.dry_run, options.ranks)
+        raise ValueError("--ranks must be at least 1 and come with --dry-run; torchrun decides otherwise.")
+    flags = (options.resume, options.dry_run, options.ranks, options.resume_anyway)
+    return train(options.config, options.overrides, options.data, *flags)
 
 
 def _plot(options):
-    from gft_kernels.trainer.plots import draw
+    from gft_kernels.cli.plots import draw
 
-    try:
-        print(draw(options.directory, options.out))
-    except (FileNotFoundError, ValueError) as error:
-        print(f"gft plot: {error}", file=sys.stderr)
-        return BAD_INPUT
+    print(draw(options.directory, options.out))
     return DONE
 
 
@@ -102,27 +107,5 @@ def _env(options):
 def _demo(options):
     from gft_kernels.cli.demo import demo
 
-    try:
-        demo(options.out, options.data, options.only)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"gft demo: {error}", file=sys.stderr)
-        return BAD_INPUT
+    demo(options.out, options.data, options.only)
     return DONE
-
-
-def _bench(options):
-    return _hand_over(options, "benchmarks")
-
-
-def _study(options):
-    return _hand_over(options, "benchmarks.experiments")
-
-
-def _hand_over(options, module):
-    from gft_kernels.cli.source_tree import hand_over
-
-    try:
-        return hand_over(module, options.overrides)
-    except FileNotFoundError as error:
-        print(f"gft {options.command}: {error}", file=sys.stderr)
-        return BAD_INPUT

@@ -18,7 +18,7 @@ from gft_kernels.cli.train import summary
 from gft_kernels.data import digit_sum, gsm8k, scratch
 from gft_kernels.trainer import GFTConfig, GFTTrainer
 from gft_kernels.trainer.callbacks import StepLines
-from gft_kernels.trainer.objective import described
+from gft_kernels.trainer.config import described
 
 SHARED: dict[str, Any] = {"save_strategy": "no", "lr_scheduler_type": "cosine", "use_cpu": True, "seed": 0}
 SFT: dict[str, Any] = {

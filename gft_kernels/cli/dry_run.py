@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from gft_kernels.cli import plan
+from gft_kernels.cli.inputs import configuration, rows, user_code
 from gft_kernels.cli.settings import RunSettings
-from gft_kernels.cli.train import rows
-from gft_kernels.data.rows import Rows
-from gft_kernels.trainer import GFTConfig, plan
+from gft_kernels.data.rows import Limits, Rows
+from gft_kernels.trainer import GFTConfig
+from gft_kernels.trainer.config import described
 from gft_kernels.trainer.groups import check_sources
-from gft_kernels.trainer.objective import described
 from gft_kernels.trainer.rewards import Rewards
 
 GIB = 1 << 30
@@ -22,16 +23,15 @@ GIB = 1 << 30
 def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
     """The report. Raises ValueError, TypeError, OSError for what training would refuse."""
     on_cpu = {} if torch.cuda.is_available() else {"use_cpu": True}
-    config = GFTConfig(**{**options, **on_cpu})
+    config = configuration({**options, **on_cpu})
     records = rows(settings.data, settings.reader, "train")
-    rewards = Rewards(settings.rewards or (), config.reward_weights)
+    functions = [user_code(name, "reward function") for name in settings.rewards or ()]
+    rewards = Rewards(functions, config.reward_weights)
     tokenizer = local(AutoTokenizer, settings.tokenizer or settings.model)
     own_config = local(AutoConfig, settings.model)
     model_config = own_config or given_config(settings)
-    context = getattr(model_config, "max_position_embeddings", None)
-    kept = Rows(
-        records, "train_dataset", tokenizer or Unread(), config, context, sorted(rewards.required_columns())
-    )  # fmt: skip
+    limits, required = Limits.of(model_config), sorted(rewards.required_columns())
+    kept = Rows(records, "train_dataset", tokenizer or Unread(), config, limits, required)
     check_sources(config, kept, rewards)
     lines = [f"settings     {described(config)}; rollout {config.rollout}, backend {config.backend}"]
     longest = max(len(kept[i].prompt_ids) for i in range(len(kept)))
@@ -56,10 +56,13 @@ def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
 class Unread:
     """Stands in for a tokenizer that is not on this disk: every text has one token, so no length is checked."""
 
-    eos_token_id, chat_template = 0, "any"
+    eos_token_id, bos_token_id, chat_template = 1, None, "any"
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
         return {"input_ids": [0]}
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return "-"
 
     def apply_chat_template(self, messages: list[dict], **options: Any) -> str:
         return ""

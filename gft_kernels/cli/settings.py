@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from gft_kernels.trainer import GFTConfig
+
+SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|(api|access|secret)_?key)$", re.IGNORECASE)
+OF_THE_COMMAND = ("config", "resume", "resume_anyway", "dry_run", "ranks")
+# Bounds that TrainingArguments leaves to the optimizer, or to nobody.
+BOUNDS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps"),
+        (lambda x: 0 <= x < math.inf, "be 0 or positive and finite"),
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda x: 0 <= x < 1, "lie in [0, 1)")),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (lambda x: 0 < x < math.inf, "be positive")),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        (lambda x: x >= 1, "be at least 1"),
+    ),
+    "num_train_epochs": (lambda x: 0 < x < math.inf, "be positive and finite"),
+    "max_steps": (lambda x: x == -1 or x >= 1, "be at least 1, or -1 for whole epochs"),
+}
 
 
 @dataclass
@@ -29,10 +50,25 @@ class RunSettings:
     rollout_fn: str | None = None  # dotted path of a rollout function
 
 
+class Secret(str):
+    """A value no file and no message shows: pickled as None, since training_args.bin is pushed with the model."""
+
+    __slots__ = ()
+
+    def __repr__(self):
+        return "'***'"
+
+    def __reduce_ex__(self, protocol):
+        return type(None), ()
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 def load(config: str | None, flags: list[str], data: str | None) -> tuple[RunSettings, dict]:
     """The run's settings and the keyword arguments of GFTConfig, from file and flags.
 
-    Raises: FileNotFoundError, ValueError naming the key.
+    Raises: ValueError naming the key.
     """
     values = {**_read_yaml(config), **_read_flags(flags), **({"data": data} if data is not None else {})}
     own = {f.name for f in dataclasses.fields(RunSettings)}
@@ -40,44 +76,77 @@ def load(config: str | None, flags: list[str], data: str | None) -> tuple[RunSet
     known = own | {f.name for f in dataclasses.fields(GFTConfig) if f.init}
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
+            close = difflib.get_close_matches(str(key), {*known, *OF_THE_COMMAND}, 1)
             hint = f"did you mean `{close[0]}`?" if close else "see docs/training.md."
             raise ValueError(f"key `{key}` must be an option of gft train, got one that is not; {hint}")
-    values = {key: _as_kind(key, value, hints[key]) for key, value in values.items()}
+    values = {key: _hidden(_as_kind(key, value, hints[key]), key) for key, value in values.items()}
     for key in ("model", "data", "output_dir"):
-        if values.get(key) is None:
+        if not values.get(key):
             raise ValueError(f"key `{key}` must be given, got nothing; set it in the YAML file or by --{key}.")
+    for key, (holds, condition) in BOUNDS.items():
+        if isinstance(values.get(key), (int, float)) and not holds(values[key]):
+            raise ValueError(f"{key} must {condition}, got {values[key]!r}.")
     settings = RunSettings(**{key: value for key, value in values.items() if key in own})
     return settings, {key: value for key, value in values.items() if key not in own}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"key `{twice}` twice, the second time in line {node.start_mark.line + 1} or below")
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date like 2024-99-99
+        raise ValueError(f"{what} must be YAML, got {' '.join(str(error).split())}.") from None
 
 
 def _read_yaml(path):
     if path is None:
         return {}
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--config must be a YAML file, got {path!r}; there is no such file.")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be YAML, got {' '.join(str(error).split())}.") from None
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"--config must be a YAML file, got {path!r}; there is no such file.") from None
+    except OSError as error:
+        raise ValueError(f"--config must be a file that can be read, got {path!r}; {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8, got another encoding; {error}.") from None
+    values = _parse(text, path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold keys and values, got {type(values).__name__}.")
     return values
 
 
 def _read_flags(flags):
-    values, position = {}, 0
-    while position < len(flags):
-        key, given, value = flags[position].partition("=")
-        if not key.startswith("--"):
-            raise ValueError(f"flags must have the form --key value, got {flags[position]!r}.")
-        position += 1
+    values, rest = {}, list(flags)
+    while rest:
+        key, given, value = rest.pop(0).partition("=")
+        if not key.startswith("--") or key == "--":
+            raise ValueError(f"flags must have the form --key value, got {key + given + value!r}.")
         if not given:
-            if position == len(flags):
-                raise ValueError(f"flag {key} must be followed by a value, got nothing.")
-            value, position = flags[position], position + 1
-        values[key[2:].replace("-", "_")] = yaml.safe_load(value)
+            if not rest or rest[0].startswith("--"):
+                got = repr(rest[0]) if rest else "nothing"
+                raise ValueError(f"flag {key} must be followed by a value, got {got}.")
+            value = rest.pop(0)
+        values[key[2:].replace("-", "_")] = _parse(value, f"flag {key}")
     return values
+
+
+def _hidden(value: Any, key: Any) -> Any:
+    """The value with every text a Secret whose key says that it is one."""
+    if isinstance(value, dict):
+        return {name: _hidden(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_hidden(inner, key) for inner in value]
+    return Secret(value) if isinstance(value, str) and SECRET.search(str(key)) else value
 
 
 def _as_kind(key, value, hint):
@@ -100,5 +169,6 @@ def _as_kind(key, value, hint):
         return value  # an enumeration or the like: TrainingArguments checks it
     if not any(type(value) is kind for kind in simple):
         names = " or ".join(kind.__name__ for kind in simple)
-        raise ValueError(f"key `{key}` must be {names}, got {value!r}.")
+        shown = "a value" if SECRET.search(key) else repr(value)
+        raise ValueError(f"key `{key}` must be {names}, got {shown}.")
     return value

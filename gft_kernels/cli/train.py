@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import os
+import errno
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
-import yaml
+from safetensors import SafetensorError
 
-from gft_kernels.cli import BAD_INPUT, DONE, FAILED, INTERRUPTED
+from gft_kernels.cli import BAD_INPUT, DONE, FAILED, INTERRUPTED, folder, one_line
+from gft_kernels.cli.inputs import BAD, configuration, rows, tokenizer_of, user_code
+from gft_kernels.cli.plots import draw
 from gft_kernels.cli.settings import RunSettings, load
-from gft_kernels.data.rows import check_record
-from gft_kernels.trainer import GFTConfig, GFTTrainer, RewardError, SaveOnInterrupt, read_records
-from gft_kernels.trainer.callbacks import StepLines, read_metrics
-from gft_kernels.trainer.objective import described
-from gft_kernels.trainer.plots import draw
-from gft_kernels.trainer.rewards import find
+from gft_kernels.trainer import GFTTrainer, RewardError, SaveOnInterrupt
+from gft_kernels.trainer.callbacks import StepLines, read_metrics, say
+from gft_kernels.trainer.checkpoints import Manifests, newest_whole
+from gft_kernels.trainer.config import described
 
 
 def train(
-    config: str | None, flags: list[str], data: str | None, resume: bool, dry: bool = False, ranks: int | None = None
+    config: str | None,
+    flags: list[str],
+    data: str | None,
+    resume: bool,
+    dry: bool = False,
+    ranks: int | None = None,
+    anyway: bool = False,
 ) -> int:
     """One training run, or the report of a dry one; returns the exit code."""
-    sys.path.insert(0, os.getcwd())  # rewards and readers may lie beside the configuration
-    stop = SaveOnInterrupt()
     try:
         settings, options = load(config, flags, data)
         if dry:
@@ -34,100 +37,108 @@ def train(
 
             print(dry_run(settings, options, ranks or 1))
             return DONE
-        checkpoint = starting_point(options["output_dir"], resume)
-        trainer = build(settings, options, checkpoint, stop)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"gft train: {error}", file=sys.stderr)
-        return BAD_INPUT
-    announce(trainer, checkpoint)
+        with folder.locked(options["output_dir"]):
+            return run(settings, options, resume or anyway, anyway)
+    except BAD as error:
+        return ended(BAD_INPUT, one_line(error))
+
+
+def run(settings: RunSettings, options: dict[str, Any], resume: bool, anyway: bool) -> int:
+    """Builds the trainer (raises for bad input), trains, and says how it ended."""
+    stop = SaveOnInterrupt()
+    checkpoint, notes = folder.starting_point(options["output_dir"], resume, anyway)
+    trainer = build(settings, options, checkpoint, stop, notes, anyway)
+    output_dir = str(trainer.args.output_dir)
+    announce(trainer, checkpoint, notes)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if stop.interrupted:
-            print(f"stopped after step {trainer.state.global_step}; {go_on(trainer.args.output_dir)}", file=sys.stderr)
-            return INTERRUPTED
+            return ended(INTERRUPTED, f"stopped after step {trainer.state.global_step}; {go_on(output_dir)}")
+        if checkpoint is not None and checkpoint.name == f"checkpoint-{trainer.state.global_step}":
+            say(f"{checkpoint} is the end of the run: no step was left; raise max_steps or num_train_epochs for more")
         finish(trainer)
     except KeyboardInterrupt:
-        print(f"\nstopped at once; {go_on(trainer.args.output_dir)}", file=sys.stderr)
-        return INTERRUPTED
+        return ended(INTERRUPTED, f"stopped at once; {go_on(output_dir)}")
+    except SystemExit as error:
+        return ended(FAILED, f"a reward or rollout_fn ended the process by exit({error.code}); {go_on(output_dir)}")
     except Exception as error:
-        if not isinstance(error, RewardError):
+        why = one_line(error)
+        if is_full(error):
+            why = f"a file could not be written whole ({why}); make room on the disk"
+        elif not isinstance(error, RewardError):
             traceback.print_exc()
-        print(f"gft train: {error}\n{go_on(trainer.args.output_dir)}", file=sys.stderr)
-        return FAILED
+        return ended(FAILED, f"{why}\n{go_on(output_dir)}")
     return DONE
 
 
-def starting_point(output_dir: str, resume: bool) -> str | None:
-    """The checkpoint to go on from, or None for a fresh run. Raises ValueError if the directory says otherwise."""
-    last = last_checkpoint(output_dir)
-    if resume and last is None:
-        raise ValueError(f"--resume must find a checkpoint in output_dir, got none in {output_dir!r}.")
-    if not resume and last is not None:
-        raise ValueError(f"output_dir must be free of checkpoints, got {last!r}; add --resume or choose another one.")
-    return last
+def ended(code: int, sentence: str) -> int:
+    say(f"gft train: {sentence}", sys.stderr)
+    return code
 
 
-def last_checkpoint(output_dir: str) -> str | None:
-    """The newest complete checkpoint; its trainer_state.json is written last, so one without it was cut short."""
-    complete = [p.parent for p in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
-    numbered = [p for p in complete if p.name.partition("-")[2].isdigit()]
-    return str(max(numbered, key=lambda p: int(p.name.partition("-")[2]))) if numbered else None
+def is_full(error: Exception) -> bool:
+    """Whether a disk, a quota or a file's size limit kept something from being written."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    # the writers of safetensors and torch say it in words only
+    signs = (*(f"os error {number}" for number in numbers), "PytorchStreamWriter failed", "unexpected pos")
+    return isinstance(error, (SafetensorError, RuntimeError)) and any(sign in str(error) for sign in signs)
 
 
-def build(settings: RunSettings, options: dict, checkpoint: str | None, stop: SaveOnInterrupt) -> GFTTrainer:
-    """The trainer of a run, everything about it checked."""
+def build(
+    settings: RunSettings,
+    options: dict[str, Any],
+    checkpoint: Path | None,
+    stop: SaveOnInterrupt,
+    notes: list[str],
+    anyway: bool,
+) -> GFTTrainer:
+    """The trainer of a run, everything about it checked; what is to be said of it is added to `notes`."""
     held_out = settings.eval_data
-    options = {"eval_on_start": held_out is not None and checkpoint is None, **options}
+    given, options = options, {"eval_on_start": held_out is not None and checkpoint is None, **options}
     if held_out is None and (options["eval_on_start"] or options.get("eval_strategy", "no") != "no"):
         raise ValueError(
             "eval_data must be given where eval_on_start or eval_strategy asks for evaluation, got nothing."
         )
-    args = GFTConfig(**options)
+    args = configuration(options)
+    rewards = [user_code(name, "reward function") for name in settings.rewards or ()]
+    rollout_fn = user_code(settings.rollout_fn, "rollout_fn") if settings.rollout_fn else None
     train_rows = rows(settings.data, settings.reader, "train")
     eval_rows = None if held_out is None else rows(held_out, settings.eval_reader or settings.reader, "test")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer or settings.model)
-    trainer = GFTTrainer(
-        settings.model,
-        args,
-        train_rows,
-        eval_rows,
-        tokenizer,
-        reward_funcs=settings.rewards or (),
-        rollout_fn=find(settings.rollout_fn, "rollout_fn") if settings.rollout_fn else None,
-        callbacks=[stop],
-    )
+    made_of = folder.run_of(settings, given, train_rows)
+    if checkpoint is not None:
+        notes += folder.changes(checkpoint, made_of, anyway)
+    tokenizer = tokenizer_of(settings)
+    try:
+        trainer = GFTTrainer(
+            settings.model, args, train_rows, eval_rows, tokenizer,
+            reward_funcs=rewards, rollout_fn=rollout_fn, callbacks=[stop],
+        )  # fmt: skip
+    except SafetensorError as error:
+        raise ValueError(f"model must have whole weights, got {settings.model!r}; {error}.") from None
+    trainer.remove_callback(Manifests)
+    trainer.add_callback(Manifests(made_of))
     if not args.disable_tqdm:
         StepLines.install(trainer)
     if args.should_save:
-        record = yaml.safe_dump({**vars(settings), **options}, sort_keys=False)
-        Path(str(args.output_dir), "run.yaml").write_text(record, encoding="utf-8")
+        notes += folder.begin(str(args.output_dir), settings, given, fresh=checkpoint is None)
     return trainer
 
 
-def rows(path: str, reader: str | None, split: str) -> list:
-    """Rows of a file, or of whatever a reader makes of the path; each checked where it was read."""
-    if reader is None:
-        records = read_records(path)
-        for record in records:
-            check_record(record, record.where)
-        return records
-    read = find(reader, "reader")
-    if "split" in inspect.signature(read).parameters:
-        read = functools.partial(read, split=split)
-    return read(None if path == "sample" else path)
-
-
-def announce(trainer: GFTTrainer, checkpoint: str | None) -> None:
+def announce(trainer: GFTTrainer, checkpoint: Path | None, notes: list[str]) -> None:
     args, train_rows, held_out = trainer.args, trainer.train_dataset, trainer.eval_dataset
+    if not trainer.is_world_process_zero():
+        return
     assert train_rows is not None and trainer.model is not None
+    for note in notes:
+        say(f"gft train: {note}", sys.stderr)
     size = sum(p.numel() for p in trainer.model.parameters())
     given = "offline responses" if train_rows.offline else f"{args.num_demonstrations} demonstrations"
-    print(f"{size / 1e6:.1f} M parameters on {args.device}, {len(train_rows)} rows, {count(held_out)} held out")
-    print(f"group: {given} + {args.num_generations} sampled; {described(args)}, backend {args.backend}")
+    say(f"{size / 1e6:.1f} M parameters on {args.device}, {len(train_rows)} rows, {count(held_out)} held out")
+    say(f"group: {given} + {args.num_generations} sampled; {described(args)}, backend {args.backend}")
     if checkpoint is not None:
-        print(f"going on from {checkpoint}")
+        say(f"going on from {checkpoint}")
 
 
 def count(held_out) -> int:
@@ -142,7 +153,7 @@ def finish(trainer: GFTTrainer) -> None:
     if trainer.eval_dataset is not None and step not in evaluated:
         trainer.evaluate()
     if trainer.is_world_process_zero():
-        print(summary(output_dir))
+        say(summary(output_dir))
 
 
 def summary(run: str) -> str:
@@ -163,5 +174,5 @@ def summary(run: str) -> str:
 
 
 def go_on(output_dir: str | None) -> str:
-    last = last_checkpoint(str(output_dir))
-    return f"go on from {last} with --resume" if last else "no checkpoint was saved"
+    last, torn = newest_whole(str(output_dir), folder.RANKS)
+    return "; ".join([*torn, f"go on from {last} with --resume" if last else "no checkpoint was saved"])

@@ -1,1 +1,1 @@
-"""Two self-contained tasks for examples and the demo: GSM8K (a sample ships) and sums of digits made on the fly."""
+"""What is trained on: files of rows, their text as tokens, and tasks that need no download (GSM8K, sums of digits)."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from gft_kernels.data.rows import Record, RowError, read_records
+from gft_kernels.data.readers import Record, RowError, read_records
 
 SAMPLE = Path(__file__).parent / "samples"
 CALCULATION = re.compile(r"<<[^>]*>>")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gft_kernels.data.rows import Record, RowError, is_messages, is_text, read_records
+from gft_kernels.data.fields import is_messages, is_text
+from gft_kernels.data.readers import Record, RowError, read_records
 
 
 def read_rows(path: str | Path, split: str = "train") -> list[Record]:

@@ -1,37 +1,23 @@
-"""Rows: what a training file holds, checked and tokenised before training begins."""
+"""Rows: what a training file holds, checked before training begins and tokenised when asked for."""
 
 from __future__ import annotations
 
-import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 from torch.utils.data import Dataset
 
-OWN_FIELDS = ("prompt", "demonstrations", "responses", "rewards")
-
-
-class RowError(ValueError):
-    """A row of the data cannot be used; the message names its file, line and field."""
-
-
-class Record(dict):
-    """One row as read from a file, with the place it came from."""
-
-    where = "a row"
-
-    @classmethod
-    def at(cls, where: str, fields: dict) -> Record:
-        record = cls(fields)
-        record.where = where
-        return record
+from gft_kernels.data import text
+from gft_kernels.data.fields import OWN_FIELDS, check_record
+from gft_kernels.data.readers import Record, RowError
 
 
 @dataclass
 class Response:
-    """One response of a group. `ids` end in the end-of-text token where the response ended by itself."""
+    """One response of a group. `ids` end in an end token where the response ended by itself; `text` is without it."""
 
     text: str
     ids: list[int]
@@ -52,107 +38,46 @@ class Row:
     absent: bool = False  # a place in a batch that the rows did not suffice for (ranks.EvenSampler)
 
 
-def read_records(path: str | Path) -> list[Record]:
-    """Rows of a .jsonl, .json or .parquet file, each knowing its place.
+@dataclass(frozen=True)
+class Limits:
+    """What a model can read; None: not known."""
 
-    Raises: RowError naming file and line; FileNotFoundError; ValueError for another kind of file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data must be a file, got {str(path)!r}; there is no such file.")
-    if path.suffix == ".jsonl":
-        return list(_json_lines(path))
-    if path.suffix == ".json":
-        rows, unit = json.loads(path.read_text(encoding="utf-8")), "item"
-        if not isinstance(rows, list):
-            raise RowError(f"{path}: must hold a list of rows, got {type(rows).__name__}.")
-    elif path.suffix == ".parquet":
-        import pyarrow.parquet
+    context: int | None = None  # tokens of prompt and response
+    vocabulary: int | None = None  # rows of the embedding
 
-        rows, unit = pyarrow.parquet.read_table(path).to_pylist(), "row"
-    else:
-        raise ValueError(f"data must be a .jsonl, .json or .parquet file, got {str(path)!r}.")
-    return [_record(fields, f"{path}, {unit} {number}") for number, fields in enumerate(rows, 1)]
-
-
-def _json_lines(path):
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                try:
-                    fields = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise RowError(f"{where}: must be one JSON object, got {error}.") from None
-                yield _record(fields, where)
-
-
-def _record(fields, where):
-    if not isinstance(fields, dict):
-        raise RowError(f"{where}: must be an object with fields, got {type(fields).__name__}.")
-    return Record.at(where, fields)
-
-
-def check_record(record: dict, where: str) -> None:
-    """Raises RowError naming the place and the field if a row's own fields are malformed."""
-
-    def require(holds, name, condition):
-        if not holds:
-            raise RowError(f"{where}: field `{name}` must {condition}, got {_excerpt(record.get(name))}.")
-
-    prompt = record.get("prompt")
-    require(is_text(prompt) or is_messages(prompt), "prompt", "be text or a list of {role, content} messages")
-    for name in ("demonstrations", "responses"):
-        texts = record.get(name)
-        require(texts is None or (_is_list(texts) and all(map(is_text, texts))), name, "be a list of non-empty texts")
-    responses, rewards = record.get("responses"), record.get("rewards")
-    require(rewards is None or (_is_list(rewards) and all(map(_is_number, rewards))), "rewards", "be a list of numbers")
-    require((responses is None) == (rewards is None), "rewards", "come together with `responses`")
-    require(responses is None or len(responses) == len(rewards or ()), "rewards", "hold one number per response")
-    require(responses is None or len(responses) > 0, "responses", "hold at least one response")
-    require(responses is None or not record.get("demonstrations"), "demonstrations", "be absent where `responses` is")
-
-
-def is_text(value):
-    return isinstance(value, str) and value.strip() != ""
-
-
-def _is_list(value):
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_messages(value):
-    return (
-        _is_list(value)
-        and len(value) > 0
-        and all(isinstance(m, dict) and is_text(m.get("role")) and isinstance(m.get("content"), str) for m in value)
-    )
-
-
-def _excerpt(value, width=60):
-    text = "nothing" if value is None else f"{type(value).__name__} {value!r}"
-    return text if len(text) <= width else text[: width - 1] + "…"
+    @classmethod
+    def of(cls, config: Any) -> Limits:
+        """From a transformers configuration, of whose parts the decoder of text is the one that counts."""
+        text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        return cls(getattr(text_config, "max_position_embeddings", None), getattr(text_config, "vocab_size", None))
 
 
 class Rows(Dataset):
-    """A checked view of a list of rows or a datasets.Dataset that tokenises each row when it is asked for.
+    """A checked view of rows (a list, a datasets.Dataset, a pandas.DataFrame) that tokenises each when asked for it.
 
     Raises: RowError for a malformed row, a missing column, or (overlong="error") a row beyond a length limit.
+    Warns, once for each kind, of prompts that are hardly meant so.
     """
 
-    def __init__(self, records, name, tokenizer, config, context, required_columns=()):
+    def __init__(self, records, name, tokenizer, config, limits: Limits, required_columns: Sequence[str] = ()):
+        if hasattr(records, "iloc"):  # a pandas.DataFrame, whose items are columns
+            records = records.to_dict("records")
         if not hasattr(records, "__len__") or not hasattr(records, "__getitem__") or isinstance(records, (str, dict)):
             raise TypeError(f"{name} must be a list of rows or a datasets.Dataset, got {type(records).__name__}.")
-        self.records, self.name, self.tokenizer, self.config, self.context = records, name, tokenizer, config, context
+        self.records, self.name, self.tokenizer, self.config, self.limits = records, name, tokenizer, config, limits
         self.required_columns = required_columns
-        self.offline = len(records) > 0 and records[0].get("responses") is not None
-        self.kept = [i for i in range(len(records)) if self._usable(i)]
+        self.offline = len(records) > 0 and self._record(0)[0].get("responses") is not None
+        if self.offline and config.overlong == "truncate":
+            raise ValueError(
+                "overlong must be 'error' or 'drop' where rows bring `rewards`, got 'truncate'; "
+                "a reward is that of the whole response."
+            )
+        doubts: dict[str, str] = {}
+        self.kept = [i for i in range(len(records)) if self._usable(i, doubts)]
         if not self.kept:
             raise RowError(f"{name} must hold at least one usable row, got {len(records)} rows and kept none.")
+        for sentence in doubts.values():
+            warnings.warn(f"{sentence}; it is the first such row.", stacklevel=2)
 
     def __len__(self):
         return len(self.kept)
@@ -160,32 +85,52 @@ class Rows(Dataset):
     def __getitem__(self, index: int | None) -> Row:
         if index is None:
             return Row("", [self.tokenizer.eos_token_id], [], where="no row", absent=True)
-        return self._row(self.kept[index])
-
-    def _row(self, i):
-        record = self.records[i]
-        if self.offline:
-            texts, sources = record["responses"], ["offline"] * len(record["responses"])
-        else:
-            texts = list(record.get("demonstrations") or [])[: self.config.num_demonstrations]
-            sources = ["expert"] + ["teacher"] * (len(texts) - 1)
-        given = [Response(t, encode_response(self.tokenizer, t), s) for t, s in zip(texts, sources, strict=False)]
+        record, where = self._record(self.kept[index])
+        prompt_ids, encoded = self._encoded(record, where)
+        ends, skip = text.end_tokens(self.tokenizer), self.config.skip_special_tokens
+        texts = [text.decode(self.tokenizer, ids, ends, skip) for ids in encoded]
+        given = [Response(*fields) for fields in zip(texts, encoded, self._texts(record)[1], strict=True)]
         for response, reward in zip(given, record.get("rewards") or [], strict=False):
             response.reward = float(reward)
         columns = {key: value for key, value in record.items() if key not in OWN_FIELDS}
-        prompt = record["prompt"]
-        return Row(prompt, encode_prompt(self.tokenizer, prompt), given, columns, self._where(i))
+        return Row(record["prompt"], prompt_ids, given, columns, where)
 
-    def _where(self, i):
-        return getattr(self.records[i], "where", f"{self.name}[{i}]")
+    def _record(self, i: int) -> tuple[dict[str, Any], str]:
+        """The fields of a row, and where it stands."""
+        given = self.records[i]
+        where = given.where if isinstance(given, Record) else f"{self.name}[{i}]"
+        return check_record(given, where), where
 
-    def _usable(self, i):
-        record, where = self.records[i], self._where(i)
-        if not isinstance(record, dict):
-            raise RowError(f"{where}: must be an object with fields, got {type(record).__name__}.")
-        check_record(record, where)
+    def _texts(self, record: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """The responses that the row brings along, and what each of them is."""
+        if self.offline:
+            return record["responses"], ["offline"] * len(record["responses"])
+        texts = (record.get("demonstrations") or [])[: self.config.num_demonstrations]
+        return texts, (["expert"] + ["teacher"] * len(texts))[: len(texts)]
+
+    def _encoded(self, record: dict[str, Any], where: str) -> tuple[list[int], list[list[int]]]:
+        """Token ids of the prompt and of the row's responses, cut without an end token where overlong says so."""
+        config, prompt = self.config, record["prompt"]
+        try:
+            ids = text.encode_prompt(self.tokenizer, prompt, record.get("tools"), record.get("chat_template_kwargs"))
+        except ValueError as error:
+            raise RowError(f"{where}: {error}.") from None
+        encoded = [text.encode_response(self.tokenizer, r, prompt, ids) for r in self._texts(record)[0]]
+        if config.overlong == "truncate":
+            room = math.inf if self.limits.context is None else self.limits.context - len(ids)
+            encoded = [r[: max(1, min(config.max_completion_length, room))] for r in encoded]
+        return ids, encoded
+
+    def _usable(self, i: int, doubts: dict[str, str]) -> bool:
+        record, where = self._record(i)
         self._check_kind(record, where)
-        fault = self._overlong(self._row(i))
+        prompt_ids, encoded = self._encoded(record, where)
+        if not prompt_ids:
+            raise RowError(f"{where}: field `prompt` must have a token, got none of {record['prompt']!r:.60}.")
+        self._check_vocabulary([prompt_ids, *encoded], where)
+        for kind, sentence in text.doubts(self.tokenizer, prompt_ids, self._texts(record)[0]):
+            doubts.setdefault(kind, f"{where}: {sentence}")
+        fault = self._overlong(len(prompt_ids), max(map(len, encoded), default=0))
         if fault and self.config.overlong == "error":
             raise RowError(f"{where}: {fault}, or set overlong to 'drop'.")
         return not fault
@@ -205,28 +150,23 @@ class Rows(Dataset):
         if not isinstance(record["prompt"], str) and getattr(self.tokenizer, "chat_template", None) is None:
             raise RowError(f"{where}: field `prompt` must be text, got messages; the tokenizer has no chat template.")
 
-    def _overlong(self, row):
-        """What is too long about the row and its remedy, or None."""
-        config, prompt = self.config, len(row.prompt_ids)
-        longest = max((len(r.ids) for r in row.given), default=0)
+    def _check_vocabulary(self, texts: list[list[int]], where: str) -> None:
+        largest, size = max(max(ids, default=0) for ids in texts), self.limits.vocabulary
+        if size is not None and largest >= size:
+            raise RowError(
+                f"{where}: token ids must be below {size}, the rows of the model's embedding, got {largest}; "
+                "resize it (model.resize_token_embeddings), or pass the model's own tokenizer."
+            )
+
+    def _overlong(self, prompt: int, longest: int) -> str | None:
+        """What is too long about a row with so many tokens and its remedy, or None."""
+        config = self.config
         if config.max_prompt_length is not None and prompt > config.max_prompt_length:
             return f"field `prompt` has {prompt} tokens, max_prompt_length is {config.max_prompt_length}; raise it"
         if longest > config.max_completion_length:
             return f"a response has {longest} tokens, max_completion_length is {config.max_completion_length}; raise it"
+        context = self.limits.context
         reach = prompt + max(longest, config.max_completion_length if config.num_generations else 0)
-        if self.context is not None and reach > self.context:
-            return f"prompt and response reach {reach} tokens, the model's context is {self.context}; shorten them"
+        if context is not None and reach > context:
+            return f"prompt and response reach {reach} tokens, the model's context is {context}; shorten them"
         return None
-
-
-def encode_prompt(tokenizer, prompt) -> list[int]:
-    """Token ids of a prompt; messages go through the chat template, opened for the assistant's turn."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def encode_response(tokenizer, text) -> list[int]:
-    """Token ids of a complete response, closed by the end-of-text token so that the policy learns to stop."""
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

@@ -37,7 +37,7 @@ class GFTPolicyLoss(nn.Module):
 
     def __init__(self, tau: float = 0.7, rectify: str = "all", token_level_loss: bool = True):
         super().__init__()
-        checks.gft_objective(tau, rectify)
+        checks.check_coefficient(tau, rectify)
         self.tau, self.rectify, self.token_level_loss = tau, rectify, token_level_loss
 
     def forward(

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from gft_kernels import checks
 from gft_kernels.advantages import group_advantages
+from gft_kernels.api import policy_loss
 from gft_kernels.model.columns import PER_CALL
 from gft_kernels.model.forward import OF_THE_MODEL, refuse
 from gft_kernels.model.guard import PREFIX
 from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.options import BACKENDS
-from gft_kernels.policy import policy_loss
 
 COLUMN = PREFIX + "advantages"
 _OF_THE_GROUP = ("responses", "rewards")
@@ -36,12 +36,15 @@ def response_rows(rows: Iterable[Mapping[str, Any]], **normalisation: Any) -> li
 
     Raises: ValueError for a malformed row.
     """
-    from gft_kernels.data.rows import RowError, check_record
+    from gft_kernels.data.fields import check_record
+    from gft_kernels.data.readers import RowError
 
     found: list[dict[str, Any]] = []
-    for number, row in enumerate(rows):
-        where = getattr(row, "where", f"rows[{number}]")
-        check_record(dict(row), where)
+    for number, given in enumerate(rows):
+        where = getattr(given, "where", f"rows[{number}]")
+        row = check_record(given, where)
+        for name in sorted({"response", COLUMN} & row.keys()):
+            raise RowError(f"{where}: field `{name}` must have another name, got one that is written here; rename it.")
         if row.get("responses") is None:
             raise RowError(f"{where}: field `responses` must be given, got nothing; score the responses beforehand.")
         rewards_S = torch.tensor([float(reward) for reward in row["rewards"]])
@@ -55,11 +58,13 @@ def response_rows(rows: Iterable[Mapping[str, Any]], **normalisation: Any) -> li
 def encode_row(row: Mapping[str, Any], tokenizer: Any, max_length: int | None = None) -> dict[str, Any]:
     """A row of `response_rows` as token ids: input_ids, attention_mask, labels (-100 on the prompt), gft_advantages.
 
-    The response is closed by the end-of-text token. Raises: ValueError for a row of more than max_length tokens.
+    The response is closed once, after messages as the chat template closes a turn, else by the end-of-text token.
+    Raises: ValueError for a row of more than max_length tokens.
     """
-    from gft_kernels.data.rows import encode_prompt, encode_response
+    from gft_kernels.data.text import encode_prompt, encode_response
 
-    prompt, response = encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row["response"])
+    prompt = encode_prompt(tokenizer, row["prompt"], row.get("tools"), row.get("chat_template_kwargs"))
+    response = encode_response(tokenizer, row["response"], row["prompt"], prompt)
     length = len(prompt) + len(response)
     if max_length is not None and length > max_length:
         raise ValueError(

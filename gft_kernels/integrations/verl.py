@@ -35,7 +35,7 @@ class GFTPolicyLossConfig(PolicyLossConfig):
             raise ValueError(
                 f"loss_mode must be {NAME!r}, got {self.loss_mode!r}; no other loss reads tau and rectify."
             )
-        checks.gft_objective(self.tau, self.rectify)
+        checks.check_coefficient(self.tau, self.rectify)
 
 
 @register_policy_loss(NAME)

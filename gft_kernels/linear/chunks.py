@@ -4,12 +4,13 @@ Per chunk: logits = hidden @ weight^T into the buffer; the row kernel turns them
 two more products take it to hidden and head. Because the gradient is ready with the loss (F7), nothing is computed
 again in backward: three products in all, the fewest there can be.
 
-Sizes: L rows chosen, C rows of a chunk, D hidden size; S, T, R, V as in linear_call.py.
+Sizes: L rows chosen, C rows of a chunk, D hidden size; S, T, R, V as in options.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import math
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,7 @@ from torch import Tensor
 from gft_kernels import checks, distributed, formulas, registry
 from gft_kernels.advantages import RowCredit, credit_rows
 from gft_kernels.linear.products import Head, multiply, precision_of
-from gft_kernels.linear_call import LinearCall, LinearResult
-from gft_kernels.options import FP16_PEAK, Credit, RowCall, RowResult
+from gft_kernels.options import FP16_PEAK, Credit, LinearCall, LinearResult, RowCall, RowResult
 
 _ROW_OPTIONS = [
     f.name for f in fields(RowCall) if f.name in {g.name for g in fields(LinearCall)} - {"credit", "objective"}
@@ -65,7 +65,8 @@ def run(call: LinearCall, backend: str) -> LinearResult:
     if call.process_group:
         shard = distributed.meet(call.process_group, call.weight_VD.shape[0], call.weight_VD.device)
     if call.hidden_STD.device.type == "cpu":
-        checks.check_values(call.credit, int(shard.widths_W.sum()) if shard else call.weight_VD.shape[0])
+        vocabulary = int(shard.widths_W.sum()) if shard else call.weight_VD.shape[0]
+        checks.check_values(call.credit, call.objective, vocabulary)
     chosen = choose_rows(call, credit, shard)
     chunked = _ChunkedLoss(call, backend, credit, shard, chosen)
     for rows_C in chosen.with_gradient_L.split(chosen.chunk):
@@ -159,8 +160,10 @@ class _ChunkedLoss:
             inplace=want_gradient,
             **options,
         )
-        kernel = registry.choose(self.backend, chunk)
-        return (kernel if self.shard is None else replace(kernel, shard=self.shard)).run(chunk)
+        module = registry.choose(self.backend, chunk)
+        if self.shard is None:
+            return module.run(chunk)
+        return distributed.VocabularyParallel(module, self.shard).run(chunk)
 
     def _add_gradients(self, rows_C: Tensor, hidden_CD: Tensor, dlogits_CV: Tensor) -> None:
         if self.bias_gradient_V is not None:
@@ -202,7 +205,7 @@ def scales_gradient(call: LinearCall) -> bool:
 
 
 MAX_ENTROPY = 16.0  # nats: of 9 million tokens, all alike; the same bound on every rank, as the unit must be
-RATIO_ROOM = 16.0  # how far rho and e^u may exceed their bound before a float16 gradient overflows; they have none
+RATIO_ROOM = 16.0  # what rho (where A < 0) and e^u may be before a float16 gradient overflows, without delta and kl_cap
 
 
 def _gradient_unit(call: LinearCall, credit: RowCredit) -> tuple[Tensor | None, Tensor]:
@@ -213,13 +216,13 @@ def _gradient_unit(call: LinearCall, credit: RowCredit) -> tuple[Tensor | None, 
     """
     if not scales_gradient(call):
         return None, credit.weights_R
-    o, peak = call.objective, FP16_PEAK
-    kappa_R = credit.advantages_R.abs() * (1.0 if o.surrogate == "gft" else 1.0 + o.clip_high) + o.beta
-    if o.surrogate == "grpo" or o.beta != 0.0:
-        peak = FP16_PEAK / RATIO_ROOM
+    o = call.objective
+    ratio = {"gft": 1.0, "grpo": min(max(1.0 + o.clip_high, o.delta), RATIO_ROOM * (1.0 + o.clip_high))}
+    pull = max(1.0, math.expm1(min(o.kl_cap, math.log1p(RATIO_ROOM))))
+    kappa_R = credit.advantages_R.abs() * ratio.get(o.surrogate, 1.0 + o.clip_high) + o.beta * pull
     row_size_R = formulas.row_size(kappa_R, torch.full_like(kappa_R, o.entropy_coef), MAX_ENTROPY)
     size_R = (credit.weights_R * row_size_R * (call.logit_scale / call.temperature)).abs()
     largest = torch.where(torch.isfinite(size_R), size_R, 0.0).amax() if size_R.numel() else size_R.sum()
-    power = torch.floor(torch.log2(peak / largest)).clamp(-120, 120)
+    power = torch.floor(torch.log2(FP16_PEAK / largest)).clamp(-120, 120)
     factor = torch.where(largest > 0.0, torch.exp2(power), 1.0)
     return 1.0 / factor, credit.weights_R * factor

@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gft_kernels.linear_call import LinearCall
+from gft_kernels.options import LinearCall
 
 BLOCK_BYTES = 8 << 20
 """Of the head converted to float32 at a time: large enough for a product's full speed, small enough for a cache."""

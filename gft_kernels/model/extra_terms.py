@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gft_kernels.policy_checks import PRESETS
+from gft_kernels.objectives import PRESETS
 
 
 def extra_terms(model: Any, output: Any) -> Tensor | None:

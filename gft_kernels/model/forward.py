@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from gft_kernels import checks
+from gft_kernels.api import policy_loss
 from gft_kernels.model import head as heads
 from gft_kernels.model.columns import PER_CALL, Columns
 from gft_kernels.model.extra_terms import extra_terms
 from gft_kernels.model.guard import PREFIX, Guard, brought
 from gft_kernels.model.head import HeadCall, Transform
 from gft_kernels.options import TokenStats
-from gft_kernels.policy import policy_loss
 
 OF_THE_MODEL = ("weight", "bias", "logit_scale", "softcap", "process_group", "inplace")
 _LINEAR_ONLY = ("chunk_rows", "accum_dtype", "logits_dtype")

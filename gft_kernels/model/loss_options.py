@@ -6,11 +6,11 @@ Each is a mixin before the host's own arguments: `class GFTConfig(GroupLossOptio
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from gft_kernels import checks
+from gft_kernels.objectives import PRESETS
 from gft_kernels.options import BACKENDS
-from gft_kernels.policy_checks import PRESETS
 
 MEAN_REDUCTIONS = ("token-mean", "sequence-mean")
 
@@ -46,7 +46,7 @@ class TokenLossOptions:
             for name, default in PRESETS["gft"].options.items():
                 if getattr(self, name, default) is None:
                     setattr(self, name, default)
-            checks.gft_objective(cast(float, self.tau), getattr(self, "rectify", "all"))
+            checks.check_coefficient(self.tau, getattr(self, "rectify", "all"))
         checks.one_of("backend", self.backend, BACKENDS)
 
 

@@ -14,12 +14,12 @@ from typing import Any
 from torch import nn
 
 from gft_kernels import checks
+from gft_kernels.api import policy_loss
 from gft_kernels.model.columns import PER_CALL
 from gft_kernels.model.extra_terms import reduction_of
 from gft_kernels.model.forward import OF_THE_MODEL, PatchedForward, refuse
 from gft_kernels.model.guard import PREFIX
-from gft_kernels.policy import policy_loss
-from gft_kernels.policy_checks import PRESETS
+from gft_kernels.objectives import PRESETS
 
 
 def patch_model(

@@ -12,12 +12,10 @@ from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gft_kernels.linear import chunks
-from gft_kernels.linear_call import LinearCall, LinearResult
-from gft_kernels.operators import row
-from gft_kernels.options import RowResult
+from gft_kernels.operators import derivatives, row
+from gft_kernels.options import LinearCall, LinearResult, RowResult
 
 _TENSORS = ("hidden_STD", "weight_VD", "bias_V")
 _SCHEMA_TYPES = {**row.SCHEMA_TYPES, "torch.dtype": "ScalarType"}
@@ -36,6 +34,7 @@ _BLOCK_BYTES = 64 << 20  # of a gradient scaled and rounded at a time, so that n
 
 def linear_loss(call: LinearCall, backend: str) -> RowResult:
     """Run a call through its operator; the loss carries the gradients it asks for."""
+    derivatives.refuse_others(call.hidden_STD, call.weight_VD, call.bias_V)
     loss, log_probs, coefficients, advantages, entropy, *_gradients = torch.ops.gft.linear_loss(*_pack(call, backend))
     kept = entropy if call.want_entropy else None
     return RowResult(loss, log_probs, coefficients, advantages, entropy_R=kept)
@@ -100,7 +99,7 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(*others[-4:])
 
 
-@once_differentiable
+@derivatives.first_only
 def _backward(ctx, upstream: Tensor | None, *_non_differentiable) -> tuple:
     nothing = [None] * len(ctx.inputs)
     if upstream is None:
@@ -138,17 +137,11 @@ def _recomputed(ctx, upstream: Tensor) -> list[Tensor | None]:
 
 def _finish(gradient: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """gradient·factor in float32, rounded once to an input's dtype, in its shape."""
-    if gradient.dtype == dtype and type(gradient) is Tensor and _graph_is_dropped():
+    if gradient.dtype == dtype and type(gradient) is Tensor and derivatives.graph_is_dropped():
         if factor.device.type != "cpu" or float(factor) != 1.0:  # a GPU is not asked: that would wait for it
             gradient.mul_(factor)
         return gradient.view(shape)
     return torch.ops.gft.linear_scale(gradient, factor, dtype).view(shape)
-
-
-def _graph_is_dropped() -> bool:
-    """Whether the running backward frees its graph, so that what it saved may be overwritten."""
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps is not None and not keeps()
 
 
 def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from gft_kernels import checks, registry
+from gft_kernels import checks, distributed, registry
+from gft_kernels.operators import derivatives
 from gft_kernels.options import Credit, Objective, RowCall, RowResult
 
 SCHEMA_TYPES = {
@@ -41,6 +41,7 @@ _PER_ROW = "Tensor loss, Tensor log_probs, Tensor coefficients, Tensor advantage
 
 def row_loss(call: RowCall, backend: str) -> RowResult:
     """Run a call through its operator; the loss carries the gradient if `call.want_gradient`."""
+    derivatives.refuse_others(call.logits_STV)
     arguments = _pack(call, backend)
     if call.want_gradient and call.inplace:
         outputs = _InPlace.apply(call.logits_STV, *arguments)
@@ -83,8 +84,9 @@ def _compute(logits: Tensor, arguments: tuple) -> tuple[RowResult, tuple[Tensor,
     """Check the values, choose the backend, run it. An operator returns no None: what was not asked for is empty."""
     call, backend = _unpack(logits, arguments)
     if not call.process_group:  # else the vocabulary's size is known once the ranks have met
-        checks.check_values(call.credit, logits.shape[-1])
-    result = registry.choose(backend, call).run(call)
+        checks.check_values(call.credit, call.objective, logits.shape[-1])
+    module = registry.choose(backend, call)
+    result = (distributed.VocabularyParallel(module) if call.process_group else module).run(call)
     empty = [
         logits.new_empty(0, dtype=torch.float32) if x is None else x for x in (result.row_scale_R, result.entropy_R)
     ]
@@ -125,14 +127,14 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     ctx.backend, ctx.arguments = inputs[-1], len(inputs) - 1
 
 
-@once_differentiable
+@derivatives.first_only
 def _backward(ctx, upstream: Tensor | None, *_non_differentiable) -> tuple:
     nothing = (None,) * ctx.arguments
     if upstream is None:
         return None, *nothing
     gradient, row_scale = ctx.saved_tensors
-    if not row_scale.numel() and _is_one(upstream):
-        return gradient, *nothing
+    if not row_scale.numel() and derivatives.graph_is_dropped() and _is_one(upstream):
+        return gradient.detach(), *nothing
     return torch.ops.gft.scale(gradient, row_scale, upstream, ctx.backend), *nothing
 
 
@@ -174,7 +176,7 @@ class _InPlace(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @derivatives.first_only
     def backward(ctx, upstream, *_non_differentiable):
         nothing = (None,) * ctx.arguments
         if upstream is None:
@@ -188,7 +190,7 @@ class _InPlace(torch.autograd.Function):
         gradient, row_scale = ctx.saved_tensors
         if row_scale.numel() or not _is_one(upstream):
             torch.ops.gft.scale_(gradient, row_scale, upstream, ctx.backend)
-        return gradient, *nothing
+        return gradient.detach(), *nothing
 
 
 _FUNCTIONAL = torch.library.custom_op(

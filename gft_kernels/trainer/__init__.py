@@ -4,7 +4,7 @@ Needs the extra `train` (transformers, accelerate, datasets, tokenizers, matplot
 User guide: docs/training.md.
 """
 
-from gft_kernels.data.rows import Record, RowError, read_records
+from gft_kernels.data.readers import Record, RowError, read_records
 from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt
 from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.rewards import RewardError

@@ -1,10 +1,12 @@
-"""Small callbacks: the metrics on disk, a readable line for each log call, and a checkpoint on Ctrl-C."""
+"""Small callbacks: the metrics on disk, a readable line for each log call, and a checkpoint before a signal's end."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,6 +16,15 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 METRICS_FILE = "metrics.jsonl"
 
 
+def say(text: str, file=None, write=print) -> None:
+    """Prints what the console can show, the rest as escapes; neither its encoding nor its end stops a training."""
+    file = sys.stdout if file is None else file
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    with contextlib.suppress(OSError, ValueError):  # a terminal that hung up, a full disk, a closed stream
+        write(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
+        file.flush()
+
+
 class RunLog(TrainerCallback):
     """Appends every log line of the Trainer to metrics.jsonl in the output directory; `gft plot` reads it."""
 
@@ -21,8 +32,10 @@ class RunLog(TrainerCallback):
         if state.is_world_process_zero and logs:
             path = Path(args.output_dir, METRICS_FILE)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            with path.open("a+b") as lines:
+                if lines.tell() and (lines.seek(-1, 2), lines.read())[1] != b"\n":
+                    lines.write(b"\n")  # half a line, of a run that was killed: ours is not to continue it
+                lines.write((json.dumps({"step": state.global_step, **logs}) + "\n").encode())
 
 
 LINE = {
@@ -46,7 +59,7 @@ class StepLines(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         shown = [f"{label} {logs[name]:.4g}" for name, label in LINE.items() if name in (logs or {})]
         if state.is_world_process_zero and shown:
-            tqdm.write(f"step {state.global_step:>5}  " + "  ".join(shown))
+            say(f"step {state.global_step:>5}  " + "  ".join(shown), write=tqdm.write)
 
     @classmethod
     def install(cls, trainer) -> None:
@@ -56,23 +69,33 @@ class StepLines(ProgressCallback):
         trainer.add_callback(cls)
 
 
-class SaveOnInterrupt(TrainerCallback):
-    """The first Ctrl-C finishes the step, saves a checkpoint and stops; the second stops at once.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-    Works in the main thread only, where signals arrive. `interrupted` tells afterwards what happened.
+
+class SaveOnInterrupt(TrainerCallback):
+    """Ctrl-C, SIGTERM or SIGHUP finishes the step, saves a checkpoint and stops; the same once more stops at once.
+
+    Works in the main thread only, where signals arrive. `interrupted` tells afterwards what happened. As a context
+    manager (`with stop: trainer.train()`) it gives the signals back even when training raises; GFTTrainer does that.
     """
 
     def __init__(self):
         self.interrupted = False
-        self._before = None
+        self._before = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        for number in SIGNALS:
+            ignored = signal.getsignal(number) is signal.SIG_IGN  # nohup: the run is to outlive its terminal
+            if number not in self._before and not (ignored and number != signal.SIGINT):
+                self._before[number] = signal.signal(number, self._on_signal) or signal.SIG_DFL
 
     def _on_signal(self, number, frame):
+        # Only this signal is given back: a launcher answers Ctrl-C by a SIGTERM to its ranks.
+        signal.signal(number, self._before.pop(number))
+        if not self.interrupted:
+            again = "press Ctrl-C again" if number == signal.SIGINT else "send the signal again"
+            say(f"\nfinishing this step, then saving; {again} to stop at once", sys.stderr)
         self.interrupted = True
-        self._restore()
-        print("\nfinishing this step, then saving; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:  # signals reach ranks at different times, but all must stop after the same step
@@ -83,25 +106,42 @@ class SaveOnInterrupt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._restore()
+        self.restore()
 
-    def _restore(self):
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+    def restore(self) -> None:
+        """The signals mean again what they meant before training."""
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.restore()
 
 
 def read_metrics(run: str | Path) -> list[dict]:
     """The log lines of a run in step order; where a resumed run logged a step again, the later line counts.
 
+    Lines cut short by a crash or a full disk are left out, with a warning.
     Raises: FileNotFoundError if the directory holds no metrics.jsonl.
     """
     path = Path(run, METRICS_FILE)
     if not path.is_file():
         raise FileNotFoundError(f"run must be a directory with {METRICS_FILE}, got {str(run)!r}; train there first.")
     lines: dict[tuple, dict] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+    torn = []
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            step = int(line["step"])
+        except (ValueError, TypeError, KeyError):
+            torn.append(str(number))
+            continue
         kind = "eval" if any(key.startswith("eval_") for key in line) else "end" if "train_runtime" in line else "train"
-        lines[line["step"], kind] = line
+        lines[step, kind] = line
+    if torn:
+        warnings.warn(
+            f"{path}: line {', '.join(torn)} was cut short and is left out.", stacklevel=1
+        )  # once, whoever reads
     return [lines[key] for key in sorted(lines)]

@@ -1,15 +1,17 @@
-"""GFTConfig: transformers.TrainingArguments plus what a group, a rollout and the loss need."""
+"""GFTConfig: transformers.TrainingArguments plus what a group, a rollout and the loss need, and which loss that is."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from transformers import TrainingArguments
 
 from gft_kernels.model.loss_options import MEAN_REDUCTIONS, GroupLossOptions, at_least, option
+from gft_kernels.objectives import PRESETS, objective_of
 from gft_kernels.options import BACKENDS, NORMALIZE, SINGLETON
-from gft_kernels.trainer import objective
 
 OLDEST = "5.6"
 if Version(transformers.__version__) < Version(OLDEST):
@@ -19,8 +21,11 @@ if Version(transformers.__version__) < Version(OLDEST):
     )
 
 ADVANTAGES = ("group", "ones")
-OVERLONG = ("error", "drop")
+OVERLONG = ("error", "drop", "truncate")
 ROLLOUTS = ("auto", "generate", "continuous", "vllm")
+ROLLOUT_ORDERS = ("groups", "paper")
+CHOSEN = ("tau", "rectify", "clip_low", "clip_high", "delta")  # options that only some objectives take
+CLIP = 0.2  # PPO's range, in which to count the ratios of an objective that does not clip
 
 
 @dataclass
@@ -39,16 +44,24 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     num_generations: int = option(4, "Responses sampled from the current policy for each prompt.")
     advantages: str = option("group", "'group': F5 from the rewards; 'ones': A = 1, so tau 0 is SFT and tau 1 is DFT.")
     reward_weights: list[float] | None = option(None, "One weight per reward function; None: all 1.")  # noqa: RUF009
-    overlong: str = option("error", "'error' or 'drop': rows that exceed a length limit below.")
+    overlong: str = option("error", "Rows beyond a length limit below: 'error', 'drop', or 'truncate' responses.")
     max_prompt_length: int | None = option(None, "Longest prompt allowed, in tokens; None: the model's context.")
 
     # Sampling, and the one temperature of sampling and loss alike
     max_completion_length: int = option(256, "Longest response, in tokens; demonstrations must fit too.")
     temperature: float = option(1.0, "Divides the logits when sampling and in the loss.")
+    top_p: float = option(1.0, "Samples come from the likeliest tokens that together have this probability.")
+    top_k: int = option(0, "Samples come from this many likeliest tokens; 0: all.")
+    min_p: float = option(0.0, "Samples come from tokens at least this likely, relative to the likeliest.")
+    repetition_penalty: float = option(1.0, "Above 1, tokens that have occurred become less likely when sampling.")
+    stop_strings: list[str] | None = option(None, "A sampled response ends with the first of these.")  # noqa: RUF009
+    mask_truncated_completions: bool = option(False, "Samples cut at the length limit are left out of the loss.")
     rollout: str = option("auto", "'generate', 'continuous' or 'vllm'; auto: rollout_fn if given, else generate.")
     vllm_memory: float = option(0.3, "Share of a GPU's memory that vLLM takes beside the training.")
     generation_batch_size: int | None = option(None, "Prompts per generate call; None: all prompts of a step at once.")
     steps_per_rollout: int = option(1, "Optimizer steps' prompts sampled at once, with the weights before the first.")
+    rollout_order: str = option("groups", "'paper': a rollout's first steps take all samples, its last the given ones.")
+    skip_special_tokens: bool = option(False, "Leave special tokens out of the text that reward functions read.")
     eval_num_generations: int = option(1, "Responses per prompt in evaluation.")
     eval_temperature: float = option(0.0, "Temperature in evaluation; 0: greedy.")
 
@@ -56,7 +69,9 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     objective: str = option("gft", "'gft', 'sft', 'dft', 'grpo', 'dapo', 'dr_grpo' or 'cispo'.")
     clip_low: float | None = option(None, "grpo, dapo, dr_grpo: ratios below 1 - this are clipped.")
     clip_high: float | None = option(None, "The same and cispo: ratios above 1 + this are clipped.")
+    delta: float | None = option(None, "grpo, dapo, dr_grpo: where A < 0 ratios above this are held there; None: free.")
     beta: float = option(0.0, "Weight of the KL to the starting weights; above 0 a frozen copy of them is kept.")
+    kl_cap: float | None = option(None, "With beta: beyond this log(pi_start / pi), in nats, the penalty is linear.")
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
     singleton: str = option("reward", "A of a group of one: 'reward' or 'zero'.")
 
@@ -71,70 +86,89 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     dataloader_pin_memory: bool = option(False, "Rows are text until the groups are built: nothing to pin.")
 
     def __post_init__(self):
-        self._check_groups()
-        self._check_loss()
-        self._check_training_arguments()
+        check_groups(self)
+        check_numbers(self)
+        settle(self)
+        check_training_arguments(self)
         super().__post_init__()
 
-    def _check_groups(self):
-        at_least(self, 0, "num_demonstrations", "num_generations", "log_completions_steps")
-        at_least(self, 1, "max_completion_length", "eval_num_generations", "steps_per_rollout")
-        for name in ("max_prompt_length", "generation_batch_size"):
-            if getattr(self, name) is not None:
-                at_least(self, 1, name)
-        one_of(self, "advantages", ADVANTAGES)
-        one_of(self, "overlong", OVERLONG)
-        one_of(self, "rollout", ROLLOUTS)
-        if self.advantages == "ones" and self.num_generations:
-            raise ValueError(
-                f"num_generations must be 0 when advantages is 'ones', got {self.num_generations}; "
-                "imitating the policy's own samples teaches nothing."
-            )
-        if self.log_kl and not self.token_metrics:
-            raise ValueError("token_metrics must be True when log_kl is, got False; the KL needs log-probabilities.")
 
-    def _check_loss(self):
-        for name, choices in (
-            ("objective", objective.OBJECTIVES),
-            ("normalize", (None, *NORMALIZE)),
-            ("singleton", SINGLETON),
-            ("reduction", (None, *MEAN_REDUCTIONS)),
-            ("backend", BACKENDS),
-        ):
-            one_of(self, name, choices)
-        for name, holds, condition in (
-            ("tau", lambda x: 0 <= x <= 1, "lie in [0, 1]"),
-            ("clip_low", lambda x: 0 <= x <= 1, "lie in [0, 1]"),
-            ("clip_high", lambda x: 0 <= x < math.inf, "be 0 or positive and finite"),
-            ("beta", lambda x: 0 <= x < math.inf, "be 0 or positive and finite"),
-            ("entropy_coef", math.isfinite, "be finite"),
-            ("temperature", lambda x: 0 < x < math.inf, "be positive and finite"),
-            ("eval_temperature", lambda x: 0 <= x < math.inf, "be 0 (greedy) or positive and finite"),
-            ("vllm_memory", lambda x: 0 < x < 1, "lie between 0 and 1"),
-            ("advantage_eps", lambda x: 0 <= x < math.inf, "be 0 or positive and finite"),
-        ):
-            value = getattr(self, name)
-            if value is None and name in objective.CHOSEN:
-                continue  # the objective's own
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
-                raise ValueError(f"{name} must {condition}, got {value!r}.")
-        objective.settle(self)
+def check_groups(config: GFTConfig) -> None:
+    at_least(config, 0, "num_demonstrations", "num_generations", "log_completions_steps", "top_k")
+    at_least(config, 1, "max_completion_length", "eval_num_generations", "steps_per_rollout")
+    at_least(config, 1, *(n for n in ("max_prompt_length", "generation_batch_size") if getattr(config, n) is not None))
+    for name, choices in (
+        ("advantages", ADVANTAGES),
+        ("overlong", OVERLONG),
+        ("rollout", ROLLOUTS),
+        ("rollout_order", ROLLOUT_ORDERS),
+        ("objective", tuple(PRESETS)),
+        ("normalize", (None, *NORMALIZE)),
+        ("singleton", SINGLETON),
+        ("reduction", (None, *MEAN_REDUCTIONS)),
+        ("backend", BACKENDS),
+    ):
+        one_of(config, name, choices)
+    if config.advantages == "ones" and config.num_generations:
+        raise ValueError(
+            f"num_generations must be 0 when advantages is 'ones', got {config.num_generations}; "
+            "imitating the policy's own samples teaches nothing."
+        )
+    if config.rollout_order == "paper" and config.steps_per_rollout == 1:
+        raise ValueError(
+            "steps_per_rollout must be above 1 with rollout_order 'paper', got 1; one step takes them all."
+        )
+    stops = config.stop_strings
+    if stops is not None and not (isinstance(stops, (list, tuple)) and all(isinstance(s, str) and s for s in stops)):
+        raise ValueError(f"stop_strings must be a list of texts that are not empty, got {stops!r}.")
+    if config.log_kl and not config.token_metrics:
+        raise ValueError("token_metrics must be True when log_kl is, got False; the KL needs log-probabilities.")
 
-    def _check_training_arguments(self):
-        for name, required, reason in (
-            ("remove_unused_columns", False, "the reward functions need the other columns"),
-            ("average_tokens_across_devices", True, "the loss is divided by the token count of all ranks"),
-            ("label_smoothing_factor", 0.0, "the GFT loss has no smoothed targets"),
-            ("batch_eval_metrics", False, "evaluation counts over the whole set"),
-            ("auto_find_batch_size", False, "it would change the prompts of a step"),
-        ):
-            if getattr(self, name) != required:
-                raise ValueError(f"{name} must be {required}, got {getattr(self, name)!r}; {reason}.")
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"train_sampling_strategy must be 'random' or 'sequential', got {self.train_sampling_strategy!r}; "
-                "the length of a group is not known before it is sampled."
-            )
+
+NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "be 0 or positive and finite")
+SHARE = (lambda x: 0 <= x <= 1, "lie in [0, 1]")
+NUMBERS = {
+    "tau": SHARE,
+    "clip_low": SHARE,
+    "clip_high": NOT_NEGATIVE,
+    "delta": (lambda x: 1 < x < math.inf, "be above 1 + clip_high and finite"),
+    "kl_cap": (lambda x: 0 < x < math.inf, "be positive and finite"),
+    "beta": NOT_NEGATIVE,
+    "entropy_coef": (math.isfinite, "be finite"),
+    "temperature": (lambda x: 0 < x < math.inf, "be positive and finite"),
+    "eval_temperature": (NOT_NEGATIVE[0], "be 0 (greedy) or positive and finite"),
+    "top_p": (lambda x: 0 < x <= 1, "lie above 0 and at most at 1"),
+    "min_p": SHARE,
+    "repetition_penalty": (lambda x: 0 < x < math.inf, "be positive and finite"),
+    "vllm_memory": (lambda x: 0 < x < 1, "lie between 0 and 1"),
+    "advantage_eps": NOT_NEGATIVE,
+}
+
+
+def check_numbers(config: GFTConfig) -> None:
+    for name, (holds, condition) in NUMBERS.items():
+        value = getattr(config, name)
+        if value is None and name in (*CHOSEN, "kl_cap"):
+            continue  # the objective's own
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+            raise ValueError(f"{name} must {condition}, got {value!r}.")
+
+
+def check_training_arguments(config: GFTConfig) -> None:
+    for name, required, reason in (
+        ("remove_unused_columns", False, "the reward functions need the other columns"),
+        ("average_tokens_across_devices", True, "the loss is divided by the token count of all ranks"),
+        ("label_smoothing_factor", 0.0, "the GFT loss has no smoothed targets"),
+        ("batch_eval_metrics", False, "evaluation counts over the whole set"),
+        ("auto_find_batch_size", False, "it would change the prompts of a step"),
+    ):
+        if getattr(config, name) != required:
+            raise ValueError(f"{name} must be {required}, got {getattr(config, name)!r}; {reason}.")
+    if config.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"train_sampling_strategy must be 'random' or 'sequential', got {config.train_sampling_strategy!r}; "
+            "the length of a group is not known before it is sampled."
+        )
 
 
 def one_of(config, name, choices):
@@ -142,3 +176,65 @@ def one_of(config, name, choices):
     if value not in choices:
         known = ", ".join(repr(choice) for choice in choices if choice is not None)
         raise ValueError(f"{name} must be one of {known}, got {value!r}.")
+
+
+# The objective
+
+
+def settle(config: GFTConfig) -> None:
+    """Fill in the objective's defaults. Raises ValueError, naming it, for an option the objective does not use."""
+    preset, one_row = PRESETS[config.objective], torch.zeros(1)
+    objective_of(  # refuses as policy_loss does
+        config.objective,
+        dict.fromkeys(preset.options) | {name: getattr(config, name) for name in CHOSEN},
+        beta=config.beta,
+        entropy_coef=config.entropy_coef,
+        ref_log_probs=one_row,
+        kl_cap=config.kl_cap,
+        return_stats=True,
+        targets=one_row.long(),
+    )
+    if not preset.weighs and config.advantages != "ones":
+        raise ValueError(
+            f"advantages must be 'ones' with objective {config.objective!r}, got {config.advantages!r}; "
+            "imitation weighs every response alike."
+        )
+    if preset.constant_denominator and config.reduction == "sequence-mean":
+        raise ValueError(
+            f"reduction must be 'token-mean' with objective {config.objective!r}, got 'sequence-mean'; "
+            "its denominator is the same for every response."
+        )
+    config.reduction = config.reduction or preset.reduction
+    config.normalize = config.normalize or ("mean" if config.objective == "dr_grpo" else "std")
+    for name in CHOSEN:
+        if getattr(config, name) is None:
+            setattr(config, name, preset.options.get(name))
+
+
+def described(config: GFTConfig) -> str:
+    """The objective and its options, for a line of text."""
+    given = [f"{name} {getattr(config, name)}" for name in (*CHOSEN, "kl_cap") if getattr(config, name) is not None]
+    return ", ".join([config.objective, *given])
+
+
+def has_ratio(config: GFTConfig) -> bool:
+    """Whether the objective compares the policy with the one that sampled."""
+    return PRESETS[config.objective].surrogate != "gft"
+
+
+def clip_range(config: GFTConfig) -> tuple[float, float]:
+    """(lowest, highest) ratio pi / pi_old that counts as near: the objective's own bounds, or 1 - CLIP and 1 + CLIP."""
+    low, high = config.clip_low, config.clip_high
+    if not has_ratio(config):
+        low = high = CLIP
+    return 0.0 if low is None else 1.0 - low, 1.0 + (high or 0.0)  # cispo has no lower bound
+
+
+def has_constant_denominator(config: GFTConfig) -> bool:
+    return PRESETS[config.objective].constant_denominator
+
+
+def call_options(config: GFTConfig) -> dict[str, Any]:
+    """What a training forward of the patched model is given beside its tensors."""
+    names = ("objective", "beta", "entropy_coef", "kl_cap", "reduction", *CHOSEN)
+    return {f"gft_{name}": getattr(config, name) for name in names}

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from gft_kernels.advantages import group_advantages
 from gft_kernels.data.rows import Response, Row, Rows
-from gft_kernels.trainer import objective
-from gft_kernels.trainer.config import GFTConfig
-from gft_kernels.trainer.ranks import forward_is_collective
+from gft_kernels.data.text import decode
+from gft_kernels.trainer.config import GFTConfig, has_constant_denominator
 from gft_kernels.trainer.rewards import Rewards
-from gft_kernels.trainer.rollouts import Sampling, seeded
+from gft_kernels.trainer.rollouts import Sampling, forward_is_collective, seeded
 
 SOURCES = ("expert", "teacher", "sampled", "offline")
 IGNORE = -100
@@ -67,9 +66,9 @@ class GroupBuilder:
         with seeded(*entropy, device=model.device):
             for start in range(0, len(asked), size):
                 completions += self._rollout(model, asked[start : start + size], sampling)
-        responses = iter(
-            Response(self.tokenizer.decode(ids, skip_special_tokens=True), ids, "sampled") for ids in completions
-        )
+        skip = self.config.skip_special_tokens
+        texts = [decode(self.tokenizer, ids, self.eos_ids, skip) for ids in completions]
+        responses = iter(Response(text, ids, "sampled") for text, ids in zip(texts, completions, strict=True))
         drawn = [list(itertools.islice(responses, number)) if asks_too else [] for asks_too in asks]
         return [[] if row.absent else samples for row, samples in zip(rows, drawn, strict=True)]
 
@@ -111,10 +110,13 @@ def collate(groups: Sequence[Group], pad_id: int) -> dict[str, Tensor]:
     input_ids, attention_mask (S, L); targets (S, T), aligned with the last T + 1 logits but the very last: position
     t predicts targets[:, t], IGNORE on prompt and padding; advantages (S,) float32; sources (S,) index SOURCES.
     Groups without responses give one row without a target: its loss is 0, and every rank has a forward to take.
+    Raises: ValueError for a prompt of no tokens.
     """
     pairs = [(g.row.prompt_ids, r) for g in groups for r in g.responses]
     if not pairs:
         return collate_nothing(pad_id)
+    if not all(prompt for prompt, _ in pairs):
+        raise ValueError("every prompt must have at least one token, got one of none; nothing predicts its response.")
     length = max(len(prompt) + len(r.ids) for prompt, r in pairs)
     # The first position any row's loss reads is its last prompt token's.
     first = min(len(prompt) for prompt, _ in pairs) - 1
@@ -156,7 +158,7 @@ def denominator(groups: Sequence[Group], config: GFTConfig) -> int:
 
     Dr. GRPO's is a constant, the longest response allowed times the number of responses.
     """
-    if objective.has_constant_denominator(config):
+    if has_constant_denominator(config):
         return count_items(groups, "sequence-mean") * config.max_completion_length
     return count_items(groups, str(config.reduction))
 

@@ -1,23 +1,27 @@
-"""What a run reports: means over the steps between two log lines, the table of completions, the held-out summary."""
+"""What a run reports: means between two log lines, signs of a collapse, held-out metrics, completions."""
 
 from __future__ import annotations
 
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gft_kernels.data.rows import Response, Row
 from gft_kernels.options import TokenStats
+from gft_kernels.trainer.callbacks import say
 from gft_kernels.trainer.groups import SOURCES, Group
+from gft_kernels.trainer.rewards import Rewards
 
 GROUP_METRICS = (*(f"reward/{s}" for s in SOURCES), "zero_std_groups", "truncated", "completion_length")
 TOKEN_METRICS = ("pi", "rectified", "clipped", "entropy", "kl_to_start")
 DRIFT_METRICS = ("drift/kl", "drift/mean_abs_log_ratio", "drift/outside_clip")
+RATES = ("tokens_per_second/sampling", "tokens_per_second/training")
 LARGEST, SMALLEST = ("drift/max_abs_log_ratio",), ("min_log_prob",)
 
 
@@ -26,7 +30,7 @@ class Means:
 
     def __init__(self, device: torch.device):
         # Every rank holds every name in the same order, so that one sum over ranks is enough.
-        self.names = (*GROUP_METRICS, *TOKEN_METRICS, *DRIFT_METRICS, "tokens")
+        self.names = (*GROUP_METRICS, *TOKEN_METRICS, *DRIFT_METRICS, *RATES, "tokens")
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(len(self.names), 2, dtype=dtype, device=device)
         self.extremes = torch.full((len(LARGEST + SMALLEST),), -torch.inf, dtype=dtype, device=device)
@@ -43,16 +47,25 @@ class Means:
         largest = values.max() if name in LARGEST else -values.min()
         self.extremes[i] = torch.maximum(self.extremes[i], largest.to(self.extremes.dtype))
 
-    def add_groups(self, groups: Sequence[Group], eos_ids: Sequence[int]) -> None:
+    def add_groups(self, groups: Sequence[Group], is_truncated: Callable[[Response], bool]) -> None:
         responses = [r for g in groups for r in g.responses]
         for source in SOURCES:
             rewards = [r.reward for r in responses if r.source == source and r.reward == r.reward]
             self.add(f"reward/{source}", sum(rewards), len(rewards))
         sampled = [r for r in responses if r.source == "sampled"]
         self.add("zero_std_groups", sum(all(r.advantage == 0 for r in g.responses) for g in groups), len(groups))
-        self.add("truncated", sum(r.ids[-1] not in eos_ids for r in sampled), len(sampled))
+        self.add("truncated", sum(map(is_truncated, sampled)), len(sampled))
         self.add("completion_length", sum(len(r.ids) for r in sampled), len(sampled))
         self.add("tokens", sum(len(r.ids) for r in responses), 1)
+
+    def add_step(self, stats: TokenStats, live_ST: Tensor, inputs: dict[str, Tensor], clip: tuple) -> None:
+        """What a micro-batch's forward says of its tokens, and of the policies that sampled and started."""
+        self.add_tokens(stats, live_ST)
+        if "old_log_probs" in inputs:
+            self.add_drift(stats.log_probs, inputs["old_log_probs"], inputs["sources"], live_ST, clip)
+        if "ref_log_probs" in inputs:
+            log_ratio_ST = inputs["ref_log_probs"] - stats.log_probs
+            self.add_sampled_kl("kl_to_start", log_ratio_ST, inputs["sources"], live_ST)
 
     def add_tokens(self, stats: TokenStats, live_ST: Tensor) -> None:
         """Of the live positions (S, T): mean pi and entropy, the least log pi, and where the loss held back.
@@ -84,23 +97,101 @@ class Means:
         self.add("drift/outside_clip", ((ratio_ST < clip[0]) | (ratio_ST > clip[1])).sum(), count)
         self.add_sampled_kl("drift/kl", log_ratio_ST, sources_S, live_ST)
 
-    def drain(self, accelerator, seconds: float) -> dict[str, float]:
-        """What was added on all ranks, by name, names without a term left out, and the response tokens a second."""
+    def drain(self, accelerator, seconds: float, aside: float = 0.0) -> dict[str, float]:
+        """What was added on all ranks, by name, names without a term left out, and the response tokens a second.
+
+        `aside`: of the seconds since the last drain, those of rollouts, their rewards, and evaluation.
+        """
+        self.add("tokens_per_second/training", self.sums[self.names.index("tokens")][0], seconds - aside)
         sums = accelerator.reduce(self.sums, reduction="sum").tolist()
         extremes = accelerator.gather(self.extremes[None]).amax(0).tolist()
         self.sums.zero_()
         self.extremes.fill_(-torch.inf)
         named = dict(zip(self.names, sums, strict=True))
         tokens, steps = named.pop("tokens")
-        drained = {name: total / count for name, (total, count) in named.items() if count}
+        drained = {name: total / count for name, (total, count) in named.items() if count > 0}
+        drained |= {name: drained[name] * accelerator.num_processes for name in RATES if name in drained}
         for name, value in zip(LARGEST + SMALLEST, extremes, strict=True):
             if value > -math.inf:
                 drained[name] = value if name in LARGEST else -value
         return drained | ({"tokens_per_second": tokens / seconds} if steps and seconds > 0 else {})
 
 
+# A run that comes apart. What a sign needs of the past is in the log history, so a resumed run goes on as if unstopped.
+
+ENTROPY_GROWTH, ENTROPY_MARGIN = 2.0, 0.5
+"""Entropy (nats) may grow to this multiple of the first log line's, plus this margin. Fitting and reinforcing both
+lower the entropy of response tokens; twice the start is noise being learned. The margin keeps a start near 0 from
+counting as growth."""
+
+LEAST_LOG_PROB, LOG_PROB_FALL = -50.0, 25.0
+"""A response token below e^-50 that is also 25 nats below the first log line's. A language model's least likely token
+in real text lies around -20 to -30; one that negative advantages push on, with nothing to hold it, falls on and on."""
+
+SILENT_WINDOWS = 3
+"""Log lines in a row in which every group's rewards are equal. One may be chance; three are a reward that does not tell
+responses apart, or a policy that always does the same."""
+
+SIGNS = {  # flag: (the metric it watches, what values of the log lines show it, the warning)
+    "collapse/entropy": (
+        "entropy",
+        lambda values: values[-1] > ENTROPY_GROWTH * values[0] + ENTROPY_MARGIN,
+        "entropy must stay near where it started, got {last:.3g} nats after {first:.3g}; "
+        "lower learning_rate or entropy_coef, or go back to a checkpoint",
+    ),
+    "collapse/min_log_prob": (
+        "min_log_prob",
+        lambda values: values[-1] < min(LEAST_LOG_PROB, values[0] - LOG_PROB_FALL),
+        "the least log-probability of a response token must stay bounded, got {last:.0f} nats after {first:.0f}; "
+        "lower learning_rate; with objective gft, raise tau and leave rectify at 'all'",
+    ),
+    "collapse/silent_groups": (
+        "zero_std_groups",
+        lambda values: len(values) >= SILENT_WINDOWS and set(values[-SILENT_WINDOWS:]) == {1.0},
+        f"rewards must differ within groups, got equal ones in every group for {SILENT_WINDOWS} log lines; "
+        "look at completions.jsonl: nothing is being learned",
+    ),
+}
+
+
+def signs_of_collapse(history: Sequence[dict], line: dict) -> tuple[dict[str, float], list[str]]:
+    """The flags of a log line (1 where a sign shows), and a sentence for each that the line before did not have."""
+    flags: dict[str, float] = {}
+    sentences = []
+    before: dict = next((earlier for earlier in reversed(history) if "zero_std_groups" in earlier), {})
+    for flag, (metric, shows, sentence) in SIGNS.items():
+        values = [entry[metric] for entry in (*history, line) if metric in entry]
+        if metric in line:
+            flags[flag] = float(shows(values))
+            if flags[flag] and not before.get(flag):
+                sentences.append(sentence.format(first=values[0], last=values[-1]))
+    return flags, sentences
+
+
+# Evaluation
+
+
+def heldout_lines(
+    rows: Sequence[Row],
+    sampled: Sequence[Sequence[Response]],
+    rewards: Rewards,
+    is_truncated: Callable[[Response], bool],
+) -> list[list[float]]:
+    """A line of numbers per row over its responses: truncated, length, reward; sum and count of each function's."""
+    lines = []
+    for row, responses in zip(rows, sampled, strict=True):
+        totals, parts = rewards.score([row] * len(responses), [r.text for r in responses]) if rewards else ([0.0], [])
+        each = (map(is_truncated, responses), (len(r.ids) for r in responses), totals)
+        line = [float(np.mean([*values])) for values in each]
+        for part in parts:
+            applicable = [value for value in part if value is not None]
+            line += [sum(applicable), len(applicable)]
+        lines.append(line)
+    return lines
+
+
 def heldout_summary(names: Sequence[str]):
-    """compute_metrics for evaluation: from one line per row (see GFTTrainer.prediction_step) to named means."""
+    """compute_metrics for evaluation: from a line per row (GFTTrainer.prediction_step) to named means."""
 
     def summarise(prediction) -> dict[str, float]:
         lines = np.asarray(prediction.predictions, dtype=np.float64)
@@ -111,11 +202,15 @@ def heldout_summary(names: Sequence[str]):
             summary["loss"] = -summary["expert_log_likelihood"]
         if names:
             summary["reward"] = reward.mean()
-        if len(names) > 1:
-            summary |= {f"reward_{name}": part.mean() for name, part in zip(names, parts, strict=True)}
+        for name, total, count in zip(names, parts[::2], parts[1::2], strict=True) if len(names) > 1 else ():
+            if count.sum() > 0:  # over the responses it applies to
+                summary[f"reward_{name}"] = total.sum() / count.sum()
         return {name: float(value) for name, value in summary.items()}
 
     return summarise
+
+
+# Completions
 
 
 def completions_table(group: Group, step: int, width: int = 110) -> str:
@@ -133,11 +228,11 @@ def shorten(text: str, width: int) -> str:
     return textwrap.shorten(text.replace("\n", " ⏎ "), width, placeholder=" …")
 
 
-def append_completions(path: Path, groups: Sequence[Group], step: int) -> None:
-    """One JSON line per response."""
-    with path.open("a", encoding="utf-8") as lines:
-        for g in groups:
-            for r in g.responses:
-                entry = {"step": step, "row": g.row.where, "source": r.source, "advantage": r.advantage}
-                entry |= {"reward": r.reward if r.reward == r.reward else None, "prompt": g.row.prompt, "text": r.text}
-                lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
+def show_completions(groups: Sequence[Group], step: int, output_dir: str) -> None:
+    """Prints the first group, and appends one JSON line per response of all to completions.jsonl."""
+    with Path(output_dir, "completions.jsonl").open("a", encoding="utf-8") as lines:
+        for row, r in ((g.row, r) for g in groups for r in g.responses):
+            entry = {"step": step, "row": row.where, "source": r.source, "advantage": r.advantage}
+            entry |= {"reward": r.reward if r.reward == r.reward else None, "prompt": row.prompt, "text": r.text}
+            lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    say("\n" + completions_table(groups[0], step))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
 import random
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy
 import torch
-from transformers import GenerationConfig
+from torch import nn
+from transformers import GenerationConfig, StoppingCriteria
 
-from gft_kernels.trainer.ranks import forward_is_collective
+from gft_kernels.data import text
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,18 @@ class Sampling:
     temperature: float  # 0: greedy
     eos_ids: tuple[int, ...]
     pad_id: int
+    top_p: float = 1.0  # these four leave the policy's own distribution
+    top_k: int = 0  # 0: all tokens
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_strings: tuple[str, ...] = ()  # a response ends with the token that completes one
+    tokenizer: Any = field(default=None, repr=False, compare=False)  # reads them
 
 
 def generate(model, prompts_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
     """Responses from `model.generate`: num_generations consecutive ones per prompt, cut after the first end token.
 
-    This is the default rollout function and the signature of any other. Nothing but the temperature shapes the
+    This is the default rollout function and the signature of any other. Nothing but `sampling` shapes the
     distribution: the model's own generation defaults (top-k, penalties) are set aside, or the samples would not
     come from the policy whose log-probabilities the loss takes.
     """
@@ -44,6 +53,7 @@ def generate(model, prompts_ids: Sequence[Sequence[int]], sampling: Sampling) ->
             input_ids=input_ids.repeat_interleave(sampling.num_generations, 0).to(device),
             attention_mask=attention.repeat_interleave(sampling.num_generations, 0).to(device),
             synced_gpus=forward_is_collective(model),  # a rank that has finished goes on until all have
+            stopping_criteria=[Stops(sampling, width)] if sampling.stop_strings else None,
         )
     return [cut(ids, sampling.eos_ids) for ids in out[:, width:].tolist()]
 
@@ -56,14 +66,44 @@ def cut(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
     return ids
 
 
+def cut_at_text(ids: list[int], stop_strings: Sequence[str], tokenizer) -> list[int]:
+    """Ids up to and including the token that completes a stop string."""
+
+    def holds(position: int) -> bool:
+        text = tokenizer.decode(ids[: position + 1])
+        return any(stop in text for stop in stop_strings)
+
+    return ids[: bisect.bisect_left(range(len(ids)), True, key=holds) + 1] if stop_strings else ids
+
+
+def is_complete(ids: list[int], eos_ids: Sequence[int], stop_strings: Sequence[str] | None, tokenizer) -> bool:
+    """Whether a response ended by itself, not at the length limit."""
+    return ids[-1] in eos_ids or any(stop in tokenizer.decode(ids) for stop in stop_strings or ())
+
+
+class Stops(StoppingCriteria):
+    """Ends a response where it holds a stop string; the prompt does not count, nor what was told before."""
+
+    def __init__(self, sampling: Sampling, width: int):
+        self.sampling, self.width = sampling, width
+        self.tail = max(map(len, sampling.stop_strings)) + 8  # tokens; one may hold less than a character
+
+    def __call__(self, input_ids, scores, **options):
+        start = max(self.width, input_ids.shape[1] - self.tail)
+        texts = self.sampling.tokenizer.batch_decode(input_ids[:, start:])
+        return torch.tensor([any(s in t for s in self.sampling.stop_strings) for t in texts], device=input_ids.device)
+
+
 def generation_config(sampling: Sampling) -> GenerationConfig:
-    """What transformers is asked for: the plain distribution at one temperature, or its most likely token."""
-    warm = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+    """What transformers is asked for: the distribution at one temperature, or its most likely token."""
+    warm: dict[str, Any] = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    warm |= {"do_sample": True, "min_p": sampling.min_p or None}
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=list(sampling.eos_ids),
         pad_token_id=sampling.pad_id,
         use_cache=True,
+        repetition_penalty=sampling.repetition_penalty,
         **(warm if sampling.temperature > 0 else {"do_sample": False}),
     )
 
@@ -102,7 +142,25 @@ def seeded(*entropy: int, device: torch.device):
 
 
 def end_tokens(model, tokenizer) -> tuple[int, ...]:
-    """Every token that ends a response: the tokenizer's, and those the model's generation defaults name."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    named = own if isinstance(own, list) else [] if own is None else [own]
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *named]))
+    """Every token that ends a response: the tokenizer's, its template's, and those the model's defaults name."""
+    return text.end_tokens(tokenizer, getattr(model, "generation_config", None))
+
+
+def forward_is_collective(model: nn.Module) -> bool:
+    """Whether a forward of this model needs every rank, for its weights lie in parts on all of them.
+
+    Then all ranks must sample as often and as long as any of them.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule) or any(hasattr(p, "ds_id") for p in model.parameters())  # ds_id: ZeRO-3
+
+
+def refuse_virtual_tokens(model: nn.Module) -> None:
+    """Raises ValueError for an adapter that puts tokens of its own before the prompt."""
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"model must be adapted in its weights, got {config.peft_type.value}; its virtual tokens are no part "
+                "of what is sampled: train a LoRA adapter, or call patch_model in a loop of your own."
+            )

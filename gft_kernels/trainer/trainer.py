@@ -2,42 +2,56 @@
 
 One optimizer step: `get_batch_samples` hands out the groups of the whole accumulation window, sampled together with
 those of the next `steps_per_rollout` - 1, and counts their tokens over all ranks; `compute_loss` runs the wrapped model
-on one micro-batch of whole groups and divides by that count. Evaluation is in evaluation.py.
+on one micro-batch of whole groups and divides by that count. Evaluation samples held-out prompts instead, and takes the
+likelihood of their demonstrations.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import functools
-import inspect
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from gft_kernels.data.rows import Row, Rows
+from gft_kernels.data.rows import Limits, Response, Row, Rows
 from gft_kernels.model.patch import patch_model, unwrapped
-from gft_kernels.options import TokenStats
-from gft_kernels.trainer import collapse, objective
-from gft_kernels.trainer.callbacks import RunLog
-from gft_kernels.trainer.config import GFTConfig
-from gft_kernels.trainer.engines import rollout_function
-from gft_kernels.trainer.evaluation import TRAINING, HeldOut
-from gft_kernels.trainer.groups import IGNORE, Group, GroupBuilder, check_sources, denominator
-from gft_kernels.trainer.metrics import Means, append_completions, completions_table, heldout_summary
-from gft_kernels.trainer.ranks import even_sampler, refuse_layouts
+from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt
+from gft_kernels.trainer.checkpoints import Manifests
+from gft_kernels.trainer.config import GFTConfig, call_options, clip_range, has_ratio
+from gft_kernels.trainer.engines import Rollout
+from gft_kernels.trainer.groups import IGNORE, GroupBuilder, check_sources, denominator
+from gft_kernels.trainer.metrics import (
+    Means,
+    heldout_lines,
+    heldout_summary,
+    show_completions,
+    signs_of_collapse,
+)
 from gft_kernels.trainer.rewards import Rewards
-from gft_kernels.trainer.rollouts import end_tokens
-from gft_kernels.trainer.windows import Queue, Window, window_of
+from gft_kernels.trainer.rollouts import end_tokens, is_complete, refuse_virtual_tokens
+from gft_kernels.trainer.windows import (
+    Forward,
+    Queue,
+    Window,
+    micro_batches_of,
+    refuse_layouts,
+    row_order,
+    start_model,
+    window_of,
+)
+
+TRAINING, EVALUATION = 0, 1  # what random numbers are for
+LOADER = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
 
 
-class GFTTrainer(HeldOut):
+class GFTTrainer(Trainer):
     """Group Fine-Tuning of a causal language model.
 
     model: a transformers model, or the name or path of one, then loaded in float32. train_dataset, eval_dataset: lists
@@ -48,7 +62,9 @@ class GFTTrainer(HeldOut):
 
     # compute_loss divides by the whole window's count: Trainer must not divide by the accumulation steps again.
     loss_is_scaled_for_ga = True
+    args: GFTConfig
     train_dataset: Rows | None
+    _eval_batches = 0
 
     def __init__(
         self,
@@ -62,6 +78,10 @@ class GFTTrainer(HeldOut):
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
     ):
+        if not isinstance(args, GFTConfig):
+            raise TypeError(
+                f"args must be a GFTConfig, got {type(args).__name__}; it takes every option of TrainingArguments."
+            )
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             # An AdamW step of 1e-6 is less than half the last bit of most bfloat16 weights: it would be lost.
@@ -70,119 +90,168 @@ class GFTTrainer(HeldOut):
             raise ValueError("processing_class must be a tokenizer with an end-of-text token, got none; pass one.")
         refuse_virtual_tokens(model)
         rewards = Rewards(reward_funcs, args.reward_weights)
-        train_rows, eval_rows = checked_rows(train_dataset, eval_dataset, processing_class, args, model, rewards)
+        self._rows = functools.partial(
+            Rows,
+            tokenizer=processing_class,
+            config=args,
+            limits=Limits.of(model.config),
+            required_columns=sorted(rewards.required_columns()),
+        )
+        train_rows = self.rows_of(train_dataset, "train_dataset")
+        if train_rows is not None:
+            check_sources(args, train_rows, rewards)
         super().__init__(
             model=model,
             args=args,
             data_collator=keep,  # rows stay rows until their groups are built
             train_dataset=train_rows,
-            eval_dataset=eval_rows,
+            eval_dataset=self.rows_of(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
             compute_metrics=heldout_summary(rewards.names),
-            callbacks=[RunLog(), *(callbacks or [])],
+            callbacks=[RunLog(), Manifests(), *(callbacks or [])],
             optimizers=optimizers,
         )
         refuse_layouts(args, self.accelerator)
         # Read by transformers before 5.19, where loss_is_scaled_for_ga does not exist yet.
         self.model_accepts_loss_kwargs = True
-        rollout_fn = rollout_function(args, self.model, rollout_fn)
-        self.builder = GroupBuilder(args, processing_class, rewards, rollout_fn, end_tokens(model, processing_class))
+        self.rollout = Rollout(args, self.model, rollout_fn, processing_class)
+        self.builder = GroupBuilder(args, processing_class, rewards, self.rollout, end_tokens(model, processing_class))
         self._patch(unwrapped(self.accelerator.unwrap_model(self.model)))
         self.start_model = start_model(model, args.device) if args.log_kl or args.beta else None
         self.queue, self.means = Queue(), Means(args.device)
-        self._last_log = time.perf_counter()
+        self._last_log, self._aside = time.perf_counter(), 0.0  # seconds since then that were not training
+
+    def rows_of(self, records, name: str) -> Any:
+        """Rows checked and tokenised as training needs them. Raises RowError, TypeError for what is no list of rows."""
+        if records is None or isinstance(records, Rows):
+            return records
+        if isinstance(records, dict):
+            return {key: self.rows_of(some, f"{name}[{key!r}]") for key, some in records.items()}
+        return self._rows(records, name)
 
     def _patch(self, model) -> None:
         """Let the model compute the loss in its head, and settle what it is asked for."""
         args = self.args
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.ask = Forward(model, self.accelerator)
         # What every call has; a training step adds its objective, for others only ask for log-probabilities.
         patch_model(model, objective="sft", temperature=args.temperature, ignore_index=IGNORE, backend=args.backend)
         statistics = {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
-        self._loss_options = objective.call_options(args) | statistics
+        self._loss_options = call_options(args) | statistics
         # The policy that sampled is remembered where later steps differ from it and something asks how far.
-        self._remembers = args.steps_per_rollout > 1 and (args.token_metrics or objective.has_ratio(args))
+        self._remembers = args.steps_per_rollout > 1 and (args.token_metrics or has_ratio(args))
 
-    def _get_train_sampler(self, *args, **kwargs):
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        return sampler if sampler is None else even_sampler(sampler, self.args)
+    def get_train_dataloader(self) -> DataLoader:
+        """Rows in an order that gives every rank as many, the last ones absent where they do not suffice."""
+        if self.train_dataset is None:
+            return super().get_train_dataloader()  # which refuses
+        args = self.args
+        options = {name: getattr(args, f"dataloader_{name}") for name in LOADER}
+        order = row_order(self.train_dataset, args)
+        loader = DataLoader(self.train_dataset, args.train_batch_size, sampler=order, collate_fn=keep, **options)
+        return self.accelerator.prepare(loader)
+
+    def train(self, *args, **kwargs):
+        with contextlib.ExitStack() as signals:  # they are given back even when training raises
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, SaveOnInterrupt):
+                    signals.enter_context(callback)
+            return super().train(*args, **kwargs)
 
     # One optimizer step
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The next window's micro-batches as tensors, and the denominator of its loss over all ranks."""
+        if 0 < self.state.max_steps <= self.state.global_step:  # resumed at its end: Trainer would take one more step
+            self.control.should_training_stop = True
+            return [], None
         if self.queue.is_empty(epoch_iterator):
             self.queue.windows = self._roll_out(epoch_iterator, num_batches, device)
         window = self.queue.windows.pop(0)
-        self.means.add_groups(window.groups, self.builder.eos_ids)
-        self._show(window.groups)
+        self.means.add_groups(window.groups, self.is_truncated)
+        every, step = self.args.log_completions_steps, self.state.global_step
+        if every and step % every == 0 and window.groups and self.is_world_process_zero():
+            show_completions(window.groups, step, str(self.args.output_dir))
         num_items = torch.tensor(denominator(window.groups, self.args), dtype=torch.float32, device=device)
         return window.micro_batches, self.accelerator.gather(num_items).sum()
 
     def _roll_out(self, epoch_iterator, num_batches, device) -> list[Window]:
         """The next windows, sampled with the weights as they are, and what those say of every response."""
+        begun, spent = time.perf_counter(), self.rollout.spent
         steps = min(self.args.steps_per_rollout, self.state.max_steps - self.state.global_step)
         windows = []
         for _ in range(max(steps, 1)):  # the epoch may end before
             windows.append(super().get_batch_samples(epoch_iterator, num_batches, device)[0])
         rows = [row for batches in windows for batch in batches for row in batch]
         entropy = (self.args.seed, TRAINING, self.state.global_step, self.args.process_index)
-        groups = iter(self.builder.build(self.model, rows, entropy))
-        cut = [window_of(groups, batches, self.builder.pad_id) for batches in windows if batches]
+        groups = self.builder.build(self.model, rows, entropy)
+        parts = iter(micro_batches_of(groups, [*itertools.chain(*windows)], self.args.rollout_order))
+        left_out = self.is_truncated if self.args.mask_truncated_completions else None
+        cut = [window_of([next(parts) for _ in some], self.builder.pad_id, left_out) for some in windows if some]
         for inputs in (inputs for window in cut for inputs in window.micro_batches):
             if self._remembers:
-                inputs["old_log_probs"] = self._log_probs(self.model, inputs)
+                inputs["old_log_probs"] = self.ask.log_probs(self.model, inputs)
             if self.args.beta:
-                inputs["ref_log_probs"] = self._log_probs(self.start_model, inputs)
+                inputs["ref_log_probs"] = self.ask.log_probs(self.start_model, inputs)
+        tokens, seconds = (now - before for now, before in zip(self.rollout.spent, spent, strict=True))
+        self.means.add("tokens_per_second/sampling", tokens, seconds)
+        self._aside += time.perf_counter() - begun
         return cut or [Window([], [])]
-
-    @torch.no_grad()
-    def _log_probs(self, model, inputs) -> Tensor:
-        """log pi (nats) of each target under a model as it samples, without dropout; where `with_loss` has targets."""
-        training = model.training
-        model.eval()
-        with self.accelerator.autocast():
-            outputs, _ = self.with_loss(model, self._prepare_inputs(inputs), gft_return_stats=True)
-        model.train(training)
-        return outputs.stats.log_probs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the step's loss. `model` is the wrapped one: its hooks average gradients."""
         given = {"gft_advantages": inputs["advantages"]} if self.args.advantages == "group" else {}
-        if "old_log_probs" in inputs and objective.has_ratio(self.args):
+        if "old_log_probs" in inputs and has_ratio(self.args):
             given["gft_old_log_probs"] = inputs["old_log_probs"]
         if "ref_log_probs" in inputs:
             given["gft_ref_log_probs"] = inputs["ref_log_probs"]
-        outputs, targets_ST = self.with_loss(
+        outputs, targets_ST = self.ask(
             model, inputs, num_items_in_batch=num_items_in_batch, **self._loss_options, **given
         )
         if self.args.token_metrics:
-            self._add_statistics(outputs.stats, targets_ST != IGNORE, inputs)
+            if "ref_log_probs" not in inputs and self.start_model is not None and self._logs_after_this_step():
+                inputs = {**inputs, "ref_log_probs": self.ask.log_probs(self.start_model, inputs)}
+            self.means.add_step(outputs.stats, targets_ST != IGNORE, inputs, clip_range(self.args))
         # Data parallelism averages gradients over the ranks, but the denominator is already the sum over ranks.
         loss = outputs.loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def with_loss(self, model, inputs, **options) -> tuple[Any, Tensor]:
-        """The output of a patched model for the responses' tokens, and the targets its statistics have the shape of."""
-        length, behind = inputs["input_ids"].shape[1], inputs["targets"].shape[1] + 1
-        # Where the loss needs logits after all, a model that can will not compute those of the prompts.
-        selection = {"logits_to_keep": behind} if self._keeps_logits else {}
-        before = 0 if selection else length - behind
-        targets_ST = functional.pad(inputs["targets"], (before, 1), value=IGNORE)
-        texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        return model(**texts, **selection, shift_labels=targets_ST, **options), targets_ST
+    # Evaluation
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        """Metrics of rows, of those given to the trainer, or of one of these by its name."""
+        self._eval_batches = 0  # the same random numbers in every evaluation
+        begun, aside = time.perf_counter(), self._aside
+        if not isinstance(eval_dataset, str):
+            eval_dataset = self.rows_of(eval_dataset, "eval_dataset")
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        self._aside = aside + time.perf_counter() - begun
+        return metrics
+
+    def predict(self, test_dataset, *args, **kwargs):
+        """The same of other rows; `predictions` has the line of each row (docs/training.md#evaluation)."""
+        self._eval_batches = 0
+        return super().predict(self.rows_of(test_dataset, "test_dataset"), *args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """One line per row of the list `inputs`, in the order that heldout_summary reads.
+
+        The loss is left to the summary over the whole set: a mean of batch means would depend on the batch size.
+        """
+        args, builder = self.args, self.builder
+        entropy = (args.seed, EVALUATION, self._eval_batches, args.process_index)
+        self._eval_batches += 1
+        sampled = builder.sample(self.model, inputs, args.eval_num_generations, args.eval_temperature, entropy)
+        lines = heldout_lines(inputs, sampled, builder.rewards, self.is_truncated)
+        experts_B2 = self.ask.experts(model, inputs, builder.pad_id)
+        lines_BX = torch.cat([experts_B2, torch.tensor(lines, device=args.device)], 1)
+        return None, lines_BX, torch.zeros(len(inputs), device=args.device)
 
     # Reporting
 
-    def _add_statistics(self, stats: TokenStats, live_ST: Tensor, inputs) -> None:
-        """What the step's log line says of its tokens."""
-        self.means.add_tokens(stats, live_ST)
-        if "old_log_probs" in inputs:
-            clip = objective.clip_range(self.args)
-            self.means.add_drift(stats.log_probs, inputs["old_log_probs"], inputs["sources"], live_ST, clip)
-        if self.start_model is not None and ("ref_log_probs" in inputs or self._logs_after_this_step()):
-            start_ST = inputs["ref_log_probs"] if self.args.beta else self._log_probs(self.start_model, inputs)
-            self.means.add_sampled_kl("kl_to_start", start_ST - stats.log_probs, inputs["sources"], live_ST)
+    def is_truncated(self, response: Response) -> bool:
+        """Whether a sample was cut at the length limit."""
+        stops, tokenizer = self.args.stop_strings, self.processing_class
+        return response.source == "sampled" and not is_complete(response.ids, self.builder.eos_ids, stops, tokenizer)
 
     def _logs_after_this_step(self) -> bool:
         return (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
@@ -191,56 +260,13 @@ class GFTTrainer(HeldOut):
         """Adds the means since the last training log line, and warns once of each sign of a collapse."""
         if "loss" in logs:
             now = time.perf_counter()
-            logs = {**logs, **self.means.drain(self.accelerator, now - self._last_log)}
-            logs |= collapse.flags(self.state.log_history, logs)
-            if self.is_world_process_zero():
-                for sentence in collapse.warnings_of(self.state.log_history, logs):
-                    warnings.warn(sentence, stacklevel=2)
-            self._last_log = now
+            logs = {**logs, **self.means.drain(self.accelerator, now - self._last_log, self._aside)}
+            flags, sentences = signs_of_collapse(self.state.log_history, logs)
+            logs |= flags
+            for sentence in sentences if self.is_world_process_zero() else ():
+                warnings.warn(sentence, stacklevel=2)
+            self._last_log, self._aside = now, 0.0
         super().log(logs, start_time)
-
-    def _show(self, groups: Sequence[Group]) -> None:
-        every, step = self.args.log_completions_steps, self.state.global_step
-        if every and step % every == 0 and groups and self.is_world_process_zero():
-            append_completions(Path(str(self.args.output_dir), "completions.jsonl"), groups, step)
-            print("\n" + completions_table(groups[0], step), flush=True)
-
-
-def checked_rows(train, held_out, tokenizer, args: GFTConfig, model, rewards: Rewards) -> tuple[Rows | None, Any]:
-    """The rows of both sets, tokenised when asked for. Raises RowError, ValueError for what cannot be trained on."""
-    rows = functools.partial(
-        Rows,
-        tokenizer=tokenizer,
-        config=args,
-        context=getattr(model.config, "max_position_embeddings", None),
-        required_columns=sorted(rewards.required_columns()),
-    )
-    train_rows = None if train is None else rows(train, "train_dataset")
-    if train_rows is not None:
-        check_sources(args, train_rows, rewards)
-    if isinstance(held_out, dict):
-        return train_rows, {name: rows(records, f"eval_dataset[{name!r}]") for name, records in held_out.items()}
-    return train_rows, None if held_out is None else rows(held_out, "eval_dataset")
-
-
-def refuse_virtual_tokens(model: nn.Module) -> None:
-    """Raises ValueError for an adapter that puts tokens of its own before the prompt."""
-    for config in getattr(model, "peft_config", {}).values():
-        if config.is_prompt_learning:
-            raise ValueError(
-                f"model must be adapted in its weights, got {config.peft_type.value}; its virtual tokens are no part "
-                "of what is sampled: train a LoRA adapter, or call patch_model in a loop of your own."
-            )
-
-
-def start_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """A frozen copy of a patched model as it is now, whole on this rank. Raises ValueError where it is not whole."""
-    if any(p.numel() == 0 for p in model.parameters()):
-        raise ValueError(
-            "zero3_init_flag must be false with log_kl or beta, got a model whose weights are elsewhere; "
-            "every rank keeps a whole copy of the starting weights."
-        )
-    return copy.deepcopy(model).requires_grad_(False).eval().to(device)
 
 
 def keep(rows: list[Row]) -> Any:

@@ -5,6 +5,7 @@ binds the names to Triton's operations, so there is no second copy of the mathem
 """
 
 from types import FunctionType
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -125,19 +126,27 @@ row_size = _in_triton(formulas.row_size)
 entropy = _in_triton(formulas.entropy)
 
 
-@triton.jit
-def seen(x, logit_scale, temperature, SOFTCAP: tl.constexpr):
-    """`transform`, a multiplication where there is no softcap: `logit_scale` is then divided by T already."""
-    if SOFTCAP == 0.0:
-        return transform(x, logit_scale, 0.0, 1.0)
-    else:
-        return transform(x, logit_scale, SOFTCAP, temperature)
+class Transform(NamedTuple):
+    """How a stored logit becomes the one the loss sees; without a softcap (0) the scale is divided by T already."""
+
+    logit_scale: tl.tensor
+    temperature: tl.tensor
+    SOFTCAP: tl.constexpr
 
 
 @triton.jit
-def seen_slope(x, logit_scale, temperature, SOFTCAP: tl.constexpr):
-    """`transform_slope`, for arguments as in `seen`."""
-    if SOFTCAP == 0.0:
-        return transform_slope(x, logit_scale, 0.0, 1.0)
+def seen(x, t):
+    """`transform`, a multiplication where there is no softcap; t is a `Transform` or has its fields."""
+    if t.SOFTCAP == 0.0:
+        return transform(x, t.logit_scale, 0.0, 1.0)
     else:
-        return transform_slope(x, logit_scale, SOFTCAP, temperature)
+        return transform(x, t.logit_scale, t.SOFTCAP, t.temperature)
+
+
+@triton.jit
+def seen_slope(x, t):
+    """`transform_slope`, for t as in `seen`."""
+    if t.SOFTCAP == 0.0:
+        return transform_slope(x, t.logit_scale, 0.0, 1.0)
+    else:
+        return transform_slope(x, t.logit_scale, t.SOFTCAP, t.temperature)

@@ -1,114 +1,122 @@
 """The fused kernel: one program takes one row from its logits to its loss and gradient. Two reads, one write.
 
 Sizes: R rows, V vocabulary. Row r lies at (r // tokens, r % tokens) of the outer dimensions of logits and gradient.
+Named tuples are made where they are passed on: one kept in a variable would turn its constants into run-time values.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from gft_kernels.triton_kernels.formulas import (
-    capped_coefficient,
-    clipped_coefficient,
-    clipped_loss,
-    coefficient,
-    dlogit_other,
-    dlogit_target,
-    dlogit_tilted,
-    entropy,
-    exp,
-    kappa,
-    kl_kappa,
-    kl_loss,
-    log,
-    log_prob,
-    log_ratio,
-    observe,
-    raise_gap,
-    row_size,
-    row_tau,
-    seen,
-    seen_slope,
-    token_loss,
-)
-from gft_kernels.triton_kernels.spans import row_start
-from gft_kernels.triton_kernels.specialisation import compiled_once
-from gft_kernels.triton_kernels.sweeps import clear_row, map_row, row_statistics
+from gft_kernels.triton_kernels import formulas
+from gft_kernels.triton_kernels.formulas import Transform, seen, seen_slope
+from gft_kernels.triton_kernels.launch import compiled_once
+from gft_kernels.triton_kernels.walks import clear_row, map_row, row_start, row_statistics
 
 # Surrogates by their place in options.SURROGATES; run-time values, so that no objective is compiled of its own.
 GFT = tl.constexpr(0)
 GRPO = tl.constexpr(1)
 
 
+class Objective(NamedTuple):
+    """options.Objective, as run-time values."""
+
+    surrogate: tl.tensor
+    tau: tl.tensor
+    rectify_all: tl.tensor
+    clip_low: tl.tensor
+    clip_high: tl.tensor
+    delta: tl.tensor
+    beta: tl.tensor
+    kl_cap: tl.tensor
+    entropy_coef: tl.tensor
+    old_log_probs_R: tl.tensor
+    has_old: tl.tensor  # 0: on-policy
+    ref_log_probs_R: tl.tensor
+
+
+class Known(NamedTuple):
+    """All that F7 needs of a row beside its logits. Fields of `Transform` among them."""
+
+    target: tl.tensor
+    log_pi: tl.tensor
+    top: tl.tensor
+    log_mass: tl.tensor
+    scale: tl.tensor
+    tilt: tl.tensor
+    entropy: tl.tensor
+    logit_scale: tl.tensor
+    temperature: tl.tensor
+    SOFTCAP: tl.constexpr
+    TILTED: tl.constexpr  # with an entropy bonus
+
+
 @triton.jit
-def dlogit(x, column, parameters):
-    """F7 at some places of a row: x are the logits as stored, `column` says which. TILTED: with an entropy bonus."""
-    target, log_pi, top, log_mass, scale, tilt, h, logit_scale, temperature = parameters[:9]
-    SOFTCAP: tl.constexpr = parameters[9]
-    TILTED: tl.constexpr = parameters[10]
-    z = seen(x, logit_scale, temperature, SOFTCAP)
-    slope = seen_slope(x, logit_scale, temperature, SOFTCAP)
-    if TILTED:  # the slope comes last: as a factor of scale and of tilt it would be two more registers an element
-        others = dlogit_tilted((z - top) - log_mass, scale, tilt, h)
-        at_target = dlogit_target(log_pi, scale) + dlogit_tilted(log_pi, 0.0, tilt, h)
-        return tl.where(column == target, at_target, others) * slope
+def dlogit(x, column, row):
+    """F7 at some places of a row: x are the logits as stored, `column` says which; row is `Known`."""
+    log_pi_v = (seen(x, row) - row.top) - row.log_mass
+    slope = seen_slope(x, row)
+    if row.TILTED:  # the slope comes last: as a factor of scale and of tilt it would be two more registers an element
+        others = formulas.dlogit_tilted(log_pi_v, row.scale, row.tilt, row.entropy)
+        at_target = formulas.dlogit_target(row.log_pi, row.scale)
+        at_target += formulas.dlogit_tilted(row.log_pi, 0.0, row.tilt, row.entropy)
+        return tl.where(column == row.target, at_target, others) * slope
     else:
-        others = dlogit_other((z - top) - log_mass, scale * slope)
-        return tl.where(column == target, dlogit_target(log_pi, scale * slope), others)
+        others = formulas.dlogit_other(log_pi_v, row.scale * slope)
+        return tl.where(column == row.target, formulas.dlogit_target(row.log_pi, row.scale * slope), others)
 
 
 @triton.jit
-def target_logit(row, target, V, logit_scale, temperature, SOFTCAP: tl.constexpr):
+def target_logit(row, target, V, transform):
     """(z_y, y): y is -1, a place no column has, where the target lies outside [0, V), and z_y is 0 there."""
     inside = (target >= 0) & (target < V)
     x = tl.load(row + target, mask=inside, other=0.0).to(tl.float32)
-    z = seen(x, logit_scale, temperature, SOFTCAP)
-    return tl.where(inside, z, 0.0), tl.where(inside, target, -1).to(tl.int32)
+    return tl.where(inside, seen(x, transform), 0.0), tl.where(inside, target, -1).to(tl.int32)
 
 
 @triton.jit
-def row_entropy(z_y, others_top, others_mass, others_gap, top, mass):
+def row_entropy(z_y, others_top, others_mass, others_gap, top, mass, log_mass):
     """H of the whole row, from the state of the others and the target's logit."""
     anchor = tl.where(top == float("-inf"), 0.0, top)
-    gap = raise_gap(others_gap, others_mass, others_top - anchor) + raise_gap(0.0, 1.0, z_y - anchor)
-    return entropy(log(mass), gap / mass)
+    gap = formulas.raise_gap(others_gap, others_mass, others_top - anchor)
+    gap += formulas.raise_gap(0.0, 1.0, z_y - anchor)
+    return formulas.entropy(log_mass, gap / mass)
 
 
 @triton.jit
-def row_terms(
-    r, log_pi, h, advantage, tau, rectify_all, surrogate, old_log_probs_R, has_old, ref_log_probs_R, clip_low,
-    clip_high, beta, entropy_coef, ENTROPY: tl.constexpr,
-):  # fmt: skip
-    """F4, kappa and F6 of row r: the only place here that knows one objective from another."""
-    if surrogate == GFT:
-        c = coefficient(log_pi, row_tau(advantage, tau, rectify_all != 0))
-        k = kappa(advantage, c)
-        loss = token_loss(log_pi, k)
+def row_terms(r, log_pi, h, advantage, o, ENTROPY: tl.constexpr):
+    """F4, kappa and F6 of row r under o, an `Objective`: the only place here that knows one from another."""
+    if o.surrogate == GFT:
+        c = formulas.coefficient(log_pi, formulas.row_tau(advantage, o.tau, o.rectify_all != 0))
+        k = formulas.kappa(advantage, c)
+        loss = formulas.token_loss(log_pi, k)
     else:
         old_log_pi = log_pi
-        if has_old != 0:
-            old_log_pi = tl.load(old_log_probs_R + r)
-        ratio = exp(log_ratio(log_pi, old_log_pi))
-        if surrogate == GRPO:
-            c = clipped_coefficient(ratio, advantage, clip_low, clip_high)
-            k = kappa(advantage, c)
-            loss = clipped_loss(ratio, advantage, clip_low, clip_high)
+        if o.has_old != 0:
+            old_log_pi = tl.load(o.old_log_probs_R + r)
+        ratio = formulas.exp(formulas.log_ratio(log_pi, old_log_pi))
+        if o.surrogate == GRPO:
+            c = formulas.clipped_coefficient(ratio, advantage, o.clip_low, o.clip_high, o.delta)
+            k = formulas.kappa(advantage, c)
+            loss = formulas.clipped_loss(ratio, advantage, o.clip_low, o.clip_high, o.delta)
         else:
-            c = capped_coefficient(ratio, clip_high)
-            k = kappa(advantage, c)
-            loss = token_loss(log_pi, k)
-    if beta != 0.0:
-        u = log_ratio(tl.load(ref_log_probs_R + r), log_pi)
-        k += beta * kl_kappa(u)
-        loss += beta * kl_loss(u)
+            c = formulas.capped_coefficient(ratio, o.clip_high)
+            k = formulas.kappa(advantage, c)
+            loss = formulas.token_loss(log_pi, k)
+    if o.beta != 0.0:
+        u = formulas.log_ratio(tl.load(o.ref_log_probs_R + r), log_pi)
+        k += o.beta * formulas.kl_kappa(u, o.kl_cap)
+        loss += o.beta * formulas.kl_loss(u, o.kl_cap)
     if ENTROPY:
-        loss -= tl.where(entropy_coef == 0.0, 0.0, entropy_coef * h)
+        loss -= tl.where(o.entropy_coef == 0.0, 0.0, o.entropy_coef * h)
     return c, k, loss
 
 
 @triton.jit
 def split_scales(scale, tilt, h, slope, peak):
     """(scale and tilt an fp16 row is stored with, what backward multiplies it by): the stored row peaks at `peak`."""
-    size = row_size(scale, tilt, h)
+    size = formulas.row_size(scale, tilt, h)
     unit = peak / tl.abs(slope)
     stored_scale = tl.where(size == 0.0, 0.0, scale / size * unit)
     stored_tilt = tl.where(size == 0.0, 0.0, tilt / size * unit)
@@ -120,9 +128,9 @@ def row_loss_kernel(
     logits,
     gradient,  # logits again, if the gradient is written in place or not wanted
     targets_R,
+    live_R,  # uint8
     advantages_R,
     weights_R,
-    read_R,  # uint8: 0 on rows that need no logits (masked, or A = 0 and no statistics wanted)
     loss_R,
     log_prob_R,
     coefficient_R,
@@ -136,17 +144,20 @@ def row_loss_kernel(
     inner_stride: tl.int64,
     gradient_outer_stride: tl.int64,
     gradient_inner_stride: tl.int64,
+    surrogate: tl.int32,
     tau: tl.float32,
     rectify_all: tl.int32,
-    surrogate: tl.int32,
-    has_old: tl.int32,  # 0: on-policy
     clip_low: tl.float32,
     clip_high: tl.float32,
+    delta: tl.float32,
     beta: tl.float32,
+    kl_cap: tl.float32,
     entropy_coef: tl.float32,
+    has_old: tl.int32,
     logit_scale: tl.float32,
     temperature: tl.float32,
     peak: tl.float32,  # 0: the gradient is stored as it is
+    read_all: tl.int32,  # live rows with A = 0 are read as well
     want_gradient: tl.int32,
     SOFTCAP: tl.constexpr,  # a property of the model, so compiled in; 0: none
     ENTROPY: tl.constexpr,
@@ -156,27 +167,29 @@ def row_loss_kernel(
     row = row_start(logits, r, tokens, outer_stride, inner_stride)
     into = row_start(gradient, r, tokens, gradient_outer_stride, gradient_inner_stride)
     width = V.to(tl.int32)
-    read = tl.load(read_R + r) != 0
+    advantage = tl.load(advantages_R + r)
     # zeros for a row that is not read; the branch below overwrites them
-    loss, log_pi, c, h, scale, tilt, row_scale = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    loss, log_pi, c, h, scale, tilt = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     top, log_mass, y = 0.0, 0.0, -1
-    if read:
-        z_y, y = target_logit(row, tl.load(targets_R + r), V, logit_scale, temperature, SOFTCAP)
+    if (tl.load(live_R + r) != 0) & ((advantage != 0.0) | (read_all != 0)):
+        z_y, y = target_logit(row, tl.load(targets_R + r), V, Transform(logit_scale, temperature, SOFTCAP))
         others_top, others_mass, others_gap = row_statistics(
-            row, width, y, logit_scale, temperature, SOFTCAP, ENTROPY, BLOCK
+            row, width, y, Transform(logit_scale, temperature, SOFTCAP), ENTROPY, BLOCK
         )
         z_y = tl.where(y < 0, float("nan"), z_y)  # a target out of range spoils its row, without a host sync
-        log_pi = log_prob(z_y, others_top, others_mass)
-        top, mass = observe(others_top, others_mass, z_y)
-        log_mass = log(mass)
+        log_pi = formulas.log_prob(z_y, others_top, others_mass)
+        top, mass = formulas.observe(others_top, others_mass, z_y)
+        log_mass = formulas.log(mass)
         if ENTROPY:
-            h = row_entropy(z_y, others_top, others_mass, others_gap, top, mass)
-        advantage = tl.load(advantages_R + r)
-        weight = tl.load(weights_R + r)
+            # Of a certain target: log pi has digits that the sum lost, and F7 adds it to an H made of this.
+            log_mass = tl.where(z_y == top, -log_pi, log_mass)
+            h = row_entropy(z_y, others_top, others_mass, others_gap, top, mass, log_mass)
         c, k, loss = row_terms(
-            r, log_pi, h, advantage, tau, rectify_all, surrogate, old_log_probs_R, has_old, ref_log_probs_R, clip_low,
-            clip_high, beta, entropy_coef, ENTROPY,
+            r, log_pi, h, advantage,
+            Objective(surrogate, tau, rectify_all, clip_low, clip_high, delta, beta, kl_cap, entropy_coef,
+                      old_log_probs_R, has_old, ref_log_probs_R), ENTROPY,
         )  # fmt: skip
+        weight = tl.load(weights_R + r)
         loss = tl.where(loss == 0.0, 0.0, weight * loss)
         scale = tl.where(k == 0.0, 0.0, weight * k)
         if ENTROPY:
@@ -197,8 +210,7 @@ def row_loss_kernel(
         else:
             # In place, the target's logit and every statistic must be in registers before the first store.
             tl.debug_barrier()
-            # (The tuple stands in the call: as a variable it would turn its constants into run-time values.)
             map_row(
                 row, into, width, dlogit,
-                (y, log_pi, top, log_mass, scale, tilt, h, logit_scale, temperature, SOFTCAP, ENTROPY), BLOCK,
+                Known(y, log_pi, top, log_mass, scale, tilt, h, logit_scale, temperature, SOFTCAP, ENTROPY), BLOCK,
             )  # fmt: skip

@@ -3,14 +3,12 @@
 import triton
 import triton.language as tl
 
-from gft_kernels.triton_kernels.spans import row_start
-from gft_kernels.triton_kernels.specialisation import compiled_once
-from gft_kernels.triton_kernels.sweeps import map_row
+from gft_kernels.triton_kernels.launch import compiled_once
+from gft_kernels.triton_kernels.walks import map_row, row_start
 
 
 @triton.jit
-def times(x, column, parameters):
-    (factor,) = parameters
+def times(x, column, factor):
     return x * factor
 
 
@@ -38,4 +36,4 @@ def scale_rows_kernel(
     row = row_start(gradient, r, tokens, outer_stride, inner_stride)
     into = row_start(scaled, r, tokens, scaled_outer_stride, scaled_inner_stride)
     if (factor != 1.0) | (in_place == 0):  # loss.backward() in place moves no byte; the host never sees the factor
-        map_row(row, into, V.to(tl.int32), times, (factor,), BLOCK)
+        map_row(row, into, V.to(tl.int32), times, factor, BLOCK)

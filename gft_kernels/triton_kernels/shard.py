@@ -7,11 +7,10 @@ shard is any number outside [0, V), V being the shard's width.
 
 import triton.language as tl
 
-from gft_kernels.triton_kernels.formulas import NEG_INF
-from gft_kernels.triton_kernels.row_loss import dlogit, target_logit
-from gft_kernels.triton_kernels.spans import row_start
-from gft_kernels.triton_kernels.specialisation import compiled_once
-from gft_kernels.triton_kernels.sweeps import clear_row, map_row, row_statistics
+from gft_kernels.triton_kernels.formulas import NEG_INF, Transform
+from gft_kernels.triton_kernels.launch import compiled_once
+from gft_kernels.triton_kernels.row_loss import Known, dlogit, target_logit
+from gft_kernels.triton_kernels.walks import clear_row, map_row, row_start, row_statistics
 
 
 @compiled_once
@@ -37,8 +36,10 @@ def shard_statistics_kernel(
     top, mass, gap, z_y = NEG_INF, 0.0, 0.0, 0.0
     if tl.load(read_R + r) != 0:
         row = row_start(logits, r, tokens, outer_stride, inner_stride)
-        z_y, y = target_logit(row, tl.load(targets_R + r), V, logit_scale, temperature, SOFTCAP)
-        top, mass, gap = row_statistics(row, V.to(tl.int32), y, logit_scale, temperature, SOFTCAP, ENTROPY, BLOCK)
+        z_y, y = target_logit(row, tl.load(targets_R + r), V, Transform(logit_scale, temperature, SOFTCAP))
+        top, mass, gap = row_statistics(
+            row, V.to(tl.int32), y, Transform(logit_scale, temperature, SOFTCAP), ENTROPY, BLOCK
+        )
     tl.store(top_R + r, top)
     tl.store(mass_R + r, mass)
     tl.store(target_logit_R + r, z_y)
@@ -86,5 +87,5 @@ def shard_gradient_kernel(
         log_mass = tl.load(log_mass_R + r)
         map_row(
             row, into, width, dlogit,
-            (y, log_pi, top, log_mass, scale, tilt, h, logit_scale, temperature, SOFTCAP, ENTROPY), BLOCK,
+            Known(y, log_pi, top, log_mass, scale, tilt, h, logit_scale, temperature, SOFTCAP, ENTROPY), BLOCK,
         )  # fmt: skip

@@ -43,7 +43,7 @@ Credit = structure(
 Transform = structure("Transform", logit_scale=f64, softcap=f64, temperature=f64)
 Objective = structure(
     "Objective", tau=f64, rectify=i32, surrogate=i32, clip_low=f64, clip_high=f64, beta=f64, entropy_coef=f64,
-    old_log_probs_R=pointer, ref_log_probs_R=pointer,
+    delta=f64, kl_cap=f64, old_log_probs_R=pointer, ref_log_probs_R=pointer,
 )  # fmt: skip
 RowResults = structure(
     "RowResults", loss=pointer, log_probs_R=pointer, coefficients_R=pointer, advantages_R=pointer, entropy_R=pointer,
@@ -57,8 +57,9 @@ ScaleTask = structure(
     "ScaleTask", gradient=LogitRows, scaled=LogitRows, row_scale_R=pointer, upstream=pointer, per_row=c.c_bool
 )
 ShardStatistics = structure("ShardStatistics", top_R=pointer, mass_R=pointer, gap_R=pointer, target_logit_R=pointer)
-ShardGradient = structure("ShardGradient", log_pi_R=pointer, top_R=pointer, log_mass_R=pointer, scale_R=pointer,
-                          tilt_R=pointer, entropy_R=pointer)  # fmt: skip
+NativeAgreed = structure("NativeAgreed", log_pi_R=pointer, top_R=pointer, log_mass_R=pointer, scale_R=pointer,
+                         tilt_R=pointer, entropy_R=pointer)  # fmt: skip
+Shard = structure("Shard", logits=LogitRows, columns_R=pointer, transform=Transform)
 NativeChoice = structure("NativeChoice", blocks=i32, threads=i32, grid=i32, seed=c.c_uint)
 Machine = structure("Machine", multiprocessors=i32, shared_per_multiprocessor=i32, shared_per_block=i32,
                     shared_reserved=i32, max_cluster=i32)  # fmt: skip
@@ -154,12 +155,10 @@ class Backend:
         return scaled
 
     def shard_statistics(self, call: RowCall, columns_R: torch.Tensor, read_R: torch.Tensor) -> tuple:
-        logits = call.logits_STV
         out = [torch.full((columns_R.numel(),), float("nan")) for _ in range(4)]
-        statistics, transform = ShardStatistics(*map(at, out)), self.transform(call)
         ran = library().emulate_observe_shard(
-            c.byref(rows(logits, logits)), pointer(at(columns_R)), pointer(at(read_R)), c.byref(transform),
-            c.byref(statistics), c.byref(self.choice),
+            c.byref(self.shard(call, columns_R)), pointer(at(read_R)), c.byref(ShardStatistics(*map(at, out))),
+            c.byref(self.choice),
         )  # fmt: skip
         assert ran, "every thread waits for another"
         return tuple(out)
@@ -169,17 +168,20 @@ class Backend:
         numbers = agreed if call.objective.entropy_coef else (*agreed[:4], None, None)
         gradient = logits if call.inplace else self.empty_like(logits)
         ran = library().emulate_shade_shard(
-            c.byref(rows(logits, logits)), pointer(at(columns_R)), c.byref(ShardGradient(*map(at, numbers))),
-            c.byref(self.transform(call)), c.byref(rows(gradient, logits)), c.byref(self.choice),
+            c.byref(self.shard(call, columns_R)), c.byref(NativeAgreed(*map(at, numbers))),
+            c.byref(rows(gradient, logits)), c.byref(self.choice),
         )  # fmt: skip
         assert ran, "every thread waits for another"
         return gradient
+
+    def shard(self, call: RowCall, columns_R: torch.Tensor) -> Shard:
+        return Shard(rows(call.logits_STV, call.logits_STV), at(columns_R), self.transform(call))
 
     @staticmethod
     def objective(o) -> Objective:
         return Objective(
             o.tau, o.rectify != "all", SURROGATES.index(o.surrogate), o.clip_low, o.clip_high, o.beta, o.entropy_coef,
-            at(o.old_log_probs_R), at(o.ref_log_probs_R),
+            o.delta, o.kl_cap, at(o.old_log_probs_R), at(o.ref_log_probs_R),
         )  # fmt: skip
 
     @staticmethod

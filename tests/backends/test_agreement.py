@@ -22,8 +22,9 @@ MASSES = (0.0, 1e-38, 1.0, 151936.0, NAN)
 LOG_PROBS = (0.0, -1e-38, -1e-9, LOG_TAU, -1.0, -200.0, -INF, NAN)
 SCALES = (0.0, 1.0, -2.5, 1e-38, NAN)
 RATIOS = (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 1e30, INF, NAN)  # 0.75 and 1.25 are bounds, exactly
-CLIPS = (RATIOS, (0.0, 2.0, -2.0, NAN), (0.0, 0.25), (0.0, 0.25))
-LOG_RATIOS = (0.0, 1e-2, -0.3, 2.0, 80.0, -200.0, INF, -INF, NAN)
+CLIPS = (RATIOS, (0.0, 2.0, -2.0, NAN), (0.0, 0.25), (0.0, 0.25), (1.5, INF))
+LOG_RATIOS = (0.0, 1e-2, -0.3, 2.0, 80.0, 200.0, -200.0, INF, -INF, NAN)
+CAPPED = (LOG_RATIOS, (2.0, 20.0, INF))
 GRID = {  # formula: the values of each of its arguments
     "transform": (LOGITS, (1.0, -0.5), (0.0, 30.0), (1.0, 0.6)),
     "transform_slope": ((*LOGITS, 600.0), (1.0, -0.5), (0.0, 30.0), (1.0, 0.6)),
@@ -39,8 +40,8 @@ GRID = {  # formula: the values of each of its arguments
     "clipped_coefficient": CLIPS,
     "clipped_loss": CLIPS,
     "capped_coefficient": (RATIOS, (0.0, 0.25, 4.0)),
-    "kl_loss": (LOG_RATIOS,),
-    "kl_kappa": (LOG_RATIOS,),
+    "kl_loss": CAPPED,
+    "kl_kappa": CAPPED,
     "kappa": ((0.0, 1.0, -2.0, NAN), (0.0, 0.3, 1.0, NAN)),
     "token_loss": (LOG_PROBS, SCALES),
     "dlogit_other": (LOG_PROBS, SCALES),

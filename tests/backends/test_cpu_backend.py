@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
+import oracle
 import pytest
 import torch
 from cases import VOCABULARIES, assert_rounded, eager_gradient, problem
+from policy_cases import assert_right, bounded_problem
 from torch.testing import assert_close
 
-from gft_kernels import _extension, formulas
+from gft_kernels import BackendUnavailable, _extension, formulas, gft_loss
 from gft_kernels.backends import cpu, reference
 from gft_kernels.options import AgreedRows, Credit, Objective, RowCall
 
@@ -31,7 +33,7 @@ def call_of(case, **options) -> RowCall:
     credit = Credit(
         targets_R=case.targets.flatten().contiguous(),
         mask_R=case.mask.flatten().contiguous(),
-        rewards_S=case.rewards,
+        rewards_S=case.rewards.double(),
         group_size=case.group_size,
         tokens_per_response=case.targets.shape[1],
     )
@@ -113,6 +115,70 @@ def test_an_entropy_bonus(name, dtype):
     rounding = max(1.5 * torch.finfo(dtype).eps, 2e-5)
     allowed = rounding * truth.abs().clamp(min=torch.finfo(torch.float16).tiny) + 1e-6 * truth.abs().amax(-1, True)
     assert ((final_gradient(result, 1.0, name).double() - truth).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bounds_of_the_ratio_and_of_the_penalty(name, dtype):
+    case = bounded_problem(dtype)
+    result = cpu.run(case.row_call("grpo"), name)
+    assert result.loss.isfinite()
+    assert_right(case, result.loss, final_gradient(result, 1.0, name), upstream=1.0)
+
+
+BEYOND_FLOAT32 = (
+    {"softcap": 1e36}, {"softcap": 1e38}, {"softcap": 1e300}, {"softcap": 1e-40}, {"temperature": 1e36},
+    {"temperature": 1e38}, {"temperature": 1e300}, {"temperature": 1e-45}, {"temperature": 1e-60},
+    {"logit_scale": -1e-40}, {"logit_scale": 1e40}, {"logit_scale": 1e40, "softcap": 1e38, "temperature": 1e37},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("options", BEYOND_FLOAT32, ids=str)
+def test_options_beyond_float32(name, options):
+    """Accepted, so right: log pi, loss and gradient are the float64 ones, rounded (to infinity beyond float32)."""
+    torch.manual_seed(3)
+    rows, targets = torch.randn(6, 1003) * 3, torch.tensor([5, 1002, 7, 500, 12, 900])
+    rows[1] = 0.25  # ties
+    rows[2] *= 1e30
+    rows[3, 500] = 40.0  # the target alone
+    rows[4, :900] = -INF if options.get("logit_scale", 1.0) > 0 else INF
+    rows[4, 12] = 1.0
+    advantages = torch.tensor([1.0, -2.0, 1.5, 1.0, -0.5, 0.7])
+    for tau in (0.0, 0.7):
+        call = rows_call(rows, targets, advantages, tau, want_gradient=True, want_entropy=True, **options)
+        result = cpu.run(call, name)
+        losses, gradient = oracle.loss_and_gradient(
+            rows, targets, [True] * 6, advantages, torch.ones(6), 1.0, tau=tau, **options
+        )
+        assert_close(result.loss, losses.float(), rtol=2e-6, atol=1e-12)
+        assert_close(result.gradient_STV[0], gradient.float(), rtol=2e-5, atol=1e-12)
+        log_pi = torch.stack([oracle.log_softmax(row, **options) for row in rows]).gather(1, targets[:, None])[:, 0]
+        assert_close(result.log_probs_R, log_pi.float(), rtol=2e-6, atol=1e-12)
+        assert (result.entropy_R >= 0).all()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_entropy_is_never_below_0(name):
+    rows = torch.randn(3000, 40) * torch.linspace(1, 200, 3000)[:, None]
+    call = rows_call(rows, [0] * 3000, want_entropy=True)
+    assert (cpu.run(call, name).entropy_R >= 0).all()
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(
+    "rewards",
+    [torch.arange(8) % 4 + 10**8, torch.arange(8.0).double() % 4 + 1e9, torch.full((8,), 0.1).double()],
+    ids=["int64", "float64", "equal"],
+)
+def test_rewards_that_float32_cannot_tell_apart(name, rewards):
+    """Centred before they are rounded; equal rewards stay exactly 0."""
+    credit = Credit(torch.zeros(8, dtype=torch.int64), rewards_S=rewards.double(), group_size=4)
+    truth = oracle.advantages(rewards.double(), [s // 4 for s in range(8)])
+    assert_close(cpu.run(RowCall(torch.randn(8, 1, 5), credit), name).advantages_R, truth.float(), rtol=1e-6, atol=0)
+    stats = gft_loss(torch.randn(8, 1, 5), torch.zeros(8, 1, dtype=torch.int64), rewards=rewards, group_size=4,
+                     return_stats=True, backend="cpu")[1]  # fmt: skip
+    assert_close(stats.advantages[:, 0], truth.float(), rtol=1e-6, atol=0)
 
 
 def hard_rows(vocabulary: int = 5000) -> tuple[torch.Tensor, torch.Tensor]:
@@ -245,10 +311,31 @@ def test_scale_is_one_product_and_one_rounding(name):
     assert torch.equal(gradient, truth)
 
 
-def test_a_bad_target_is_named():
-    call = rows_call(torch.randn(4, 7), [0, 9, 3, 1])
-    with pytest.raises(ValueError, match=r"targets must lie in \[0, 7\).*ignore_index=-100.*got 9 at position 1"):
-        cpu.run(call)
+@pytest.mark.parametrize("name", SETS)
+def test_an_index_out_of_range_spoils_its_row_only(name):
+    """As on a GPU, where nobody looks first. Nothing is read out of bounds; before a call gets here, checks name it."""
+    logits, ids = torch.randn(1, 5, 33), torch.tensor([0, 5, 1, -1, 1])
+    credit = Credit(torch.tensor([3, 4, 5, 6, 1 << 40]), advantages_S=torch.tensor([1.0, 2.0]), sequence_ids_R=ids)
+    for reduction in ("sum", "sequence-mean"):
+        result = cpu.run(RowCall(logits, replace(credit, reduction=reduction), want_gradient=True), name)
+        assert result.gradient_STV[0].isnan().all(1).tolist() == [False, True, False, True, True]
+        assert result.gradient_STV[0, [0, 2]].isfinite().all()
+    with pytest.raises(ValueError, match=r"targets must lie in \[0, 33\), got 1099511627776 at row 1"):
+        gft_loss(logits[0, :2], torch.tensor([3, 1 << 40]), backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_memory_that_starts_within_an_element(dtype):
+    """C++ may not read it; another backend may."""
+    room = bytearray(3 * 7 * dtype.itemsize + 1)
+    logits = torch.frombuffer(room, dtype=dtype, offset=1).view(3, 7)
+    logits.copy_(torch.randn(3, 7))
+    targets = torch.tensor([1, 2, 3])
+    with pytest.raises(BackendUnavailable, match=r"logits must start at a multiple of \d bytes"):
+        gft_loss(logits, targets, backend="cpu")
+    assert_close(gft_loss(logits, targets), gft_loss(logits.clone(), targets), rtol=1e-5, atol=1e-6)
+    odd = torch.frombuffer(bytearray(25), dtype=torch.int64, offset=1)
+    assert "targets must start" in cpu.refuses(rows_call(torch.randn(3, 7), odd))
 
 
 def test_refusals():
@@ -256,6 +343,7 @@ def test_refusals():
     assert "stride 4 over the vocabulary" in cpu.refuses(call)
     assert "meta" in cpu.refuses(replace(call, logits_STV=torch.empty(1, 4, 7, device="meta")))
     assert cpu.refuses(replace(call, logits_STV=torch.randn(1, 4, 7))) is None
+    assert cpu.refuses(replace(call, logits_STV=torch.empty(7, 4, 0).permute(2, 1, 0))) is None  # no rows, no stride
 
 
 def test_no_rows():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,5 +43,8 @@ def test_what_is_missing_is_named(monkeypatch, missing, sentence):
 
 def test_calls_it_cannot_serve():
     assert "CUDA GPU" in cuda.refuses(call(torch.randn(1, 2, 5)))
+    assert "logit_scale / temperature must lie within 1e-30 and 1e30" in cuda._beyond_float32(
+        replace(call(torch.randn(1, 2, 5)), temperature=1e36)
+    )
     strided = torch.empty(1, 5, 2, device="meta").transpose(1, 2)
     assert "meta" in cuda.refuses(call(strided))

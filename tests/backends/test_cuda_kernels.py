@@ -6,13 +6,14 @@ What a GPU alone can show is in test_cuda_gpu.py, and `pytest tests --device cud
 from __future__ import annotations
 
 import cuda_on_host
+import oracle
 import pytest
 import test_loss as semantics
 import test_policy as policy
 import torch
 from cases import DTYPES
 from cuda_on_host import Backend
-from policy_cases import OBJECTIVES, PENALTIES, WITH_RATIO
+from policy_cases import OBJECTIVES, PENALTIES, WITH_RATIO, assert_right, bounded_problem
 
 from gft_kernels import registry
 from gft_kernels.options import AgreedRows, Credit, Objective, RowCall
@@ -118,6 +119,15 @@ def test_objectives_at_any_length(launch, vocabulary, options):
     policy.test_lengths_and_transforms("cuda", "dapo", vocabulary, options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bounds_of_the_ratio_and_of_the_penalty(launch, dtype):
+    case = bounded_problem(dtype)
+    result = launch.run(case.row_call("grpo"))
+    assert result.loss.isfinite()
+    gradient = launch.scale(result.gradient_STV, result.row_scale_R, torch.tensor(1.0), inplace=False)
+    assert_right(case, result.loss, gradient, upstream=1.0)
+
+
 def test_edges_of_the_objectives(launch):
     for advantage in (1.5, -1.5):
         policy.test_at_the_edge_of_the_clip_the_gradient_still_flows("cuda", advantage)
@@ -138,6 +148,17 @@ def test_what_is_reported_of_an_objective(launch):
     policy.test_statistics("cuda", "cispo")
     for entropy_coef in (0.0, 0.5):
         policy.test_fp16_survives_a_gradient_scaler("cuda", entropy_coef)
+
+
+@pytest.mark.parametrize(
+    "rewards", [[1e8, 1e8 + 1, 1e8 + 2, 1e8 + 3], [1e9 + 3, 1e9, 1e9, 1e9 + 1], [0.1] * 4], ids=str
+)
+def test_rewards_that_float32_cannot_tell_apart(rewards):
+    rewards_S = torch.tensor(rewards, dtype=torch.float64)
+    credit = Credit(torch.zeros(4, dtype=torch.int64), rewards_S=rewards_S, group_size=4)
+    advantages_R = Backend().run(RowCall(torch.randn(4, 1, 33), credit)).advantages_R
+    truth = oracle.advantages(rewards_S, [0] * 4).float()
+    torch.testing.assert_close(advantages_R, truth, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("blocks", [0, 4])

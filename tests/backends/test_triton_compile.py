@@ -14,12 +14,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.gates import measures, triton_gate
-from gft_kernels.triton_kernels import configs, credit, row_loss, scale_rows, shard
+from gft_kernels.triton_kernels import launch, row_loss, scale_rows, shard
+from tests.codegen import measures, triton_gate
 
 KERNELS = {
     name: kernel
-    for module in (row_loss, scale_rows, shard, credit)
+    for module in (row_loss, scale_rows, shard)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
@@ -79,7 +79,7 @@ def test_the_gate_fails_a_launch_that_spills():
     """16 bytes a load and 64 registers cannot hold 64 elements a thread."""
     variant = triton_gate.Variant("row_loss", "sm_90", "bfloat16", 151936, (("SOFTCAP", 30.0), ("ENTROPY", True)))
     kernel, constants, _ = triton_gate.recipe(variant)
-    constants["BLOCK"], options = 32768, configs.RowLaunch(32768, 16, 64).options()
+    constants["BLOCK"], options = 32768, launch.RowLaunch(32768, 16, 64).options()
     measured = triton_gate.compile_and_measure(kernel, variant, constants, options)
     assert any("stack" in sentence for sentence in triton_gate.limits(variant, constants, options).broken_by(measured))
 

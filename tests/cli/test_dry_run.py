@@ -11,9 +11,9 @@ import pytest
 import trainer_rig as rig
 import yaml
 
-from gft_kernels.cli import main
+from gft_kernels.cli import main, plan
 from gft_kernels.cli.dry_run import Unread
-from gft_kernels.trainer import GFTConfig, plan
+from gft_kernels.trainer import GFTConfig
 
 ROOT = Path(__file__).parents[2]
 PRESET = str(ROOT / "examples" / "numina_qwen2.5_math_1.5b.yaml")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.gates import cuda_gate
+from tests.codegen import cuda_gate
 
 REPORT = """ptxas info    : Function properties for _ZN3gft4cuda11cluster_rowINS0_4Bf16ELb1EEEvNS0_7RowTaskEi
     8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads

@@ -1,4 +1,4 @@
-// Groups of any size in any order, the reductions' weights, and faults.
+// Groups of any size in any order, the reductions' weights, and ids that name no response.
 #include "check.h"
 #include "cpu/credit.h"
 
@@ -19,7 +19,7 @@ Credit packed(std::int64_t S, std::int64_t R, const std::int64_t* targets, const
 }
 
 void test_ragged_groups() {
-    const float rewards[] = {1.0f, 5.0f, 0.0f, 0.3f, 0.3f, 0.3f};
+    const double rewards[] = {1.0, 5.0, 0.0, 0.3, 0.3, 0.3};
     const std::int64_t ids[] = {-7, 40, -7, 3, 3, 3};
     Credit credit = packed(6, 0, nullptr, nullptr);
     credit.rewards_S = rewards;
@@ -34,30 +34,27 @@ void test_ragged_groups() {
 void test_weights() {
     const std::int64_t targets[] = {1, 2, -100, 0, 1}, responses[] = {2, 2, 0, 2, 0};
     Credit credit = packed(5, 5, targets, responses);
-    cpu::Fault fault;
     credit.reduction = Reduction::token_mean;
-    CHECK(cpu::credit_rows(credit, 3, fault)[0].weight == 0.25);
+    CHECK(cpu::credit_rows(credit)[0].weight == 0.25);
     credit.reduction = Reduction::sequence_mean;  // responses 0 and 2 have live rows: 1 and 3 of them
-    const auto rows = cpu::credit_rows(credit, 3, fault);
+    const auto rows = cpu::credit_rows(credit);
     CHECK(is_near(rows[0].weight, 1.0 / 6, 1e-15));
     CHECK(!rows[2].live);
     CHECK(rows[4].weight == 0.5);
     const float items = 8.0f;
     credit.num_items = &items;
-    CHECK(is_near(cpu::credit_rows(credit, 3, fault)[0].weight, 1.0 / 24, 1e-15));
-    CHECK(fault.kind == cpu::Fault::none);
+    CHECK(is_near(cpu::credit_rows(credit)[0].weight, 1.0 / 24, 1e-15));
 }
 
-void test_faults() {
+void test_ids_of_no_response() {
     const std::int64_t targets[] = {1, -100, 9}, responses[] = {0, 77, 4};
     const float advantages[] = {1.0f, 2.0f};
     Credit credit = packed(2, 3, targets, responses);
     credit.advantages_S = advantages;
-    cpu::Fault fault;
-    CHECK(cpu::credit_rows(credit, 9, fault).empty());
-    CHECK(fault.kind == cpu::Fault::target && fault.position == 2 && fault.value == 9 && fault.stop == 9);
-    CHECK(cpu::credit_rows(credit, 10, fault).empty());
-    CHECK(fault.kind == cpu::Fault::sequence_id && fault.position == 2 && fault.value == 4 && fault.stop == 2);
+    credit.reduction = Reduction::sequence_mean;
+    const auto rows = cpu::credit_rows(credit);
+    CHECK(rows[0].advantage == 1.0f && rows[0].weight == 1.0 && !rows[1].live);
+    CHECK(std::isnan(rows[2].advantage) && std::isnan(rows[2].weight));
 }
 
 }  // namespace
@@ -65,5 +62,5 @@ void test_faults() {
 void test_credit() {
     test_ragged_groups();
     test_weights();
-    test_faults();
+    test_ids_of_no_response();
 }

@@ -57,6 +57,7 @@ void test_objectives() {
     Objective o{};
     o.surrogate = Surrogate::grpo;
     o.clip_low = o.clip_high = 0.2;
+    o.delta = o.kl_cap = kInf;
     o.old_log_probs_R = old_log_probs;
     const double log_pi = std::log(0.2);
     CHECK(row_terms(log_pi, 3.0, 1.0, 0, o).kappa == 0.0);  // clipped
@@ -69,6 +70,16 @@ void test_objectives() {
     const auto penalties = row_terms(log_pi, 3.0, 0.0, 0, o);
     CHECK(is_near(penalties.kappa, 0.5 * (2.0 - 1.0), 1e-6));
     CHECK(is_near(penalties.loss, 0.5 * (2.0 - 1.0 - std::log(2.0)) - 0.25 * 3.0, 1e-6));
+    o.kl_cap = 0.5;  // u = log 2 is beyond it: the tangent goes on, and kappa stays e^0.5 - 1
+    const auto capped = row_terms(log_pi, 3.0, 0.0, 0, o);
+    CHECK(is_near(capped.kappa, 0.5 * std::expm1(0.5), 1e-6));
+    CHECK(is_near(capped.loss, 0.5 * (std::expm1(0.5) - 0.5 + std::expm1(0.5) * (std::log(2.0) - 0.5)) - 0.25 * 3.0,
+                  1e-6));
+    o.beta = o.entropy_coef = 0.0;
+    o.delta = 1.5;  // rho = 2
+    CHECK(row_terms(log_pi, 3.0, -1.0, 0, o).kappa == 0.0);
+    CHECK(is_near(row_terms(log_pi, 3.0, -1.0, 0, o).loss, 1.5, 1e-6));
+    CHECK(is_near(row_terms(log_pi, 3.0, 1.0, 0, o).loss, -1.2, 1e-6));  // as before
     o.surrogate = Surrogate::cispo;
     CHECK(is_near(row_terms(log_pi, 3.0, 2.0, 0, o).coefficient, 1.2, 1e-6));
     o.old_log_probs_R = nullptr;

@@ -3,7 +3,7 @@
 
 #include "check.h"
 #include "cpu/elements.h"
-#include "cpu/row_kernels.h"
+#include "cpu/instruction_sets.h"
 #include "gft/formulas.h"
 
 namespace {
@@ -130,9 +130,13 @@ void test_rounding(const RowKernels& kernels, Dtype dtype) {
 }  // namespace
 
 void test_row_kernels() {
-    for (const char* const* name = cpu::kernel_names(); *name != nullptr; ++name) {
-        std::printf("row kernels: %s\n", *name);
-        const RowKernels& kernels = *cpu::find_kernels(*name);
+    int count = 0;
+    const cpu::InstructionSet* sets = cpu::instruction_sets(count);
+    for (int i = 0; i < count; ++i) {
+        const RowKernels& kernels = *sets[i].kernels;
+        std::printf("row kernels: %s%s\n", kernels.name, sets[i].runs_here ? "" : " (not on this processor)");
+        if (!sets[i].runs_here) continue;
+        CHECK(cpu::find_kernels(kernels.name) == &kernels);
         test_lengths(kernels);
         test_anchors(kernels);
         test_spoilt_rows(kernels);

@@ -11,8 +11,7 @@ import vocabulary_ranks as ranks
 from gft_kernels import distributed, formulas, registry
 from gft_kernels.advantages import credit_rows
 from gft_kernels.linear import chunks
-from gft_kernels.linear_call import LinearCall
-from gft_kernels.options import Credit
+from gft_kernels.options import Credit, LinearCall
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chat_tokenizers
 import host_rig
 import pytest
 import torch
@@ -12,6 +13,7 @@ from gft_kernels.integrations.response_rows import (
     COLUMN,
     CarryAdvantages,
     check_loss_options,
+    encode_row,
     patch_for_rows,
     response_rows,
 )
@@ -65,6 +67,22 @@ def test_each_response_gets_the_advantage_of_its_group():
 def test_a_malformed_row_is_named(row):
     with pytest.raises(ValueError, match=r"rows\[1\]: field `re"):
         response_rows([{"prompt": "A>", "responses": ["1."], "rewards": [1.0]}, row])
+
+
+@pytest.mark.parametrize("name", ["response", COLUMN, "completions"])
+def test_a_column_does_not_take_the_place_of_what_is_written(name):
+    with pytest.raises(ValueError, match=rf"rows\[0\]: field `{name}` must have another name"):
+        response_rows([{"prompt": "A>", "responses": ["1."], "rewards": [1.0], name: "mine"}])
+
+
+@pytest.mark.parametrize("style", sorted(chat_tokenizers.STYLES))
+def test_a_response_to_messages_ends_as_its_template_closes_a_turn(style):
+    tokenizer, of = chat_tokenizers.tokenizer(style), chat_tokenizers.STYLES[style]
+    prompt = [{"role": "user", "content": "q"}]
+    for stored in ("a x", f"a x{of.end}", f"a x{of.eos}"):
+        row = encode_row({"prompt": prompt, "response": stored, COLUMN: 0.5}, tokenizer)
+        labels = [label for label in row["labels"] if label != -100]
+        assert tokenizer.convert_ids_to_tokens(labels) == ["a", " ", "x", of.end]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

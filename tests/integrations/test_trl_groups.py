@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chat_tokenizers
 import pytest
 import torch
 import trainer_rig as rig
@@ -12,7 +13,8 @@ trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'gft-
 
 import trl_rig  # noqa: E402
 
-from gft_kernels.data.rows import RowError  # noqa: E402
+from gft_kernels.data import scratch  # noqa: E402
+from gft_kernels.data.readers import RowError  # noqa: E402
 from gft_kernels.integrations.trl import GFTGRPOTrainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error:the GFT loss")
@@ -128,6 +130,23 @@ def test_rows_that_cannot_make_a_group_are_named(tmp_path, change, sentence):
     rows[0] |= change
     with pytest.raises(RowError, match=sentence):
         trl_rig.trainer(tmp_path, rows=rows)
+
+
+def test_demonstrations_and_samples_end_as_the_template_closes_a_turn(tmp_path):
+    tokenizer = chat_tokenizers.tokenizer("gemma")
+    rows = [{"prompt": [{"role": "user", "content": "q"}], "demonstrations": ["a x", "x<end_of_turn>"]}] * 2
+    trainer = GFTGRPOTrainer(
+        scratch.small_llama(tokenizer, width=32, layers=1, heads=2, context=64),
+        lambda completions, **columns: [float(len(c[0]["content"])) for c in completions],
+        trl_rig.config(tmp_path),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    ends = tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
+    assert set(trainer.eos_token_ids) == set(trainer.generation_config.eos_token_id) == set(ends)
+    found = trl_rig.completions(trl_rig.generated(trainer, rows=2)[1])
+    assert [tokenizer.decode(ids) for ids in found[:2]] == ["a x<end_of_turn>", "x<end_of_turn>"]
+    assert all(not set(ends) & set(ids[:-1]) for ids in found)
 
 
 def test_what_is_not_one_turn_of_text_is_refused(tmp_path):

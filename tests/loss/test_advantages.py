@@ -7,8 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gft_kernels import group_advantages
+from gft_kernels.advantages import credit_rows
+from gft_kernels.options import Credit
 
 groupings = st.lists(
     st.tuples(st.sampled_from([-(10**12), -1, 0, 3, 10**12]), st.sampled_from([0.0, 0.1, 0.3, 1.0, -2.5, 1e6])),
@@ -39,13 +42,85 @@ def test_does_not_depend_on_the_order_of_responses(responses, random):
     torch.testing.assert_close(straight, shuffled, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e-20, -7e30])
-@pytest.mark.parametrize("size", [2, 3, 7, 49])
-def test_equal_rewards_give_exactly_zero(reward, size):
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e-20, -7e30, 1e8 + 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_equal_rewards_give_exactly_zero(reward, dtype):
     """A float mean need not equal its terms: (0.1 + 0.1 + 0.1) / 3 differs from 0.1, and 1e-17 / 1e-6 is not 0."""
-    for dtype in (torch.float32, torch.float64):
-        advantages = group_advantages(torch.full((2 * size,), reward, dtype=dtype), group_size=size)
-        assert advantages.eq(0).all()
+    if dtype == torch.float16:
+        reward = min(max(reward, -6e4), 6e4)
+    if dtype == torch.int64:
+        reward = int(max(reward, -(2**62)))
+    for size in range(2, 65):
+        rewards = torch.full((2 * size,), reward, dtype=dtype)
+        for groups in ({"group_size": size}, {"group_ids": torch.arange(2 * size) % 2}):
+            for how in ({}, {"eps": 0.0}, {"normalize": "mean"}, {"normalize": "leave-one-out"}):
+                assert group_advantages(rewards, **groups, **how).eq(0).all(), (size, groups, how)
+
+
+FAR = {  # rewards of one group that float32 cannot tell apart, or cannot hold
+    "int64 from 1e8": torch.tensor([0, 1, 2, 3]) + 10**8,
+    "int32 from 2e9": torch.tensor([0, 1, 2, 3], dtype=torch.int32) + 2 * 10**9,
+    "float64 from 1e9": torch.tensor([0.0, 1, 2, 3], dtype=torch.float64) + 1e9,
+    "float64 to 4e39": torch.tensor([1.0, 2, 3, 4], dtype=torch.float64) * 1e39,
+    "float64 an outlier first": torch.tensor([1e12, 0.5, 0.25, 0.125], dtype=torch.float64),
+    "bool": torch.tensor([True, False, False, True]),
+    "uint8": torch.tensor([255, 0, 1, 0], dtype=torch.uint8),
+    "float16": torch.tensor([1.0, 2, 3, 5], dtype=torch.float16),
+    "bfloat16": torch.tensor([1.0, 2, 3, 5], dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("normalize", ["std", "mean", "leave-one-out"])
+@pytest.mark.parametrize("name", FAR)
+def test_any_real_dtype_in_its_own_digits(name, normalize):
+    rewards = FAR[name]
+    truth = oracle.advantages(rewards, [0, 0, 0, 0], normalize)
+    for groups in ({"group_size": 4}, {"group_ids": torch.zeros(4, dtype=torch.int32)}):
+        if name == "float64 to 4e39" and normalize != "std":
+            with pytest.raises(ValueError, match=r"rewards must lie within 1e.38 of 0"):
+                group_advantages(rewards, normalize=normalize, **groups)
+            continue
+        ours = group_advantages(rewards, normalize=normalize, **groups)
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "groups", "limit"),
+    [
+        ([1e300, -2e300], {"group_size": 2}, "1e.150"),  # their squares are infinite, and A would be 0
+        ([2e39, 2e39], {"group_size": 1}, "1e.38"),
+        ([2e39, 0.0, 1.0], {"group_ids": torch.tensor([3, 1, 1])}, "1e.38"),
+    ],
+    ids=str,
+)
+def test_rewards_whose_advantages_cannot_be_held_are_refused(rewards, groups, limit):
+    with pytest.raises(ValueError, match=f"^rewards must lie within {limit} of 0, got .* at position 0; divide"):
+        group_advantages(torch.tensor(rewards, dtype=torch.float64), **groups)
+
+
+class Calls(TorchDispatchMode):
+    """How many operators torch is asked for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("reduction", "limit"), [("token-mean", 35), ("sequence-mean", 43)])
+def test_consecutive_groups_cost_few_operators(reduction, limit):
+    """A loss on rows of any number: a text for ragged groups alone asks for two hundred."""
+    credit = Credit(
+        torch.zeros(512 * 64, dtype=torch.long), torch.rand(512 * 64) < 0.9, torch.rand(512, dtype=torch.float64),
+        group_size=8, tokens_per_response=64, reduction=reduction,
+    )  # fmt: skip
+    with Calls() as calls:
+        credit_rows(credit)
+    assert calls.count <= limit
+    with Calls() as calls:
+        group_advantages(torch.rand(512), group_size=8)
+    assert calls.count <= 25
 
 
 def test_consecutive_groups_are_ids_counted_up():
@@ -54,7 +129,5 @@ def test_consecutive_groups_are_ids_counted_up():
     assert torch.equal(group_advantages(rewards, group_size=4), expected)
 
 
-def test_any_real_dtype_and_no_responses():
-    assert torch.equal(group_advantages(torch.tensor([0, 1, 1, 0]), group_size=2),
-                       group_advantages(torch.tensor([0.0, 1, 1, 0]), group_size=2))  # fmt: skip
+def test_no_responses():
     assert group_advantages(torch.empty(0), group_size=2).shape == (0,)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from cases import problem, run
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from gft_kernels import checks, gft_loss
+from gft_kernels import gft_linear_loss, gft_loss
 from gft_kernels.operators import row
 
 UPSTREAM = 3.7
@@ -95,13 +94,77 @@ def test_without_gradients_nothing_is_materialised(backend, device, inplace, mon
     assert torch.equal(quiet, loud) and torch.equal(frozen, loud) and not quiet.requires_grad
 
 
-def test_double_backward_is_an_error(backend, device):
+def of_head(logits, reduction, backend):
+    """The linear loss whose hidden states are the logits: the head is the unit matrix."""
+    head = torch.eye(logits.shape[-1], device=logits.device)
+    targets = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
+    return gft_linear_loss(logits * 1, head, targets, reduction=reduction, backend=backend).sum()
+
+
+def of_copy(function):
+    return lambda z: function(z * 1)
+
+
+LOSSES = {
+    "out of place": lambda backend, device: bound(problem(), backend, device),
+    "in place": lambda backend, device: of_copy(bound(problem(), backend, device, inplace=True)),
+    "linear": lambda backend, device: lambda z: of_head(z, "token-mean", backend),
+    "linear per row": lambda backend, device: lambda z: of_head(z, "none", backend),
+}
+
+
+@pytest.mark.parametrize("upstream", [1.0, 2.0, "live"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_second_derivative_is_an_error(backend, device, loss, upstream):
+    """A gradient penalty would add nothing: the usual upstream, 1, needs no gradient, and autograd is then silent."""
     leaf = problem().logits.to(device).requires_grad_(True)
-    loss = bound(problem(), backend, device)(leaf)
-    weight = torch.tensor(2.0, device=device, requires_grad=True)
-    (gradient,) = torch.autograd.grad(loss * weight, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|autograd formula"):
-        gradient.sum().backward()
+    factor = torch.tensor(2.0, device=device, requires_grad=True) if upstream == "live" else upstream
+    value = LOSSES[loss](backend, device)(leaf) * factor
+    (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+    (plain,) = torch.autograd.grad(LOSSES[loss](backend, device)(leaf) * factor, leaf)
+    assert torch.equal(gradient.detach(), plain), "create_graph alone changes nothing"
+    with pytest.raises(RuntimeError, match=r"the loss must be differentiated once, got a derivative of its gradient"):
+        (leaf.sum() + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_forward_mode_and_torch_func_are_errors(backend, device, loss):
+    function, z = LOSSES[loss](backend, device), problem().logits.to(device)
+    for needs_gradient in (False, True):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(z.clone().requires_grad_(needs_gradient), torch.ones_like(z))
+            with pytest.raises(RuntimeError, match="the loss must be differentiated in reverse mode, got a forward"):
+                function(dual)
+            with torch.no_grad():
+                function(z.clone())  # no tangent, no complaint
+    with pytest.raises(RuntimeError, match=r"outside torch.func, got a derivative with jvp"):
+        torch.func.jvp(function, (z,), (z,))
+    with pytest.raises(RuntimeError, match=r"outside torch.func, got a derivative with grad"):
+        torch.func.grad(function)(z)
+    batch = torch.stack([z, 2 * z])
+    with pytest.raises(RuntimeError, match=r"outside torch.func, got a derivative with vmap"):
+        torch.func.vmap(function)(batch.clone().requires_grad_(True))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_backward_hands_out_is_the_callers_own(backend, device, loss):
+    """Changed in place, or added to by the next walk, it leaves what the graph saved alone."""
+    leaf = problem().logits.to(device).requires_grad_(True)
+    logits = leaf * 1
+    seen = []
+    logits.register_hook(seen.append)
+    value = LOSSES[loss](backend, device)(logits)
+    if loss == "in place":
+        value.backward()
+        assert seen[0].grad_fn is None and not seen[0].requires_grad
+        return
+    value.backward(retain_graph=True)
+    once = leaf.grad.clone()
+    leaf.grad.mul_(3.0)
+    seen[0].mul_(5.0)
+    for _ in range(2):
+        value.backward(retain_graph=True)
+    torch.testing.assert_close(leaf.grad, 5.0 * once)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -150,25 +213,26 @@ def test_many_lengths_compile_at_most_twice(backend, device):
     assert counter.frame_count <= 2
 
 
-def operator_arguments(dtype, **options):
-    case = problem(dtype=dtype)
-    defaults = {p.name: p.default for p in inspect.signature(gft_loss).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    defaults.update(rewards=case.rewards, group_size=2, mask=case.mask, **options)
-    objective = checks.gft_objective(defaults.pop("tau"), defaults.pop("rectify"))
-    call = checks.row_call(case.logits.requires_grad_(True), case.targets, objective=objective, **defaults)
-    return (call.logits_STV, *row._pack(call, "reference"))
+def operator_arguments(dtype, monkeypatch, **options):
+    """What `gft_loss` hands to its operator."""
+    case, captured, pack = problem(dtype=dtype), [], row._pack
+    leaf = case.logits.requires_grad_(True)
+    with monkeypatch.context() as patched:
+        patched.setattr(row, "_pack", lambda *call: captured.append(pack(*call)) or captured[-1])
+        bound(case, "reference", leaf.device, **options)(leaf)
+    return (leaf, *captured[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"reduction": "none", "return_entropy": True}, {"inplace": False, "softcap": 5.0}]
 )
-def test_opcheck_of_the_functional_operator(dtype, options):
-    torch.library.opcheck(torch.ops.gft.row_loss.default, operator_arguments(dtype, **options))
+def test_opcheck_of_the_functional_operator(dtype, options, monkeypatch):
+    torch.library.opcheck(torch.ops.gft.row_loss.default, operator_arguments(dtype, monkeypatch, **options))
 
 
-def test_opcheck_of_the_mutating_operators():
-    logits, *arguments = operator_arguments(torch.float32)
+def test_opcheck_of_the_mutating_operators(monkeypatch):
+    logits, *arguments = operator_arguments(torch.float32, monkeypatch)
     torch.library.opcheck(torch.ops.gft.row_loss_.default, (logits.detach(), *arguments))
     gradient, row_scale = torch.randn(2, 3, 5), torch.rand(6)
     torch.library.opcheck(torch.ops.gft.scale.default, (gradient, row_scale, torch.rand(6), "reference"))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
+
 import pytest
 import torch
 
 from gft_kernels import BackendUnavailable, gft_loss, group_advantages
+from gft_kernels.layout import shares_memory
 
 LOGITS, TARGETS = torch.randn(4, 3, 7), torch.zeros(4, 3, dtype=torch.long)
 PACKED, PACKED_TARGETS = LOGITS.view(12, 7), TARGETS.view(12)
@@ -112,7 +117,7 @@ BAD = {
         ValueError,
         "num_items_in_batch must be None with reduction='sum'",
     ),
-    "items 0": (dict(num_items_in_batch=0), ValueError, "num_items_in_batch must be positive, got 0"),
+    "items 0": (dict(num_items_in_batch=0), ValueError, "num_items_in_batch must be finite and positive, got 0"),
     "items shape": (
         dict(num_items_in_batch=torch.ones(2)),
         ValueError,
@@ -167,10 +172,53 @@ def test_inplace_refuses_parameters_and_shared_rows():
     for logits in (leaf, leaf[1:], leaf.transpose(0, 1).transpose(0, 1)):
         with pytest.raises(ValueError, match=r"inplace must be False for logits that are .a view of. a leaf"):
             gft_loss(logits, TARGETS[: len(logits)], inplace=True)
-    shared = (torch.randn(1, 3, 7, requires_grad=True) * 1).expand(4, 3, 7)
-    with pytest.raises(ValueError, match="inplace must be False for expanded logits"):
-        gft_loss(shared, TARGETS, inplace=True)
     assert leaf.isfinite().all()
+
+
+LAYOUTS = {
+    "expanded": ((4, 3, 7), (0, 7, 1), True),
+    "unfold": ((5, 2, 7), (7, 7, 1), True),  # rows 1 to 2 of a response are rows 0 to 1 of the next
+    "half a row on": ((4, 3, 6), (18, 3, 1), True),
+    "one element": ((1, 3, 7), (21, 6, 1), True),
+    "sliding": ((1, 4, 5), (1, 1, 1), True),
+    "plain": ((4, 3, 7), (21, 7, 1), False),
+    "transposed": ((4, 3, 7), (7, 28, 1), False),
+    "vocabulary first": ((4, 3, 7), (3, 1, 12), False),
+    "every other": ((2, 3, 7), (84, 14, 2), False),
+    "interleaved": ((1, 2, 3), (6, 3, 2), False),  # 0 2 4 and 3 5 7: no stride spans what lies below it
+    "interleaved, met": ((1, 2, 4), (8, 3, 2), False),  # 0 2 4 6 and 3 5 7 9
+    "interleaved, three": ((2, 3, 3), (20, 4, 3), False),
+    "met in three": ((3, 3, 3), (7, 4, 3), True),  # 4 + 3 = 7
+    "one column": ((4, 3, 1), (3, 1, 5), False),
+    "empty, transposed": ((0, 3, 7), (1, 0, 0), False),
+    "one of each": ((1, 1, 1), (0, 0, 0), False),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_in_place_refuses_every_layout_whose_elements_share_memory(name):
+    shape, strides, shares = LAYOUTS[name]
+    addresses = [sum(i * s for i, s in zip(at, strides, strict=True)) for at in itertools.product(*map(range, shape))]
+    assert shares == (len(set(addresses)) < len(addresses)), "the table itself"
+    assert shares_memory(shape, strides) == shares
+    logits = torch.randn(200, requires_grad=True).exp().as_strided(shape, strides)
+    targets = torch.zeros(shape[:2], dtype=torch.long)
+    if shares:
+        with pytest.raises(ValueError, match=r"inplace must be False for logits whose elements share memory"):
+            gft_loss(logits, targets, inplace=True)
+    else:
+        before = logits.detach().clone()
+        loss = gft_loss(logits, targets, inplace=True, reduction="sum")
+        torch.testing.assert_close(loss.detach(), gft_loss(before, targets, reduction="sum"))
+
+
+def test_sharing_is_decided_exactly():
+    """Every layout of three small dimensions, against its addresses."""
+    sizes, strides = range(1, 4), range(0, 8)
+    for shape in itertools.product(sizes, repeat=3):
+        for steps in itertools.product(strides, repeat=3):
+            addresses = {sum(map(operator.mul, at, steps)) for at in itertools.product(*map(range, shape))}
+            assert shares_memory(shape, steps) == (len(addresses) < math.prod(shape)), (shape, steps)
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])

@@ -8,13 +8,12 @@ import oracle
 import pytest
 import torch
 from cases import DTYPES
-from policy_cases import CLIPS, OBJECTIVES, PENALTIES, WITH_RATIO, assert_right, problem
+from policy_cases import BOUNDS, CLIPPED, CLIPS, OBJECTIVES, PENALTIES, UPSTREAM, WITH_RATIO, assert_right, problem
 
-from gft_kernels import gft_loss, policy_checks, policy_loss
+from gft_kernels import gft_loss, objectives, policy_loss
 from gft_kernels.advantages import RowCredit
 from gft_kernels.linear import chunks
-from gft_kernels.linear_call import LinearCall
-from gft_kernels.options import Credit, Objective
+from gft_kernels.options import Credit, LinearCall, Objective
 
 NAN, INF = float("nan"), float("inf")
 
@@ -26,6 +25,17 @@ def test_every_objective(backend, objective, penalties, dtype):
     case = problem(objective, dtype=dtype, **penalties)
     loss, gradient = case.run(backend=backend)
     assert_right(case, loss, gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("objective", CLIPPED)
+def test_every_objective_within_bounds(backend, objective, dtype):
+    case = problem(objective, dtype=dtype, **BOUNDS)
+    (loss, stats), gradient = case.run(backend=backend, return_stats=True)
+    assert_right(case, loss, gradient)
+    held = case.mask & (case.advantages < 0) & (stats.ratios > BOUNDS["delta"])
+    assert held.any() and stats.clipped[held].all() and stats.coefficients[held].eq(0).all()
+    assert (case.mask & (case.ref - stats.log_probs > BOUNDS["kl_cap"])).any()
 
 
 @pytest.mark.parametrize("objective", ["gft", "dapo", "cispo"])
@@ -146,7 +156,7 @@ def test_linear_is_the_loss_over_its_logits(backend, objective, dtype):
 @pytest.mark.parametrize(("objective", "kappa"), [("gft", 2.0), ("cispo", 10.0), ("grpo", 60.0), ("dapo", 60.0)])
 def test_fp16_products_have_room_for_the_largest_kappa(objective, kappa):
     """A = -2 at rho = 30 is kappa = -60 for grpo: times the scaled weight it must stay below 65504, yet near it."""
-    preset = policy_checks.PRESETS[objective]
+    preset = objectives.PRESETS[objective]
     call = LinearCall(
         torch.zeros(1, 1, 3), torch.zeros(5, 3), None, Credit(torch.zeros(1, dtype=torch.long)),
         Objective(preset.surrogate, clip_high=preset.options.get("clip_high", 0.0)),
@@ -289,6 +299,28 @@ def test_a_ratio_that_overflows(backend):
         assert objective == "cispo" or (loss[0].item() == pytest.approx(-1.2) and leaf.grad[0].eq(0).all())
 
 
+@pytest.mark.parametrize("bounds", [{}, {"delta": 3.0, "kl_cap": 4.0}], ids=["free", "bounded"])
+def test_a_token_at_minus_200_nats(backend, bounds):
+    """e^200 twice, in the ratio where A < 0 and in the k3 term: with bounds the step is right."""
+    logits = torch.tensor([[200.0, 0.0, -1.0], [0.2, 0.0, -1.0]])
+    leaf, targets = logits.clone().requires_grad_(True), torch.tensor([1, 1])
+    advantages, old, ref = torch.tensor([-1.0, -1.0]), torch.tensor([-400.0, -1.0]), torch.tensor([-0.5, -0.5])
+    loss = policy_loss(
+        leaf, targets, objective="grpo", advantages=advantages, old_log_probs=old, ref_log_probs=ref, beta=0.1,
+        reduction="sum", backend=backend, **bounds,
+    )  # fmt: skip
+    (loss * UPSTREAM).backward()
+    if not bounds:
+        assert not loss.isfinite() and not leaf.grad[0].isfinite().all() and leaf.grad[1].isfinite().all()
+        return
+    losses, truth = oracle.loss_and_gradient(
+        logits, targets, [True, True], advantages, torch.ones(2), UPSTREAM, objective="grpo", old=old, ref=ref,
+        beta=0.1, **bounds,
+    )  # fmt: skip
+    torch.testing.assert_close(loss.double(), losses.sum(), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(leaf.grad.double(), truth, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("bad", ["old", "ref", "logits"])
 def test_a_bad_live_row_is_reported_in_that_row_only(backend, bad):
     case = problem("grpo", **PENALTIES)
@@ -299,6 +331,10 @@ def test_a_bad_live_row_is_reported_in_that_row_only(backend, bad):
         case.logits[3, 2, 7] = NAN
     else:
         getattr(case, bad)[3, 2] = NAN
+        if case.logits.device.type == "cpu":  # where looking at them costs nothing
+            with pytest.raises(ValueError, match=rf"{bad}_log_probs must be finite, got nan at position 14; mask"):
+                case.run(reduction="none", num_items_in_batch=None, backend=backend)
+            return
     loss, gradient = case.run(reduction="none", num_items_in_batch=None, backend=backend)
     here = torch.zeros_like(case.mask)
     here[3, 2] = True
@@ -318,6 +354,37 @@ def test_an_entropy_bonus_spreads_and_a_kl_penalty_pulls(backend):
         options = {"advantages": torch.zeros(1), "ref_log_probs": ref, "beta": 0.5, "backend": backend}
         policy_loss(leaf, torch.tensor([1]), **options).backward()
         assert (leaf.grad[0, 1] < 0) == (shift > 0), "a target the reference likes better rises"
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_an_entropy_bonus_on_peaked_rows(backend, target):
+    """One token has all but 1e-2 to 1e-9 of the mass: what is left of H and of the gradient is right to its digits."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(15, 1003, generator=generator)
+    logits[:, 0] = torch.linspace(12.0, 28.0, 15)
+    targets, advantages = torch.full((15,), target), torch.zeros(15)
+    leaf = logits.clone().requires_grad_(True)
+    options = {"reduction": "sum", "backend": backend, "return_stats": True, "return_entropy": True}
+    loss, stats = policy_loss(leaf, targets, advantages=advantages, entropy_coef=0.3, **options)
+    (loss * UPSTREAM).backward()
+    _, truth = oracle.loss_and_gradient(
+        logits, targets, [True] * 15, advantages, torch.ones(15), UPSTREAM, objective="gft", entropy_coef=0.3
+    )
+    size = truth.abs().amax(-1, keepdim=True)
+    assert ((leaf.grad.double() - truth).abs() <= 3e-6 * size).all()
+    log_pi = torch.log_softmax(logits.double(), -1)
+    torch.testing.assert_close(stats.entropy.double(), -(log_pi.exp() * log_pi).sum(-1), rtol=3e-6, atol=5e-7)
+
+
+def test_entropy_is_never_negative(backend):
+    """A certain row, also where the mass is a rounding away from 1."""
+    logits = torch.zeros(64, 17)
+    logits[:, 3] = torch.linspace(0.0, 120.0, 64)
+    _, stats = policy_loss(
+        logits, torch.arange(64) % 17, advantages=torch.ones(64), return_stats=True, return_entropy=True,
+        backend=backend,
+    )  # fmt: skip
+    assert (stats.entropy >= 0.0).all()
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.5, 1e-3])

@@ -12,26 +12,22 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gft_kernels"
 
 LAYERS = [
-    {"formulas", "options"},
-    {
-        "checks",
-        "linear_call",
-        "linear_checks",
-        "policy_checks",
-        "advantages",
-        "registry",
-        "_extension",
-        "triton_kernels",
-    },
-    {"backends"},
+    {"formulas", "options", "layout"},
+    {"checks", "triton_kernels"},
+    {"linear_checks", "advantages", "arguments"},
+    {"objectives", "_extension"},
+    {"calls", "backends"},
+    {"registry"},
     {"distributed"},
     {"linear"},
     {"operators"},
-    {"loss", "linear_loss", "policy"},
+    {"api"},
     {"data", "model"},
-    {"trainer", "integrations"},
-    {"cli", "__main__"},
+    {"trainer", "__main__"},
+    {"integrations"},
+    {"cli"},
 ]
+"""From the ground up; rooms of one layer know nothing of each other."""
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 MODULES = sorted(
     p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE
@@ -43,7 +39,7 @@ def room_of(module: Path) -> str:
 
 
 def imports(path: Path) -> list[str]:
-    """Dotted names a file imports, wherever the statement stands."""
+    """Dotted names a file imports, wherever the statement stands, and what it hands to import_module as text."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -51,20 +47,83 @@ def imports(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute here"
             found += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            found += [text_of(node.args[0])] if node.args else []
     return found
+
+
+def text_of(node: ast.expr) -> str:
+    """The text an expression starts with: all of a constant, an f-string up to its first hole."""
+    first = node.values[0] if isinstance(node, ast.JoinedStr) and node.values else node
+    return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""
+
+
+def rooms_imported(path: Path) -> list[tuple[str, str]]:
+    """(room, dotted name) of what a file imports from the library; of its front door, the room a name comes from."""
+    found = []
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "gft_kernels" and len(parts) > 1:
+            found.append((FRONT_DOOR.get(parts[1], parts[1]), name))
+    return found
+
+
+FRONT_DOOR = {name.split(".")[-1]: name.split(".")[1] for name in imports(PACKAGE / "__init__.py")}
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_a_room_imports_only_from_below(module):
     room = room_of(module)
     assert room in RANK, f"{room} has no layer; add it to LAYERS and to ARCHITECTURE.md"
-    for name in imports(PACKAGE / module):
-        parts = name.split(".")
-        if parts[0] != "gft_kernels" or len(parts) < 2 or parts[1] not in RANK:
+    for other, name in rooms_imported(PACKAGE / module):
+        if other == room:
+            if room == "backends":
+                assert module.name == "__init__.py", f"{module} imports {name}: backends never import each other"
+        elif other in RANK:
+            assert RANK[other] < RANK[room], f"{module} imports {name}, which does not lie below it"
+
+
+def files_imported(module: Path) -> set[Path]:
+    """The library's files a file imports, also inside its functions; not what only a type checker reads."""
+    found = set()
+    tree = ast.parse((PACKAGE / module).read_text())
+    conditions = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+    typing_only = [child for node in conditions if "TYPE_CHECKING" in ast.unparse(node.test) for child in node.body]
+    skipped = {id(inner) for child in typing_only for inner in ast.walk(child)}
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.ImportFrom, ast.Import)) or id(node) in skipped:
             continue
-        assert RANK[parts[1]] <= RANK[room], f"{module} imports {name}, which lies above it"
-        if room == "backends" and parts[1] == "backends":
-            assert module.name == "__init__.py", f"{module} imports {name}: backends never import each other"
+        prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+        for alias in node.names:
+            parts = (prefix + alias.name).split(".")
+            if parts[0] != "gft_kernels":
+                continue
+            for path in (Path(*parts[1:]), Path(*parts[1:-1])):
+                if path == Path("."):
+                    break
+                if path.with_suffix(".py") in MODULES:
+                    found.add(path.with_suffix(".py"))
+                    break
+                if path / "__init__.py" in MODULES:
+                    found.add(path / "__init__.py")
+                    break
+    return found - {module}
+
+
+def test_no_file_imports_itself_in_a_circle():
+    """Also inside trainer, model, data and integrations, and through imports inside functions."""
+    graph = {module: sorted(files_imported(module)) for module in MODULES if room_of(module) != "cli"}
+    done: set[Path] = set()
+
+    def visit(module: Path, road: tuple[Path, ...]) -> None:
+        assert module not in road, f"a circle: {' -> '.join(map(str, (*road[road.index(module) :], module)))}"
+        if module not in done:
+            for other in graph[module]:
+                visit(other, (*road, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)

@@ -58,7 +58,7 @@ Source: docs/formulas.md#F4; elsewhere."""
 
 
 def test_signatures_keep_the_quotes_of_strings(generator):
-    assert '    rectify: str = "all",' in generator.signature("gft_loss", gft_kernels.gft_loss).splitlines()
+    assert '    rectify: str | None = "all",' in generator.signature("gft_loss", gft_kernels.gft_loss).splitlines()
 
 
 def pages(navigation) -> list[str]:

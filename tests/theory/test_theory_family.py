@@ -11,6 +11,8 @@ from torch.nn.functional import log_softmax
 
 from gft_kernels import formulas, gft_loss
 
+INF = float("inf")
+
 LOGITS_RV = f64(
     [[2.0, -1.0, 0.5, 0.0, -3.0], [-0.7, 4.0, 0.1, 1.2, 0.3], [9.0, 0.0, -1.0, 0.5, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]]
 )
@@ -26,11 +28,15 @@ def close(actual, expected):
 # --- section 8: the family -------------------------------------------------------------------------------------------
 
 OLD_SHIFT = [-0.6, -0.15, 0.0, 0.15, 0.6]  # log pi - log pi_old: both clips active, none, and rho = 1
-LOW, HIGH, BETA, LAMBDA = 0.2, 0.28, 0.04, 0.3
+LOW, HIGH, DELTA, BETA, CAP, LAMBDA = 0.2, 0.28, 1.5, 0.04, 0.3, 0.3
 
 
-def clipped(rho, advantage):
-    return -torch.minimum(rho * advantage, rho.clamp(1 - LOW, 1 + HIGH) * advantage)
+def clipped(rho, advantage, delta=INF):
+    return -torch.minimum(rho.clamp(max=delta) * advantage, rho.clamp(1 - LOW, 1 + HIGH) * advantage)
+
+
+def grpo_kappa(log_pi, advantage, old, delta=INF):
+    return formulas.kappa(advantage, formulas.clipped_coefficient((log_pi - old).exp(), advantage, LOW, HIGH, delta))
 
 
 # name: (surrogate of log pi, kappa of log pi); both also take A, log pi_old and log pi_ref
@@ -43,7 +49,11 @@ FAMILY = {
     ),
     "grpo, dapo, dr_grpo": (
         lambda lp, a, old, ref: clipped((lp - old).exp(), a),
-        lambda lp, a, old, ref: formulas.kappa(a, formulas.clipped_coefficient((lp - old).exp(), a, LOW, HIGH)),
+        lambda lp, a, old, ref: grpo_kappa(lp, a, old),
+    ),
+    "the same with a dual clip": (
+        lambda lp, a, old, ref: clipped((lp - old).exp(), a, DELTA),
+        lambda lp, a, old, ref: grpo_kappa(lp, a, old, DELTA),
     ),
     "cispo": (
         lambda lp, a, old, ref: -a * (lp - old).exp().clamp(max=1 + HIGH).detach() * lp,
@@ -51,7 +61,7 @@ FAMILY = {
     ),
     "k3": (
         lambda lp, a, old, ref: BETA * ((ref - lp).exp() - 1.0 - (ref - lp)),
-        lambda lp, a, old, ref: BETA * formulas.kl_kappa(ref - lp),
+        lambda lp, a, old, ref: BETA * formulas.kl_kappa(ref - lp, INF),
     ),
 }
 
@@ -75,6 +85,20 @@ def test_k3_pulls_towards_the_reference():
     assert kappa[0] > 0 > kappa[1]
 
 
+def test_a_capped_k3_goes_on_in_a_straight_line():
+    """Value and slope are continuous at the cap, the slope is that of the value everywhere, and both stay finite."""
+    u = f64([-2.0, 0.2, CAP, CAP, 0.5, 5.0, 200.0])
+    u[3] += 1e-9
+    u.requires_grad_()
+    (slope,) = torch.autograd.grad(formulas.kl_loss(u, CAP).sum(), u)
+    close(slope, formulas.kl_kappa(u.detach(), CAP))
+    u = u.detach()
+    assert formulas.kl_loss(u[3], CAP) - formulas.kl_loss(u[2], CAP) <= 1e-9
+    close(formulas.kl_loss(u[:3], CAP), formulas.kl_loss(u[:3], INF))
+    assert torch.equal(formulas.kl_kappa(u[3:], CAP), torch.expm1(f64(CAP)).expand(4))
+    assert formulas.kl_loss(u[-1].float(), CAP).isfinite() and not formulas.kl_loss(u[-1].float(), INF).isfinite()
+
+
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_the_clip_lets_its_own_bound_through(advantage):
     """rho = 1.25 and 0.75, exactly: the value is the bound's on both sides, the gradient that of autograd's minimum."""
@@ -83,9 +107,9 @@ def test_the_clip_lets_its_own_bound_through(advantage):
         rho, a = f64(ratio) * torch.exp(log_ratio - log_ratio.detach()), f64(advantage)
         loss = -torch.minimum(rho * a, rho.clamp(0.75, 1.25) * a)
         loss.backward()
-        assert not formulas.is_clipped(f64(ratio), a, 0.25, 0.25)
-        close(-log_ratio.grad, formulas.kappa(a, formulas.clipped_coefficient(f64(ratio), a, 0.25, 0.25)))
-        close(loss.detach(), formulas.clipped_loss(f64(ratio), a, 0.25, 0.25))
+        assert not formulas.is_clipped(f64(ratio), a, 0.25, 0.25, INF)
+        close(-log_ratio.grad, formulas.kappa(a, formulas.clipped_coefficient(f64(ratio), a, 0.25, 0.25, INF)))
+        close(loss.detach(), formulas.clipped_loss(f64(ratio), a, 0.25, 0.25, INF))
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 30.0])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
+import numpy
 import pytest
+import torch
 
 from gft_kernels.data import digit_sum, gsm8k
+from gft_kernels.data.answers import boxed_answer, last_boxed, last_number, math_verify
 from gft_kernels.data.rows import Row
 from gft_kernels.trainer import RewardError, rewards
-from gft_kernels.trainer.rewards import Rewards, boxed_answer, find, last_boxed, last_number, math_verify
+from gft_kernels.trainer.rewards import Rewards, find
 
 
 @pytest.mark.parametrize(
@@ -77,10 +81,19 @@ def test_a_reward_is_found_by_name_or_path():
         ("no.such.module:f", "must be importable"),
         ("gft_kernels.data.digit_sum:nothing", "module gft_kernels.data.digit_sum has no 'nothing'"),
         ("gft_kernels.data.digit_sum:DIGITS", "must be callable"),
+        (
+            "org/reward-model",
+            r"must be a function, got 'org/reward-model'; where that is a model, wrap it: \n",
+        ),
+        ("faulty:reward", "must be importable, got 'faulty:reward'; SyntaxError"),
+        ("leaving:reward", "must be importable, got 'leaving:reward'; SystemExit"),
     ],
 )
-def test_a_reward_that_cannot_be_found_is_named(path, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+def test_a_reward_that_cannot_be_found_is_named(path, message, tmp_path, monkeypatch):
+    (tmp_path / "faulty.py").write_text("def reward(:\n")
+    (tmp_path / "leaving.py").write_text("raise SystemExit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=message):
         find(path)
 
 
@@ -124,14 +137,142 @@ def test_a_failing_function_is_reported_with_its_row():
     [
         ([1.0], "must return 2 values, got 1"),
         (3.0, "must return 2 values, got float"),
-        ([1.0, float("nan")], "line 2: .* must return finite numbers or None, got nan"),
-        ([1.0, "good"], "line 2: .* must return finite numbers or None, got 'good'"),
+        ([1.0, float("nan")], "line 2: .* must return finite numbers of float32 or None, got nan"),
+        ([1.0, "good"], "line 2: .* must return finite numbers of float32 or None, got 'good'"),
+        ([1.0, "2"], "line 2: .* must return finite numbers of float32 or None, got '2'"),
+        ([1e300, 1.0], "line 1: .* must return finite numbers of float32 or None, got 1e[+]300"),
+        ([10**400, 1.0], "line 1: .* must return finite numbers of float32 or None, got 1000"),
+        ([1.0, -3.5e38], "line 2: .* must return finite numbers of float32 or None, got -3.5e[+]38"),
+        ([1.0, 1j], "line 2: .* must return finite numbers of float32 or None, got 1j"),
+        ([1.0, [2.0]], "line 2: .* must return finite numbers of float32 or None, got "),
+        (torch.ones(2, 2), "line 1: .* must return finite numbers of float32 or None, got "),
+        (torch.ones(3), "must return 2 values, got 3"),
+        (numpy.float64(1.0), "must return 2 values, got float"),
+        ({"x": 1.0, "y": 2.0}, "must return 2 values, got dict"),
+        ({1.0, 2.0}, "must return 2 values, got set"),
+        ("12", "must return 2 values, got str"),
+        (b"12", "must return 2 values, got bytes"),
+        ((value for value in (1.0, 2.0)), "must return 2 values, got generator"),
         ([1.0, None], "line 2: no reward function applies"),
     ],
 )
 def test_a_bad_return_value_is_named(values, message):
     with pytest.raises(RewardError, match=message):
         Rewards(lambda prompts, completions, **columns: values).score([row(1), row(2)], ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (1, True),
+        [numpy.float32(1.0), numpy.int64(1)],
+        numpy.ones(2, dtype=numpy.float16),
+        torch.ones(2, dtype=torch.bfloat16),
+        [torch.tensor(1.0), numpy.array(1.0)],
+    ],
+    ids=lambda values: type(values).__name__,
+)
+def test_arrays_and_tensors_of_rewards_count_as_numbers(values):
+    totals, _ = Rewards(lambda prompts, completions: values, [0.5]).score([row(1), row(2)], ["x", "y"])
+    assert totals == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("code", [0, 3, None])
+def test_a_function_that_exits_has_failed(code):
+    def leaving(prompts, completions, **columns):
+        raise SystemExit(code)
+
+    with pytest.raises(RewardError, match=r"reward function leaving raised SystemExit: .* line 1, completion 'x'"):
+        Rewards(leaving).score([row(1)], ["x"])
+
+
+# Functions as users write them, and what each could not be called with
+
+
+def by_place(*arguments):
+    """A wrapper that passes on by place what it is given by name."""
+
+
+@functools.wraps(digit_sum.strict)
+def decorated_by_place(*arguments):
+    """The same, under the signature of what it wraps."""
+
+
+def places_only(prompts, completions, /, **columns):
+    """Python refuses the names."""
+
+
+def one_prompt(prompt, completions, **columns):
+    """There is one prompt for each completion."""
+
+
+def the_groups(completions, responses, **columns):
+    """Offline rows are rewarded already."""
+
+
+def texts_alone(prompts, answer):
+    """Never sees a completion."""
+
+
+async def later(prompts, completions, **columns):
+    """Returns a coroutine."""
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (by_place, r"by_place must take `completions` by name, got by_place\(\*arguments\); write it as f"),
+        (decorated_by_place, r"strict must take `completions` by name, got strict\(\*arguments\)"),
+        (places_only, r"places_only must take `completions` by name, got places_only\(prompts, completions"),
+        (texts_alone, r"texts_alone must take `completions` by name, got texts_alone\(prompts, answer\)"),
+        (one_prompt, "one_prompt must do without `prompt`, got a parameter; it is called with `prompts`"),
+        (the_groups, "the_groups must do without `responses`, got a parameter; it is no column"),
+        (later, "later must return numbers, got an async function"),
+        (torch.nn.Linear(2, 1), r"must be a function, got the model Linear; wrap it: \n    def reward\(prompts, compl"),
+        (7, "reward function must be a function or a name, got 7"),
+    ],
+)
+def test_a_function_that_could_not_be_called_is_refused_before_anything_is_sampled(function, message):
+    with pytest.raises(TypeError, match=message):
+        Rewards([function])
+
+
+def test_a_function_gets_the_columns_it_has_room_for():
+    def plain(completions, answer):
+        return [float(text == gold) for text, gold in zip(completions, answer, strict=True)]
+
+    @functools.wraps(plain)
+    def decorated(*arguments, **named):
+        return plain(*arguments, **named)
+
+    def twice(completions, answer, *, weight):
+        return [weight * value for value in plain(completions, answer)]
+
+    rewards_ = Rewards([plain, decorated, functools.partial(twice, weight=2.0)])
+    rows = [row(1, answer="x", level=3), row(2, answer="x", level=4)]
+    assert rewards_.score(rows, ["x", "y"]) == ([4.0, 0.0], [[1.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
+    assert rewards_.required_columns() == {"answer"}
+
+
+def test_a_column_takes_no_place_of_prompts_and_completions():
+    def check(prompts, completions, **columns):
+        return [float(prompts == ["p1"] and completions == ["x"])]
+
+    assert Rewards(check).score([row(1, completions="mine", prompts="mine")], ["x"])[0] == [1.0]
+
+
+def test_every_function_has_a_name_of_its_own():
+    def grade(prompts, completions, bonus=0.0, **columns):
+        return [bonus] * len(completions)
+
+    functions = [
+        lambda completions: [1.0],
+        functools.partial(grade, bonus=1.0),
+        lambda completions: [2.0],
+        functools.partial(grade, bonus=2.0),
+        grade,
+    ]
+    assert Rewards(functions).names == ["lambda", "grade", "lambda_2", "grade_2", "grade_3"]
 
 
 def test_weights_match_functions():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import trainer_rig as rig
 
-from gft_kernels.trainer import collapse
+from gft_kernels.trainer.metrics import SIGNS, signs_of_collapse
 
 
 def lines_of(tmp_path, model=None, **options):
@@ -24,7 +24,7 @@ def certain_llama():
     return model
 
 
-FLAGS = tuple(collapse.SENTENCES)
+FLAGS = tuple(SIGNS)
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
@@ -77,20 +77,21 @@ def test_a_sign_that_comes_back_is_told_again_and_needs_no_memory_but_the_histor
     told = []
     for entropy in (1.2, 2.6, 2.7, 2.0, 2.6):
         line = {"entropy": entropy, "zero_std_groups": 0.0, "min_log_prob": -30.0}
-        line |= collapse.flags(history, line)
-        told.append(len(collapse.warnings_of(history, line)))
+        flags, sentences = signs_of_collapse(history, line)
+        line |= flags
+        told.append(len(sentences))
         history.append(line)
     assert told == [0, 1, 0, 0, 1]
 
 
 def test_only_what_a_line_tells_is_judged():
-    assert collapse.flags([], {"loss": 1.0}) == {}
-    assert set(collapse.flags([], {"zero_std_groups": 1.0})) == {"collapse/silent_groups"}
+    assert signs_of_collapse([], {"loss": 1.0}) == ({}, [])
+    assert set(signs_of_collapse([], {"zero_std_groups": 1.0})[0]) == {"collapse/silent_groups"}
 
 
 def test_a_low_start_moves_the_bound(tmp_path):
     """A response that was hopeless to begin with is no runaway."""
     history = [{"min_log_prob": -45.0}]
-    assert collapse.flags(history, {"min_log_prob": -60.0})["collapse/min_log_prob"] == 0.0
-    assert collapse.flags(history, {"min_log_prob": -71.0})["collapse/min_log_prob"] == 1.0
+    assert signs_of_collapse(history, {"min_log_prob": -60.0})[0]["collapse/min_log_prob"] == 0.0
+    assert signs_of_collapse(history, {"min_log_prob": -71.0})[0]["collapse/min_log_prob"] == 1.0
     assert torch.finfo(torch.float32).tiny < 2.0 ** -(50 * 1.4427)  # still a probability in float32

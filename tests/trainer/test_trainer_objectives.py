@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 
 import oracle
@@ -10,7 +11,9 @@ import pytest
 import torch
 import trainer_rig as rig
 
+from gft_kernels import policy_loss
 from gft_kernels.trainer import GFTConfig, GFTTrainer
+from gft_kernels.trainer.config import call_options, described
 from gft_kernels.trainer.groups import IGNORE
 
 OFFLINE = {"train": rig.offline_rows(6), "reward_funcs": (), "num_generations": 0}
@@ -99,6 +102,39 @@ def items(trainer, objective) -> int:
     return len(responses) if objective == "grpo" else sum(len(text) + 1 for text in responses)
 
 
+def test_bounds_are_passed_on_only_where_they_are_set(tmp_path):
+    plain, bounded = (
+        call_options(rig.config(tmp_path, objective="grpo", beta=0.1, **bounds))
+        for bounds in ({}, {"delta": 1.6, "kl_cap": 3.0})
+    )
+    assert bounded == {**plain, "gft_delta": 1.6, "gft_kl_cap": 3.0}
+    assert described(rig.config(tmp_path, objective="grpo", delta=1.6)).endswith("clip_high 0.2, delta 1.6")
+
+
+@pytest.mark.skipif("delta" not in inspect.signature(policy_loss).parameters, reason="policy_loss has no bounds yet")
+def test_a_step_keeps_to_the_bounds_of_ratio_and_penalty(tmp_path):
+    """Against their definitions, in float64: delta holds rho where A < 0, kl_cap the growth of the penalty."""
+    delta, cap, beta = 1.25, 0.05, 0.7
+    trainer = rig.trainer(
+        tmp_path, rig.gpt2(dropout=0.0), objective="dapo", delta=delta, kl_cap=cap, beta=beta, steps_per_rollout=2,
+        clip_high=0.1, max_steps=4, **OFFLINE,
+    )  # fmt: skip
+    trainer.state.max_steps = 4
+    micro_batches, num_items = window(trainer)
+    inputs = micro_batches[0]
+    shaken(trainer.model)
+    loss = trainer.compute_loss(trainer.model.eval(), dict(inputs), num_items_in_batch=num_items)
+    live = inputs["targets"] != IGNORE
+    old, new = (log_pi(m, trainer, inputs)[live] for m in (rig.gpt2(dropout=0.0), trainer.model))
+    a = inputs["advantages"].double()[:, None].expand_as(live)[live]
+    rho, u = (new - old).exp(), old - new  # the run starts from the policy that sampled
+    surrogate = -torch.min(rho.clamp(max=delta) * a, rho.clamp(0.8, 1.1) * a)
+    penalty = torch.where(u <= cap, u.expm1() - u, math.exp(cap) - cap - 1 + math.expm1(cap) * (u - cap))
+    expected = (surrogate + beta * penalty).sum() / num_items
+    assert ((rho > delta) & (a < 0)).any() and (u > cap).any()  # both bounds act
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_dr_grpo_divides_by_no_deviation(tmp_path):
     assert rig.config(tmp_path, objective="dr_grpo").normalize == "mean"
     assert rig.config(tmp_path, objective="dr_grpo", normalize="std").normalize == "std"
@@ -129,6 +165,35 @@ def test_a_rollout_serves_several_steps_and_ends_with_the_run(tmp_path):
     assert asked == [8, 4]  # two steps of 2×2 prompts at once; only one step is left for the last
     assert len(lines) == 3
     assert not torch.equal(weights[0], weights[1])
+
+
+def test_in_the_papers_order_samples_come_first_and_groups_are_split(tmp_path):
+    """Two prompts of 3 given and 2 sampled responses a step, three steps a rollout: 12 samples, then 18 given."""
+    options = {"num_generations": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    found = {}
+    for order in ("groups", "paper"):
+        three = [{**row, "demonstrations": [*row["demonstrations"], "0."]} for row in rig.rows(6)]
+        trainer = rig.trainer(
+            tmp_path, rig.gpt2(dropout=0.0), three, steps_per_rollout=3, max_steps=3, rollout_order=order,
+            num_demonstrations=3, **options,
+        )  # fmt: skip
+        trainer.state.max_steps = 3
+        iterator = iter(trainer.get_train_dataloader())
+        steps = [trainer.get_batch_samples(iterator, 2, torch.device("cpu")) for _ in range(3)]
+        found[order] = steps
+        assert not trainer.queue.windows
+    sources = [[inputs["sources"].tolist() for inputs in batches] for batches, _ in found["paper"]]
+    assert sources == [[[2] * 5, [2] * 5], [[2] * 2 + [0, 1, 1], [0, 1, 1, 0, 1]], [[1, 0, 1, 1, 0], [1, 1, 0, 1, 1]]]
+    for steps in found.values():  # the same responses with the same weights, each step over its own tokens
+        for batches, count in steps:
+            assert count == sum((inputs["targets"] != IGNORE).sum() for inputs in batches)
+    weights = {
+        order: sorted(a for batches, _ in steps for inputs in batches for a in inputs["advantages"].tolist())
+        for order, steps in found.items()
+    }
+    assert weights["paper"] == weights["groups"] and len(weights["paper"]) == 30
+    with pytest.raises(ValueError, match="steps_per_rollout must be above 1 with rollout_order 'paper', got 1"):
+        rig.config(tmp_path, rollout_order="paper")
 
 
 def test_drift_is_nothing_in_the_first_step_of_a_rollout_and_grows_in_it(tmp_path):

@@ -9,11 +9,11 @@ import pytest
 import torch
 import trainer_rig as rig
 
-from gft_kernels.trainer import GFTTrainer, Sampling, continuous, generate, vllm_rollouts
+from gft_kernels.trainer import GFTTrainer, Sampling, engines, generate
 from gft_kernels.trainer.rollouts import cut, seeded
 
 CPU = torch.device("cpu")
-reason = continuous.unusable(rig.llama())
+reason = engines.no_continuous(rig.llama())
 needs_continuous = pytest.mark.skipif(reason is not None, reason=str(reason))
 PROMPTS = [[4, 5, 6, 7, 8, 9], [3], [7, 8]]
 
@@ -24,7 +24,7 @@ def test_continuous_batching_takes_the_tokens_of_generate():
     own = model.generation_config
     sampling = Sampling(num_generations=2, max_new_tokens=7, temperature=0.0, eos_ids=(1, 4, 9), pad_id=0)
     theirs = generate(model, PROMPTS, sampling)
-    assert continuous.generate_continuously(model, PROMPTS, sampling) == theirs
+    assert engines.generate_continuously(model, PROMPTS, sampling) == theirs
     assert len({len(ids) for ids in theirs}) > 1 and len({tuple(ids) for ids in theirs}) == 3
     assert model.generation_config is own and model.training
     assert model.config._attn_implementation == rig.untied_llama().config._attn_implementation
@@ -37,7 +37,7 @@ def test_continuous_batching_samples_the_policys_distribution_from_its_seed():
     draws = []
     for seed in (1, 1, 2):
         with seeded(seed, device=CPU):
-            draws.append([ids[0] for ids in continuous.generate_continuously(model, [[4, 5]], sampling)])
+            draws.append([ids[0] for ids in engines.generate_continuously(model, [[4, 5]], sampling)])
     assert draws[0] == draws[1] != draws[2]
     with torch.no_grad():
         expected = torch.softmax(model.eval()(torch.tensor([[4, 5]])).logits[0, -1] / 1.3, 0)
@@ -55,7 +55,7 @@ def test_a_lost_request_is_an_error(monkeypatch):
     monkeypatch.setattr(model, "generate_batch", lambda *args, **kwargs: answers)
     sampling = Sampling(num_generations=2, max_new_tokens=2, temperature=1.0, eos_ids=(1,), pad_id=0)
     with pytest.raises(RuntimeError, match="continuous batching must answer 2 requests, got 1"):
-        continuous.generate_continuously(model, [[4]], sampling)
+        engines.generate_continuously(model, [[4]], sampling)
 
 
 @needs_continuous
@@ -115,7 +115,7 @@ def vllm(monkeypatch):
     module = types.ModuleType("vllm")
     module.LLM, module.SamplingParams = Engine, Parameters
     monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setattr(vllm_rollouts, "unusable", lambda model: None)  # this machine has no GPU
+    monkeypatch.setitem(engines.UNUSABLE, "vllm", lambda model: None)  # this machine has no GPU
 
 
 def test_vllm_samples_with_the_weights_of_each_rollout(tmp_path, vllm):
@@ -146,7 +146,7 @@ def test_vllm_samples_with_the_weights_of_each_rollout(tmp_path, vllm):
 def test_vllm_cuts_at_the_end_token(vllm):
     sampling = Sampling(num_generations=4, max_new_tokens=6, temperature=1.0, eos_ids=(1, 4, 5, 6), pad_id=0)
     model = rig.llama()
-    found = vllm_rollouts.VLLMRollouts(0.3, None)(model, PROMPTS, sampling)
+    found = engines.VLLMRollouts(0.3, None)(model, PROMPTS, sampling)
     assert len(found) == 12 and all(ids == cut(ids, sampling.eos_ids) for ids in found)
     assert any(len(ids) < 6 for ids in found)
 
@@ -156,12 +156,12 @@ def test_an_engine_that_cannot_serve_says_why(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=match):
             rig.trainer(tmp_path, model, **options)
 
-    monkeypatch.setattr(vllm_rollouts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     refused("rollout must be one that can sample here, got 'vllm'; vllm is not installed: pip install", rollout="vllm")
-    monkeypatch.setattr(vllm_rollouts.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: object())
     if not torch.cuda.is_available():
         refused("got 'vllm'; vLLM needs a GPU, and PyTorch sees none", rollout="vllm")
-    monkeypatch.setattr(continuous.transformers, "ContinuousBatchingConfig", None)
+    monkeypatch.setattr(engines.transformers, "ContinuousBatchingConfig", None)
     refused("got 'continuous'; transformers .* has no continuous batching", rollout="continuous")
     refused("rollout must be one of 'auto', 'generate'", rollout="sglang")
     args = rig.config(tmp_path, rollout="generate")
@@ -175,6 +175,6 @@ def test_weights_in_parts_are_no_weights():
     model = rig.llama()
     next(model.parameters()).ds_id = 3
     with pytest.raises(ValueError, match="rollout must be 'generate' with DeepSpeed ZeRO-3"):
-        list(vllm_rollouts.named_weights(model))
+        list(engines.named_weights(model))
     with pytest.raises(ValueError, match="rollout must be 'generate' where the weights lie in parts"):
-        continuous.generate_continuously(model, PROMPTS, Sampling(1, 2, 1.0, (1,), 0))
+        engines.generate_continuously(model, PROMPTS, Sampling(1, 2, 1.0, (1,), 0))

@@ -10,7 +10,7 @@ of the padded prompts and completions, T rows of the head.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -19,7 +19,9 @@ from torch.nn import functional
 from trl import GRPOTrainer
 
 from gft_kernels.advantages import group_advantages
-from gft_kernels.data.rows import RowError, check_record, encode_response
+from gft_kernels.data.fields import check_record
+from gft_kernels.data.readers import RowError
+from gft_kernels.data.text import encode_prompt, encode_response, end_tokens
 from gft_kernels.integrations.trl.config import GFTGRPOConfig
 from gft_kernels.integrations.trl.patch import log_means, parameters_of, patch_trainer, token_means
 from gft_kernels.model.columns import IGNORE
@@ -56,20 +58,34 @@ class GFTGRPOTrainer(GRPOTrainer):
             temperature=self.args.temperature,
             reduction=self.args.reduction,
         )
+        self._end_as_demonstrations()
         self._given: list[list[int] | None] = []  # of the batch being generated: a demonstration's ids, None: to sample
         self._rewards_NF: Tensor | None = None
 
+    def _end_as_demonstrations(self) -> None:
+        """Let the chat template's end of turn end a sample too, whatever the model's own defaults say."""
+        ends = self.eos_token_ids = list(end_tokens(self._tokenizer, self.model.generation_config))
+        if self.use_vllm:
+            self.vllm_generation.generation_kwargs.setdefault("stop_token_ids", ends)
+        else:
+            self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = ends
+
     def _demonstrations(self, row: dict, where: str) -> list[list[int]]:
         """Token ids of the row's demonstrations, each with its end token. Raises RowError."""
-        check_record(row, where)
+        row = check_record(row, where)
         wanted, longest = self.args.num_demonstrations, self.args.max_completion_length
-        texts = list(row.get("demonstrations") or [])[:wanted]
+        texts = (row.get("demonstrations") or [])[:wanted]
         if len(texts) < wanted:
             raise RowError(
                 f"{where}: field `demonstrations` must hold at least num_demonstrations = {wanted} texts, "
                 f"got {len(texts)}."
             )
-        ids = [encode_response(self._tokenizer, text) for text in texts]
+        prompt, variables = row["prompt"], cast(dict, self.chat_template_kwargs)
+        try:
+            prompt_ids = encode_prompt(self._tokenizer, prompt, chat_template_kwargs=variables)
+        except ValueError as error:
+            raise RowError(f"{where}: {error}.") from None
+        ids = [encode_response(self._tokenizer, text, prompt, prompt_ids) for text in texts]
         length = max(map(len, ids), default=0)
         if longest is not None and length > longest:
             raise RowError(

@@ -24,8 +24,9 @@ STATES = [(-INF, 0.0), (-3.0, 1e-7), (0.0, 1.0), (2.5, 7.0), (1e4, 1.0), (INF, 1
 MERGES = [(*a, *b) for a, b in itertools.product(STATES, STATES)]
 
 RATIO = [0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 1e30, INF, float("nan")]
-CLIPS = list(itertools.product(RATIO, (0.0, 2.0, -2.0, float("nan")), (0.0, 0.25), (0.0, 0.25)))
-LOG_RATIO = [0.0, 1e-2, -0.3, 2.0, 80.0, -200.0, INF, -INF, float("nan")]
+CLIPS = list(itertools.product(RATIO, (0.0, 2.0, -2.0, float("nan")), (0.0, 0.25), (0.0, 0.25), (1.5, INF)))
+LOG_RATIO = [0.0, 1e-2, -0.3, 2.0, 80.0, 200.0, -200.0, INF, -INF, float("nan")]
+CAPPED = list(itertools.product(LOG_RATIO, (2.0, 20.0, INF)))
 GRIDS = {
     "transform": [(x, a, c, t) for x in LOGIT for a in (1.0, 0.0625) for c in (0.0, 30.0) for t in (1.0, 0.6)],
     "transform_slope": [(x, a, c, t) for x in LOGIT for a in (1.0, 0.0625) for c in (0.0, 30.0) for t in (1.0, 0.6)],
@@ -41,8 +42,8 @@ GRIDS = {
     "clipped_coefficient": CLIPS,
     "clipped_loss": CLIPS,
     "capped_coefficient": list(itertools.product(RATIO, (0.0, 0.25, 4.0))),
-    "kl_loss": [(u,) for u in LOG_RATIO],
-    "kl_kappa": [(u,) for u in LOG_RATIO],
+    "kl_loss": CAPPED,
+    "kl_kappa": CAPPED,
     "kappa": list(itertools.product([0.0, -1.5, 2.0, float("nan")], [0.0, 1e-38, 1.0, float("nan")])),
     "token_loss": list(itertools.product(LOG_PI, SCALE)),
     "dlogit_other": list(itertools.product(LOG_PI, SCALE)),
@@ -60,14 +61,15 @@ def evaluate(inputs, first, second, function: tl.constexpr, ARITY: tl.constexpr,
     b = tl.load(inputs + N + at)
     c = tl.load(inputs + 2 * N + at)
     d = tl.load(inputs + 3 * N + at)
-    if ARITY == 1:
-        value = function(a)
-    elif ARITY == 2:
+    e = tl.load(inputs + 4 * N + at)
+    if ARITY == 2:
         value = function(a, b)
     elif ARITY == 3:
         value = function(a, b, c)
-    else:
+    elif ARITY == 4:
         value = function(a, b, c, d)
+    else:
+        value = function(a, b, c, d, e)
     if PAIR:
         tl.store(first + at, value[0])
         tl.store(second + at, value[1])
@@ -89,7 +91,7 @@ def evaluate_row_tau(inputs, first, function: tl.constexpr, N: tl.constexpr):
 
 
 def in_triton(name: str, columns: torch.Tensor) -> list[torch.Tensor]:
-    """A formula over padded columns (4, N), by a kernel."""
+    """A formula over padded columns (5, N), by a kernel."""
     n = columns.shape[1]
     first, second = torch.empty(n), torch.empty(n)
     function = getattr(compiled, name)
@@ -129,7 +131,7 @@ def in_torch(name: str, columns: torch.Tensor) -> list[torch.Tensor]:
 def test_both_texts_agree(name):
     points = GRIDS[name]
     n = 1 << (len(points) - 1).bit_length()  # Triton's blocks are powers of two
-    columns = torch.ones(4, n)
+    columns = torch.ones(5, n)
     columns[: len(points[0])] = torch.tensor([*points, *[points[-1]] * (n - len(points))]).T
     for ours, truth in zip(in_triton(name, columns), in_torch(name, columns), strict=True):
         # 1e-30: float32 results below it are subnormal in some factor

@@ -11,13 +11,10 @@ import oracle
 import pytest
 import torch
 
-from gft_kernels.advantages import credit_rows
 from gft_kernels.backends import triton as backend
 from gft_kernels.options import FP16_PEAK, Credit, RowCall
 from gft_kernels.triton_kernels import row_loss, scale_rows
-from gft_kernels.triton_kernels.configs import row_launch
-from gft_kernels.triton_kernels.credit import total_kernel
-from gft_kernels.triton_kernels.row_credit import row_credit
+from gft_kernels.triton_kernels.launch import row_launch
 
 BLOCK = row_launch(1 << 20, torch.float32, "interpreter").block
 
@@ -174,60 +171,6 @@ def test_a_backward_in_place_with_upstream_1_does_not_touch_the_gradient(monkeyp
     backend.scale(gradient, None, torch.tensor(1.0), inplace=True)
     with pytest.raises(Exception, match="the row was read"):
         backend.scale(gradient, None, torch.tensor(1.0), inplace=False)
-
-
-CREDITS = {
-    "advantages of rows": {"advantages_R": torch.randn(1300)},
-    "advantages of responses": {"advantages_S": torch.randn(65)},
-    "groups of five": {"rewards_S": torch.rand(65), "group_size": 5},
-    "ragged groups": {"rewards_S": torch.rand(65), "group_ids_S": torch.randint(-5, 15, (65,))},
-    "leave one out": {"rewards_S": torch.rand(65), "group_size": 5, "normalize": "leave-one-out"},
-    "no division": {"rewards_S": torch.rand(65), "group_ids_S": torch.randint(0, 30, (65,)), "normalize": "mean"},
-    "equal rewards": {"rewards_S": torch.full((65,), 0.1), "group_size": 13},
-    "groups of one": {"rewards_S": torch.rand(65), "group_size": 1, "singleton": "zero"},
-    "one reward is NaN": {"rewards_S": torch.rand(65).index_fill(0, torch.tensor(7), float("nan")), "group_size": 5},
-    "weights": {"weights_R": torch.rand(1300)},
-}
-
-
-def many_rows(**options):
-    """65 responses and 1300 rows: more than one block of each, and neither is a multiple of one. Padded and packed."""
-    targets = torch.randint(0, 50, (1300,))
-    targets[torch.rand(1300) < 0.2] = -100
-    targets[40:60] = -100  # a response without a live row
-    padded = Credit(targets, mask_R=torch.rand(1300) < 0.9, tokens_per_response=20, **options)
-    packed = replace(padded, sequence_ids_R=torch.randint(0, 64, (1300,)), tokens_per_response=1300, mask_R=None)
-    return padded, packed
-
-
-def assert_same_credit(credit, read_all=False):
-    expected, result = credit_rows(credit), row_credit(credit, read_all)
-    torch.testing.assert_close(result.advantages_R, expected.advantages_R, rtol=1e-6, atol=1e-7, equal_nan=True)
-    torch.testing.assert_close(result.weights_R, expected.weights_R, rtol=1e-6, atol=0.0)
-    assert torch.equal(result.read_R.bool(), expected.live_R & ((expected.advantages_R != 0) | read_all))
-
-
-@pytest.mark.parametrize("name", CREDITS)
-def test_where_advantages_come_from(name):
-    for credit in many_rows(**CREDITS[name]):
-        assert_same_credit(credit)
-
-
-@pytest.mark.parametrize("num_items", [None, 77.0])
-@pytest.mark.parametrize("reduction", ["token-mean", "sequence-mean", "sum"])
-def test_weights_of_the_reductions(reduction, num_items):
-    items = None if num_items is None else torch.tensor(num_items)
-    for credit in many_rows(reduction=reduction, num_items=items, advantages_S=torch.randn(65).round()):
-        assert_same_credit(credit)
-        assert_same_credit(credit, read_all=True)
-    _, packed = many_rows(reduction=reduction, num_items=items)  # as many responses as the rows leave room for
-    assert_same_credit(replace(packed, sequence_ids_R=torch.randint(0, 1300, (1300,))))
-
-
-def test_the_sum_of_many_rows():
-    losses_R, total = torch.randn(5000), torch.empty(())
-    total_kernel[(1,)](losses_R, total, R=5000, BLOCK=1024)
-    torch.testing.assert_close(total.double(), losses_R.double().sum(), rtol=1e-6, atol=0.0)
 
 
 def test_refusals_are_sentences():

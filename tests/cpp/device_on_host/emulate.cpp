@@ -90,19 +90,19 @@ bool emulate_scale(const ScaleTask* task, const Choice* choice) {
     });
 }
 
-bool emulate_observe_shard(const LogitRows* logits, const std::int64_t* columns_R, const std::uint8_t* read_R,
-                           const Transform* transform, const ShardStatistics* out, const Choice* choice) {
-    const ShardTask task{*logits, {}, columns_R, read_R, view_of(*transform), *out, {}};
-    return with_type(logits->dtype, [&](auto type) {
+bool emulate_observe_shard(const Shard* shard, const std::uint8_t* read_R, const ShardStatistics<float>* out,
+                           const Choice* choice) {
+    const ShardTask task{*shard, view_of(shard->transform), read_R, *out, {}, {}};
+    return with_type(shard->logits.dtype, [&](auto type) {
         return simple(choice->grid, choice->threads, sizeof(TwoPassShared), choice->seed,
                       [&] { observe_shard_row<decltype(type)>(task); });
     });
 }
 
-bool emulate_shade_shard(const LogitRows* logits, const std::int64_t* columns_R, const ShardGradient* agreed,
-                         const Transform* transform, const LogitRows* gradient, const Choice* choice) {
-    const ShardTask task{*logits, *gradient, columns_R, nullptr, view_of(*transform), {}, *agreed};
-    return with_type(logits->dtype, [&](auto type) {
+bool emulate_shade_shard(const Shard* shard, const AgreedRows* agreed, const LogitRows* gradient,
+                         const Choice* choice) {
+    const ShardTask task{*shard, view_of(shard->transform), nullptr, {}, *agreed, *gradient};
+    return with_type(shard->logits.dtype, [&](auto type) {
         using T = decltype(type);
         return simple(choice->grid, choice->threads, 0, choice->seed, [&] {
             agreed->tilt_R != nullptr ? shade_shard_row<T, true>(task) : shade_shard_row<T, false>(task);

@@ -1,0 +1,25 @@
+"""The benchmarks by name, a file each: its cases and which of them run, its inputs and their check, its contenders.
+
+A new peer is one entry of `PEERS` in the file of its kind.
+"""
+
+from __future__ import annotations
+
+from benchmarks.kinds import advantages, linear, log_probs, row, shards, step
+from benchmarks.kinds.kind import Kind
+
+KINDS: dict[str, Kind] = {
+    "row": row.KIND,
+    "linear": linear.KIND,
+    "log-probs": log_probs.KIND,
+    "advantages": advantages.KIND,
+    "shards": shards.KIND,
+    "step": step.KIND,
+}
+
+SWEEPS = {
+    "vocabulary": ("row", row.vocabulary_sweep),
+    "live": ("linear", linear.live_sweep),
+    "memory": ("row", row.memory_cases),
+}
+"""Cases that a plot is drawn from, in the order of what is swept, and the kind they are of."""

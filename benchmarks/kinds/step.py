@@ -1,0 +1,233 @@
+"""An optimizer step of a small Qwen2-shaped model: forward, a loss, backward, update.
+
+The model's weights are random, but the final norm is scaled so that its predictions are as sharp as a trained one's,
+and three targets of four are what it predicts: both sides of τ occur. Sizes: S responses of T tokens, N = S·T rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import CHECK_UPSTREAM, Answer, Deviation, Step
+from benchmarks.kinds import linear, row
+from benchmarks.kinds.inputs import peak_tokens
+from benchmarks.kinds.kind import BACKENDS, ITEM_BYTES, Kind, Peer, words_of
+from benchmarks.kinds.truth import coefficients
+
+ERROR_LIMIT = {"float32": 5e-3, "bfloat16": 1e-1}
+SHARPNESS = 16.0
+"""Of the final norm: logits of a standard deviation of about 5."""
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One measurement of an optimizer step; weights are random, embeddings tied."""
+
+    tokens: int  # of each response
+    vocab: int = row.HEADLINE_VOCABULARY
+    hidden: int = 256
+    layers: int = 2
+    heads: int = 4
+    dtype: str = "float32"
+    responses: int = 4
+    tau: float = 0.7
+    temperature: float = 1.0
+    upstream: float = 1.0
+    seed: int = 20
+    device: str = "cpu"
+    threads: int = 2
+
+    @property
+    def rows(self) -> int:
+        return self.responses * self.tokens
+
+    def label(self) -> str:
+        model = f"{self.layers} layers × {self.hidden} × {self.vocab}"
+        return ", ".join([f"step of {self.responses} × {self.tokens} tokens, {model} {self.dtype}", *words_of(self)])
+
+
+def cases(device: str, *, quick: bool = False, threads: int = 1) -> list[StepCase]:
+    """A model small enough for a CPU under the headline vocabulary."""
+    if device == "cpu":
+        return [StepCase(32 if quick else 64, hidden=64 if quick else 256, threads=threads)]
+    return [StepCase(128 if quick else 2048, hidden=896, layers=4, heads=14, dtype="bfloat16", device=device)]
+
+
+def memory_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[StepCase]:
+    return [] if quick else cases(device, threads=threads)
+
+
+@dataclass(frozen=True)
+class StepProblem:
+    """Weights that each step changes and `prepare` puts back."""
+
+    case: StepCase
+    model: Any  # Qwen2ForCausalLM
+    pristine: list[Tensor]  # the weights before a step
+    optimizer: torch.optim.Optimizer
+    inputs_ST: Tensor
+    targets_N: Tensor  # int64
+    advantages_N: Tensor  # float32
+    upstream: Tensor  # () float32, set by prepare
+    live_rows: int
+
+    @property
+    def limit(self) -> float:
+        return ERROR_LIMIT[self.case.dtype]
+
+    @property
+    def weight_VD(self) -> Tensor:
+        """The output head, which is the embedding too."""
+        return self.model.lm_head.weight
+
+    def hidden_ND(self) -> Tensor:
+        """The last hidden states of the batch, with their graph."""
+        return _hidden(self.model, self.inputs_ST)
+
+    def parameters(self) -> list[Tensor]:
+        return list(self.model.parameters())
+
+    def prepare(self, upstream: float) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters(), self.pristine)
+        self.upstream.fill_(upstream)
+
+    @cached_property
+    def _truths(self) -> dict[str, tuple[float, float, list[Tensor]]]:
+        """By objective: the loss, the sum of the rows' absolute losses, the gradients. Kept for all contenders."""
+        return {}
+
+    def _truth(self, objective: str) -> tuple[float, float, list[Tensor]]:
+        if objective not in self._truths:
+            self._truths[objective] = self._fp64_step(objective)
+        return self._truths[objective]
+
+    def _fp64_step(self, objective: str) -> tuple[float, float, list[Tensor]]:
+        model = build_model(self.case).double()
+        with torch.no_grad():
+            torch._foreach_copy_(list(model.parameters()), [weight.double() for weight in self.pristine])
+        logits_NV = _hidden(model, self.inputs_ST) @ model.lm_head.weight.t() / self.case.temperature
+        log_pi_N = logits_NV.log_softmax(1).gather(1, self.targets_N[:, None])[:, 0]
+        kappa_N, loss_N = coefficients(log_pi_N.detach(), self.advantages_N.double(), objective, self.case.tau)
+        (-(kappa_N * log_pi_N).mean() * CHECK_UPSTREAM).backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        return loss_N.mean().item(), loss_N.abs().mean().item(), gradients
+
+    def deviation(self, answer: Answer, objective: str) -> Deviation:
+        """Of the loss, and of each weight's gradient as a whole."""
+        loss, size, truths = self._truth(objective)
+        gaps = [
+            ((mine.double() - truth).norm() / truth.norm()).nan_to_num(nan=float("inf")).item()
+            for mine, truth in zip(answer.gradients, truths, strict=True)
+        ]
+        loss_gap = abs(answer.loss.item() - loss) / size
+        worst = max(gaps)
+        return Deviation(float("inf") if loss_gap != loss_gap else max(worst, loss_gap), worst)
+
+
+def _hidden(model, inputs_ST: Tensor) -> Tensor:
+    return model.model(input_ids=inputs_ST, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def build_model(case: StepCase):
+    """Raises ImportError without transformers."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(case.seed)
+    config = Qwen2Config(
+        vocab_size=case.vocab,
+        hidden_size=case.hidden,
+        intermediate_size=4 * case.hidden,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.heads,
+        num_key_value_heads=max(1, case.heads // 2),
+        tie_word_embeddings=True,
+    )
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(SHARPNESS)
+    return model.to(case.device)
+
+
+def build(case: StepCase) -> StepProblem:
+    generator = torch.Generator(case.device).manual_seed(case.seed)
+    model = build_model(case).to(getattr(torch, case.dtype))
+    shape_ST = case.responses, case.tokens
+    inputs_ST = torch.randint(case.vocab, shape_ST, generator=generator, device=case.device)
+    with torch.no_grad():
+        blocks = _hidden(model, inputs_ST).split(256)
+        likely_N = torch.cat([(block @ model.lm_head.weight.t()).argmax(1) for block in blocks])
+    rewards_S = torch.randn(case.responses, generator=generator, device=case.device)
+    advantages_S = (rewards_S - rewards_S.mean()) / (rewards_S.std() + 1e-6)
+    return StepProblem(
+        case=case,
+        model=model,
+        pristine=[parameter.detach().clone() for parameter in model.parameters()],
+        # so small a rate that the check's step and the timed ones see the same weights within rounding
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
+        inputs_ST=inputs_ST,
+        targets_N=peak_tokens(likely_N, case.vocab, generator),
+        advantages_N=advantages_S.repeat_interleave(case.tokens),
+        upstream=torch.ones((), device=case.device),
+        live_rows=case.rows,
+    )
+
+
+def step_of(loss: Callable[[Tensor, Tensor, Any], Tensor], problem: StepProblem) -> Step:
+    """Forward, backward and update under a loss over hidden states and head."""
+
+    def step() -> Answer:
+        value = loss(problem.hidden_ND(), problem.weight_VD, problem)
+        value.backward(problem.upstream.to(value.dtype))
+        problem.optimizer.step()
+        gradients = tuple(parameter.grad for parameter in problem.parameters())
+        problem.optimizer.zero_grad(set_to_none=True)
+        return Answer(value.detach(), gradients)
+
+    return step
+
+
+# Contenders: everyone's way from hidden states to a loss, under one model and one optimizer.
+
+
+def _floor(problem: StepProblem) -> Step:
+    """What no loss can save: the model's own passes, the head's products and the update."""
+    dhidden_ND = problem.hidden_ND().detach()  # any numbers of that shape
+    products = linear.bare_products(dhidden_ND, problem.weight_VD)
+
+    def step() -> None:
+        hidden_ND = problem.hidden_ND()
+        products()
+        hidden_ND.backward(dhidden_ND)
+        problem.optimizer.step()
+        problem.optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _over_logits(loss: Callable, hidden_ND: Tensor, weight_VD: Tensor, problem: StepProblem) -> Tensor:
+    """A loss over the whole logits, as the model's own head makes them."""
+    return loss(F.linear(hidden_ND, weight_VD), problem)
+
+
+SERVING = [backend for backend in BACKENDS if backend != "reference"]
+# the chunked cross-entropy takes 14 times as long as everyone else, and is in the linear benchmark
+LEFT_OUT = ("floor: three bare products", "F.linear_cross_entropy, chunked", "gft_linear_loss reference")
+PEERS = {
+    "floor: model, three bare products, update": Peer(step=_floor, objective=None),
+    **{f"gft_loss {b}, in place": Peer(partial(_over_logits, partial(row.ours, b, True))) for b in SERVING},
+    "eager PyTorch, paper's formulation": Peer(partial(_over_logits, row.paper_loss)),
+    # ours where memory matters more than time
+    **{f"gft_linear_loss {b}, chunks of 64": Peer(partial(linear.ours, b, chunk_rows=64)) for b in SERVING},
+    **{name: peer for name, peer in linear.PEERS.items() if name not in LEFT_OUT},
+}
+
+KIND = Kind("an optimizer step of a small model", StepCase, cases, build, PEERS, step_of,
+            lambda case: case.vocab * case.hidden * ITEM_BYTES[case.dtype], weighed=memory_cases)  # fmt: skip

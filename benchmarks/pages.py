@@ -1,0 +1,223 @@
+"""The figures of README and docs: `python -m benchmarks.pages` writes them from results/, plots and tables alike.
+
+A page holds a figure only between two lines, which name one of `BLOCKS`:
+
+    <!-- generated: row -->
+    ...
+    <!-- end -->
+
+The words around a block are free of figures, so that nothing but this command has to know them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+from benchmarks import plots, report
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "docs" / "figures"
+BLOCK = re.compile(r"(?P<open><!-- generated: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(?P<close><!-- end -->)", re.S)
+
+HEADLINE, DTYPES = "128 × 151936 {} peaked", ("float32", "bfloat16")
+IN_PLACE, LEAN, PAPER = "gft_loss cpu, in place", "eager PyTorch, lean", "eager PyTorch, paper's formulation"
+LINEAR = "512 × 896 × 151936 float32"
+STEP = "step of 4 × 32 tokens, 2 layers × 64 × 151936 float32, 2 threads"
+
+
+@cache
+def _cases(file: str) -> dict[str, dict]:
+    return {result["label"]: result for result in report.load(RESULTS / file)["results"]}
+
+
+def outcomes(file: str, label: str) -> dict[str, dict]:
+    """Everyone who was timed in a case, by name; the floor first, then the fastest."""
+    found = sorted(report.timed(_cases(file)[label]), key=lambda o: (o["objective"] is not None, o["median_s"]))
+    return {outcome["name"]: outcome for outcome in found}
+
+
+def _seconds(file: str, label: str, name: str) -> float:
+    return outcomes(file, label)[name]["median_s"]
+
+
+# How a figure is shown.
+
+
+def _duration(outcome: dict) -> str:
+    value = outcome["median_s"]
+    scale, unit = next((s, u) for s, u in ((1, "s"), (1e-3, "ms"), (1e-6, "µs")) if value >= s or u == "µs")
+    return f"{value / scale:.3g} {unit}"
+
+
+def _over_floor(outcome: dict) -> str:
+    return f"{outcome['over_floor']:.2f}"
+
+
+def _megabytes(outcome: dict) -> str:
+    if outcome["extra_bytes"] is None:
+        return "–"
+    value = outcome["extra_bytes"] / 1e6
+    return f"{value:.0f} MB" if value >= 10 else f"{value:.2f} MB"
+
+
+def _longest(outcome: dict) -> str:
+    return str(outcome["longest_tokens"])
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f} times"
+
+
+Column = tuple[str, dict[str, dict], Callable[[dict], str]]  # title, outcomes by name, what is shown
+
+
+def table(columns: Sequence[Column], names: Sequence[str] | None = None) -> str:
+    """A row a contender, as the first column orders them; what computes something else than ours says so."""
+    first = columns[0][1]
+    lines = ["| | " + " | ".join(title for title, _, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in names or first:
+        cells = [shown(found[name]) if name in found else "–" for _, found, shown in columns]
+        objective = first[name]["objective"]
+        other = f" ({objective})" if objective in ("cross-entropy", "grpo") else ""
+        lines.append(f"| {name}{other} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _timed_table(file: str, label: str) -> str:
+    found = outcomes(file, label)
+    return table([("time", found, _duration), ("over the floor", found, _over_floor)])
+
+
+# The blocks.
+
+
+def _row() -> str:
+    columns: list[Column] = []
+    for dtype in DTYPES:
+        found = outcomes("row-cpu.json", f"{HEADLINE.format(dtype)}, 1 thread")
+        columns += [
+            (dtype, found, _duration),
+            ("over the floor", found, _over_floor),
+            ("extra memory", found, _megabytes),
+        ]
+    return table(columns)
+
+
+def _row_words() -> str:
+    def ratio(dtype: str, over: tuple[str, str], under: tuple[str, str]) -> float:
+        times = [_seconds("row-cpu.json", f"{HEADLINE.format(dtype)}, {case}", name) for case, name in (over, under)]
+        return times[0] / times[1]
+
+    plain = ("1 thread", IN_PLACE)
+    faster = [_times(ratio(d, ("1 thread", LEAN), plain)) for d in DTYPES]
+    half = [_times(ratio(d, ("half zero-advantage, 1 thread", IN_PLACE), plain)) for d in DTYPES]
+    threads = [_times(ratio(d, plain, ("2 threads", IN_PLACE))) for d in DTYPES]
+    return (
+        f"- In place it is {faster[0]} as fast as lean eager PyTorch in float32 and {faster[1]} in bfloat16.\n"
+        f"- Half of the rows at A = 0 take {half[0]} the time of all in float32 and {half[1]} in bfloat16: their\n"
+        "  gradient must still be cleared.\n"
+        f"- Two threads are {threads[0]} as fast as one in float32 and {threads[1]} in bfloat16, with cold caches,\n"
+        "  where memory is shared.\n"
+    )
+
+
+def _linear_words() -> str:
+    half = _seconds("linear-cpu.json", f"{LINEAR}, half zero-advantage, 2 threads", "gft_linear_loss cpu")
+    half /= _seconds("linear-cpu.json", f"{LINEAR}, 2 threads", "gft_linear_loss cpu")
+    chunks = outcomes("linear-cpu.json", f"{LINEAR}, chunks of 32, 2 threads")["gft_linear_loss cpu"]
+    step = _seconds("quick-cpu.json", STEP, "gft_linear_loss cpu") / _seconds("quick-cpu.json", STEP, PAPER)
+    return (
+        f"- With half of the rows at A = 0 it takes {_times(half)} its own time for all rows.\n"
+        f"- Chunks of 32 rows take {_times(chunks['over_floor'])} the time of the products: leave `chunk_rows` alone\n"
+        "  unless memory is short.\n"
+        f"- A whole optimizer step of a small model takes {_times(step)} the time of the paper's formulation.\n"
+    )
+
+
+def _step_memory() -> str:
+    found = outcomes("step-memory-cpu.json", STEP)
+    found = {name: outcome for name, outcome in found.items() if outcome["objective"]}
+    budget = next(iter(found.values()))["budget_bytes"] >> 20
+    return table(
+        [("memory at 32 tokens", found, _megabytes), (f"longest within {budget} MiB (tokens)", found, _longest)]
+    )
+
+
+def _advantages() -> str:
+    ways = {
+        how: outcomes("quick-cpu.json", f"64 rewards in groups of 8 {how}, 1 thread") for how in ("together", "by id")
+    }
+    return table([(how, found, _duration) for how, found in ways.items()])
+
+
+def _chunk_memory() -> str:
+    """Arithmetic, not a measurement: 8192 × 2048 × 151936 in chunks of 2048."""
+    rows, hidden, vocab, chunk = 8192, 2048, 151936, 2048
+    lines = [
+        f"| | bytes | {rows} × {hidden} × {vocab} bfloat16 on a GPU |",
+        "|---|---|---|",
+        f"| one chunk of logits, float32 | 4·C·V | {4 * chunk * vocab / 1e9:.2f} GB at C = {chunk} |",
+        "| its gradient rounded to the product's dtype (not on a CPU, not with `logits_dtype=torch.bfloat16`) "
+        f"| 2·C·V | {2 * chunk * vocab / 1e9:.2f} GB |",
+        f"| dW, float32, until backward rounds it | 4·V·D | {4 * vocab * hidden / 1e9:.2f} GB |",
+        f"| dX, float32, and a few numbers per row | 4·R·D | {4 * rows * hidden / 1e9:.2f} GB |",
+        f"| for comparison: bfloat16 logits and their gradient | 4·R·V | {4 * rows * vocab / 1e9:.2f} GB |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _commands() -> str:
+    lines = [report.load(path)["command"] for path in sorted(RESULTS.glob("*.json"))]
+    return "```bash\n" + "\n".join(lines) + "\n```\n"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "row": _row,
+    "row-words": _row_words,
+    "linear": lambda: _timed_table("linear-peers-cpu.json", f"{LINEAR}, 2 threads"),
+    "linear-words": _linear_words,
+    "chunk-memory": _chunk_memory,
+    "step": lambda: _timed_table("quick-cpu.json", STEP),
+    "step-memory": _step_memory,
+    "log-probs": lambda: _timed_table("quick-cpu.json", "log-probs 64 × 128 × 32000 float32, 1 thread"),
+    "shards": lambda: _timed_table("quick-cpu.json", "32 × 151936 float32 peaked, 1 thread, 2 ranks"),
+    "advantages": _advantages,
+    "commands": _commands,
+}
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+
+def rewritten(page: str) -> str:
+    """The page with every block as its results have it now. Raises ValueError for a name that is none of BLOCKS."""
+
+    def block(match: re.Match) -> str:
+        if match["name"] not in BLOCKS:
+            raise ValueError(f"a generated block must be one of {', '.join(BLOCKS)}, got {match['name']!r}")
+        return match["open"] + BLOCKS[match["name"]]() + match["close"]
+
+    return BLOCK.sub(block, page)
+
+
+def main() -> None:
+    for page in pages():
+        before = page.read_text()
+        after = rewritten(before)
+        if after != before:
+            page.write_text(after)
+            print(page.relative_to(ROOT))
+    results = sorted(RESULTS.glob("*.json"))
+    headline = f"{HEADLINE.format('float32')}, 1 thread"
+    drawn = [*plots.draw(results, FIGURES), plots.bars(RESULTS / "row-cpu.json", headline, FIGURES / "speed.svg")]
+    for plot in drawn:
+        print(plot.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""What a caller may ask for: every option of the public functions, once, with its type, default and meaning.
+
+The functions take them as `**options: Unpack[...]`, which editors and type checkers read; `takes` gives them the
+signature and the help that `inspect.signature` and `help()` show.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from gft_kernels import checks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+else:
+    ProcessGroup = getattr(torch.distributed, "ProcessGroup", None)  # a torch may come without
+
+
+class Option(NamedTuple):
+    default: Any
+    meaning: str
+
+
+class _Head(TypedDict, total=False):
+    bias: Annotated[Tensor | None, Option(None, "(V,) added to the logits.")]
+    logit_scale: Annotated[float | None, Option(None, "factor of the logits, before the softcap; None: 1.")]
+    chunk_rows: Annotated[
+        int | None, Option(None, "rows of logits held at a time; None: as docs/linear.md describes. Needs a head.")
+    ]
+    logits_dtype: Annotated[
+        torch.dtype | None,
+        Option(
+            None,
+            "None: float32. bfloat16, for bfloat16 products: half the memory, and logits in steps of 2^-8. "
+            "Needs a head.",
+        ),
+    ]
+
+
+class _Sums(TypedDict, total=False):
+    accum_dtype: Annotated[
+        torch.dtype | None,
+        Option(
+            None,
+            "of the sums over chunks that become the gradients; None: float32. bfloat16 for bfloat16 products. "
+            "Needs a head.",
+        ),
+    ]
+
+
+class _Rows(TypedDict, total=False):
+    mask: Annotated[Tensor | None, Option(None, "bool, shape of targets: False takes a row out of the loss.")]
+    ignore_index: Annotated[int, Option(-100, "the target value of rows that do not count; any int64.")]
+    temperature: Annotated[float, Option(1.0, "divides the logits, for pi and log pi alike.")]
+    softcap: Annotated[
+        float | None, Option(None, "c of z <- c·tanh(z / c), after the scale, before the temperature; None: none.")
+    ]
+    return_entropy: Annotated[
+        bool,
+        Option(False, "also return each row's entropy, in nats (in `TokenStats`, where there are some)."),
+    ]
+    process_group: Annotated[
+        ProcessGroup | None,
+        Option(
+            None,
+            "the logits, or weight and bias, are this rank's part of a vocabulary sharded in rank order; everything "
+            "else is the same on all ranks (targets are global ids), which all get the same loss and hidden gradient.",
+        ),
+    ]
+    backend: Annotated[str, Option("auto", '"auto", "reference", "cpu", "triton" or "cuda".')]
+
+
+class _Credit(TypedDict, total=False):
+    rewards: Annotated[
+        Tensor | None,
+        Option(
+            None,
+            "(S,) one per response, of any real dtype; standardised within each group into advantages (F5). "
+            "Needs groups.",
+        ),
+    ]
+    advantages: Annotated[
+        Tensor | None,
+        Option(
+            None,
+            "instead of rewards: one per response (S,), or per row (S, T) or (R,). Neither: A = 1. For packed rows, "
+            "(S,) needs `sequence_ids`; a length equal to R is always read as one per row.",
+        ),
+    ]
+    group_size: Annotated[int | None, Option(None, "number of consecutive responses that share a prompt.")]
+    group_ids: Annotated[
+        Tensor | None,
+        Option(None, "(S,) integers instead of group_size: equal ids share a prompt, in any order."),
+    ]
+    sequence_ids: Annotated[
+        Tensor | None, Option(None, "(R,) for packed rows: the response, 0 to S - 1, a row belongs to.")
+    ]
+    reduction: Annotated[
+        str | None,
+        Option(
+            None,
+            '"token-mean" (sum / live rows), "sequence-mean" (mean over responses of their token means), "sum", or '
+            '"none" (one loss per row; over a head backward then computes the logits a second time). None: '
+            '"sequence-mean" for grpo, else "token-mean".',
+        ),
+    ]
+    num_items_in_batch: Annotated[
+        float | Tensor | None,
+        Option(
+            None,
+            'the denominator of the means, if this call sees only a part of the batch: tokens for "token-mean", '
+            'responses for "sequence-mean". dr_grpo has no other denominator, so there it must be given.',
+        ),
+    ]
+    normalize: Annotated[
+        str,
+        Option("std", '"std" (the paper), "mean" (no division) or "leave-one-out" (unbiased for on-policy groups).'),
+    ]
+    eps: Annotated[float, Option(1e-6, "added to the group's standard deviation.")]
+    singleton: Annotated[str, Option("reward", 'the advantage of a group of one: its "reward", or "zero".')]
+    return_stats: Annotated[
+        bool,
+        Option(
+            False,
+            "also return `TokenStats`; live rows with A = 0 are then read for their log-probabilities.",
+        ),
+    ]
+
+
+class _GFT(TypedDict, total=False):
+    tau: Annotated[
+        float | None,
+        Option(
+            None,
+            "of gft: threshold in [0, 1] of the coefficient (F4): C = pi if pi < tau else 1. 0 is SFT, 1 is DFT (with "
+            "A = 1). None: 0.7.",
+        ),
+    ]
+    rectify: Annotated[
+        str | None,
+        Option(
+            None,
+            'of gft: "all" (the paper) or "positive": C only where A > 0, which keeps the full push away from bad '
+            'tokens. None: "all".',
+        ),
+    ]
+
+
+class _InPlace(TypedDict, total=False):
+    inplace: Annotated[
+        bool,
+        Option(
+            False,
+            "write the gradient where the logits are: no logits-sized memory is taken, and the logits are gone after "
+            "the call. The graph can then be walked backward once. Without a gradient to compute, no effect. Not with "
+            "a head.",
+        ),
+    ]
+
+
+class _Policy(TypedDict, total=False):
+    weight: Annotated[Tensor | None, Option(None, "(V, D), the output head; None: inputs are logits.")]
+    objective: Annotated[
+        str, Option("gft", '"gft", "sft", "dft", "grpo", "dapo", "dr_grpo" or "cispo"; docs/objectives.md.')
+    ]
+    old_log_probs: Annotated[
+        Tensor | None,
+        Option(
+            None,
+            "log pi_old of each target, shape of targets, in nats, detached; for the ratio rho = pi / pi_old of grpo, "
+            "dapo, dr_grpo and cispo. None: on-policy, rho = 1, while its gradient still flows.",
+        ),
+    ]
+    ref_log_probs: Annotated[
+        Tensor | None,
+        Option(None, "log pi_ref of each target, likewise; for beta, or for the kl of the statistics."),
+    ]
+    clip_low: Annotated[
+        float | None,
+        Option(
+            None,
+            "with clip_high the clip range of rho, [1 - clip_low, 1 + clip_high]; of grpo 0.2 and 0.2, of dapo 0.2 "
+            "and 0.28, of dr_grpo 0.2 and 0.2.",
+        ),
+    ]
+    clip_high: Annotated[
+        float | None,
+        Option(None, "see clip_low; cispo caps rho at 1 + clip_high, by default 5, without a lower bound."),
+    ]
+    delta: Annotated[
+        float | None,
+        Option(
+            None,
+            "of grpo, dapo and dr_grpo: the dual clip; where A < 0, a rho beyond it is held there, with gradient 0. "
+            "Above 1 + clip_high. None: no such bound.",
+        ),
+    ]
+    beta: Annotated[float, Option(0.0, "weight of the k3 estimate of KL(pi, pi_ref) added to each token's loss.")]
+    kl_cap: Annotated[
+        float | None,
+        Option(
+            None,
+            "in nats: where log(pi_ref / pi) is beyond it, the k3 estimate goes on along its tangent, so that one "
+            "token's pull is bounded by beta·(e^kl_cap - 1). None: no bound.",
+        ),
+    ]
+    entropy_coef: Annotated[
+        float,
+        Option(
+            0.0,
+            "lambda; each token's loss has -lambda·H added, H the entropy of its whole distribution in nats.",
+        ),
+    ]
+
+
+class RowOptions(_GFT, _Credit, _Rows, _InPlace, total=False):
+    """Options of `gft_loss`."""
+
+
+class LinearOptions(_GFT, _Credit, _Rows, _Head, _Sums, total=False):
+    """Options of `gft_linear_loss`."""
+
+
+class LogProbOptions(_Rows, _Head, total=False):
+    """Options of `token_log_probs`."""
+
+
+class PolicyOptions(_Policy, _GFT, _Credit, _Rows, _Head, _Sums, _InPlace, total=False):
+    """Options of `policy_loss`: all there are."""
+
+
+def meanings(options: type) -> dict[str, tuple[Any, Option]]:
+    """Each option's type, and its default and meaning."""
+    hints = get_type_hints(options, include_extras=True)
+    return {name: (get_args(hint)[0], get_args(hint)[1]) for name, hint in hints.items()}
+
+
+_wrapped = textwrap.TextWrapper(112, initial_indent=" " * 4, subsequent_indent=" " * 8).fill
+F = TypeVar("F", bound=Callable)
+_DEFAULTS: dict[str, dict[str, Any]] = {}  # of each function, by its name; all read while torch.compile traces
+_EVERY = {name: option.default for name, (_, option) in meanings(PolicyOptions).items()}
+
+
+def takes(options: type, **own: Any) -> Callable[[F], F]:
+    """Dress a function of `**options` in its whole signature and help. own: defaults of its own."""
+
+    def dress(function: F) -> F:
+        found = meanings(options)
+        _DEFAULTS[function.__name__] = defaults = {n: own.get(n, option.default) for n, (_, option) in found.items()}
+        kind, plain = inspect.Parameter.KEYWORD_ONLY, inspect.signature(function)
+        fixed = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        shown = [inspect.Parameter(n, kind, default=defaults[n], annotation=found[n][0]) for n in defaults]
+        setattr(function, "__signature__", plain.replace(parameters=[*fixed, *shown]))  # noqa: B010
+        lines = [_wrapped(f"{name}: {option.meaning}") for name, (_, option) in found.items()]
+        function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Options:", *lines])
+        return function
+
+    return dress
+
+
+def completed(function: Callable, options: Mapping[str, Any]) -> PolicyOptions:
+    """Every option there is, as given or by default. Raises TypeError for one that is not the function's."""
+    defaults = _DEFAULTS[function.__name__]
+    for name in options:
+        if name not in defaults:
+            checks.known_options(function, {name: None})
+    return {**_EVERY, **defaults, **options}  # type: ignore[typeddict-item]

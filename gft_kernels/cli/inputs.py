@@ -1,0 +1,87 @@
+"""What the user gives a run: its configuration, tokenizer, rows and code; whatever is wrong with it is one sentence."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+
+from gft_kernels.cli import one_line
+from gft_kernels.cli.settings import RunSettings
+from gft_kernels.data.rows import check_record
+from gft_kernels.trainer import GFTConfig, read_records
+from gft_kernels.trainer.rewards import find
+
+BAD = (ValueError, TypeError, OSError, SafetensorError)  # how bad input shows in libraries
+
+
+def configuration(options: dict[str, Any]) -> GFTConfig:
+    """The configuration of the trainer. Raises ValueError for whatever TrainingArguments makes of wrong options."""
+    try:
+        return GFTConfig(**options)
+    except (*BAD, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"options must be those of GFTConfig, got {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def tokenizer_of(settings: RunSettings) -> Any:
+    """The run's tokenizer. Raises ValueError where it is not, or where the model is a folder that is not."""
+    named = {"model": settings.model, **({"tokenizer": settings.tokenizer} if settings.tokenizer else {})}
+    for key, name in named.items():
+        is_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+        if is_path and not Path(name).is_dir():
+            raise ValueError(
+                f"{key} must be a folder or the name of a model on the hub, got {name!r}; there is no such folder."
+            )
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (*BAD, ImportError, KeyError) as error:
+        raise ValueError(
+            f"{key} must be a folder or the name of a model on the hub, with a tokenizer, got {name!r}; "
+            f"{one_line(error)}"
+        ) from None
+
+
+def user_code(path: str, what: str) -> Callable:
+    """A callable by its dotted path. Raises ValueError whatever its module does when it is imported."""
+    try:
+        return find(path, what)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ValueError) and str(error).startswith(what):
+            raise
+        raise ValueError(f"{what} must be importable, got {path!r}; {blamed(error)}.") from None
+
+
+def blamed(error: BaseException) -> str:
+    """An error of the user's code, and where it arose."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {one_line(error)} ({frame.filename}:{frame.lineno})"
+
+
+def rows(path: str, reader: str | None, split: str) -> Sequence:
+    """Rows of a file, or of whatever a reader makes of the path; each checked where it was read."""
+    if reader is None:
+        records = read_records(path)
+        for record in records:
+            check_record(record, record.where)
+        return records
+    read = user_code(reader, "reader")
+    if "split" in inspect.signature(read).parameters:
+        read = functools.partial(read, split=split)
+    try:
+        return read(None if path == "sample" else path)
+    except (*BAD, ImportError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"reader must read {path!r}, got {blamed(error)}; see {reader}.") from None

@@ -1,0 +1,70 @@
+"""Verifiers of answers, usable as rewards: 1 for a completion whose answer is the column `answer`'s, else 0."""
+
+from __future__ import annotations
+
+import re
+import threading
+from decimal import Decimal, InvalidOperation
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+
+
+def last_number(prompts, completions, answer, **columns) -> list[float]:
+    """1 where the last number of the completion equals the last number of `answer` (GSM8K's "#### 72"), else 0."""
+    return [
+        float((found := read_number(text)) is not None and found == read_number(str(gold)))
+        for text, gold in zip(completions, answer, strict=True)
+    ]
+
+
+def boxed_answer(prompts, completions, answer, **columns) -> list[float]:
+    r"""1 where the last \boxed{...} of the completion equals `answer` as text or as a number, else 0."""
+    return [float(_same_answer(last_boxed(c), str(gold))) for c, gold in zip(completions, answer, strict=True)]
+
+
+def math_verify(prompts, completions, answer, **columns) -> list[float]:
+    """1 where the library math-verify judges the completion equal to `answer`, else 0. Needs the extra `math`."""
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        raise ImportError(
+            "math_verify must be installed for this reward; run pip install 'gft-kernels[math]'."
+        ) from None
+    # Its timeouts use SIGALRM, which only the main thread may set.
+    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    golds = [parse(str(gold), parsing_timeout=seconds) for gold in answer]
+    found = [parse(text, parsing_timeout=seconds) for text in completions]
+    return [float(verify(g, f, timeout_seconds=seconds)) for g, f in zip(golds, found, strict=True)]
+
+
+def read_number(text: str) -> Decimal | None:
+    """The last number in a text, thousands separators removed; None if there is none."""
+    numbers = NUMBER.findall(text)
+    try:
+        return Decimal(numbers[-1].replace(",", "")) if numbers else None
+    except InvalidOperation:
+        return None
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last \boxed{...} holds, braces balanced; None without one."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    begin, depth = start + len("\\boxed{"), 1
+    for position in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[begin:position]
+    return None
+
+
+def _same_answer(found, gold):
+    if found is None:
+        return False
+    gold = last_boxed(gold) or gold
+    found, gold = (s.strip().strip("$").replace(",", "").replace(" ", "") for s in (found, gold))
+    try:
+        return Decimal(found) == Decimal(gold)
+    except InvalidOperation:
+        return found == gold

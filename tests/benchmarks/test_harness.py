@@ -1,0 +1,143 @@
+"""The benchmark harness: it times no wrong answer, takes turns, and its statistics are right."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import memory
+from benchmarks.clocks import CpuClock
+from benchmarks.harness import Absent, Answer, Contender, measure, quantile
+from benchmarks.kinds import row
+from benchmarks.kinds.row import RowCase
+
+SMALL = RowCase(rows=12, vocab=257, responses=4)
+
+
+class CountingClock:
+    """Hands out set durations instead of measuring, and counts the steps it was asked for."""
+
+    name = "counting"
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds, self.steps = seconds, []
+
+    def arm(self, step):
+        return step
+
+    def time(self, step) -> float:
+        self.steps.append(step())
+        return self.seconds[self.steps[-1]]
+
+
+class NamedProblem:
+    """A problem without inputs, for floors alone."""
+
+    limit, case = 0.1, SimpleNamespace(upstream=1.0)
+
+    def prepare(self, upstream: float) -> None: ...
+
+    def deviation(self, answer, objective):
+        raise AssertionError("floors are not checked")
+
+
+def floor(name: str) -> Contender:
+    return Contender(name, lambda: name, objective=None)
+
+
+def test_failing_and_absent_contenders_leave_a_sentence():
+    problem = row.build(SMALL)
+
+    def fail():
+        raise RuntimeError("no such kernel\nsecond line")
+
+    outcomes = measure(
+        problem, [Contender("fails", fail), Absent("absent", "not installed")], CpuClock(cold=False), rounds=1
+    )
+    assert [(o.status, o.why) for o in outcomes] == [
+        ("failed", "RuntimeError: no such kernel"),
+        ("absent", "not installed"),
+    ]
+
+
+def test_what_is_wrong_is_never_timed():
+    problem, clock = row.build(SMALL), CountingClock({})
+    step = row.step_of(row.lean_loss, problem)
+    shifted = Contender("shifted", lambda: Answer((answer := step()).loss + 0.1, answer.gradients))
+    (outcome,) = measure(problem, [shifted], clock, rounds=3)
+    assert outcome.status == "wrong answer" and "not timed" in outcome.why
+    assert outcome.rounds == 0 and outcome.median_s is None and clock.steps == []
+
+
+# ---- timing and statistics
+
+
+def test_quantiles():
+    assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert quantile([1.0, 2.0], 0.5) == 1.5
+    assert quantile([float(i) for i in range(11)], 0.1) == pytest.approx(1.0)
+    assert quantile([5.0], 0.9) == 5.0
+    with pytest.raises(ValueError, match="samples must not be empty"):
+        quantile([], 0.5)
+
+
+def test_contenders_take_turns_and_warm_up_is_dropped():
+    clock = CountingClock({"a": 2.0, "b": 3.0})
+    a, b = measure(NamedProblem(), [floor("a"), floor("b")], clock, rounds=4, warmup=2)
+    assert len(clock.steps) == 2 * (2 + 4)
+    assert all({clock.steps[i], clock.steps[i + 1]} == {"a", "b"} for i in range(0, 12, 2)), "a round without everyone"
+    assert len({tuple(clock.steps[i : i + 2]) for i in range(0, 12, 2)}) == 2, "the order must change"
+    assert (a.rounds, a.median_s, a.over_floor) == (4, 2.0, 1.0)
+    assert (b.median_s, b.p10_s, b.p90_s, b.over_floor) == (3.0, 3.0, 3.0, 1.5)
+
+
+def test_slow_contender_stops_after_its_budget():
+    clock = CountingClock({"slow": 10.0, "fast": 1.0})
+    slow, fast = measure(NamedProblem(), [floor("slow"), floor("fast")], clock, rounds=6, warmup=1, budget_s=25.0)
+    assert slow.rounds == 2, "10 s of warm-up, then 10 s and 10 s, which passes 25 s"
+    assert fast.rounds == 6 and fast.over_floor == 0.1
+
+
+def test_logits_are_restored_before_every_step():
+    problem = row.build(SMALL)
+    seen = []
+    measure(problem, [Contender("spoils", lambda: seen.append(problem.logits_NV.clone()) or problem.logits_NV.zero_(),
+                                None)], CpuClock(cold=False), rounds=2)  # fmt: skip
+    assert len(seen) == 1 + 1 + 2, "checked, warmed up, timed twice"
+    assert all(torch.equal(logits, problem.pristine_NV) for logits in seen)
+
+
+# ---- the longest sequence within a budget
+
+
+def line(fixed: int, per_token: int):
+    probes = []
+
+    def peak(tokens: int) -> int:
+        probes.append(tokens)
+        return fixed + per_token * tokens
+
+    return peak, probes
+
+
+@pytest.mark.parametrize("fixed", [0, 3_000_000])
+@pytest.mark.parametrize("per_token", [40, 1_000, 90_000])
+def test_the_longest_length_that_fits_is_found_in_few_probes(fixed, per_token):
+    peak, probes = line(fixed, per_token)
+    budget = 10_000_000
+    found = memory.longest(peak, budget)
+    best = (budget - fixed) // per_token // memory.GRAIN * memory.GRAIN
+    assert (1 - memory.CLOSE) * best - memory.GRAIN <= found.tokens <= best
+    assert len(probes) <= memory.PROBES
+    assert found.peaks == [(tokens, fixed + per_token * tokens) for tokens in sorted(probes)]
+
+
+def test_steps_in_the_peak_are_no_trap():
+    found = memory.longest(lambda tokens: 1_000 * (tokens // 100 * 100), 1_000_000)
+    assert 970 <= found.tokens < 1_100
+
+
+def test_nothing_fits():
+    assert memory.longest(lambda tokens: 10**9, 10**6).tokens == 0

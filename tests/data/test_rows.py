@@ -1,0 +1,214 @@
+"""Rows and options: what is refused before training begins, and in which words."""
+
+from __future__ import annotations
+
+import datasets
+import numpy
+import pandas
+import pytest
+import torch
+import trainer_rig as rig
+from transformers import Gemma3Config, GPT2Config
+
+from gft_kernels.data.fields import check_record
+from gft_kernels.data.rows import Limits, Response, Row
+from gft_kernels.trainer import GFTConfig, RowError
+from gft_kernels.trainer.groups import Group, collate
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "field `prompt` must be text or a list of {role, content} messages, got nothing"),
+        ({"prompt": 3}, r"field `prompt` must be text .* got int 3"),
+        ({"prompt": "  "}, "field `prompt` must be text"),
+        ({"prompt": [{"role": "user"}]}, "field `prompt` must be text or a list"),
+        ({"prompt": "\ud83d"}, "field `prompt` must be text or a list"),
+        ([1], "must be an object with fields, got list"),
+        ({"prompt": "a", 3: "b"}, "the name of a field must be text, got 3"),
+        *(
+            ({"prompt": "a", name: "b"}, f"field `{name}` must have another name, got one that reward functions get")
+            for name in ("completions", "prompts", "completion_ids", "trainer_state", "log_metric")
+        ),
+        (
+            {"prompt": "a", "demonstrations": "b"},
+            "field `demonstrations` must be a list of non-empty texts, got str 'b'",
+        ),
+        ({"prompt": "a", "demonstrations": ["b", ""]}, "field `demonstrations` must be a list of non-empty texts"),
+        ({"prompt": "a", "demonstrations": ["b", 7]}, "field `demonstrations` must be a list of non-empty texts"),
+        ({"prompt": "a", "responses": ["b"]}, "field `rewards` must come together with `responses`"),
+        ({"prompt": "a", "responses": ["b"], "rewards": [1, 2]}, "field `rewards` must hold one number per response"),
+        ({"prompt": "a", "responses": ["b"], "rewards": ["1"]}, "field `rewards` must be a list of numbers"),
+        ({"prompt": "a", "responses": ["b"], "rewards": [float("nan")]}, "field `rewards` must be a list of numbers"),
+        ({"prompt": "a", "responses": [], "rewards": []}, "field `responses` must hold at least one response"),
+        (
+            {"prompt": "a", "responses": ["b"], "rewards": [1], "demonstrations": ["c"]},
+            "field `demonstrations` must be abs",
+        ),
+    ],
+)
+def test_a_malformed_row_is_named(row, message):
+    with pytest.raises(RowError, match=rf"rows.jsonl, line 3: {message}"):
+        check_record(row, "rows.jsonl, line 3")
+
+
+def changed(index, **fields):
+    rows = rig.rows(3)
+    rows[index].update(fields)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (
+            changed(1, demonstrations=["x"]),
+            {},
+            r"train_dataset\[1\]: field `demonstrations` must hold at least .* = 2 .* got 1",
+        ),
+        (
+            changed(2, answer=None),
+            {},
+            r"train_dataset\[2\]: field `answer` must be given, got nothing; a reward function",
+        ),
+        (
+            changed(1, demonstrations=["1" * 10, "2"]),
+            {},
+            r"\[1\]: a response has 11 tokens, max_completion_length is 10",
+        ),
+        (
+            changed(0, prompt="1" * 9),
+            {"max_prompt_length": 8},
+            r"\[0\]: field `prompt` has 9 tokens, max_prompt_length is 8",
+        ),
+        (changed(0, prompt="1" * 60), {}, r"\[0\]: prompt and response reach 70 tokens, the model's context is 64"),
+        (
+            changed(1, responses=["a"], rewards=[1.0], demonstrations=None),
+            {},
+            "`responses` must be given in all rows or in none",
+        ),
+        (changed(1, prompt=[{"role": "user", "content": "1"}]), {}, "the tokenizer has no chat template"),
+        ([], {}, "must hold at least one usable row, got 0"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_refused_before_training(tmp_path, rows, options, message):
+    with pytest.raises(RowError, match=message):
+        rig.trainer(tmp_path, train=rows, **options)
+
+
+def test_overlong_rows_may_be_dropped(tmp_path):
+    trainer = rig.trainer(tmp_path, train=changed(1, demonstrations=["1" * 10, "2"]), overlong="drop")
+    assert len(trainer.train_dataset) == 2
+    assert trainer.train_dataset[1].where == "train_dataset[2]"
+
+
+@pytest.mark.parametrize(
+    "as_given",
+    [
+        datasets.Dataset.from_list,
+        lambda rows: datasets.Dataset.from_list(rows).with_format("torch"),
+        lambda rows: datasets.Dataset.from_list(rows).with_format("numpy"),
+        pandas.DataFrame,
+        lambda rows: [row for _, row in pandas.DataFrame(rows).iterrows()],
+        lambda rows: [{**row, "responses": numpy.array(row["responses"])} for row in rows],
+        lambda rows: [{**row, "rewards": torch.tensor(row["rewards"])} for row in rows],
+        lambda rows: [{**row, "rewards": [numpy.float32(reward) for reward in row["rewards"]]} for row in rows],
+        lambda rows: [{**row, "rewards": tuple(row["rewards"])} for row in rows],
+    ],
+)
+def test_rows_of_other_libraries_are_as_good_as_lists(tmp_path, as_given):
+    wanted = rig.trainer(tmp_path, train=rig.offline_rows(4), num_generations=0).train_dataset
+    found = rig.trainer(tmp_path, train=as_given(rig.offline_rows(4)), num_generations=0).train_dataset
+    assert [found[i] for i in range(4)] == [wanted[i] for i in range(4)]
+    assert wanted[1].given[1].reward == 0.25 and wanted[1].where == "train_dataset[1]"
+
+
+def test_messages_may_come_in_arrays():
+    """As pandas reads them from a parquet file."""
+    row = {"prompt": numpy.array([{"role": "user", "content": "1"}], dtype=object), "answer": numpy.array([1, 2])}
+    checked = check_record(row, "a row")
+    assert checked["prompt"] == [{"role": "user", "content": "1"}]
+    assert checked["answer"] is row["answer"]  # a column of the user's stays what it is
+
+
+def test_tables_give_every_row_the_fields_of_all():
+    row = {
+        "prompt": [{"role": "user", "content": "1"}],
+        "tools": '[{"name": "a", "parameters": null}]',
+        "chat_template_kwargs": {"enable_thinking": False, "effort": None},
+    }
+    checked = check_record(row, "a row")
+    assert checked["tools"] == [{"name": "a"}] and checked["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_the_models_limits_are_those_of_its_decoder_of_text(tmp_path):
+    nested = Gemma3Config(text_config={"max_position_embeddings": 48, "vocab_size": 20})
+    assert Limits.of(nested) == Limits(48, 20) == Limits.of(nested.text_config)
+    assert Limits.of(GPT2Config(n_positions=64, vocab_size=7)) == Limits(64, 7)
+    assert Limits.of(None) == Limits()
+    small = rig.llama()
+    small.resize_token_embeddings(8)
+    with pytest.raises(RowError, match=r"\[0\]: token ids must be below 8, the rows of the model's embedding"):
+        rig.trainer(tmp_path, model=small)
+
+
+def test_a_prompt_without_a_token_predicts_nothing():
+    with pytest.raises(ValueError, match="every prompt must have at least one token, got one of none"):
+        collate([Group(Row("", ids, []), [Response("a", [5, 1], "expert")]) for ids in ([], [4, 4])], pad_id=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tau": 1.5}, r"tau must lie in \[0, 1\], got 1.5"),
+        ({"tau": "high"}, r"tau must lie in \[0, 1\], got 'high'"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"rectify": "none"}, "rectify must be one of all, positive, got 'none'"),
+        ({"reduction": "sum"}, "reduction must be one of 'token-mean', 'sequence-mean', got 'sum'"),
+        ({"backend": "opencl"}, "backend must be one of 'auto', .*, got 'opencl'"),
+        ({"num_generations": -1}, "num_generations must be a whole number of at least 0, got -1"),
+        ({"num_generations": 2.5}, "num_generations must be a whole number of at least 0, got 2.5"),
+        ({"advantages": "ones"}, "num_generations must be 0 when advantages is 'ones', got 4"),
+        ({"log_kl": True, "token_metrics": False}, "token_metrics must be True when log_kl is, got False"),
+        ({"remove_unused_columns": True}, "remove_unused_columns must be False, got True"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0.0, got 0.1"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices must be True, got False"),
+        ({"objective": "ppo"}, "objective must be one of 'gft', 'sft'"),
+        ({"objective": "grpo", "tau": 0.5}, "tau must be left out with objective='grpo', got 0.5; gft use it"),
+        ({"objective": "dft", "clip_high": 0.3}, "clip_high must be left out with objective='dft'"),
+        ({"objective": "cispo", "clip_low": 0.3}, "clip_low must be left out with objective='cispo'"),
+        ({"clip_low": 0.2}, "clip_low must be left out with objective='gft', got 0.2"),
+        ({"objective": "sft"}, "advantages must be 'ones' with objective 'sft', got 'group'"),
+        ({"objective": "dr_grpo", "reduction": "sequence-mean"}, "reduction must be 'token-mean' with objective"),
+        ({"objective": "dapo", "clip_high": -0.1}, "clip_high must be 0 or positive and finite, got -0.1"),
+        ({"beta": "much"}, "beta must be 0 or positive and finite, got 'much'"),
+        ({"steps_per_rollout": 0}, "steps_per_rollout must be a whole number of at least 1, got 0"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be 'random' or 'sequential'"),
+    ],
+)
+def test_options_out_of_range_or_in_conflict_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        GFTConfig(output_dir=str(tmp_path), **options)
+
+
+def test_an_unknown_option_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="taw"):
+        GFTConfig(output_dir=str(tmp_path), taw=0.5)
+
+
+@pytest.mark.parametrize(
+    ("train", "options", "message"),
+    [
+        (rig.rows(), {"reward_funcs": ()}, "reward_funcs must hold at least one function"),
+        (
+            rig.rows(),
+            {"num_demonstrations": 0, "num_generations": 0},
+            "must be at least 1, got 0; a group would be empty",
+        ),
+        (rig.offline_rows(), {}, "num_generations must be 0 where rows bring `responses` and `rewards`, got 2"),
+        ("rows.jsonl", {}, "train_dataset must be a list of rows or a datasets.Dataset, got str"),
+    ],
+)
+def test_rows_and_options_that_contradict_each_other_are_refused(tmp_path, train, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        rig.trainer(tmp_path, train=train, **options)

@@ -1,0 +1,201 @@
+"""Every argument of every public function × every wrong kind of value: one line that names the argument, or it works.
+
+A value that is right for an argument is not wrong there; `RIGHT` lists those.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gft_kernels import (
+    GFTLinearLoss,
+    GFTLoss,
+    gft_linear_loss,
+    gft_loss,
+    group_advantages,
+    policy_loss,
+    token_log_probs,
+)
+
+TARGETS = torch.zeros(4, 3, dtype=torch.long)
+LOGITS, HIDDEN, HEAD = torch.randn(4, 3, 7), torch.randn(4, 3, 5), torch.randn(7, 5)
+REWARDS = torch.tensor([1.0, 0.0, 1.0, 1.0])
+GROUPS = {"rewards": REWARDS, "group_size": 2}
+RATIO = {"objective": "grpo", "old_log_probs": torch.zeros(4, 3)}
+WITH_HEAD = {"inputs": HIDDEN, "weight": HEAD}
+
+
+class Distributed(torch.Tensor):
+    """Looks like a DTensor, which needs a process group."""
+
+    placements = ()
+
+    def full_tensor(self):
+        return self
+
+
+def _module(kind, *tensors):
+    def call(**given):
+        positional = [given.pop(name) for name in tensors]
+        return kind(**given)(*positional)
+
+    return call
+
+
+FUNCTIONS = {
+    "gft_loss": (gft_loss, {"logits": LOGITS, "targets": TARGETS}),
+    "gft_linear_loss": (gft_linear_loss, {"hidden": HIDDEN, "weight": HEAD, "targets": TARGETS}),
+    "policy_loss": (policy_loss, {"inputs": LOGITS, "targets": TARGETS}),
+    "token_log_probs": (token_log_probs, {"hidden": HIDDEN, "weight": HEAD, "targets": TARGETS}),
+    "group_advantages": (group_advantages, GROUPS),
+    "GFTLoss": (_module(GFTLoss, "logits", "targets"), {"logits": LOGITS, "targets": TARGETS}),
+    "GFTLinearLoss": (
+        _module(GFTLinearLoss, "hidden", "weight", "targets"),
+        {"hidden": HIDDEN, "weight": HEAD, "targets": TARGETS},
+    ),
+}
+NEEDS = {  # what must be there for an argument to be looked at as itself
+    "group_size": GROUPS, "group_ids": {"rewards": REWARDS}, "rewards": {"group_size": 2}, "normalize": GROUPS,
+    "eps": GROUPS, "singleton": GROUPS, "clip_low": RATIO, "clip_high": RATIO, "delta": RATIO, "old_log_probs": RATIO,
+    "ref_log_probs": {"beta": 0.1, "ref_log_probs": torch.zeros(4, 3)}, "kl_cap": {"beta": 0.1,
+    "ref_log_probs": torch.zeros(4, 3)}, "chunk_rows": WITH_HEAD, "accum_dtype": WITH_HEAD, "logits_dtype": WITH_HEAD,
+    "bias": WITH_HEAD, "weight": {"inputs": HIDDEN}, "beta": {"ref_log_probs": torch.zeros(4, 3)},
+}  # fmt: skip
+WRONG = {
+    "text": "x", "text with lines": "a\nb", "bytes": b"x", "list": [1, 2], "dict": {}, "object": object(),
+    "complex": 1j, "huge": 10**400, "beyond int64": 2**63, "minus beyond": -(2**63) - 1, "inf": math.inf,
+    "nan": math.nan, "half": 1.5, "negative": -7.25, "True": True, "None": None, "a function": len,
+    "two numbers": torch.tensor([1.0, 2.0]), "complex tensor": torch.ones(4, 3, dtype=torch.complex64),
+    "complex scalar": torch.tensor(1j), "bool scalar": torch.tensor(True), "array": np.ones(3),
+    "numpy text": np.str_("x"),
+    "scalar NaN": torch.tensor(math.nan), "sparse": torch.eye(4, 3).to_sparse(), "csr": torch.eye(4, 3).to_sparse_csr(),
+    "nested": torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]), "meta": torch.ones(4, 3, device="meta"),
+    "quantised": torch.quantize_per_tensor(torch.ones(4, 3), 0.1, 0, torch.quint8),
+    "distributed": torch.ones(4, 3).as_subclass(Distributed), "five dimensions": torch.ones(1, 1, 1, 1, 2),
+    "module": torch.nn.Linear(2, 2), "dtype": torch.int8, "empty": torch.ones(0),
+}  # fmt: skip
+if torch.backends.mkldnn.is_available():
+    WRONG["mkldnn"] = torch.ones(4, 3).to_mkldnn()
+OPTIONAL = {"None"}
+RIGHT = {  # what an argument takes of WRONG
+    "temperature": {"half"}, "softcap": {"half", *OPTIONAL}, "eps": {"half"},
+    "logit_scale": {"half", "negative", *OPTIONAL}, "beta": {"half"}, "entropy_coef": {"half", "negative"},
+    "clip_high": {"half", *OPTIONAL}, "clip_low": OPTIONAL, "delta": {"half", *OPTIONAL}, "kl_cap": {"half", *OPTIONAL},
+    "num_items_in_batch": {"half", *OPTIONAL}, "return_stats": {"True"}, "return_entropy": {"True"},
+    "inplace": {"True"}, "rewards": {"two numbers", "empty"},
+    "logits": {"meta"}, "inputs": {"meta"}, "hidden": {"meta"},  # of another shape: others speak
+}  # fmt: skip
+NONE_IS_ABSENT = {
+    "rewards", "advantages", "group_size", "group_ids", "sequence_ids", "mask", "tau", "rectify", "reduction", "bias",
+    "chunk_rows", "accum_dtype", "logits_dtype", "process_group", "old_log_probs", "ref_log_probs", "weight",
+}  # fmt: skip
+TAKES = {
+    "temperature": {"beyond int64"}, "softcap": {"beyond int64"}, "logit_scale": {"beyond int64", "minus beyond"},
+    "eps": {"beyond int64"}, "beta": {"beyond int64"}, "entropy_coef": {"beyond int64", "minus beyond"},
+    "clip_high": {"beyond int64"}, "delta": {"beyond int64"}, "kl_cap": {"beyond int64"},
+    "num_items_in_batch": {"beyond int64"},
+}  # fmt: skip
+
+
+OF_MODULE = {"GFTLoss": gft_loss, "GFTLinearLoss": gft_linear_loss}
+
+
+def arguments() -> list[tuple[str, str]]:
+    return [
+        (name, argument)
+        for name, (function, _) in FUNCTIONS.items()
+        for argument in inspect.signature(OF_MODULE.get(name, function)).parameters
+    ]
+
+
+@pytest.mark.parametrize(("name", "argument"), arguments())
+def test_a_wrong_kind_is_one_sentence_that_names_the_argument(name, argument):
+    function, given = FUNCTIONS[name]
+    needs = {
+        k: v for k, v in NEEDS.get(argument, {}).items() if name == "policy_loss" or k in ("rewards", "group_size")
+    }
+    for kind, value in WRONG.items():
+        right = kind in RIGHT.get(argument, ()) or kind in TAKES.get(argument, ())
+        right |= kind == "None" and argument in NONE_IS_ABSENT
+        call = {**given, **needs, argument: value}
+        if argument == "group_ids":
+            call.pop("group_size", None)
+        try:
+            function(**call)
+        except (ValueError, TypeError) as error:
+            text = str(error)
+            assert "\n" not in text and len(text) < 400, (kind, text)
+            assert text.startswith((f"{argument} ", f"rewards and {argument} ")) or right, (kind, text)
+            assert " must " in text and "; " in text, (kind, text)
+        else:
+            assert right, f"{argument} took {kind}"
+
+
+@pytest.mark.parametrize(
+    "value", [[1.0, 0.0], np.array([1.0, 0.0]), "ab", None, 1.0, torch.tensor([1 + 1j, 0]), torch.ones(2, 2)],
+    ids=["list", "array", "text", "None", "number", "complex", "matrix"],
+)  # fmt: skip
+def test_rewards_are_a_real_tensor(value):
+    """Float, integer and bool tensors are rewards; lists and arrays are for the caller to convert."""
+    with pytest.raises((TypeError, ValueError), match=r"^rewards must .*; "):
+        group_advantages(value, group_size=2)
+    for dtype in (torch.float64, torch.float16, torch.int64, torch.bool):
+        found = group_advantages(torch.tensor([1, 0], dtype=dtype), group_size=2)
+        torch.testing.assert_close(found, torch.tensor([0.5, -0.5]) / (0.5**0.5 + 1e-6))
+
+
+@pytest.mark.parametrize("argument", ["advantages", "old_log_probs", "ref_log_probs"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_live_numbers_must_be_finite(argument, bad):
+    """On the CPU, where looking is free; on masked rows anything may stand."""
+    values = torch.zeros(4, 3)
+    values[2, 1] = bad
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    call = {"advantages": torch.ones(4, 3), "objective": "grpo", "beta": 0.1, "ref_log_probs": torch.zeros(4, 3)}
+    call[argument] = values
+    for inputs in ({"inputs": LOGITS}, WITH_HEAD):
+        with pytest.raises(ValueError, match=rf"^{argument} must be finite, got .* at position 7; "):
+            policy_loss(targets=TARGETS, mask=mask, **inputs, **call)
+        mask[2, 1] = False
+        policy_loss(targets=TARGETS, mask=mask, **inputs, **call)
+        mask[2, 1] = True
+    if argument == "advantages":
+        with pytest.raises(ValueError, match=r"^advantages must be finite, got .* at position 2; "):
+            gft_loss(LOGITS, TARGETS, advantages=torch.tensor([1.0, 0.0, bad, 0.0]))
+
+
+def test_a_fractional_ignore_index_ignores_no_token():
+    for wrong in (1.5, 1.0):
+        with pytest.raises(TypeError, match=r"^ignore_index must be a whole number of 64 bits, got 1\.[05]; "):
+            gft_loss(LOGITS, TARGETS, ignore_index=wrong)
+    for right in (-(2**63), 2**63 - 1, np.int32(3), torch.tensor(5)):
+        gft_loss(LOGITS, TARGETS, ignore_index=right)
+
+
+def test_numbers_of_other_makers_are_numbers():
+    expected = gft_loss(LOGITS, TARGETS, tau=0.5, num_items_in_batch=3)
+    for half, three in ((np.float32(0.5), np.int64(3)), (torch.tensor(0.5), torch.tensor([3])), (0.5, 3.0)):
+        assert torch.equal(gft_loss(LOGITS, TARGETS, tau=half, num_items_in_batch=three), expected)
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.tensor(0), torch.tensor(math.inf), torch.tensor(1e39, dtype=torch.float64), 1e39]
+)
+def test_a_denominator_must_be_a_positive_float32(wrong):
+    with pytest.raises(ValueError, match=r"^num_items_in_batch must be finite and positive, got "):
+        gft_loss(LOGITS, TARGETS, num_items_in_batch=wrong)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_meta_tensors_give_shapes(head):
+    """What shape inference asks: no numbers, forward and backward."""
+    with torch.device("meta"):
+        inputs, targets = torch.empty(4, 3, 5, requires_grad=True), torch.empty(4, 3, dtype=torch.long)
+        loss = policy_loss(inputs, targets, weight=torch.empty(7, 5) if head else None, reduction="none")
+        loss.sum().backward()
+    assert loss.shape == (4, 3) and loss.device.type == "meta" and inputs.grad.shape == inputs.shape

@@ -1,0 +1,100 @@
+"""Evaluation: rows from wherever they come, and means over what they are means of."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+import trainer_rig as rig
+from transformers import TrainingArguments
+
+from gft_kernels.trainer import GFTTrainer, RowError
+
+
+def applies_to_some(prompts, completions, answer, **columns):
+    """2 for the rows whose answer is odd, nothing for the others."""
+    return [2.0 if int(gold) % 2 else None for gold in answer]
+
+
+def always(prompts, completions, **columns):
+    return [1.0] * len(completions)
+
+
+def test_a_functions_mean_is_over_the_responses_it_applies_to(tmp_path):
+    held_out = rig.rows(4)
+    odd = sum(int(row["answer"]) % 2 for row in held_out)
+    assert 0 < odd < len(held_out)
+    trainer = rig.trainer(
+        tmp_path, evaluation=held_out, reward_funcs=[applies_to_some, always], per_device_eval_batch_size=3,
+        eval_num_generations=2,
+    )  # fmt: skip
+    metrics = trainer.evaluate()
+    assert metrics["eval_reward_applies_to_some"] == 2.0 and metrics["eval_reward_always"] == 1.0
+    assert metrics["eval_reward"] == pytest.approx(1.0 + 2.0 * odd / len(held_out))
+    without = trainer.evaluate([row for row in held_out if int(row["answer"]) % 2 == 0])
+    assert "eval_reward_applies_to_some" not in without and without["eval_reward"] == 1.0
+
+
+def test_functions_of_one_name_have_a_metric_each(tmp_path):
+    functions = [lambda completions: [1.0] * len(completions), lambda completions: [3.0] * len(completions)]
+    metrics = rig.trainer(tmp_path, evaluation=rig.rows(2), reward_funcs=functions).evaluate()
+    assert (metrics["eval_reward_lambda"], metrics["eval_reward_lambda_2"]) == (1.0, 3.0)
+
+
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list], ids=["list", "dataset"])
+def test_any_rows_can_be_evaluated_and_predicted(tmp_path, kind):
+    trainer = rig.trainer(tmp_path, evaluation={"small": rig.rows(2), "large": rig.rows(5)})
+    given = trainer.evaluate()
+    rows = kind(rig.rows(5))
+    found = trainer.evaluate(rows)
+    for name in ("loss", "reward", "completion_length"):
+        assert found[f"eval_{name}"] == given[f"eval_large_{name}"] == trainer.evaluate("large")[f"eval_{name}"]
+    assert trainer.evaluate({"x": rows})["eval_x_loss"] == found["eval_loss"]
+    assert found["eval_loss"] != trainer.evaluate(rows.select([0]) if kind is not list else rows[:1])["eval_loss"]
+    predicted = trainer.predict(rows)
+    assert predicted.metrics["test_loss"] == found["eval_loss"]
+    tokens = [len(row["demonstrations"][0]) + 1 for row in rig.rows(5)]
+    assert predicted.predictions[:, 1].tolist() == tokens
+    assert predicted.predictions[:, 4].mean() == pytest.approx(found["eval_reward"])
+
+
+def test_rows_for_evaluation_are_checked_like_others(tmp_path):
+    trainer = rig.trainer(tmp_path)
+    with pytest.raises(RowError, match=r"eval_dataset\[1\]: field `prompt` must be text"):
+        trainer.evaluate([rig.rows(1)[0], {"prompt": 3}])
+    with pytest.raises(RowError, match=r"eval_dataset\['x'\]\[0\]: field `answer` must be given, got nothing"):
+        trainer.evaluate({"x": [{"prompt": "1+1>", "demonstrations": ["2.", "2."]}]})
+    with pytest.raises(TypeError, match=r"test_dataset must be a list of rows or a datasets.Dataset, got str"):
+        trainer.predict("rows.jsonl")
+
+
+def test_other_arguments_than_the_trainers_are_refused(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match="args must be a GFTConfig, got TrainingArguments; it takes every option of"):
+        GFTTrainer(rig.llama(), args, rig.rows(), None, rig.tokenizer())
+
+
+def test_time_is_told_for_sampling_and_training(tmp_path, monkeypatch):
+    """On a clock that only sampling and a forward of training move: 3 seconds a rollout, 5 a micro-batch."""
+    now = [0.0]
+
+    class Clocked(GFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            now[0] += 5.0
+            return super().compute_loss(*args, **kwargs)
+
+    def rollout(model, prompts_ids, sampling):
+        now[0] += 3.0
+        return [[4, 5, 6, 1]] * (len(prompts_ids) * sampling.num_generations)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    args = rig.config(tmp_path, max_steps=2, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1)
+    rows = rig.rows(8)
+    trainer = Clocked(
+        rig.llama(), args, rows, rows[:1], rig.tokenizer(), reward_funcs=rig.digit_count, rollout_fn=rollout
+    )
+    trainer.train()
+    for step, line in enumerate(line for line in trainer.state.log_history if "loss" in line):
+        given = sum(len(text) + 1 for row in rows[4 * step : 4 * step + 4] for text in row["demonstrations"])
+        assert line["tokens_per_second/sampling"] == pytest.approx(4 * 2 * 4 / 3)
+        assert line["tokens_per_second/training"] == pytest.approx((given + 4 * 2 * 4) / 10)
+        assert line["tokens_per_second"] == pytest.approx((given + 4 * 2 * 4) / (13 + 3 * (step > 0)))
