@@ -1,4 +1,4 @@
-"""The command `gft`: train, plot, env, demo. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped."""
+"""The command `gft`: train, plot, env, demo. Exit codes: exits.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+from gft_kernels.cli.exits import BAD_INPUT, DONE, INTERRUPTED, one_line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,10 +38,6 @@ def find_here_last() -> None:
         del sys.path[0]
     if here not in sys.path:
         sys.path.append(here)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _parser():

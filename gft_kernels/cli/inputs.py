@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-from gft_kernels.cli import one_line
+from gft_kernels.cli.exits import one_line
 from gft_kernels.cli.settings import RunSettings
 from gft_kernels.data.fields import check_record
 from gft_kernels.trainer import GFTConfig, read_records

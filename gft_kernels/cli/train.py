@@ -10,7 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from gft_kernels.cli import BAD_INPUT, DONE, FAILED, INTERRUPTED, folder, one_line
+from gft_kernels.cli import folder
+from gft_kernels.cli.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED, one_line
 from gft_kernels.cli.inputs import BAD, configuration, rows, tokenizer_of
 from gft_kernels.cli.plots import draw
 from gft_kernels.cli.settings import RunSettings, load

@@ -217,9 +217,10 @@ def _gradient_unit(call: LinearCall, credit: RowCredit) -> tuple[Tensor | None, 
     if not scales_gradient(call):
         return None, credit.weights_R
     o = call.objective
-    ratio = {"gft": 1.0, "grpo": min(max(1.0 + o.clip_high, o.delta), RATIO_ROOM * (1.0 + o.clip_high))}
+    highest = 1.0 + o.clip_high
+    ratio = {"gft": 1.0, "grpo": min(max(highest, o.delta), RATIO_ROOM * highest), "cispo": highest}[o.surrogate]
     pull = max(1.0, math.expm1(min(o.kl_cap, math.log1p(RATIO_ROOM))))
-    kappa_R = credit.advantages_R.abs() * ratio.get(o.surrogate, 1.0 + o.clip_high) + o.beta * pull
+    kappa_R = credit.advantages_R.abs() * ratio + o.beta * pull
     row_size_R = formulas.row_size(kappa_R, torch.full_like(kappa_R, o.entropy_coef), MAX_ENTROPY)
     size_R = (credit.weights_R * row_size_R * (call.logit_scale / call.temperature)).abs()
     largest = torch.where(torch.isfinite(size_R), size_R, 0.0).amax() if size_R.numel() else size_R.sum()

@@ -91,7 +91,11 @@ def alone(tmp_path_factory):
     return functools.cache(lambda name: launched_run.run(name, tmp_path_factory.mktemp("alone"), micro_batch=4))
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 2e-6) -> bool:
+# From the third step on the drift has amplified what rounding did to the first two: 2e-6 on some processors.
+AMPLIFIED = {"grpo, two steps a rollout": 1e-5}
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
     return bool((ours - theirs).norm() <= tolerance * theirs.norm())
 
 
@@ -106,7 +110,7 @@ def test_two_ranks_take_the_steps_of_one(launched, alone, launcher, name):
         if launcher.startswith("zero"):
             break  # DeepSpeed's gradients are its own; the weights below say what they were
         assert torch.equal(a, b)
-        assert expected.norm() > 1e-3 and close(a, expected)
+        assert expected.norm() > 1e-3 and close(a, expected, AMPLIFIED.get(name, 2e-6))
     start = launched_run.MODELS[launched_run.RUNS[name][0]]().state_dict()
     for key, weight in one["weights"].items():
         assert close(first["weights"][key] - start[key], weight - start[key], 2e-4), (
