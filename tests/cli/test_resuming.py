@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -292,9 +294,14 @@ def test_a_hang_up_of_the_terminal_saves(tmp_path, model_path):
         tmp_path, model_path, max_steps=100_000, save_steps=100_000, log_completions_steps=1, disable_tqdm=False
     )
     ours, theirs = os.openpty()
+
+    def in_a_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+
     process = gft(
         "train", "--config", config, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=in_a_terminal,
     )  # fmt: skip
     os.close(theirs)
     reading = subprocess.Popen(["cat"], stdin=ours, stdout=subprocess.DEVNULL)
@@ -305,7 +312,10 @@ def test_a_hang_up_of_the_terminal_saves(tmp_path, model_path):
     reading.kill()
     reading.wait()
     os.close(ours)
-    assert process.wait(timeout=60) != 0
+    try:
+        assert process.wait(timeout=60) != 0
+    finally:
+        process.kill()
     assert newest_whole(tmp_path / "run")[0] is not None
 
 
