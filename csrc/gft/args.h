@@ -37,7 +37,7 @@ struct LogitRows {
 
 GFT_HD std::int64_t row_count(const LogitRows& rows) { return rows.outer * rows.inner; }
 
-// Elements from data to row r. 64 bits: R * V passes 2^31 at 14134 rows of V = 151936.
+// Elements from data to row r. 64 bits: R * V passes 2^31 at 14,135 rows of V = 151,936.
 GFT_HD std::int64_t row_offset(const LogitRows& rows, std::int64_t r) {
     return (r / rows.inner) * rows.stride_outer + (r % rows.inner) * rows.stride_inner;
 }

@@ -1,4 +1,4 @@
-"""Python snippets in README and docs run, top to bottom, one namespace a file."""
+"""README and docs: Python snippets run, top to bottom, one namespace a file; links, files and modules are there."""
 
 from __future__ import annotations
 
@@ -26,3 +26,30 @@ def test_links_point_at_files_that_are_there(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
         if not re.match(r"[a-z]+:", target):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+WRITTEN = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("docs/**/*.md"))]
+NAMES = pytest.mark.parametrize("page", WRITTEN, ids=lambda p: str(p.relative_to(ROOT)))
+FILE = re.compile(
+    r"(?<![\w./-])((?:tests|benchmarks|gft_kernels|examples|csrc|docs|python_api)/[\w/*⋆.-]*"
+    r"\.(?:py|cpp|h|cu|cuh|yaml|md|json|jsonl|svg))\b"
+)
+DOTTED = re.compile(r"(?<![\w/@.-])gft_kernels((?:\.\w+)+)")
+
+
+@NAMES
+def test_files_named_on_pages_are_there(page):
+    for name in FILE.findall(page.read_text()):
+        if "FILE" not in name:  # a place for the reader's own
+            assert list(ROOT.glob(name.replace("⋆", "*"))), f"{page.name} names {name}"
+
+
+@NAMES
+def test_modules_named_on_pages_are_there(page):
+    """A dotted name is a module, or something in one; what a change renamed stands in the changelog alone."""
+    if page.name == "CHANGELOG.md":
+        return
+    for name in DOTTED.findall(page.read_text()):
+        parts = name.strip(".").split(".")
+        roads = [ROOT.joinpath("gft_kernels", *parts[:end]) for end in (len(parts), len(parts) - 1)]
+        assert any(road.is_dir() or road.with_suffix(".py").is_file() for road in roads), f"{page.name} names {name}"
