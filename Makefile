@@ -14,7 +14,7 @@ demo: $(VENV)/.built
 
 # One worker a core, one thread a worker; a file's tests stay together, for what they build they share.
 test: $(VENV)/.built
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder --durations 10
 
 # On a machine with a GPU: builds, tests and measures there, with the Python that is there; at most 8 files into RESULTS.
 gpu:

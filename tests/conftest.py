@@ -17,6 +17,12 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz-from", type=int, default=0, help="the number of the first of them")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with a slow test first: a worker that got one last would keep the others waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames and not any(
         "backend" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
