@@ -44,7 +44,8 @@ def run(command: list[str], limit_s: float, log: Path, environment: dict[str, st
     with log.open("wb") as output:
         try:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                                       stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+                                       stderr=subprocess.STDOUT, start_new_session=True,
+                                       preexec_fn=_hears_interrupts)  # fmt: skip
         except OSError as error:
             return Ended("failed", 0.0, f"{command[0]} does not start: {error}")
         guard = None
@@ -64,6 +65,11 @@ def run(command: list[str], limit_s: float, log: Path, environment: dict[str, st
             if guard:
                 guard.communicate(b"done")
     return Ended(outcome, time.monotonic() - started, why, log.read_text(errors="replace"))
+
+
+def _hears_interrupts() -> None:
+    """A driver in the background of a script ignores SIGINT; what it starts must not, or it saves nothing at its end."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:
