@@ -15,7 +15,8 @@ from torch import Tensor
 from gft_kernels.advantages import group_advantages
 from gft_kernels.data.rows import Response, Row, Rows
 from gft_kernels.data.text import decode
-from gft_kernels.trainer.config import GFTConfig, has_constant_denominator
+from gft_kernels.objectives import PRESETS
+from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import Sampling, forward_is_collective, seeded
 
@@ -158,7 +159,7 @@ def denominator(groups: Sequence[Group], config: GFTConfig) -> int:
 
     Dr. GRPO's is a constant, the longest response allowed times the number of responses.
     """
-    if has_constant_denominator(config):
+    if PRESETS[config.objective].constant_denominator:
         return count_items(groups, "sequence-mean") * config.max_completion_length
     return count_items(groups, str(config.reduction))
 
