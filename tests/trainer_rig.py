@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from gft_kernels.data import scratch
 from gft_kernels.trainer import GFTConfig, GFTTrainer
@@ -31,24 +30,8 @@ def untied_llama():
 
 def gpt2(dropout=0.1, seed=0):
     """Learned absolute positions and dropout: wrong positions and a lost random state both show."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=len(tokenizer()),
-                n_positions=64,
-                n_embd=32,
-                n_layer=1,
-                n_head=2,
-                resid_pdrop=dropout,
-                embd_pdrop=dropout,
-                attn_pdrop=dropout,
-                bos_token_id=None,
-                eos_token_id=1,
-                pad_token_id=0,
-                initializer_range=0.2,
-            )
-        )
+    options = {"initializer_range": 0.2, "activation_function": "gelu_new"}
+    return scratch.small_gpt2(tokenizer(), 32, layers=1, heads=2, context=64, seed=seed, dropout=dropout, **options)
 
 
 def digit_count(prompts, completions, answer, **columns):

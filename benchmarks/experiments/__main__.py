@@ -8,9 +8,9 @@ from pathlib import Path
 
 from benchmarks.experiments import report, results, runner, settings
 from benchmarks.experiments.jobs import Folder
+from gft_kernels.cli.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED
 
 PROGRAM = "python -m benchmarks.experiments"
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,8 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.experiments",
-        description="Compare training methods with seeds, error bars and controls.",
+        prog=PROGRAM, description="Compare training methods with seeds, error bars and controls."
     )
     actions = parser.add_subparsers(required=True)
 

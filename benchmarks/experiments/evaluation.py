@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from benchmarks.experiments.scoring import demonstration, entropy_and_kl, log_probs, prompt_row
+from benchmarks.experiments.statistics import mean
 from gft_kernels.data.rows import Response
 from gft_kernels.trainer import Sampling
 from gft_kernels.trainer.groups import Group
@@ -24,8 +25,8 @@ def evaluate(model, base_model, task, rows: Sequence[dict], samples: int, longes
     experts = [demonstration(task.tokenizer, row) for row in rows]
     powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     return {
-        "pass_at": {str(k): mean([pass_at(k, samples, c) for c in right]) for k in powers},
-        "distinct": mean(distinct),
+        "pass_at": {str(k): mean([pass_at(k, samples, c) for c in right]).value for k in powers},
+        "distinct": mean(distinct).value,
         "entropy": entropy,
         "kl": kl,
         "expert_log_likelihood": float(log_probs(model, experts).mean()),
@@ -54,7 +55,3 @@ def pass_at(k: int, samples: int, right: int) -> float:
     Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", arXiv 2107.03374.
     """
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

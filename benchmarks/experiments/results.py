@@ -45,11 +45,7 @@ class Results:
 
 def pack(study: Study, folder: Folder, device: str) -> Path:
     """Writes NAME.jsonl into the folder from every finished job and returns its path."""
-    source = {
-        "machine": provenance.machine(device),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-    }
+    source = {"machine": provenance.machine(device), "versions": provenance.versions(), "commit": provenance.commit()}
     finished = sorted(job.name for job in plan(study) if folder.finished(job))
     lines = [{"study": study.as_dict(), "source": source}, *(folder.read(name) for name in finished)]
     path = folder.path / f"{study.name}.jsonl"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,41 @@ class Peer:
     compiled: bool = False
     passes: Passes | None = None
     step: Callable[[Any], Step] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What the cases of every loss have in common. With a kind's shape it decides the inputs, so that they can be made
+    again."""
+
+    responses: int = 8
+    tau: float = 0.7
+    temperature: float = 1.0
+    upstream: float = 1.0  # of the timed steps: 1 is a plain loss.backward(). Answers are checked under another one
+    seed: int = 20
+    device: str = "cpu"
+    threads: int = 1  # CPU only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What the problems of every loss have in common; rows of one response lie together."""
+
+    case: Any
+    targets_N: Tensor  # int64; IGNORE_INDEX on masked rows
+    advantages_N: Tensor  # float32
+    upstream: Tensor  # () float32, set by prepare
+    live_rows: int
+    limits: ClassVar[Mapping[str, float]]
+    """By dtype, the largest deviation that still counts as an answer."""
+
+    @property
+    def limit(self) -> float:
+        return self.limits[self.case.dtype]
+
+    def prepare(self, upstream: float) -> None:
+        """Puts back what a step overwrites."""
+        self.upstream.fill_(upstream)
 
 
 def no_cases(device: str, *, quick: bool = False, threads: int = 1) -> list:

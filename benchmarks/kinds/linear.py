@@ -27,7 +27,7 @@ from benchmarks.kinds.inputs import (
     responses_of_one_length,
     tempered,
 )
-from benchmarks.kinds.kind import BACKENDS, ITEM_BYTES, Kind, Peer, served, words_of
+from benchmarks.kinds.kind import BACKENDS, ITEM_BYTES, Case, Kind, Peer, Rows, served, words_of
 from benchmarks.kinds.truth import coefficients, deviation, relative_error
 
 ERROR_LIMIT = {"float32": 2e-3, "bfloat16": 1e-1, "float16": 5e-2}
@@ -39,21 +39,14 @@ SAMPLED_ROWS, SAMPLED_TOKENS = 64, 256
 
 
 @dataclass(frozen=True)
-class LinearCase:
-    """Everything that decides the inputs, so that they can be made again."""
+class LinearCase(Case):
+    """A head and its rows."""
 
     rows: int
     hidden: int
     vocab: int
     dtype: str = "float32"
     dead: str = "none"
-    responses: int = 8
-    tau: float = 0.7
-    temperature: float = 1.0
-    upstream: float = 1.0
-    seed: int = 20
-    device: str = "cpu"
-    threads: int = 1
     chunk_rows: int | None = None  # of gft_linear_loss; None: its own choice
     dead_share: float = 0.5
 
@@ -102,24 +95,13 @@ def gpu_sweep(device: str, threads: int = 1) -> list[LinearCase]:
 # Inputs and their check.
 
 
-@dataclass(frozen=True)
-class LinearProblem:
-    """Hidden states and head, which no step overwrites. Rows of one response lie together."""
+@dataclass(frozen=True, kw_only=True)
+class LinearProblem(Rows):
+    """Hidden states and head, which no step overwrites."""
 
-    case: LinearCase
     hidden_ND: Tensor  # leaf that requires grad
     weight_VD: Tensor  # leaf that requires grad
-    targets_N: Tensor  # int64; IGNORE_INDEX on masked rows
-    advantages_N: Tensor  # float32
-    upstream: Tensor  # () float32, set by prepare
-    live_rows: int
-
-    @property
-    def limit(self) -> float:
-        return ERROR_LIMIT[self.case.dtype]
-
-    def prepare(self, upstream: float) -> None:
-        self.upstream.fill_(upstream)
+    limits = ERROR_LIMIT
 
     @cached_property
     def target_logits_N(self) -> Tensor:

@@ -26,7 +26,7 @@ from benchmarks.kinds.inputs import (
     responses_of_one_length,
     tempered,
 )
-from benchmarks.kinds.kind import BACKENDS, DTYPES, ITEM_BYTES, Kind, Peer, served, words_of
+from benchmarks.kinds.kind import BACKENDS, DTYPES, ITEM_BYTES, Case, Kind, Peer, Rows, served, words_of
 from benchmarks.kinds.truth import deviation, row_truth
 
 ERROR_LIMIT = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
@@ -49,21 +49,14 @@ HEADLINE_ROWS = {"cpu": 128, "cuda": 8192}
 
 
 @dataclass(frozen=True)
-class RowCase:
-    """Everything that decides the inputs, so that they can be made again."""
+class RowCase(Case):
+    """Rows of logits."""
 
     rows: int
     vocab: int
     dtype: str = "float32"  # of the logits: float32, bfloat16, float16
     logits: str = "peaked"  # peaked: one token of a row takes .5 to .999; random: standard normal
     dead: str = "none"  # none; masked: a part of each response; zero-advantage: a part of the responses
-    responses: int = 8
-    tau: float = 0.7
-    temperature: float = 1.0
-    upstream: float = 1.0  # of the timed steps: 1 is a plain loss.backward(). Answers are checked under another one
-    seed: int = 20
-    device: str = "cpu"
-    threads: int = 1  # CPU only
     dead_share: float = 0.5  # how large that part is
 
     def label(self) -> str:
@@ -121,26 +114,18 @@ def _over_vocabularies(head: RowCase) -> list[RowCase]:
 # Inputs and their check.
 
 
-@dataclass(frozen=True)
-class RowProblem:
-    """Logits a contender may overwrite, and what it needs besides. Rows of one response lie together."""
+@dataclass(frozen=True, kw_only=True)
+class RowProblem(Rows):
+    """Logits a contender may overwrite, and what it needs besides."""
 
-    case: RowCase
     logits_NV: Tensor  # rewritten before every step
     pristine_NV: Tensor
-    targets_N: Tensor  # int64; IGNORE_INDEX on masked rows
-    advantages_N: Tensor  # float32
-    upstream: Tensor  # () float32, set by prepare
-    live_rows: int
-
-    @property
-    def limit(self) -> float:
-        return ERROR_LIMIT[self.case.dtype]
+    limits = ERROR_LIMIT
 
     def prepare(self, upstream: float) -> None:
         """Put back the logits, for whoever overwrote them and for whoever did not: the same cache for all."""
         self.logits_NV.copy_(self.pristine_NV)
-        self.upstream.fill_(upstream)
+        super().prepare(upstream)
 
     def deviation(self, answer: Answer, objective: str) -> Deviation:
         """Deviation of loss and gradient from fp64, a few rows at a time."""
@@ -171,8 +156,15 @@ def build(case: RowCase) -> RowProblem:
         _raise_peaks(logits_NV, targets_N, generator)
     advantages_N, targets_N = credit(case, targets_N, generator)
     pristine_NV = logits_NV.to(getattr(torch, case.dtype))
-    upstream, live_rows = torch.ones((), device=case.device), int((targets_N != IGNORE_INDEX).sum())
-    return RowProblem(case, pristine_NV.clone(), pristine_NV, targets_N, advantages_N, upstream, live_rows)
+    return RowProblem(
+        case=case,
+        logits_NV=pristine_NV.clone(),
+        pristine_NV=pristine_NV,
+        targets_N=targets_N,
+        advantages_N=advantages_N,
+        upstream=torch.ones((), device=case.device),
+        live_rows=int((targets_N != IGNORE_INDEX).sum()),
+    )
 
 
 def _raise_peaks(logits_NV: Tensor, targets_N: Tensor, generator: torch.Generator) -> None:

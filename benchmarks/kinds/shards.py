@@ -46,7 +46,7 @@ def cases(device: str, *, quick: bool = False, threads: int = 1) -> list[ShardCa
     return [head] if quick else [replace(head, dtype=dtype) for dtype in DTYPES]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardProblem(RowProblem):
     """This rank's columns [first, first + width) of all rows. `whole` is what they were cut from."""
 

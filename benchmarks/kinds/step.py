@@ -7,7 +7,7 @@ and three targets of four are what it predicts: both sides of τ occur. Sizes: S
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.harness import CHECK_UPSTREAM, Answer, Deviation, Step
 from benchmarks.kinds import linear, row
 from benchmarks.kinds.inputs import peak_tokens
-from benchmarks.kinds.kind import BACKENDS, ITEM_BYTES, Kind, Peer, words_of
+from benchmarks.kinds.kind import BACKENDS, ITEM_BYTES, Case, Kind, Peer, Rows, words_of
 from benchmarks.kinds.truth import coefficients
 
 ERROR_LIMIT = {"float32": 5e-3, "bfloat16": 1e-1}
@@ -27,21 +27,17 @@ SHARPNESS = 16.0
 
 
 @dataclass(frozen=True)
-class StepCase:
+class StepCase(Case):
     """One measurement of an optimizer step; weights are random, embeddings tied."""
 
     tokens: int  # of each response
+    _: KW_ONLY
     vocab: int = row.HEADLINE_VOCABULARY
     hidden: int = 256
     layers: int = 2
     heads: int = 4
     dtype: str = "float32"
     responses: int = 4
-    tau: float = 0.7
-    temperature: float = 1.0
-    upstream: float = 1.0
-    seed: int = 20
-    device: str = "cpu"
     threads: int = 2
 
     @property
@@ -64,23 +60,15 @@ def memory_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[
     return [] if quick else cases(device, threads=threads)
 
 
-@dataclass(frozen=True)
-class StepProblem:
+@dataclass(frozen=True, kw_only=True)
+class StepProblem(Rows):
     """Weights that each step changes and `prepare` puts back."""
 
-    case: StepCase
     model: Any  # Qwen2ForCausalLM
     pristine: list[Tensor]  # the weights before a step
     optimizer: torch.optim.Optimizer
     inputs_ST: Tensor
-    targets_N: Tensor  # int64
-    advantages_N: Tensor  # float32
-    upstream: Tensor  # () float32, set by prepare
-    live_rows: int
-
-    @property
-    def limit(self) -> float:
-        return ERROR_LIMIT[self.case.dtype]
+    limits = ERROR_LIMIT
 
     @property
     def weight_VD(self) -> Tensor:
@@ -97,7 +85,7 @@ class StepProblem:
     def prepare(self, upstream: float) -> None:
         with torch.no_grad():
             torch._foreach_copy_(self.parameters(), self.pristine)
-        self.upstream.fill_(upstream)
+        super().prepare(upstream)
 
     @cached_property
     def _truths(self) -> dict[str, tuple[float, float, list[Tensor]]]:

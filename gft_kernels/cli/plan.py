@@ -97,22 +97,17 @@ def weights_memory(config: GFTConfig, model: Shape, ranks: int) -> dict[str, dic
     }
 
 
-def tokens_per_response(config: GFTConfig, longest_prompt: int) -> int:
-    return (config.max_prompt_length or longest_prompt) + config.max_completion_length
-
-
 def other_memory(config: GFTConfig, model: Shape, plan: Batches, longest_prompt: int) -> dict[str, float]:
     """Bytes on one rank beside weights, gradients and optimizer; activations inside the layers are not among them."""
     rows = plan.rows_per_micro_batch * config.max_completion_length
     chunk = chunks.chunk_rows(rows, model.vocabulary, 4, "cuda")
     calls = min(config.generation_batch_size or plan.rollouts_per_rank, plan.rollouts_per_rank)
     per_token = 2 * model.layers * model.kv_heads * model.head_dim * precision(config)
+    tokens = (config.max_prompt_length or longest_prompt) + config.max_completion_length
+    in_float32 = model.vocabulary * (chunk + model.hidden)
     found = {
-        "fused loss: one chunk of logits, head gradient in float32": 4.0
-        * (chunk * model.vocabulary + model.vocabulary * model.hidden),
-        "KV cache of a rollout": float(
-            calls * config.num_generations * tokens_per_response(config, longest_prompt) * per_token
-        ),
+        "fused loss: one chunk of logits, head gradient in float32": float(FLOAT * in_float32),
+        "KV cache of a rollout": float(calls * config.num_generations * tokens * per_token),
     }
     if config.log_kl or config.beta:
         found["copy of the starting weights"] = float(model.parameters * FLOAT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
 import types
 import typing
@@ -18,21 +17,6 @@ from gft_kernels.trainer import GFTConfig
 
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|(api|access|secret)_?key)$", re.IGNORECASE)
 OF_THE_COMMAND = ("config", "resume", "resume_anyway", "dry_run", "ranks")
-# Bounds that TrainingArguments leaves to the optimizer, or to nobody.
-BOUNDS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps"),
-        (lambda x: 0 <= x < math.inf, "be 0 or positive and finite"),
-    ),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda x: 0 <= x < 1, "lie in [0, 1)")),
-    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (lambda x: 0 < x < math.inf, "be positive")),
-    **dict.fromkeys(
-        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-        (lambda x: x >= 1, "be at least 1"),
-    ),
-    "num_train_epochs": (lambda x: 0 < x < math.inf, "be positive and finite"),
-    "max_steps": (lambda x: x == -1 or x >= 1, "be at least 1, or -1 for whole epochs"),
-}
 
 
 @dataclass
@@ -83,9 +67,6 @@ def load(config: str | None, flags: list[str], data: str | None) -> tuple[RunSet
     for key in ("model", "data", "output_dir"):
         if not values.get(key):
             raise ValueError(f"key `{key}` must be given, got nothing; set it in the YAML file or by --{key}.")
-    for key, (holds, condition) in BOUNDS.items():
-        if isinstance(values.get(key), (int, float)) and not holds(values[key]):
-            raise ValueError(f"{key} must {condition}, got {values[key]!r}.")
     settings = RunSettings(**{key: value for key, value in values.items() if key in own})
     return settings, {key: value for key, value in values.items() if key not in own}
 

@@ -137,14 +137,10 @@ def announce(trainer: GFTTrainer, checkpoint: Path | None, notes: list[str]) -> 
         say(f"gft train: {note}", sys.stderr)
     size = sum(p.numel() for p in trainer.model.parameters())
     given = "offline responses" if train_rows.offline else f"{args.num_demonstrations} demonstrations"
-    say(f"{size / 1e6:.1f} M parameters on {args.device}, {len(train_rows)} rows, {count(held_out)} held out")
+    say(f"{size / 1e6:.1f} M parameters on {args.device}, {len(train_rows)} rows, {len(held_out or ())} held out")
     say(f"group: {given} + {args.num_generations} sampled; {described(args)}, backend {args.backend}")
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
-
-
-def count(held_out) -> int:
-    return 0 if held_out is None else len(held_out)
 
 
 def finish(trainer: GFTTrainer) -> None:
@@ -175,6 +171,6 @@ def summary(run: str) -> str:
     return "\n".join(text + ([f"completions  {completions}"] if completions.is_file() else []))
 
 
-def go_on(output_dir: str | None) -> str:
-    last, torn = newest_whole(str(output_dir), folder.RANKS)
+def go_on(output_dir: str) -> str:
+    last, torn = newest_whole(output_dir, folder.RANKS)
     return "; ".join([*torn, f"go on from {last} with --resume" if last else "no checkpoint was saved"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -39,40 +40,42 @@ def byte_pair_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTraine
 def small_llama(tokenizer, width: int, layers: int, heads: int, context: int, seed: int = 0) -> LlamaForCausalLM:
     """A Llama of the given size with random weights."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=context,
         tie_word_embeddings=True,
-        initializer_range=0.05,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **_of_the_tokenizer(tokenizer),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+    return _random(LlamaForCausalLM, config, seed)
 
 
-def small_gpt2(tokenizer, width: int, layers: int, heads: int, context: int, seed: int = 0) -> GPT2LMHeadModel:
-    """A GPT-2 with random weights and no dropout; its absolute positions suit prompts of a fixed form."""
+def small_gpt2(
+    tokenizer, width: int, layers: int, heads: int, context: int, seed: int = 0, dropout: float = 0.0, **options: Any
+) -> GPT2LMHeadModel:
+    """A GPT-2 with random weights; its absolute positions suit prompts of a fixed form. options: of GPT2Config."""
     config = GPT2Config(
-        vocab_size=len(tokenizer),
         n_positions=context,
         n_embd=width,
         n_layer=layers,
         n_head=heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        activation_function="gelu_pytorch_tanh",  # GPT-2's own function as one operator instead of eight
-        initializer_range=0.05,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        # GPT-2's own function as one operator instead of eight
+        **{"activation_function": "gelu_pytorch_tanh", **_of_the_tokenizer(tokenizer), **options},
     )
+    return _random(GPT2LMHeadModel, config, seed)
+
+
+def _of_the_tokenizer(tokenizer) -> dict[str, Any]:
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return {"vocab_size": len(tokenizer), "initializer_range": 0.05, **ends}
+
+
+def _random(kind: type, config: Any, seed: int) -> Any:
+    """The model with weights that depend on `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(config)
+        return kind(config)

@@ -10,7 +10,7 @@ from typing import Any
 
 from gft_kernels import checks
 from gft_kernels.objectives import PRESETS
-from gft_kernels.options import BACKENDS
+from gft_kernels.options import BACKENDS, NORMALIZE
 
 MEAN_REDUCTIONS = ("token-mean", "sequence-mean")
 
@@ -63,7 +63,8 @@ class GroupLossOptions(TokenLossOptions):
         super().check_loss()
         self.normalize = self.normalize or "std"
         self.reduction = self.reduction or PRESETS[getattr(self, "objective", "gft")].reduction
-        checks.check_normalisation(self.normalize, self.advantage_eps, "zero")
+        checks.one_of("normalize", self.normalize, NORMALIZE)
+        checks.not_negative("advantage_eps", self.advantage_eps, "the paper uses 1e-6")
         checks.one_of("reduction", self.reduction, MEAN_REDUCTIONS)
 
 

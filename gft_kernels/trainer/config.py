@@ -1,6 +1,7 @@
 """GFTConfig: transformers.TrainingArguments plus what a group, a rollout and the loss need, and which loss that is."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,10 @@ import transformers
 from packaging.version import Version
 from transformers import TrainingArguments
 
-from gft_kernels.model.loss_options import MEAN_REDUCTIONS, GroupLossOptions, at_least, option
+from gft_kernels import checks
+from gft_kernels.model.loss_options import GroupLossOptions, at_least, option
 from gft_kernels.objectives import PRESETS, objective_of
-from gft_kernels.options import BACKENDS, NORMALIZE, SINGLETON
+from gft_kernels.options import SINGLETON
 
 OLDEST = "5.6"
 if Version(transformers.__version__) < Version(OLDEST):
@@ -20,10 +22,34 @@ if Version(transformers.__version__) < Version(OLDEST):
         f"transformers must be at least {OLDEST} for the trainer, got {transformers.__version__}; upgrade it."
     )
 
-ADVANTAGES = ("group", "ones")
-OVERLONG = ("error", "drop", "truncate")
-ROLLOUTS = ("auto", "generate", "continuous", "vllm")
-ROLLOUT_ORDERS = ("groups", "paper")
+CHOICES = {
+    "advantages": ("group", "ones"),
+    "overlong": ("error", "drop", "truncate"),
+    "rollout": ("auto", "generate", "continuous", "vllm"),
+    "rollout_order": ("groups", "paper"),
+    "singleton": SINGLETON,
+}
+POSITIVE, NOT_NEGATIVE = lambda x: 0 < x < math.inf, lambda x: 0 <= x < math.inf
+NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(("temperature", "repetition_penalty"), (POSITIVE, "be positive and finite")),
+    "eval_temperature": (NOT_NEGATIVE, "be 0 (greedy) or positive and finite"),
+    "top_p": (lambda x: 0 < x <= 1, "lie above 0 and at most at 1"),
+    "min_p": (lambda x: 0 <= x <= 1, "lie in [0, 1]"),
+    "vllm_memory": (lambda x: 0 < x < 1, "lie between 0 and 1"),
+    # What TrainingArguments leaves to the optimizer, or to nobody.
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps"),
+        (NOT_NEGATIVE, "be 0 or positive and finite"),
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda x: 0 <= x < 1, "lie in [0, 1)")),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (POSITIVE, "be positive")),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        (lambda x: x >= 1, "be at least 1"),
+    ),
+    "num_train_epochs": (POSITIVE, "be positive and finite"),
+    "max_steps": (lambda x: x == -1 or x >= 1, "be at least 1, or -1 for whole epochs"),
+}
 CHOSEN = ("tau", "rectify", "clip_low", "clip_high", "delta")  # options that only some objectives take
 CLIP = 0.2  # PPO's range, in which to count the ratios of an objective that does not clip
 
@@ -35,7 +61,7 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     `per_device_train_batch_size` counts prompts, each with its whole group of responses; the gradient of a step
     depends on the prompts of the step only, not on how they are cut into micro-batches.
 
-    Raises: ValueError, one sentence, for a value out of range or two options that contradict each other.
+    Raises: ValueError, TypeError, one sentence, for a value out of range or two options that contradict each other.
     Source: docs/training.md.
     """
 
@@ -97,18 +123,8 @@ def check_groups(config: GFTConfig) -> None:
     at_least(config, 0, "num_demonstrations", "num_generations", "log_completions_steps", "top_k")
     at_least(config, 1, "max_completion_length", "eval_num_generations", "steps_per_rollout")
     at_least(config, 1, *(n for n in ("max_prompt_length", "generation_batch_size") if getattr(config, n) is not None))
-    for name, choices in (
-        ("advantages", ADVANTAGES),
-        ("overlong", OVERLONG),
-        ("rollout", ROLLOUTS),
-        ("rollout_order", ROLLOUT_ORDERS),
-        ("objective", tuple(PRESETS)),
-        ("normalize", (None, *NORMALIZE)),
-        ("singleton", SINGLETON),
-        ("reduction", (None, *MEAN_REDUCTIONS)),
-        ("backend", BACKENDS),
-    ):
-        one_of(config, name, choices)
+    for name, choices in CHOICES.items():
+        checks.one_of(name, getattr(config, name), choices)
     if config.advantages == "ones" and config.num_generations:
         raise ValueError(
             f"num_generations must be 0 when advantages is 'ones', got {config.num_generations}; "
@@ -125,29 +141,11 @@ def check_groups(config: GFTConfig) -> None:
         raise ValueError("token_metrics must be True when log_kl is, got False; the KL needs log-probabilities.")
 
 
-NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "be 0 or positive and finite")
-SHARE = (lambda x: 0 <= x <= 1, "lie in [0, 1]")
-NUMBERS = {
-    "tau": SHARE,
-    "clip_low": SHARE,
-    "clip_high": NOT_NEGATIVE,
-    "beta": NOT_NEGATIVE,
-    "entropy_coef": (math.isfinite, "be finite"),
-    "temperature": (lambda x: 0 < x < math.inf, "be positive and finite"),
-    "eval_temperature": (NOT_NEGATIVE[0], "be 0 (greedy) or positive and finite"),
-    "top_p": (lambda x: 0 < x <= 1, "lie above 0 and at most at 1"),
-    "min_p": SHARE,
-    "repetition_penalty": (lambda x: 0 < x < math.inf, "be positive and finite"),
-    "vllm_memory": (lambda x: 0 < x < 1, "lie between 0 and 1"),
-    "advantage_eps": NOT_NEGATIVE,
-}
-
-
 def check_numbers(config: GFTConfig) -> None:
     for name, (holds, condition) in NUMBERS.items():
         value = getattr(config, name)
-        if value is None and name in CHOSEN:
-            continue  # the objective's own
+        if value is None and name not in GFTConfig.__annotations__:
+            continue  # transformers' own default
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
             raise ValueError(f"{name} must {condition}, got {value!r}.")
 
@@ -169,22 +167,15 @@ def check_training_arguments(config: GFTConfig) -> None:
         )
 
 
-def one_of(config, name, choices):
-    value = getattr(config, name)
-    if value not in choices:
-        known = ", ".join(repr(choice) for choice in choices if choice is not None)
-        raise ValueError(f"{name} must be one of {known}, got {value!r}.")
-
-
 # The objective
 
 
 def settle(config: GFTConfig) -> None:
     """Fill in the objective's defaults. Raises ValueError, naming it, for an option the objective does not use."""
-    preset, one_row = PRESETS[config.objective], torch.zeros(1)
+    one_row = torch.zeros(1)
     objective_of(  # refuses as policy_loss does
         config.objective,
-        dict.fromkeys(preset.options) | {name: getattr(config, name) for name in CHOSEN},
+        {name: getattr(config, name) for name in CHOSEN},
         beta=config.beta,
         entropy_coef=config.entropy_coef,
         ref_log_probs=one_row,
@@ -192,6 +183,7 @@ def settle(config: GFTConfig) -> None:
         return_stats=True,
         targets=one_row.long(),
     )
+    preset = PRESETS[config.objective]
     if not preset.weighs and config.advantages != "ones":
         raise ValueError(
             f"advantages must be 'ones' with objective {config.objective!r}, got {config.advantages!r}; "
@@ -202,8 +194,8 @@ def settle(config: GFTConfig) -> None:
             f"reduction must be 'token-mean' with objective {config.objective!r}, got 'sequence-mean'; "
             "its denominator is the same for every response."
         )
-    config.reduction = config.reduction or preset.reduction
-    config.normalize = config.normalize or ("mean" if config.objective == "dr_grpo" else "std")
+    if config.objective == "dr_grpo":
+        config.normalize = config.normalize or "mean"
     for name in CHOSEN:
         if getattr(config, name) is None:
             setattr(config, name, preset.options.get(name))
@@ -226,10 +218,6 @@ def clip_range(config: GFTConfig) -> tuple[float, float]:
     if not has_ratio(config):
         low = high = CLIP
     return 0.0 if low is None else 1.0 - low, 1.0 + (high or 0.0)  # cispo has no lower bound
-
-
-def has_constant_denominator(config: GFTConfig) -> bool:
-    return PRESETS[config.objective].constant_denominator
 
 
 def call_options(config: GFTConfig) -> dict[str, Any]:

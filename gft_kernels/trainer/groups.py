@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gft_kernels.advantages import group_advantages
 from gft_kernels.data.rows import Response, Row, Rows
 from gft_kernels.data.text import decode
-from gft_kernels.trainer.config import GFTConfig, has_constant_denominator
+from gft_kernels.objectives import PRESETS
+from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import Sampling, forward_is_collective, seeded
 
@@ -117,21 +119,14 @@ def collate(groups: Sequence[Group], pad_id: int) -> dict[str, Tensor]:
         return collate_nothing(pad_id)
     if not all(prompt for prompt, _ in pairs):
         raise ValueError("every prompt must have at least one token, got one of none; nothing predicts its response.")
-    length = max(len(prompt) + len(r.ids) for prompt, r in pairs)
     # The first position any row's loss reads is its last prompt token's.
     first = min(len(prompt) for prompt, _ in pairs) - 1
-    input_ids = torch.full((len(pairs), length), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    targets = torch.full_like(input_ids, IGNORE)
-    for s, (prompt, response) in enumerate(pairs):
-        ids, end = torch.tensor([*prompt, *response.ids]), len(prompt) + len(response.ids)
-        input_ids[s, :end] = ids
-        attention_mask[s, :end] = 1
-        targets[s, len(prompt) - 1 : end - 1] = ids[len(prompt) :]
+    texts = [torch.tensor([*prompt, *r.ids]) for prompt, r in pairs]
+    behind = [torch.tensor([IGNORE] * (len(prompt) - 1 - first) + r.ids) for prompt, r in pairs]
     return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "targets": targets[:, first : length - 1],
+        "input_ids": pad_sequence(texts, True, pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(text) for text in texts], True),
+        "targets": pad_sequence(behind, True, IGNORE),
         "advantages": torch.tensor([r.advantage for _, r in pairs], dtype=torch.float32),
         "sources": torch.tensor([SOURCES.index(r.source) for _, r in pairs]),
     }
@@ -158,7 +153,7 @@ def denominator(groups: Sequence[Group], config: GFTConfig) -> int:
 
     Dr. GRPO's is a constant, the longest response allowed times the number of responses.
     """
-    if has_constant_denominator(config):
+    if PRESETS[config.objective].constant_denominator:
         return count_items(groups, "sequence-mean") * config.max_completion_length
     return count_items(groups, str(config.reduction))
 

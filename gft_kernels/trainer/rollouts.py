@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StoppingCriteria
 
 from gft_kernels.data import text
@@ -42,16 +43,12 @@ def generate(model, prompts_ids: Sequence[Sequence[int]], sampling: Sampling) ->
     come from the policy whose log-probabilities the loss takes.
     """
     width = max(map(len, prompts_ids))
-    device = model.device
-    input_ids = torch.full((len(prompts_ids), width), sampling.pad_id, dtype=torch.int64)
-    attention = torch.zeros_like(input_ids)
-    for i, ids in enumerate(prompts_ids):  # left padding: the last prompt token is the one generation goes on from
-        input_ids[i, width - len(ids) :] = torch.tensor(ids)
-        attention[i, width - len(ids) :] = 1
+    # Left padding: the last prompt token is the one generation goes on from.
+    texts = [torch.tensor(ids, device=model.device) for ids in prompts_ids for _ in range(sampling.num_generations)]
     with plain_generation(model, generation_config(sampling)):
         out = model.generate(
-            input_ids=input_ids.repeat_interleave(sampling.num_generations, 0).to(device),
-            attention_mask=attention.repeat_interleave(sampling.num_generations, 0).to(device),
+            input_ids=pad_sequence(texts, True, sampling.pad_id, "left"),
+            attention_mask=pad_sequence([torch.ones_like(text) for text in texts], True, 0, "left"),
             synced_gpus=forward_is_collective(model),  # a rank that has finished goes on until all have
             stopping_criteria=[Stops(sampling, width)] if sampling.stop_strings else None,
         )

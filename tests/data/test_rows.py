@@ -164,8 +164,8 @@ def test_a_prompt_without_a_token_predicts_nothing():
         ({"tau": "high"}, r"tau must lie in \[0, 1\], got 'high'"),
         ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         ({"rectify": "none"}, "rectify must be one of all, positive, got 'none'"),
-        ({"reduction": "sum"}, "reduction must be one of 'token-mean', 'sequence-mean', got 'sum'"),
-        ({"backend": "opencl"}, "backend must be one of 'auto', .*, got 'opencl'"),
+        ({"reduction": "sum"}, "reduction must be one of token-mean, sequence-mean, got 'sum'"),
+        ({"backend": "opencl"}, "backend must be one of auto, .*, got 'opencl'"),
         ({"num_generations": -1}, "num_generations must be a whole number of at least 0, got -1"),
         ({"num_generations": 2.5}, "num_generations must be a whole number of at least 0, got 2.5"),
         ({"advantages": "ones"}, "num_generations must be 0 when advantages is 'ones', got 4"),
@@ -173,21 +173,21 @@ def test_a_prompt_without_a_token_predicts_nothing():
         ({"remove_unused_columns": True}, "remove_unused_columns must be False, got True"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0.0, got 0.1"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices must be True, got False"),
-        ({"objective": "ppo"}, "objective must be one of 'gft', 'sft'"),
+        ({"objective": "ppo"}, "objective must be one of gft, sft"),
         ({"objective": "grpo", "tau": 0.5}, "tau must be left out with objective='grpo', got 0.5; gft use it"),
         ({"objective": "dft", "clip_high": 0.3}, "clip_high must be left out with objective='dft'"),
         ({"objective": "cispo", "clip_low": 0.3}, "clip_low must be left out with objective='cispo'"),
         ({"clip_low": 0.2}, "clip_low must be left out with objective='gft', got 0.2"),
         ({"objective": "sft"}, "advantages must be 'ones' with objective 'sft', got 'group'"),
         ({"objective": "dr_grpo", "reduction": "sequence-mean"}, "reduction must be 'token-mean' with objective"),
-        ({"objective": "dapo", "clip_high": -0.1}, "clip_high must be 0 or positive and finite, got -0.1"),
-        ({"beta": "much"}, "beta must be 0 or positive and finite, got 'much'"),
+        ({"objective": "dapo", "clip_high": -0.1}, "clip_high must be finite and not negative, got -0.1"),
+        ({"beta": "much"}, "beta must be finite and not negative, got 'much'"),
         ({"steps_per_rollout": 0}, "steps_per_rollout must be a whole number of at least 1, got 0"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be 'random' or 'sequential'"),
     ],
 )
 def test_options_out_of_range_or_in_conflict_are_refused(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         GFTConfig(output_dir=str(tmp_path), **options)
 
 

@@ -163,7 +163,7 @@ def test_an_engine_that_cannot_serve_says_why(tmp_path, monkeypatch):
         refused("got 'vllm'; vLLM needs a GPU, and PyTorch sees none", rollout="vllm")
     monkeypatch.setattr(engines.transformers, "ContinuousBatchingConfig", None)
     refused("got 'continuous'; transformers .* has no continuous batching", rollout="continuous")
-    refused("rollout must be one of 'auto', 'generate'", rollout="sglang")
+    refused("rollout must be one of auto, generate", rollout="sglang")
     args = rig.config(tmp_path, rollout="generate")
     with pytest.raises(ValueError, match="rollout must be 'auto' with a rollout_fn, got 'generate'"):
         GFTTrainer(
