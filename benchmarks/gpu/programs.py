@@ -68,7 +68,7 @@ def run(command: list[str], limit_s: float, log: Path, environment: dict[str, st
 
 
 def _hears_interrupts() -> None:
-    """A driver in the background of a script ignores SIGINT; what it starts must not, or it saves nothing at its end."""
+    """A driver in a script's background ignores SIGINT; what it starts must not, or it saves nothing at its end."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
