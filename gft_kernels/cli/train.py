@@ -129,7 +129,8 @@ def build(
 
 
 def announce(trainer: GFTTrainer, checkpoint: Path | None, notes: list[str]) -> None:
-    args, train_rows, held_out = trainer.args, trainer.train_dataset, trainer.eval_dataset
+    args, train_rows = trainer.args, trainer.train_dataset
+    held_out: Any = trainer.eval_dataset or ()
     if not trainer.is_world_process_zero():
         return
     assert train_rows is not None and trainer.model is not None
@@ -137,7 +138,7 @@ def announce(trainer: GFTTrainer, checkpoint: Path | None, notes: list[str]) -> 
         say(f"gft train: {note}", sys.stderr)
     size = sum(p.numel() for p in trainer.model.parameters())
     given = "offline responses" if train_rows.offline else f"{args.num_demonstrations} demonstrations"
-    say(f"{size / 1e6:.1f} M parameters on {args.device}, {len(train_rows)} rows, {len(held_out or ())} held out")
+    say(f"{size / 1e6:.1f} M parameters on {args.device}, {len(train_rows)} rows, {len(held_out)} held out")
     say(f"group: {given} + {args.num_generations} sampled; {described(args)}, backend {args.backend}")
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
