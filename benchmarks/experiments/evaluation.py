@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from benchmarks.experiments.scoring import demonstration, entropy_and_kl, log_probs, prompt_row
 from benchmarks.experiments.statistics import mean
 from gft_kernels.data.rows import Response
+from gft_kernels.data.text import decode
 from gft_kernels.trainer import Sampling
 from gft_kernels.trainer.groups import Group
 from gft_kernels.trainer.rewards import Rewards
-from gft_kernels.trainer.rollouts import seeded
+from gft_kernels.trainer.rollouts import end_tokens, seeded
 
 SCORED_SAMPLES = 4  # of each prompt's samples, for entropy and KL
 
@@ -37,10 +38,11 @@ def sample_groups(model, task, rows, samples, longest, seed) -> list[Group]:
     """Each prompt's samples at temperature 1, rewarded."""
     tokenizer = task.tokenizer
     checked = [prompt_row(tokenizer, row) for row in rows]
-    sampling = Sampling(samples, longest, 1.0, (tokenizer.eos_token_id,), tokenizer.pad_token_id)
+    ends = end_tokens(model, tokenizer)
+    sampling = Sampling(samples, longest, 1.0, ends, tokenizer.pad_token_id)
     with seeded(seed, device=model.device):
         completions = task.rollout(model, [row.prompt_ids for row in checked], sampling)
-    responses = [Response(tokenizer.decode(ids, skip_special_tokens=True), ids, "sampled") for ids in completions]
+    responses = [Response(decode(tokenizer, ids, ends), ids, "sampled") for ids in completions]
     groups = [Group(row, responses[i * samples : (i + 1) * samples]) for i, row in enumerate(checked)]
     repeated = [group.row for group in groups for _ in group.responses]
     totals, _ = Rewards(task.rewards).score(repeated, [response.text for response in responses])

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from benchmarks.experiments.rollouts import sample_gpt2
 from benchmarks.experiments.scoring import demonstration, log_probs
 from gft_kernels.data import digit_sum, gsm8k, scratch
+from gft_kernels.data.text import decode
 from gft_kernels.trainer import Sampling, generate
 
 BASE, TRAIN, DEVELOPMENT, TEST, CURVE, GENERAL = range(6)  # what a stream of random numbers is for
@@ -88,7 +89,7 @@ class DigitSums:
         pairs = [digit_sum.general_text(rng) for _ in range(count)]
         prompts = [self.tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
         sampling = Sampling(1, 8, 0.0, (self.tokenizer.eos_token_id,), self.tokenizer.pad_token_id)
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in self.rollout(model, prompts, sampling)]
+        texts = [decode(self.tokenizer, ids, sampling.eos_ids) for ids in self.rollout(model, prompts, sampling)]
         return sum(text == answer for text, (_, answer) in zip(texts, pairs, strict=True)) / count
 
 

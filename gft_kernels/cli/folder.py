@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import socket
+import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from gft_kernels.cli.settings import RunSettings, Secret
 from gft_kernels.trainer import GFTConfig
 from gft_kernels.trainer.callbacks import METRICS_FILE
 from gft_kernels.trainer.checkpoints import checkpoints, newest_whole, read_manifest
+from gft_kernels.trainer.config import settle
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as launchers say
 LOCK, RECORD = ".lock", "run.yaml"
@@ -27,6 +29,7 @@ FREE = ("eval_", "per_device_eval_", "log_", "logging_", "report_to", "run_name"
         "hub_", "push_to_hub", "output_dir", "model_config", "token_metrics", "load_best_model_at_end",
         "metric_for_best_model", "greater_is_better", "dataloader_num_workers", "dataloader_prefetch_factor",
         "dataloader_persistent_workers", "dataloader_pin_memory", "vllm_memory")  # fmt: skip
+PLACES = ("model", "tokenizer", "data")
 LENGTH = ("max_steps", "num_train_epochs")
 ROWS, PROCESSES = "the rows of data", "the number of processes"
 
@@ -111,7 +114,8 @@ def run_of(settings: RunSettings, options: dict[str, Any], records: Iterable[dic
     found = hashlib.blake2b(digest_size=16)
     for record in records:
         found.update(json.dumps(record, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
-    values = {**without_secrets({**vars(settings), **options}), ROWS: found.hexdigest(), PROCESSES: RANKS}
+    values = without_secrets({**vars(settings), **options})
+    values |= {key: _place(values[key]) for key in PLACES} | {ROWS: found.hexdigest(), PROCESSES: RANKS}
     return json.loads(json.dumps(values, default=str))
 
 
@@ -123,12 +127,12 @@ def changes(checkpoint: Path, now: dict[str, Any], anyway: bool) -> list[str]:
     before = (read_manifest(checkpoint) or {}).get("run") or _record(checkpoint.parent / RECORD)
     if before is None:
         return [f"{checkpoint} does not say with which settings it was made"]
-    defaults = {f.name: _default(f) for kind in (RunSettings, GFTConfig) for f in dataclasses.fields(kind)}
-    defaults |= {key: now[key] for key in (ROWS, PROCESSES)}  # unknown to an older checkpoint
     same_rows = ROWS in before and before[ROWS] == now[ROWS]
+    unknown = {key: now[key] for key in (ROWS, PROCESSES)}  # to an older checkpoint
+    was, given = _settled({**unknown, **before}), _settled(now)
     told, refused = [], []
     for key in sorted({*before, *now}):
-        old, new = before.get(key, defaults.get(key)), now.get(key, defaults.get(key))
+        old, new = was.get(key), given.get(key)
         if old == new or (same_rows and key in ("data", "reader")) or key.startswith(FREE):
             continue
         told.append("the rows of data differ" if key == ROWS else f"{key} was {old!r} and is {new!r}")
@@ -140,6 +144,23 @@ def changes(checkpoint: Path, now: dict[str, Any], anyway: bool) -> list[str]:
             "restore them, or add --resume-anyway."
         )
     return [f"since {checkpoint}: {'; '.join(told)}"] if told else []
+
+
+def _settled(values: dict[str, Any]) -> dict[str, Any]:
+    """Every setting as the run has it: defaults, the objective's own, and each place by its full name."""
+    run: Any = types.SimpleNamespace(
+        **{f.name: _default(f) for kind in (RunSettings, GFTConfig) for f in dataclasses.fields(kind)}
+    )
+    vars(run).update(values)
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # of another version, which had other options
+        settle(run)
+    run.tokenizer = run.tokenizer or run.model
+    return vars(run) | {key: _place(getattr(run, key)) for key in PLACES}
+
+
+def _place(name: str | None) -> str | None:
+    """A path that is there by its full name, anything else as it is."""
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def _default(field) -> Any:

@@ -49,6 +49,20 @@ class Secret(str):
         return self
 
 
+_LINES = "evaluation has a line of numbers for each row, whatever it says"
+# What TrainingArguments holds for scripts of one's own and for other trainers: nothing here would read it.
+UNREAD = {
+    "resume_from_checkpoint": "use --resume, which finds the newest whole checkpoint of output_dir",
+    "do_train": "gft train always does",
+    "do_eval": "set eval_data and eval_strategy",
+    "do_predict": "set eval_data, which is also evaluated at the end",
+    "local_rank": "torchrun says it",
+    "label_names": "the responses are what is learnt",
+    "length_column_name": "the length of a group is not known before it is sampled",
+    **dict.fromkeys(("prediction_loss_only", "include_for_metrics", "eval_do_concat_batches"), _LINES),
+}
+
+
 def load(config: str | None, flags: list[str], data: str | None) -> tuple[RunSettings, dict]:
     """The run's settings and the keyword arguments of GFTConfig, from file and flags.
 
@@ -63,6 +77,8 @@ def load(config: str | None, flags: list[str], data: str | None) -> tuple[RunSet
             close = difflib.get_close_matches(str(key), {*known, *OF_THE_COMMAND}, 1)
             hint = f"did you mean `{close[0]}`?" if close else "see docs/training.md."
             raise ValueError(f"key `{key}` must be an option of gft train, got one that is not; {hint}")
+        if key in UNREAD:
+            raise ValueError(f"key `{key}` must be left out, got {values[key]!r}; {UNREAD[key]}.")
     values = {key: _hidden(_as_kind(key, value, hints[key]), key) for key, value in values.items()}
     for key in ("model", "data", "output_dir"):
         if not values.get(key):
@@ -75,10 +91,13 @@ class _Loader(yaml.SafeLoader):
     """YAML in which a key stands once."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"key `{twice}` twice, the second time in line {node.start_mark.line + 1} or below")
+        keys: list[Any] = []
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                keys.append(self.construct_object(key, deep=True))
+                if keys[-1] in keys[:-1]:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"key `{keys[-1]}` twice, the second time in line {line}")
         return super().construct_mapping(node, deep)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can sp
 def check_record(record: Any, where: str) -> dict[str, Any]:
     """The row with plain values in its own fields: lists, dicts, texts and numbers for numpy's, pandas' and torch's.
 
+    What a table leaves empty (NaN, pandas.NA) is None, in every field.
+
     Raises: RowError naming the place and the field if a field is malformed or its name is taken.
     """
     if hasattr(record, "to_dict"):  # a row of a pandas.DataFrame
@@ -27,6 +30,7 @@ def check_record(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, Mapping):
         raise RowError(f"{where}: must be an object with fields, got {type(record).__name__}.")
     _check_names(record, where)
+    record = {name: None if is_empty(value) else value for name, value in record.items()}
     row = {**record, **{name: plain(record[name]) for name in OWN_FIELDS if name in record}}
     row.update({name: _template_field(record[name]) for name in OF_THE_TEMPLATE if name in record})
 
@@ -71,6 +75,13 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def is_empty(value: Any) -> bool:
+    """Whether this is how a table says that a row has no such field."""
+    if isinstance(value, numbers.Real):
+        return math.isnan(value)
+    return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas' own, which need not be installed
+
+
 def _template_field(value: Any) -> Any:
     """Tables give every row the fields of all and keep lists of tools as JSON text: neither is meant."""
     value = plain(value)
@@ -84,7 +95,7 @@ def _template_field(value: Any) -> Any:
 
 def _without_nones(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_nones(item) for name, item in value.items() if item is not None}
+        return {name: _without_nones(item) for name, item in value.items() if not is_empty(item)}
     return [_without_nones(item) for item in value] if isinstance(value, list) else value
 
 

@@ -14,6 +14,8 @@ from gft_kernels.data import text
 from gft_kernels.data.fields import OWN_FIELDS, check_record
 from gft_kernels.data.readers import Record, RowError
 
+TABLES = ("pandas", "polars", "arrow")  # formats in which a row of a datasets.Dataset is a table of one row
+
 
 @dataclass
 class Response:
@@ -64,6 +66,8 @@ class Rows(Dataset):
             records = records.to_dict("records")
         if not hasattr(records, "__len__") or not hasattr(records, "__getitem__") or isinstance(records, (str, dict)):
             raise TypeError(f"{name} must be a list of rows or a datasets.Dataset, got {type(records).__name__}.")
+        if hasattr(records, "with_format") and records.format["type"] in TABLES:
+            records = records.with_format(None, columns=records.format["columns"])
         self.records, self.name, self.tokenizer, self.config, self.limits = records, name, tokenizer, config, limits
         self.required_columns = required_columns
         self.offline = len(records) > 0 and self._record(0)[0].get("responses") is not None

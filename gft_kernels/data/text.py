@@ -9,14 +9,17 @@ the model's defaults name, end a sample.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from gft_kernels.data.fields import plain
 
-ANSWER = "an answer"  # what the template is shown to close
+QUESTIONS, ANSWERS = ("a question", "some words"), ("an answer", "its reply")  # what the template is shown; in no
+# spelling (capitals, trimmed) do the two of a pair begin or end alike
 THINKING = r"[<\[](?:think|reason)\w*[>\]]"
 OPENED = re.compile(rf"({THINKING})(\s*)$", re.IGNORECASE)
 CLOSED = re.compile(THINKING.replace(r"[<\[]", r"[<\[]/") + r"\s*$", re.IGNORECASE)
@@ -53,8 +56,9 @@ def _rendered(tokenizer: Any, messages: Sequence[Mapping], tools: Any, variables
             raise ValueError(f"field `{field}` must be read by the chat template, got {unread[0]!r}, which it is not")
     goes_on = messages[-1]["role"] == "assistant"
     opening = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+    spelled = _spelled(messages, _turn(tokenizer, template).in_parts)
     try:
-        return tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **opening, **variables)
+        return tokenizer.apply_chat_template(spelled, tools=tools, tokenize=False, **opening, **variables)
     except Exception as error:  # templates raise what they like, of classes of their own
         raise ValueError(
             f"field `prompt` must be messages that the chat template takes, got {type(error).__name__}: {error}"
@@ -102,19 +106,25 @@ def end_of_response(tokenizer: Any, prompt: Any) -> int:
 
     Raises: ValueError if there is none.
     """
-    opening, turn_end = _turn(tokenizer, _template(tokenizer))
-    in_turns = opening != "" and prompt.rstrip().endswith(opening) if isinstance(prompt, str) else True
-    end = turn_end if in_turns and turn_end is not None else tokenizer.eos_token_id
+    turn = _turn(tokenizer, _template(tokenizer))
+    in_turns = _opens_a_turn(tokenizer, prompt, turn) if isinstance(prompt, str) else True
+    end = turn.end if in_turns and turn.end is not None else tokenizer.eos_token_id
     if end is None:
         raise ValueError("tokenizer must have an end-of-text token, got none; set its eos_token.")
     return end
+
+
+def _opens_a_turn(tokenizer: Any, prompt: str, turn: Turn) -> bool:
+    """Whether the text's last opening of an assistant's turn is not closed; thinking or a beginning may follow it."""
+    _, opening, behind = prompt.rpartition(turn.opening) if turn.opening else ("", "", "")
+    return opening != "" and (turn.end is None or tokenizer.decode([turn.end]) not in behind)
 
 
 def end_tokens(tokenizer: Any, generation_config: Any = None) -> tuple[int, ...]:
     """Every token that ends a response: the tokenizer's, the chat template's, and those the model's defaults name."""
     named = plain(getattr(generation_config, "eos_token_id", None))  # a number, a list, a tuple or a tensor
     several = named if isinstance(named, list) else [named]
-    ends = [tokenizer.eos_token_id, _turn(tokenizer, _template(tokenizer))[1], *several]
+    ends = [tokenizer.eos_token_id, _turn(tokenizer, _template(tokenizer)).end, *several]
     return tuple(dict.fromkeys(int(end) for end in ends if end is not None))
 
 
@@ -123,27 +133,72 @@ def _template(tokenizer: Any) -> str:
     return "\n".join(template.values()) if isinstance(template, dict) else template
 
 
-@functools.lru_cache(maxsize=16)
-def _turn(tokenizer: Any, template: str) -> tuple[str, int | None]:
-    """How the chat template opens an assistant's turn, and the token that closes it; "", None where it says neither.
+class Turn(NamedTuple):
+    """How a chat template writes an assistant's turn."""
 
-    Both are read from rendered turns: what a template calls its end, and whether it is the tokenizer's, differs
-    (Gemma's <end_of_turn>, Phi's <|end|>, ChatML's <|im_end|>, Llama 3's <|eot_id|>).
+    opening: str = ""  # without the thinking; where the template opens none, what it puts behind a question
+    end: int | None = None  # the token that closes the turn; None: none of its own
+    in_parts: bool = False  # whether it reads content as a list of parts, [{"type": "text", "text": ...}]
+
+
+@functools.lru_cache(maxsize=16)
+def _turn(tokenizer: Any, template: str) -> Turn:
+    """Read from rendered turns: what a template calls its end, and whether it is the tokenizer's, differs.
+
+    (Gemma's <end_of_turn>, Phi's <|end|>, ChatML's <|im_end|>, Llama 3's <|eot_id|>.) What stands around an answer is
+    what two answers have in common: a template may change the answers themselves.
+    Warns: where no conversation that it takes is found.
     """
     if "{" not in template:
-        return "", None
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": ANSWER}]
-    try:
-        closed, asked = render(turns), render(turns[:1])
-        opened = render(turns[:1], add_generation_prompt=True)
-    except Exception:  # a template of other roles: its turns end as texts do
-        return "", None
-    behind = closed.rpartition(ANSWER)[2] if ANSWER in closed else ""
-    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    marks -= {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
-    end = next((i for i in tokenizer(behind, add_special_tokens=False)["input_ids"] if i in marks), None)
-    return opened[len(os.path.commonprefix([opened, asked])) :].strip(), end  # noqa: RUF071 (characters are meant)
+        return Turn()
+    faults = []
+    for in_parts, system in itertools.product((False, True), repeat=2):
+        show = functools.partial(_shown, tokenizer, in_parts, system)
+        try:
+            closed = [show(QUESTIONS[0], answer) for answer in ANSWERS]
+            asked = [show(question) for question in QUESTIONS]
+            opened = show(QUESTIONS[0], add_generation_prompt=True)
+        except Exception as error:  # templates raise what they like, of classes of their own
+            faults.append(f"{type(error).__name__}: {error}")
+            continue
+        if closed[0] != closed[1]:
+            opening = re.split(THINKING, opened[len(_common([opened, asked[0]])) :], maxsplit=1, flags=re.IGNORECASE)[0]
+            opening = opening.strip() or _common_end(asked).strip()
+            return Turn(opening, _first_mark(tokenizer, _common_end(closed)), in_parts)
+        faults.append("turns without what is said in them")
+    warnings.warn(
+        f"the chat template should render a question and its answer, got {faults[0]}; responses to messages end in "
+        f"{tokenizer.eos_token!r}, the tokenizer's end-of-text token, whatever ends a turn of the template's.",
+        stacklevel=2,
+    )
+    return Turn()
+
+
+def _shown(tokenizer: Any, in_parts: bool, system: bool, question: str, answer: str | None = None, **opening) -> str:
+    said = {"system": "a rule" if system else None, "user": question, "assistant": answer}
+    messages = [{"role": role, "content": content} for role, content in said.items() if content is not None]
+    return tokenizer.apply_chat_template(_spelled(messages, in_parts), tokenize=False, **opening)
+
+
+def _spelled(messages: Iterable[Mapping], in_parts: bool) -> list[Mapping]:
+    """The messages with content as the template reads it."""
+    return [{**m, "content": [{"type": "text", "text": m["content"]}]} if in_parts else m for m in messages]
+
+
+def _common(texts: Sequence[str]) -> str:
+    return os.path.commonprefix(texts)  # noqa: RUF071 (characters are meant)
+
+
+def _common_end(texts: Sequence[str]) -> str:
+    return _common([text[::-1] for text in texts])[::-1]
+
+
+def _first_mark(tokenizer: Any, text: str) -> int | None:
+    """The first token of the text that is special: other added tokens (line breaks, names) are parts of answers too."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    marks = {*tokenizer.all_special_ids, *added} - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in marks and tokenizer.decode([i]).strip()), None)
 
 
 def doubts(tokenizer: Any, prompt_ids: Sequence[int], responses: Sequence[str]) -> Iterator[tuple[str, str]]:

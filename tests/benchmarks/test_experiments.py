@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.experiments import claims, jobs, settings
-from benchmarks.experiments.evaluation import pass_at
+from benchmarks.experiments.evaluation import pass_at, sample_groups
 from benchmarks.experiments.methods import METHODS
 from benchmarks.experiments.rollouts import sample_gpt2
 from benchmarks.experiments.scoring import demonstration, entropy_and_kl, log_probs
@@ -58,6 +58,19 @@ def test_the_leap_adds_two_digits_a_step_and_is_checked_step_by_step():
 
 
 # --- sampling and scoring ---------------------------------------------------------------------------------------------
+
+
+def test_samples_are_read_as_training_reads_them(task):
+    """A token that is no part of any answer stays visible: it must not make a wrong sample right."""
+    pad, eos = task.tokenizer.pad_token, task.tokenizer.eos_token
+    [row] = task.held_out(0, 1, "bracket")
+    said = row["demonstrations"][0]
+    spellings = [f"{said}{eos}", f"{said[:2]}{pad}{said[2:]}{eos}", said]
+    ids = [task.tokenizer(spelling)["input_ids"] for spelling in spellings]
+    told = dataclasses.replace(task, rollout=lambda model, prompts, sampling: ids)
+    [group] = sample_groups(task.new_model(0), told, [row], 3, 40, seed=0)
+    assert [r.text for r in group.responses] == [said, f"{said[:2]}{pad}{said[2:]}", said]
+    assert [r.reward for r in group.responses] == [1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])

@@ -51,6 +51,18 @@ FLAGS = [
     (["--tau", "{a: 1, a: 2}"], "flag --tau must be YAML, got key `a` twice"),
     (["--run_name", "[" * 3000], "flag --run_name must be YAML, got "),
     (["--ranks", "2"], "--ranks must be at least 1 and come with --dry-run"),
+    # what TrainingArguments has for scripts of one's own
+    (["--resume_from_checkpoint", "run"], "key `resume_from_checkpoint` must be left out, got 'run'; use --resume"),
+    (["--resume_from_checkpoint", "true"], "key `resume_from_checkpoint` must be left out, got True; use --resume"),
+    (["--do_train", "false"], "key `do_train` must be left out, got False; gft train always does"),
+    (["--do_eval", "true"], "key `do_eval` must be left out, got True; set eval_data and eval_strategy"),
+    (["--do_predict", "true"], "key `do_predict` must be left out, got True; set eval_data"),
+    (["--local_rank", "1"], "key `local_rank` must be left out, got 1; torchrun says it"),
+    (["--label_names", "a"], "key `label_names` must be left out, got 'a'; the responses are what is learnt"),
+    (["--prediction_loss_only", "true"], "key `prediction_loss_only` must be left out, got True; evaluation"),
+    (["--include_for_metrics", "loss"], "key `include_for_metrics` must be left out, got 'loss'; evaluation"),
+    (["--eval_do_concat_batches", "false"], "key `eval_do_concat_batches` must be left out, got False; evaluation"),
+    (["--length_column_name", "n"], "key `length_column_name` must be left out, got 'n'; the length of a group is"),
     # values
     (["--tau", "2"], "tau must lie in [0, 1], got 2"),
     (["--tau", "high"], "key `tau` must be float, got 'high'"),
@@ -115,8 +127,11 @@ def test_a_dry_run_says_the_same(run, capsys, flags):
 
 CONFIGURATIONS = [
     (b"tau: [1", "must be YAML, got"),
-    (b"tau: 1\ntau: 0\n", "must be YAML, got key `tau` twice"),
-    (b"accelerator_config: {split_batches: false, split_batches: true}\n", "got key `split_batches` twice"),
+    (b"tau: 1\nseed: 3\n\ntau: 0\nrun_name: x\n", "must be YAML, got key `tau` twice, the second time in line 4."),
+    (
+        b"tau: 1\naccelerator_config: {split_batches: false,\n split_batches: true}\n",
+        "got key `split_batches` twice, the second time in line 3.",
+    ),
     (b"1: x\n", "key `1` must be an option of gft train"),
     (b"true: x\n", "key `True` must be an option of gft train"),
     (b"- a\n- b\n", "must hold keys and values, got list"),

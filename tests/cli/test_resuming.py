@@ -107,7 +107,7 @@ def test_a_run_can_be_made_longer(copy, capsys):
     ("flags", "sentence"),
     [
         (["--seed", "7"], "seed was 42 and is 7"),
-        (["--tau", "0.5"], "tau was None and is 0.5"),
+        (["--tau", "0.5"], "tau was 0.7 and is 0.5"),
         (["--learning_rate", "1e-4"], "learning_rate was 0.001 and is 0.0001"),
         (["--per_device_train_batch_size", "1"], "per_device_train_batch_size was 2 and is 1"),
         (["--rewards", "trainer_rig:digit_count,last_number"], "rewards was ['trainer_rig:digit_count'] and is"),
@@ -139,6 +139,33 @@ def test_edited_rows_and_other_ranks_are_another_run(copy, capsys, tmp_path, mon
 @pytest.mark.parametrize("flags", [["--logging_steps", "2"], ["--save_total_limit", "9"], ["--report_to", "none"]])
 def test_what_is_shown_and_kept_may_change(copy, flags):
     assert copy.resume("--resume", *flags) == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [
+            "--tau",
+            "0.7",
+            "--normalize",
+            "std",
+            "--reduction",
+            "token-mean",
+            "--clip_low",
+            "null",
+            "--data_seed",
+            "null",
+        ],
+        ["--model", "./{name}", "--tokenizer", "{model}", "--lr_scheduler_type", "linear", "--adam_beta1", ".9"],
+        ["--model", "{model}/", "--tokenizer", "../{parent}/{name}", "--rewards", "trainer_rig:digit_count"],
+    ],
+    ids=["options", "relative paths", "spellings"],
+)
+def test_what_holds_anyway_may_be_said_too(copy, model_path, monkeypatch, capsys, flags):
+    monkeypatch.chdir(model_path.parent)
+    names = {"model": model_path, "name": model_path.name, "parent": model_path.parent.name}
+    assert copy.resume("--resume", *(flag.format(**names) for flag in flags)) == 0, capsys.readouterr().err
+    assert "since" not in capsys.readouterr().err
 
 
 def test_settings_of_a_run_without_manifests_are_those_of_its_run_yaml(copy, capsys):

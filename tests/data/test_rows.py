@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import datasets
 import numpy
 import pandas
@@ -108,6 +110,9 @@ def test_overlong_rows_may_be_dropped(tmp_path):
         datasets.Dataset.from_list,
         lambda rows: datasets.Dataset.from_list(rows).with_format("torch"),
         lambda rows: datasets.Dataset.from_list(rows).with_format("numpy"),
+        lambda rows: datasets.Dataset.from_list(rows).with_format("pandas"),
+        lambda rows: datasets.Dataset.from_list(rows).with_format("arrow"),
+        lambda rows: pandas.DataFrame([{**row, "demonstrations": math.nan} for row in rows]),
         pandas.DataFrame,
         lambda rows: [row for _, row in pandas.DataFrame(rows).iterrows()],
         lambda rows: [{**row, "responses": numpy.array(row["responses"])} for row in rows],
@@ -139,6 +144,18 @@ def test_tables_give_every_row_the_fields_of_all():
     }
     checked = check_record(row, "a row")
     assert checked["tools"] == [{"name": "a"}] and checked["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("absent", [None, math.nan, numpy.float64("nan"), pandas.NA, pandas.NaT])
+def test_what_a_table_leaves_empty_is_absent(tmp_path, absent):
+    row = {"prompt": [{"role": "user", "content": "1"}], "answer": "1", "note": absent}
+    row |= dict.fromkeys(("demonstrations", "responses", "rewards", "tools", "chat_template_kwargs"), absent)
+    checked = check_record(row, "a row")
+    assert checked == {**dict.fromkeys(row), **{name: row[name] for name in ("prompt", "answer")}}
+    with pytest.raises(RowError, match=r"field `prompt` must be text or .* got nothing"):
+        check_record({"prompt": absent}, "a row")
+    with pytest.raises(RowError, match=r"train_dataset\[2\]: field `answer` must be given, got nothing; a reward"):
+        rig.trainer(tmp_path, train=changed(2, answer=absent))
 
 
 def test_the_models_limits_are_those_of_its_decoder_of_text(tmp_path):

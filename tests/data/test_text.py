@@ -46,6 +46,79 @@ def test_a_prompt_that_is_rendered_already_is_answered_as_messages_are(style):
     assert marks(tokenizer, text.encode_response(tokenizer, "a x", rendered)) == ["a", " ", "x", of.end]
 
 
+BEGUN = {"thinking": "<think>\n", "thought": "<think>\n\n</think>\n\n", "a beginning": "a "}
+
+
+@pytest.mark.parametrize("begun", BEGUN.values(), ids=BEGUN)
+@pytest.mark.parametrize("style", [style for style in STYLES if style != "none"])
+def test_both_spellings_of_a_prompt_that_begins_the_answer_are_answered_alike(style, begun):
+    tokenizer, of = chat.tokenizer(style), chat.STYLES[style]
+    messages = [*ASKED, {"role": "assistant", "content": begun}]
+    rendered = tokenizer.apply_chat_template(messages, continue_final_message=True, tokenize=False)
+    found = [marks(tokenizer, text.encode_response(tokenizer, "x", prompt)) for prompt in (messages, rendered)]
+    assert found == [["x", of.end]] * 2
+    closed = tokenizer.apply_chat_template([*messages, *ASKED], tokenize=False)
+    if style != "mistral":  # there a question's end is what opens the answer
+        assert marks(tokenizer, text.encode_response(tokenizer, "x", closed))[-1] == of.eos
+
+
+def turns(content: str = "m.content", before: str = "", opening: str = "<|im_start|>assistant\n") -> str:
+    said = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ " + content + " }}<|im_end|>\n{% endfor %}"
+    return before + said + "{% if add_generation_prompt %}" + opening + "{% endif %}"
+
+
+UNUSUAL = {
+    "needs a system message": turns(before="{% if messages[0].role != 'system' %}{{ raise_exception('') }}{% endif %}"),
+    "reads parts": turns("m.content[0].text"),
+    "refuses text": turns("m.content[0]['text'] + raise_exception('') if m.content is string else m.content[0].text"),
+    "changes what is said": turns("m.content | upper"),
+    "opens nothing": turns(opening=""),
+    "thinks unless told not to": turns(
+        opening="<|im_start|>assistant\n{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
+    ),
+    "thinks if told to": turns(
+        opening="<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])
+@pytest.mark.parametrize("template", UNUSUAL.values(), ids=UNUSUAL)
+def test_the_end_of_an_unusual_templates_turn_is_found(template, pad):
+    tokenizer = chat.tokenizer("qwen base")
+    tokenizer.chat_template, tokenizer.pad_token = template, pad
+    assert tokenizer.convert_ids_to_tokens(text.end_tokens(tokenizer)) == ["<|endoftext|>", "<|im_end|>"]
+    asked = [{"role": "system", "content": "z"}, {"role": "user", "content": "q"}]
+    for variables in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+        given = {name: value for name, value in variables.items() if name in template}
+        ids = text.encode_prompt(tokenizer, asked, None, given)
+        rendered = tokenizer.decode(ids)
+        assert "user\n<|im_end|>" not in rendered
+        for prompt in (asked, rendered, rendered.rstrip(), rendered + "a "):
+            assert marks(tokenizer, text.encode_response(tokenizer, "x", prompt))[-1] == "<|im_end|>"
+        assert marks(tokenizer, text.encode_response(tokenizer, "x", "q"))[-1] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_line_breaks_and_added_words_end_nothing(special):
+    tokenizer = chat.tokenizer("none")
+    tokenizer.add_tokens(["\n"], special_tokens=special)
+    tokenizer.add_tokens([":", "user"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n:user' }}{% endfor %}"
+    assert marks(tokenizer, text.end_tokens(tokenizer)) == ["<eos>"]
+    assert marks(tokenizer, text.encode_response(tokenizer, "a\nx:\n", ASKED)) == [*"a\nx:\n", "<eos>"]
+
+
+def test_a_template_that_renders_no_conversation_is_named_once():
+    tokenizer = chat.tokenizer("qwen base")
+    tokenizer.chat_template = "{{ raise_exception('say please') }}"
+    with pytest.warns(
+        UserWarning, match=r"the chat template should render .*, got TemplateError: say please; .* '<\|endo"
+    ):
+        assert marks(tokenizer, text.encode_response(tokenizer, "x", ASKED)) == ["x", "<|endoftext|>"]
+    assert marks(tokenizer, text.encode_response(tokenizer, "x", ASKED)) == ["x", "<|endoftext|>"]
+
+
 @pytest.mark.parametrize(
     ("named", "others"),
     [(None, []), (5, [5]), ([5, 6], [5, 6]), ((5, 6), [5, 6]), (torch.tensor([5, 6]), [5, 6])],
