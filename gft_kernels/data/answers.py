@@ -8,6 +8,8 @@ from decimal import Decimal, InvalidOperation
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
+NO_MATH_VERIFY = "math_verify must be installed for this reward, got none; run pip install 'gft-kernels[math]'."
+
 
 def last_number(prompts, completions, answer, **columns) -> list[float]:
     """1 where the last number of the completion equals the last number of `answer` (GSM8K's "#### 72"), else 0."""
@@ -27,9 +29,7 @@ def math_verify(prompts, completions, answer, **columns) -> list[float]:
     try:
         from math_verify import parse, verify
     except ImportError:
-        raise ImportError(
-            "math_verify must be installed for this reward; run pip install 'gft-kernels[math]'."
-        ) from None
+        raise ImportError(NO_MATH_VERIFY) from None
     # Its timeouts use SIGALRM, which only the main thread may set.
     seconds = 5 if threading.current_thread() is threading.main_thread() else None
     golds = [parse(str(gold), parsing_timeout=seconds) for gold in answer]

@@ -32,8 +32,8 @@ class Guard:
         self.handles: list[Any] = []
         self.watch(model)
         trunk = getattr(model, "base_model", None)
-        if isinstance(trunk, nn.Module) and trunk is not model:
-            self.handles.append(trunk.register_forward_pre_hook(self.passing))
+        inside = trunk if isinstance(trunk, nn.Module) and trunk is not model else forward.output_head()
+        self.handles.append(inside.register_forward_pre_hook(self.passing))
 
     def watch(self, module: nn.Module) -> None:
         """Hold the calls of the model, or of a wrapper around it, against what reaches the loss."""
@@ -63,25 +63,28 @@ class Guard:
         if lost and output is not None:  # None: the forward has raised
             raise ValueError(f"{', '.join(sorted(lost))} must reach the patched forward of {self.told()}")
 
-    def passing(self, trunk: nn.Module, args: tuple) -> None:
-        """PEFT's wrappers call the forward of what they wrap past its hooks; but nobody passes the trunk's."""
-        replaced = self.model.__dict__.get("forward") is not self.forward
-        if replaced and not self.running and self.model.training and torch.is_grad_enabled():
+    def passing(self, inside: nn.Module, args: tuple) -> None:
+        """Who calls the class's forward (PEFT's wrappers do), or trunk and head by hand, passes every hook but theirs.
+
+        A part that backward runs again was called before; without gradients, nothing is trained.
+        """
+        if self.running or not self.model.training or not torch.is_grad_enabled():
+            return
+        in_backward = torch._C._current_graph_task_id() != -1
+        if not in_backward and any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(f"a training call must reach the patched forward of {self.told()}")
 
     def told(self) -> str:
-        """The rest of the sentence: whose forward the call went through instead."""
+        """The rest of the sentence: whose forward the call went through instead, and what to do."""
         now = self.model.__dict__.get("forward")
+        past = f"{type(self.model).__name__}, got a call that went past it"
+        if now is self.forward:
+            return f"{past}; call the model itself, not its class's forward or its parts, or call unpatch_model"
         bare = getattr(now, "__func__", now)
-        by = (
-            ""
-            if now is self.forward
-            else f", but through {getattr(bare, '__module__', '')}."
-            + str(getattr(bare, "__qualname__", type(bare).__name__))
-        )
+        by = f"{getattr(bare, '__module__', '')}.{getattr(bare, '__qualname__', type(bare).__name__)}"
         return (
-            f"{type(self.model).__name__}, got a call that went past it{by}; call patch_model last, or switch off the "
-            "library's own loss (use_liger_kernel: liger_kernel_config={'fused_linear_cross_entropy': False})"
+            f"{past}, but through {by}; call patch_model last, or switch off the library's own loss "
+            "(use_liger_kernel: liger_kernel_config={'fused_linear_cross_entropy': False})"
         )
 
     def refuse_unlabelled(self, output: Any) -> None:

@@ -177,17 +177,22 @@ def heldout_lines(
     rewards: Rewards,
     is_truncated: Callable[[Response], bool],
 ) -> list[list[float]]:
-    """A line of numbers per row over its responses: truncated, length, reward; sum and count of each function's."""
+    """A line of numbers per row over its responses: truncated, length, reward; sum and count of each function's;
+    count of those some function applies to, which the reward is the mean of (NaN: none)."""
     lines = []
     for row, responses in zip(rows, sampled, strict=True):
-        totals, parts = rewards.score([row] * len(responses), [r.text for r in responses]) if rewards else ([0.0], [])
-        each = (map(is_truncated, responses), (len(r.ids) for r in responses), totals)
-        line = [float(np.mean([*values])) for values in each]
-        for part in parts:
-            applicable = [value for value in part if value is not None]
-            line += [sum(applicable), len(applicable)]
-        lines.append(line)
+        parts = rewards.parts([row] * len(responses), [r.text for r in responses])
+        totals = applicable([rewards.total(values) for values in zip(*parts, strict=True)])
+        line = [float(np.mean([*values])) for values in (map(is_truncated, responses), (len(r.ids) for r in responses))]
+        line.append(float(np.mean(totals)) if totals else math.nan)
+        for values in map(applicable, parts):
+            line += [sum(values), len(values)]
+        lines.append([*line, len(totals)])
     return lines
+
+
+def applicable(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def heldout_summary(names: Sequence[str]):
@@ -195,13 +200,13 @@ def heldout_summary(names: Sequence[str]):
 
     def summarise(prediction) -> dict[str, float]:
         lines = np.asarray(prediction.predictions, dtype=np.float64)
-        log_prob, tokens, truncated, length, reward, *parts = lines.T
+        log_prob, tokens, truncated, length, reward, *parts, rewarded = lines.T
         summary = {"truncated": truncated.mean(), "completion_length": length.mean()}
         if tokens.sum() > 0:
             summary["expert_log_likelihood"] = log_prob.sum() / tokens.sum()
             summary["loss"] = -summary["expert_log_likelihood"]
-        if names:
-            summary["reward"] = reward.mean()
+        if rewarded.sum() > 0:
+            summary["reward"] = np.nansum(reward * rewarded) / rewarded.sum()
         for name, total, count in zip(names, parts[::2], parts[1::2], strict=True) if len(names) > 1 else ():
             if count.sum() > 0:  # over the responses it applies to
                 summary[f"reward_{name}"] = total.sum() / count.sum()

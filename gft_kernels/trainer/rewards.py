@@ -7,16 +7,18 @@ it does not apply. Every other column of the row arrives under its name, one ent
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import math
 import pkgutil
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from gft_kernels.data.answers import boxed_answer, last_number, math_verify
+from gft_kernels.data.answers import NO_MATH_VERIFY, boxed_answer, last_number, math_verify
 from gft_kernels.data.rows import OWN_FIELDS, Row
 
 LARGEST = torch.finfo(torch.float32).max
@@ -69,6 +71,8 @@ class Reward:
             )
         if not callable(function):
             raise TypeError(f"reward function must be a function or a name, got {function!r}.")
+        if inside(function) is math_verify and importlib.util.find_spec("math_verify") is None:
+            raise ValueError(NO_MATH_VERIFY)  # or the first rollout would be sampled for nothing
         self.function, self.name = function, name_of(function)
         if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
             raise TypeError(f"reward function {self.name} must return numbers, got an async function; await inside it.")
@@ -172,23 +176,37 @@ class Rewards:
         Raises: RewardError if a function raises, returns the wrong count or a value that is not a finite number,
         or if no function applies to a completion.
         """
-        parts = [function(rows, completions) for function in self.functions]
+        parts = self.parts(rows, completions)
         totals = []
         for row, completion, *values in zip(rows, completions, *parts, strict=True):
-            terms = [w * value for w, value in zip(self.weights, values, strict=True) if value is not None]
-            if not terms:
+            total = self.total(values)
+            if total is None:
                 raise RewardError(
                     f"{row.where}: no reward function applies; all returned None for {excerpt(completion)}."
                 )
-            totals.append(math.fsum(terms))
+            totals.append(total)
         return totals, parts
+
+    def parts(self, rows: Sequence[Row], completions: Sequence[str]) -> list[list[float | None]]:
+        """Each function's own values. Raises RewardError as `score`, except where no function applies."""
+        return [function(rows, completions) for function in self.functions]
+
+    def total(self, values: Sequence[float | None]) -> float | None:
+        """The weighted sum of a completion's values; None where no function applies."""
+        terms = [w * value for w, value in zip(self.weights, values, strict=True) if value is not None]
+        return math.fsum(terms) if terms else None
 
 
 def name_of(function: Callable) -> str:
     """What a function is called in messages and metrics; of a partial, the function inside."""
+    function = inside(function)
+    return getattr(function, "__name__", type(function).__name__).strip("<>")
+
+
+def inside(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
-    return getattr(function, "__name__", type(function).__name__).strip("<>")
+    return function
 
 
 def excerpt(text: str, width: int = 80) -> str:

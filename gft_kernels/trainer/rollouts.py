@@ -107,14 +107,23 @@ def generation_config(sampling: Sampling) -> GenerationConfig:
 
 @contextmanager
 def plain_generation(model, config):
-    """The model in eval mode, without gradients, with `config` in place of its own generation defaults."""
+    """The model in eval mode, without gradients, with `config` in place of its own generation defaults.
+
+    A router's load is not balanced meanwhile: transformers would take the term of each new token over the whole mask.
+    """
     own, training = model.generation_config, model.training
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    routed = [some for some in configs if getattr(some, "output_router_logits", False)]
     model.generation_config = config
     model.eval()
     try:
+        for some in routed:
+            some.output_router_logits = False
         with torch.no_grad():
             yield
     finally:
+        for some in routed:
+            some.output_router_logits = True
         model.generation_config = own
         model.train(training)
 

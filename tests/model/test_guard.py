@@ -90,6 +90,49 @@ def test_a_batch_that_does_not_reach_the_loss_is_an_error(replacement, wrapping)
         model(**batch("right"), gft_advantages=ADVANTAGES_S)
 
 
+PAST = {
+    "the class's forward": lambda model, inputs: type(model).forward(model, **inputs).loss,
+    "trunk and head by hand": lambda model, inputs: model.lm_head(model.model(**model_inputs(inputs))[0]).mean(),
+    "the trunk, and the head's weight": lambda model, inputs: (
+        model.model(**model_inputs(inputs))[0] @ model.lm_head.weight.mT
+    ).mean(),
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("way", PAST)
+def test_a_loss_made_past_the_forward_is_refused(way, wrapping):
+    """As a wrapper that calls the class's forward does, or a library with a chunked head of its own."""
+    model = inner = tiny("llama").train()
+    for wrap in WRAPPINGS[wrapping]:
+        model = wrap(model)
+    inputs = {**batch("right"), "gft_advantages": ADVANTAGES_S}
+    refused = r"^a training call must reach the patched forward of Llama.*that went past it; call the model itself"
+    with pytest.raises(ValueError, match=refused):
+        PAST[way](inner, inputs)
+    with torch.no_grad():
+        assert PAST[way](inner, inputs).isfinite()
+    assert PAST[way](inner.eval(), inputs).isfinite()
+    assert model.train()(**inputs).loss.isfinite() and not inner._gft_forward.guard.running
+    unpatch_model(model)
+    assert PAST[way](inner, inputs).isfinite()
+
+
+def test_what_trains_nothing_of_the_model_is_not_refused():
+    """A reward head on the states of a frozen model, and a trunk that backward runs again."""
+    model, inputs = patch_model(tiny("llama")).train(), batch("right")
+    states = model.requires_grad_(False).model(**model_inputs(inputs))[0]
+    torch.nn.Linear(states.shape[-1], 1)(states).sum().backward()
+    wrapper = pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    model, plain = tiny("llama"), tiny("llama")
+    theirs = unfused(plain, inputs)
+    patch_model(model).train()
+    model.model = wrapper.checkpoint_wrapper(model.model)
+    (UPSTREAM * model(**inputs, gft_advantages=ADVANTAGES_S).loss).backward()
+    found = {name.replace("._checkpoint_wrapped_module", ""): g for name, g in gradients(model).items()}
+    torch.testing.assert_close(found, theirs[1], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("replacement", REPLACEMENTS)
 def test_evaluation_is_held_to_it_too(replacement):
     model = tiny("llama")

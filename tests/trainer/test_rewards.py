@@ -237,6 +237,13 @@ def test_a_function_that_could_not_be_called_is_refused_before_anything_is_sampl
         Rewards([function])
 
 
+@pytest.mark.parametrize("function", ["math_verify", math_verify, functools.partial(math_verify, level=1)])
+def test_a_library_that_a_ready_reward_needs_is_missed_before_anything_is_sampled(function, monkeypatch):
+    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^math_verify must be installed for .*.*'gft-kernels\[math\]'"):
+        Rewards([function])
+
+
 def test_a_function_gets_the_columns_it_has_room_for():
     def plain(completions, answer):
         return [float(text == gold) for text, gold in zip(completions, answer, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datasets
+import numpy
 import pytest
 import trainer_rig as rig
 from transformers import TrainingArguments
@@ -32,6 +33,29 @@ def test_a_functions_mean_is_over_the_responses_it_applies_to(tmp_path):
     assert metrics["eval_reward"] == pytest.approx(1.0 + 2.0 * odd / len(held_out))
     without = trainer.evaluate([row for row in held_out if int(row["answer"]) % 2 == 0])
     assert "eval_reward_applies_to_some" not in without and without["eval_reward"] == 1.0
+
+
+def test_a_response_no_function_applies_to_counts_for_none(tmp_path):
+    held_out = rig.rows(4)
+    trainer = rig.trainer(
+        tmp_path, evaluation=held_out, reward_funcs=[applies_to_some], reward_weights=[0.5], eval_num_generations=2,
+    )  # fmt: skip
+    assert trainer.evaluate()["eval_reward"] == 1.0
+    predicted = trainer.predict(held_out)
+    odd = numpy.array([int(row["answer"]) % 2 == 1 for row in held_out])
+    numpy.testing.assert_array_equal(predicted.predictions[:, 4], numpy.where(odd, 1.0, numpy.nan))
+    numpy.testing.assert_array_equal(predicted.predictions[:, -1], numpy.where(odd, 2, 0))
+    assert "eval_reward" not in trainer.evaluate([row for row in held_out if int(row["answer"]) % 2 == 0])
+
+
+def test_a_mean_reward_weighs_responses_not_rows(tmp_path):
+    """Two responses a row; the function applies to one of the first row's and to both of the second's."""
+    values = iter([1.0, None, 4.0, 4.0])
+    held_out = rig.rows(2)
+    trainer = rig.trainer(
+        tmp_path, reward_funcs=[lambda completions: [next(values) for _ in completions]], eval_num_generations=2,
+    )  # fmt: skip
+    assert trainer.evaluate(held_out)["eval_reward"] == 3.0
 
 
 def test_functions_of_one_name_have_a_metric_each(tmp_path):

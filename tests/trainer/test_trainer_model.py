@@ -7,6 +7,7 @@ import torch
 import trainer_rig as rig
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from gft_kernels.trainer import engines, rollouts
 from gft_kernels.trainer.groups import collate
 
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
@@ -80,3 +81,20 @@ def test_ligers_kernels_train_gfts_loss(tmp_path, monkeypatch):
         )
         assert found == pytest.approx(expected, rel=1e-5)
     assert len(applied) == 2 and all(given["fused_linear_cross_entropy"] is False for given in applied)
+
+
+@pytest.mark.parametrize("rollout", ["generate", "continuous"])
+def test_a_router_whose_load_is_balanced_is_sampled_from(tmp_path, rollout):
+    """Decoding counts no loss of the router: the term would be taken over a prompt whose mask is longer."""
+    model, flags = routed(0.5), []
+    if rollout == "continuous" and (reason := engines.no_continuous(model)):
+        pytest.skip(reason)
+    model.register_forward_pre_hook(lambda *_: flags.append(model.config.output_router_logits))
+    trainer = rig.trainer(tmp_path, model, max_steps=1, num_generations=2, evaluation=rig.rows(3), rollout=rollout)
+    trainer.train()
+    assert "reward/sampled" in trainer.state.log_history[0] and "eval_reward" in trainer.evaluate()
+    assert flags[0] is False and model.config.output_router_logits is True
+    with pytest.raises(KeyError), rollouts.plain_generation(model, model.generation_config):
+        assert not model.config.output_router_logits
+        raise KeyError
+    assert model.config.output_router_logits is True
