@@ -12,7 +12,7 @@ from cases import VOCABULARIES, assert_rounded, eager_gradient, problem
 from policy_cases import assert_right, bounded_problem
 from torch.testing import assert_close
 
-from gft_kernels import BackendUnavailable, _extension, formulas, gft_loss
+from gft_kernels import BackendUnavailable, _extension, formulas, gft_loss, group_advantages
 from gft_kernels.backends import cpu, reference
 from gft_kernels.options import AgreedRows, Credit, Objective, RowCall
 
@@ -168,17 +168,22 @@ def test_entropy_is_never_below_0(name):
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize(
     "rewards",
-    [torch.arange(8) % 4 + 10**8, torch.arange(8.0).double() % 4 + 1e9, torch.full((8,), 0.1).double()],
-    ids=["int64", "float64", "equal"],
-)
-def test_rewards_that_float32_cannot_tell_apart(name, rewards):
-    """Centred before they are rounded; equal rewards stay exactly 0."""
-    credit = Credit(torch.zeros(8, dtype=torch.int64), rewards_S=rewards.double(), group_size=4)
-    truth = oracle.advantages(rewards.double(), [s // 4 for s in range(8)])
-    assert_close(cpu.run(RowCall(torch.randn(8, 1, 5), credit), name).advantages_R, truth.float(), rtol=1e-6, atol=0)
-    stats = gft_loss(torch.randn(8, 1, 5), torch.zeros(8, 1, dtype=torch.int64), rewards=rewards, group_size=4,
-                     return_stats=True, backend="cpu")[1]  # fmt: skip
-    assert_close(stats.advantages[:, 0], truth.float(), rtol=1e-6, atol=0)
+    [torch.arange(8) % 4 + 10**8, torch.arange(8) // 3 + 9 * 10**15, torch.full((8,), 0.1).double(),
+     *(offset + torch.arange(8).double() % 4 * step for offset, step in ((1e9, 1.0), (1e9, 1e-6), (-1e15, 0.125)))],
+    ids=["int64", "large int64", "equal", "float64", "close float64", "large float64"],
+)  # fmt: skip
+@pytest.mark.parametrize("normalize", ["std", "mean", "leave-one-out"])
+def test_rewards_that_float32_cannot_tell_apart(name, rewards, normalize):
+    """By their distance from one of their group, whose digits they share; equal rewards stay exactly 0."""
+    truth = oracle.advantages(rewards, [s // 4 for s in range(8)], normalize).float()
+    assert_close(group_advantages(rewards, group_size=4, normalize=normalize), truth, rtol=1e-6, atol=0)
+    logits, targets = torch.randn(8, 1, 5), torch.zeros(8, 1, dtype=torch.int64)
+    for groups in ({"group_size": 4}, {"group_ids_S": torch.arange(8) // 4}):
+        credit = Credit(targets[:, 0], rewards_S=rewards.double(), normalize=normalize, **groups)
+        assert_close(cpu.run(RowCall(logits, credit), name).advantages_R, truth, rtol=1e-6, atol=0)
+    stats = gft_loss(logits, targets, rewards=rewards, normalize=normalize, group_size=4, return_stats=True,
+                     backend="cpu")[1]  # fmt: skip
+    assert_close(stats.advantages[:, 0], truth, rtol=1e-6, atol=0)
 
 
 def hard_rows(vocabulary: int = 5000) -> tuple[torch.Tensor, torch.Tensor]:
