@@ -34,7 +34,8 @@ GFT_DEVICE Number sum_lanes(Number value) {
     return value;
 }
 
-// F5, a warp a response: the lanes walk through the members of its group, in doubles, by their distance from its reward.
+// F5, a warp a response: the lanes walk through the members of its group, in doubles and by their distance from its
+// reward.
 GFT_KERNEL(kCreditThreads, 1) advantages_of_rewards(const CreditTask task) {
     const Credit& credit = task.credit;
     const int lane = thread_index() % kWarp;

@@ -158,6 +158,55 @@ def test_options_beyond_float32(name, options):
         assert (result.entropy_R >= 0).all()
 
 
+EXTREMES = [
+    {option: float(f"1e{sign}{digits}")} for option in ("temperature", "logit_scale", "softcap")
+    for sign in "+-" for digits in (*range(1, 46), 60, 200)
+]  # fmt: skip
+
+
+def assert_true_rows(run, rows, targets, options, tau=0.0):
+    """Rows of a backend, with an entropy and its bonus, against float64: all that a transform can spoil."""
+    advantages = torch.linspace(-2.0, 2.3, len(targets))
+    call = rows_call(rows, targets, advantages, tau, want_gradient=True, want_entropy=True, **options)
+    call = replace(call, defer_scale=rows.dtype == torch.float16)
+    losses, gradient = oracle.loss_and_gradient(
+        rows, targets, [True] * len(targets), advantages, torch.ones(len(targets)), 1.0, tau=tau, **options
+    )
+    result = run(call)
+    got = result.gradient_STV[0].double() * (1.0 if result.row_scale_R is None else result.row_scale_R[:, None])
+    slope = abs(options.get("logit_scale", 1.0) / options.get("temperature", 1.0))
+    rounding = 1e-7 * min(options.get("softcap", 1.0) / options.get("temperature", 1.0), 1e4)  # a float32 tanh's
+    assert_close(result.loss, losses.float(), rtol=1e-5, atol=max(1e-6, rounding))
+    assert_close(got.float(), gradient.float(), rtol=3e-3, atol=max(1e-3 * min(slope, 1e38), 1e-30))
+    assert (result.entropy_R >= 0).all()
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("options", EXTREMES, ids=str)
+def test_every_size_of_a_transform(name, options):
+    """Logits of a usual size and as large as the option is, with ties: the largest keeps its whole gradient."""
+    generator = torch.Generator().manual_seed(11)
+    for vocabulary, dtype in ((9, torch.float32), (100, torch.float32), (1003, torch.float16)):
+        rows = torch.randn(8, vocabulary, generator=generator) * 4
+        rows[:3, 4] = rows[:3].amax(1)  # ties at the top
+        targets = torch.randint(vocabulary, (8,), generator=generator)
+        targets[4:6] = rows[4:6].argmax(1)
+        assert_true_rows(lambda call: cpu.run(call, name), rows.to(dtype), targets, options)
+        size = options.get("softcap", options.get("temperature", 1.0))
+        if dtype == torch.float32 and 1e-30 < size < 1e30:
+            assert_true_rows(lambda call: cpu.run(call, name), rows * size, targets, options)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e20, 1e37])
+def test_logits_of_every_size(name, size):
+    """Also where 1/temperature is no number of its own: a logit that goes there and back is another double."""
+    generator = torch.Generator().manual_seed(12)
+    rows, targets = torch.randn(32, 101, generator=generator) * size, torch.arange(32)
+    for options in ({}, {"temperature": 0.7}, {"temperature": 3e-3}, {"logit_scale": -0.3, "temperature": 0.9}):
+        assert_true_rows(lambda call: cpu.run(call, name), rows, targets, options)
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_entropy_is_never_below_0(name):
     rows = torch.randn(3000, 40) * torch.linspace(1, 200, 3000)[:, None]
