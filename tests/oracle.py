@@ -6,32 +6,33 @@ Written for clarity, with autograd for the gradient, one response and one group 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 
 
 def advantages(rewards, groups, normalize="std", eps=1e-6, singleton="reward"):
     """(S,) float64 advantages from (S,) rewards and a list of S group labels."""
-    rewards = [float(r) for r in rewards]
+    rewards = [Fraction(r.item() if hasattr(r, "item") else r) for r in rewards]  # exact: nothing cancels
     out = [0.0] * len(rewards)
     for label in set(groups):
         members = [s for s, g in enumerate(groups) if g == label]
         values = [rewards[s] for s in members]
         k = len(values)
-        mean = math.fsum(values) / k
+        mean = sum(values) / k
         for s in members:
             if k == 1:
                 out[s] = rewards[s] if singleton == "reward" else 0.0
             elif all(v == values[0] for v in values):
                 out[s] = 0.0
             elif normalize == "std":
-                std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (k - 1))
-                out[s] = (rewards[s] - mean) / (std + eps)
+                std = math.sqrt(sum((v - mean) ** 2 for v in values) / (k - 1))
+                out[s] = float(rewards[s] - mean) / (std + eps)
             elif normalize == "mean":
                 out[s] = rewards[s] - mean
             elif normalize == "leave-one-out":
-                out[s] = rewards[s] - (math.fsum(values) - rewards[s]) / (k - 1)
-    return torch.tensor(out, dtype=torch.float64)
+                out[s] = rewards[s] - (sum(values) - rewards[s]) / (k - 1)
+    return torch.tensor([float(a) for a in out], dtype=torch.float64)
 
 
 def row_weights(live, responses, reduction, num_items=None):

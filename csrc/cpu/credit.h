@@ -25,13 +25,16 @@ inline Group<double> describe(const double* rewards_S, const std::vector<std::in
     double sum = 0.0;
     bool equal = true;
     for (std::int64_t i = begin; i < end; ++i) {
-        sum += rewards_S[order[i]];
+        sum += rewards_S[order[i]] - first;
         equal = equal && rewards_S[order[i]] == first;
     }
-    const double size = static_cast<double>(end - begin), mean = equal ? first : sum / size;
+    const double size = static_cast<double>(end - begin), mean = sum / size;
     double squares = 0.0;
-    for (std::int64_t i = begin; i < end; ++i) squares += (rewards_S[order[i]] - mean) * (rewards_S[order[i]] - mean);
-    return {mean, std::sqrt(squares / std::max(size - 1.0, 1.0)), end - begin, equal};
+    for (std::int64_t i = begin; i < end; ++i) {
+        const double centred = (rewards_S[order[i]] - first) - mean;
+        squares += centred * centred;
+    }
+    return {first, mean, std::sqrt(squares / std::max(size - 1.0, 1.0)), end - begin, equal};
 }
 
 // (S) float32 advantages of (S) rewards. Exactly 0 in a group of equal rewards.

@@ -51,14 +51,14 @@ struct FlushDenormals {  // elsewhere denormals cost little
 #endif
 
 // F7 away from the target, block by block; `out` may be `row`. The anchor is near the log-normaliser, so that neither
-// the powers nor the factor leave float's range; what its rounding leaves over is part of the factor. With t near
+// the powers nor the factor leave float's range; what its rounding leaves over is part of the factor: taken in
+// nats, for a w that goes there and back comes back as another double, which k = 1e14 makes a nat of. With t near
 // log2 pi_v at hand, an entropy's tilt makes the factor linear in t: kTilted.
 template <bool kTilted, class T, class Warp>
 void write_gradient(const T* row, T* out, std::int64_t V, const Normaliser& given, const RowScales<double>& scales,
                     const Warp& warp) {
-    const double top = given.top / warp.unit, log_mass = given.log_mass / warp.unit;
-    const Exponent exponent(warp.unit, static_cast<float>(top + log_mass));
-    const double rest_of_t = exponent.k * (exponent.anchor - top - log_mass);  // log2 pi_v - t
+    const Exponent exponent(warp.unit, static_cast<float>((given.top + given.log_mass) / warp.unit));
+    const double rest_of_t = kLog2e * ((warp.nats(exponent.anchor) - given.top) - given.log_mass);  // log2 pi_v - t
     const double size = warp.slope() * std::exp2(rest_of_t);
     const double at_zero = kTilted ? scales.scale + scales.tilt * (scales.entropy + kLn2 * rest_of_t) : scales.scale;
     const Vec factor = Simd::all(static_cast<float>(at_zero * size));

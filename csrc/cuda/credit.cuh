@@ -34,7 +34,8 @@ GFT_DEVICE Number sum_lanes(Number value) {
     return value;
 }
 
-// F5, a warp a response: the lanes walk through the members of its group, in doubles.
+// F5, a warp a response: the lanes walk through the members of its group, in doubles and by their distance from its
+// reward.
 GFT_KERNEL(kCreditThreads, 1) advantages_of_rewards(const CreditTask task) {
     const Credit& credit = task.credit;
     const int lane = thread_index() % kWarp;
@@ -50,17 +51,18 @@ GFT_KERNEL(kCreditThreads, 1) advantages_of_rewards(const CreditTask task) {
     int size = 0, different = 0;
     for (std::int64_t i = start + lane; i < stop; i += kWarp) {
         if (!member(i)) continue;
-        sum += credit.rewards_S[i];
+        sum += credit.rewards_S[i] - reward;
         size += 1;
-        different += credit.rewards_S[i] != credit.rewards_S[s];  // a NaN differs from itself and spoils its group
+        different += credit.rewards_S[i] != reward;  // a NaN differs from itself and spoils its group
     }
     Group<double> group{};
+    group.origin = reward;
     group.size = sum_lanes(size);
     group.equal = sum_lanes(different) == 0;
     group.mean = sum_lanes(sum) / static_cast<double>(group.size);
     double squares = 0.0;
     for (std::int64_t i = start + lane; i < stop; i += kWarp) {
-        const double centred = credit.rewards_S[i] - group.mean;
+        const double centred = (credit.rewards_S[i] - reward) - group.mean;
         if (member(i)) squares += centred * centred;
     }
     group.std = sqrt(sum_lanes(squares) / static_cast<double>(group.size > 1 ? group.size - 1 : 1));

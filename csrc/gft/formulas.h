@@ -16,8 +16,9 @@ struct State {  // a running softmax: mass counts in units of e^top; neutral ele
 };
 
 template <class Real>
-struct Group {       // the rewards of one group
-    Real mean, std;  // std with Bessel's correction; unused for a group of one
+struct Group {       // the rewards of one group by their distance from one of them, whose digits they share
+    Real origin;     // that reward
+    Real mean, std;  // of the distances; std with Bessel's correction, unused for a group of one
     std::int64_t size;
     bool equal;  // all rewards are the same number
 };
@@ -113,8 +114,9 @@ template <class Real>
 GFT_HD Real advantage_in_group(Real reward, Group<Real> group, Real eps, Normalize normalize, Singleton singleton) {
     if (group.size == 1) return singleton == Singleton::reward ? reward : Real(0);
     if (group.equal) return Real(0);
-    if (normalize == Normalize::std) return group_advantage(reward, group.mean, group.std, eps);
-    const Real centred = reward - group.mean;
+    const Real apart = reward - group.origin;
+    if (normalize == Normalize::std) return group_advantage(apart, group.mean, group.std, eps);
+    const Real centred = apart - group.mean;
     if (normalize == Normalize::mean) return centred;
     return centred * (Real(group.size) / Real(group.size - 1));  // R minus the mean of the others
 }

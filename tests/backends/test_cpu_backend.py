@@ -12,7 +12,7 @@ from cases import VOCABULARIES, assert_rounded, eager_gradient, problem
 from policy_cases import assert_right, bounded_problem
 from torch.testing import assert_close
 
-from gft_kernels import BackendUnavailable, _extension, formulas, gft_loss
+from gft_kernels import BackendUnavailable, _extension, formulas, gft_loss, group_advantages
 from gft_kernels.backends import cpu, reference
 from gft_kernels.options import AgreedRows, Credit, Objective, RowCall
 
@@ -158,6 +158,55 @@ def test_options_beyond_float32(name, options):
         assert (result.entropy_R >= 0).all()
 
 
+EXTREMES = [
+    {option: float(f"1e{sign}{digits}")} for option in ("temperature", "logit_scale", "softcap")
+    for sign in "+-" for digits in (*range(1, 46), 60, 200)
+]  # fmt: skip
+
+
+def assert_true_rows(run, rows, targets, options, tau=0.0):
+    """Rows of a backend, with an entropy and its bonus, against float64: all that a transform can spoil."""
+    advantages = torch.linspace(-2.0, 2.3, len(targets))
+    call = rows_call(rows, targets, advantages, tau, want_gradient=True, want_entropy=True, **options)
+    call = replace(call, defer_scale=rows.dtype == torch.float16)
+    losses, gradient = oracle.loss_and_gradient(
+        rows, targets, [True] * len(targets), advantages, torch.ones(len(targets)), 1.0, tau=tau, **options
+    )
+    result = run(call)
+    got = result.gradient_STV[0].double() * (1.0 if result.row_scale_R is None else result.row_scale_R[:, None])
+    slope = abs(options.get("logit_scale", 1.0) / options.get("temperature", 1.0))
+    rounding = 1e-7 * min(options.get("softcap", 1.0) / options.get("temperature", 1.0), 1e4)  # a float32 tanh's
+    assert_close(result.loss, losses.float(), rtol=1e-5, atol=max(1e-6, rounding))
+    assert_close(got.float(), gradient.float(), rtol=3e-3, atol=max(1e-3 * min(slope, 1e38), 1e-30))
+    assert (result.entropy_R >= 0).all()
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("options", EXTREMES, ids=str)
+def test_every_size_of_a_transform(name, options):
+    """Logits of a usual size and as large as the option is, with ties: the largest keeps its whole gradient."""
+    generator = torch.Generator().manual_seed(11)
+    for vocabulary, dtype in ((9, torch.float32), (100, torch.float32), (1003, torch.float16)):
+        rows = torch.randn(8, vocabulary, generator=generator) * 4
+        rows[:3, 4] = rows[:3].amax(1)  # ties at the top
+        targets = torch.randint(vocabulary, (8,), generator=generator)
+        targets[4:6] = rows[4:6].argmax(1)
+        assert_true_rows(lambda call: cpu.run(call, name), rows.to(dtype), targets, options)
+        size = options.get("softcap", options.get("temperature", 1.0))
+        if dtype == torch.float32 and 1e-30 < size < 1e30:
+            assert_true_rows(lambda call: cpu.run(call, name), rows * size, targets, options)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e20, 1e37])
+def test_logits_of_every_size(name, size):
+    """Also where 1/temperature is no number of its own: a logit that goes there and back is another double."""
+    generator = torch.Generator().manual_seed(12)
+    rows, targets = torch.randn(32, 101, generator=generator) * size, torch.arange(32)
+    for options in ({}, {"temperature": 0.7}, {"temperature": 3e-3}, {"logit_scale": -0.3, "temperature": 0.9}):
+        assert_true_rows(lambda call: cpu.run(call, name), rows, targets, options)
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_entropy_is_never_below_0(name):
     rows = torch.randn(3000, 40) * torch.linspace(1, 200, 3000)[:, None]
@@ -168,17 +217,22 @@ def test_entropy_is_never_below_0(name):
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize(
     "rewards",
-    [torch.arange(8) % 4 + 10**8, torch.arange(8.0).double() % 4 + 1e9, torch.full((8,), 0.1).double()],
-    ids=["int64", "float64", "equal"],
-)
-def test_rewards_that_float32_cannot_tell_apart(name, rewards):
-    """Centred before they are rounded; equal rewards stay exactly 0."""
-    credit = Credit(torch.zeros(8, dtype=torch.int64), rewards_S=rewards.double(), group_size=4)
-    truth = oracle.advantages(rewards.double(), [s // 4 for s in range(8)])
-    assert_close(cpu.run(RowCall(torch.randn(8, 1, 5), credit), name).advantages_R, truth.float(), rtol=1e-6, atol=0)
-    stats = gft_loss(torch.randn(8, 1, 5), torch.zeros(8, 1, dtype=torch.int64), rewards=rewards, group_size=4,
-                     return_stats=True, backend="cpu")[1]  # fmt: skip
-    assert_close(stats.advantages[:, 0], truth.float(), rtol=1e-6, atol=0)
+    [torch.arange(8) % 4 + 10**8, torch.arange(8) // 3 + 9 * 10**15, torch.full((8,), 0.1).double(),
+     *(offset + torch.arange(8).double() % 4 * step for offset, step in ((1e9, 1.0), (1e9, 1e-6), (-1e15, 0.125)))],
+    ids=["int64", "large int64", "equal", "float64", "close float64", "large float64"],
+)  # fmt: skip
+@pytest.mark.parametrize("normalize", ["std", "mean", "leave-one-out"])
+def test_rewards_that_float32_cannot_tell_apart(name, rewards, normalize):
+    """By their distance from one of their group, whose digits they share; equal rewards stay exactly 0."""
+    truth = oracle.advantages(rewards, [s // 4 for s in range(8)], normalize).float()
+    assert_close(group_advantages(rewards, group_size=4, normalize=normalize), truth, rtol=1e-6, atol=0)
+    logits, targets = torch.randn(8, 1, 5), torch.zeros(8, 1, dtype=torch.int64)
+    for groups in ({"group_size": 4}, {"group_ids_S": torch.arange(8) // 4}):
+        credit = Credit(targets[:, 0], rewards_S=rewards.double(), normalize=normalize, **groups)
+        assert_close(cpu.run(RowCall(logits, credit), name).advantages_R, truth, rtol=1e-6, atol=0)
+    stats = gft_loss(logits, targets, rewards=rewards, normalize=normalize, group_size=4, return_stats=True,
+                     backend="cpu")[1]  # fmt: skip
+    assert_close(stats.advantages[:, 0], truth, rtol=1e-6, atol=0)
 
 
 def hard_rows(vocabulary: int = 5000) -> tuple[torch.Tensor, torch.Tensor]:

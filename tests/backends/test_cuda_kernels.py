@@ -150,15 +150,20 @@ def test_what_is_reported_of_an_objective(launch):
         policy.test_fp16_survives_a_gradient_scaler("cuda", entropy_coef)
 
 
+@pytest.mark.parametrize("normalize", ["std", "mean", "leave-one-out"])
 @pytest.mark.parametrize(
-    "rewards", [[1e8, 1e8 + 1, 1e8 + 2, 1e8 + 3], [1e9 + 3, 1e9, 1e9, 1e9 + 1], [0.1] * 4], ids=str
-)
-def test_rewards_that_float32_cannot_tell_apart(rewards):
-    rewards_S = torch.tensor(rewards, dtype=torch.float64)
-    credit = Credit(torch.zeros(4, dtype=torch.int64), rewards_S=rewards_S, group_size=4)
-    advantages_R = Backend().run(RowCall(torch.randn(4, 1, 33), credit)).advantages_R
-    truth = oracle.advantages(rewards_S, [0] * 4).float()
-    torch.testing.assert_close(advantages_R, truth, rtol=1e-6, atol=0)
+    "rewards",
+    [[1e8, 1e8 + 1, 1e8 + 2, 1e8 + 3], [1e9 + 3, 1e9, 1e9, 1e9 + 1], [1e9, 1e9 + 1e-6, 1e9 + 2e-6, 1e9],
+     [1e15, 1e15 + 0.125, 1e15 + 0.25, 1e15 + 0.5], [9e15, 9e15 + 1, 9e15 + 1, 9e15], [0.1] * 4],
+    ids=str,
+)  # fmt: skip
+def test_rewards_that_float32_cannot_tell_apart(rewards, normalize):
+    rewards_S, ids_S = torch.tensor(rewards, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    truth = oracle.advantages(rewards_S, [0] * 4, normalize).float()
+    for groups in ({"group_size": 4}, {"group_ids_S": ids_S}):
+        credit = Credit(ids_S, rewards_S=rewards_S, normalize=normalize, **groups)
+        advantages_R = Backend().run(RowCall(torch.randn(4, 1, 33), credit)).advantages_R
+        torch.testing.assert_close(advantages_R, truth, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("blocks", [0, 4])

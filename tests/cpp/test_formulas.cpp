@@ -87,7 +87,8 @@ void test_objectives() {
 }
 
 void test_advantages() {
-    const Group<double> group{0.5, 0.25, 4, false}, equal{1.0, 1e-17, 4, true}, single{1.0, 0.0, 1, true};
+    const Group<double> group{0.25, 0.25, 0.25, 4, false}, equal{1.0, 1e-17, 1e-17, 4, true},
+        single{1.0, 0.0, 0.0, 1, true};
     const auto advantage = [](double reward, Group<double> g, Normalize n, Singleton s = Singleton::reward) {
         return advantage_in_group(reward, g, 1e-6, n, s);
     };

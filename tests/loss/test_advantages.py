@@ -60,6 +60,8 @@ def test_equal_rewards_give_exactly_zero(reward, dtype):
 FAR = {  # rewards of one group that float32 cannot tell apart, or cannot hold
     "int64 from 1e8": torch.tensor([0, 1, 2, 3]) + 10**8,
     "int32 from 2e9": torch.tensor([0, 1, 2, 3], dtype=torch.int32) + 2 * 10**9,
+    "int64 from 9e15": torch.tensor([0, 1, 1, 3]) + 9 * 10**15,
+    "float64 from 1e15": torch.tensor([0.0, 1, 2, 4], dtype=torch.float64) / 8 + 1e15,
     "float64 from 1e9": torch.tensor([0.0, 1, 2, 3], dtype=torch.float64) + 1e9,
     "float64 to 4e39": torch.tensor([1.0, 2, 3, 4], dtype=torch.float64) * 1e39,
     "float64 an outlier first": torch.tensor([1e12, 0.5, 0.25, 0.125], dtype=torch.float64),
@@ -84,7 +86,7 @@ def test_any_real_dtype_in_its_own_digits(name, normalize):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["int64 from 1e8", "float64 from 1e9", "bool"])
+@pytest.mark.parametrize("name", ["int64 from 1e8", "int64 from 9e15", "float64 from 1e9", "float64 from 1e15", "bool"])
 def test_a_loss_sees_rewards_in_their_own_digits(backend, device, name):
     logits, targets = torch.randn(4, 2, 7, device=device), torch.tensor([[1, 2]] * 4, device=device)
     for groups in ({"group_size": 4}, {"group_ids": torch.zeros(4, dtype=torch.long, device=device)}):
