@@ -1,4 +1,9 @@
-"""The losses have one derivative, the first, in reverse mode. Whoever asks for another is told so, not given zeros."""
+"""The losses have one derivative, the first, in reverse mode. Whoever asks for another is told so, not given zeros.
+
+torch.compile: forward mode and torch.func are refused while it traces, so with fullgraph=True the refusal is
+torch.compile's own. A second derivative of a compiled loss is none of the loss's doing: the graph's backward is
+compiled as a function of what forward kept, which is the gradient, a constant.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,26 @@ REMEDY = "write that loss in plain torch operations"
 _TWICE = f"the loss must be differentiated once, got a derivative of its gradient (create_graph=True); {REMEDY}"
 
 
-def first_only(backward: Callable) -> Callable:
-    """A backward whose gradients raise when they are differentiated again, whatever the upstream gradient is.
+def keep_path(ctx, *inputs: Tensor | None) -> None:
+    """Keep, for `first_only`, a tensor of no elements from which the graph leads back to the inputs."""
+    ctx.path = None
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    if wanted and not torch.compiler.is_compiling():
+        with torch.enable_grad():
+            ctx.path = _refusing(wanted[0].new_empty(0), *wanted)
 
-    autograd's own once_differentiable is silent for an upstream that needs no gradient, the usual 1: a gradient
-    penalty would then add nothing. create_graph=True alone is allowed; what it made is only never differentiated.
+
+def _refusing(value: Tensor, *sources: Tensor) -> Tensor:
+    """The value as a function of the sources, whose derivative raises."""
+    return torch._C._functions.DelayedError(_TWICE, 1 + len(sources))(value.detach(), *sources)[0]
+
+
+def first_only(backward: Callable) -> Callable:
+    """A backward whose gradients raise when they are differentiated again, by any input or by the upstream gradient.
+
+    autograd's own once_differentiable is silent for an upstream that needs no gradient, the usual 1, and its error
+    lies on no way to the inputs: a gradient penalty would add nothing, a Hessian be zero. create_graph=True alone is
+    allowed; what it made is only never differentiated. The forward must have called `keep_path`.
     """
 
     @wraps(backward)
@@ -26,8 +46,8 @@ def first_only(backward: Callable) -> Callable:
             gradients = backward(ctx, *upstream)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return gradients
-        refuse = torch._C._functions.DelayedError(_TWICE, 1)
-        return tuple(None if x is None else refuse(x.detach().requires_grad_(True)) for x in gradients)
+        sources = [x for x in (ctx.path, *upstream) if x is not None and x.requires_grad]
+        return tuple(None if x is None else _refusing(x, *sources) for x in gradients)
 
     return wrapped
 

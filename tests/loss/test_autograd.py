@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from cases import problem, run
@@ -125,6 +127,56 @@ def test_a_second_derivative_is_an_error(backend, device, loss, upstream):
     assert torch.equal(gradient.detach(), plain), "create_graph alone changes nothing"
     with pytest.raises(RuntimeError, match=r"the loss must be differentiated once, got a derivative of its gradient"):
         (leaf.sum() + gradient.square().sum()).backward()
+
+
+def penalty(**unused):
+    """The gradient of a gradient alone, which no other term leads back to the input."""
+
+    def ask(function, z):
+        leaf = z.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(function(leaf) * 2.5, leaf, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), leaf, **unused)
+
+    return ask
+
+
+def by_the_upstream(function, z):
+    leaf, factor = z.clone().requires_grad_(True), torch.tensor(2.5, device=z.device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(leaf) * factor, leaf, create_graph=True)
+    return torch.autograd.grad(gradient.sum(), factor)
+
+
+SECOND = {
+    "hvp": lambda function, z: torch.autograd.functional.hvp(function, z, z),
+    "vhp": lambda function, z: torch.autograd.functional.vhp(function, z, z),
+    "jvp": lambda function, z: torch.autograd.functional.jvp(function, z, z),
+    "hessian": lambda function, z: torch.autograd.functional.hessian(function, z),
+    "beside a cubic": lambda function, z: torch.autograd.functional.hvp(lambda x: function(x) + x.pow(3).sum(), z, z),
+    "penalty": penalty(),
+    "penalty, unused allowed": penalty(allow_unused=True),
+    "penalty, zeros for unused": penalty(materialize_grads=True),
+    "by the upstream": by_the_upstream,
+}
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "half precision", "per row"])
+@pytest.mark.parametrize("ask", SECOND)
+def test_no_way_of_asking_for_a_second_derivative_gives_zeros(backend, device, loss, ask):
+    function = {
+        "half precision": lambda z: bound(problem(), backend, device)(z.half()),
+        "per row": lambda z: bound(problem(), backend, device, reduction="none")(z).sum(),
+    }.get(loss) or LOSSES[loss](backend, device)
+    with pytest.raises(RuntimeError, match=r"the loss must be differentiated once, got a derivative of its gradient"):
+        SECOND[ask](function, problem().logits.to(device))
+
+
+def test_the_way_back_holds_no_logits(backend, device):
+    leaf = problem().logits.to(device).requires_grad_(True)
+    logits = leaf * 1
+    storage = weakref.ref(logits.untyped_storage())
+    loss = bound(problem(), backend, device)(logits)
+    del logits
+    assert storage() is None and loss.requires_grad
 
 
 @pytest.mark.parametrize("loss", LOSSES)
