@@ -7,7 +7,7 @@ compiled as a function of what forward kept, which is the gradient, a constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 
 import torch
@@ -54,16 +54,25 @@ def first_only(backward: Callable) -> Callable:
 
 def refuse_others(*inputs: Tensor | None) -> None:
     """Raises RuntimeError for forward-mode tangents and the derivatives of torch.func; its vmap passes without one."""
-    if torch.compiler.is_compiling():
-        return
-    kinds = {level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack() or ()}
-    if kinds & {"grad", "jvp"} or (kinds and torch.is_grad_enabled() and any(map(_needs_gradient, inputs))):
+    kinds = set(_transforms())
+    inside = bool(kinds) and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if kinds & {"grad", "jvp"} or (inside and any(map(_needs_gradient, inputs))):
         raise RuntimeError(
             f"the loss must be differentiated outside torch.func, got a derivative with {', '.join(sorted(kinds))}; "
             f"call backward() or autograd.grad on the whole batch, or {REMEDY}"
         )
-    if forward_ad._current_level < 0:
-        return
+    if forward_ad._current_level >= 0:  # torch.compile guards on this number
+        _refuse_tangents(inputs)
+
+
+@torch.compiler.assume_constant_result  # torch.compile guards on them
+def _transforms() -> tuple[str, ...]:
+    """Names of the torch.func transforms that are active."""
+    return tuple(level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+@torch.compiler.disable  # a traced tensor does not show its tangent
+def _refuse_tangents(inputs: Sequence[Tensor | None]) -> None:
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(f"the loss must be differentiated in reverse mode, got a forward-mode tangent; {REMEDY}")
 

@@ -198,6 +198,35 @@ def test_forward_mode_and_torch_func_are_errors(backend, device, loss):
         torch.func.vmap(function)(batch.clone().requires_grad_(True))
 
 
+def of_a_dual(function, z):
+    function(z)  # compiled without a tangent first
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(z, torch.ones_like(z)))
+
+
+TRACED = {
+    "jvp": ("outside torch.func, got a derivative with jvp", lambda function, z: torch.func.jvp(function, (z,), (z,))),
+    "grad": ("outside torch.func, got a derivative with grad", lambda function, z: torch.func.grad(function)(z)),
+    "dual": ("in reverse mode, got a forward-mode tangent", of_a_dual),
+    "hvp": ("once, got a derivative of its gradient", lambda f, z: torch.autograd.functional.hvp(f, z, z)),
+}
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("ask", TRACED)
+def test_compiling_hides_no_refusal(backend, device, ask, fullgraph):
+    """With fullgraph the refusal may be torch.compile's own; a second derivative is refused where the graph is run."""
+    torch._dynamo.reset()
+    sentence, take = TRACED[ask]
+    z, function = problem().logits.to(device), LOSSES["out of place"](backend, device)
+    compiled = torch.compile(function, backend="eager", fullgraph=fullgraph)
+    if ask in ("jvp", "grad"):
+        compiled = function
+        take = torch.compile(lambda f, x: TRACED[ask][1](f, x), backend="eager", fullgraph=fullgraph)
+    with pytest.raises(RuntimeError, match=None if fullgraph else f"the loss must be differentiated {sentence}"):
+        take(compiled, z)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_what_backward_hands_out_is_the_callers_own(backend, device, loss):
     """Changed in place, or added to by the next walk, it leaves what the graph saved alone."""
