@@ -1,8 +1,13 @@
-"""The losses have one derivative, the first, in reverse mode. Whoever asks for another is told so, not given zeros."""
+"""The losses have one derivative, the first, in reverse mode. Whoever asks for another is told so, not given zeros.
+
+torch.compile: forward mode and torch.func are refused while it traces, so with fullgraph=True the refusal is
+torch.compile's own. A second derivative of a compiled loss is none of the loss's doing: the graph's backward is
+compiled as a function of what forward kept, which is the gradient, a constant.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 
 import torch
@@ -13,11 +18,26 @@ REMEDY = "write that loss in plain torch operations"
 _TWICE = f"the loss must be differentiated once, got a derivative of its gradient (create_graph=True); {REMEDY}"
 
 
-def first_only(backward: Callable) -> Callable:
-    """A backward whose gradients raise when they are differentiated again, whatever the upstream gradient is.
+def keep_path(ctx, *inputs: Tensor | None) -> None:
+    """Keep, for `first_only`, a tensor of no elements from which the graph leads back to the inputs."""
+    ctx.path = None
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    if wanted and not torch.compiler.is_compiling():
+        with torch.enable_grad():
+            ctx.path = _refusing(wanted[0].new_empty(0), *wanted)
 
-    autograd's own once_differentiable is silent for an upstream that needs no gradient, the usual 1: a gradient
-    penalty would then add nothing. create_graph=True alone is allowed; what it made is only never differentiated.
+
+def _refusing(value: Tensor, *sources: Tensor) -> Tensor:
+    """The value as a function of the sources, whose derivative raises."""
+    return torch._C._functions.DelayedError(_TWICE, 1 + len(sources))(value.detach(), *sources)[0]
+
+
+def first_only(backward: Callable) -> Callable:
+    """A backward whose gradients raise when they are differentiated again, by any input or by the upstream gradient.
+
+    autograd's own once_differentiable is silent for an upstream that needs no gradient, the usual 1, and its error
+    lies on no way to the inputs: a gradient penalty would add nothing, a Hessian be zero. create_graph=True alone is
+    allowed; what it made is only never differentiated. The forward must have called `keep_path`.
     """
 
     @wraps(backward)
@@ -26,24 +46,33 @@ def first_only(backward: Callable) -> Callable:
             gradients = backward(ctx, *upstream)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return gradients
-        refuse = torch._C._functions.DelayedError(_TWICE, 1)
-        return tuple(None if x is None else refuse(x.detach().requires_grad_(True)) for x in gradients)
+        sources = [x for x in (ctx.path, *upstream) if x is not None and x.requires_grad]
+        return tuple(None if x is None else _refusing(x, *sources) for x in gradients)
 
     return wrapped
 
 
 def refuse_others(*inputs: Tensor | None) -> None:
     """Raises RuntimeError for forward-mode tangents and the derivatives of torch.func; its vmap passes without one."""
-    if torch.compiler.is_compiling():
-        return
-    kinds = {level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack() or ()}
-    if kinds & {"grad", "jvp"} or (kinds and torch.is_grad_enabled() and any(map(_needs_gradient, inputs))):
+    kinds = set(_transforms())
+    inside = bool(kinds) and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if kinds & {"grad", "jvp"} or (inside and any(map(_needs_gradient, inputs))):
         raise RuntimeError(
             f"the loss must be differentiated outside torch.func, got a derivative with {', '.join(sorted(kinds))}; "
             f"call backward() or autograd.grad on the whole batch, or {REMEDY}"
         )
-    if forward_ad._current_level < 0:
-        return
+    if forward_ad._current_level >= 0:  # torch.compile guards on this number
+        _refuse_tangents(inputs)
+
+
+@torch.compiler.assume_constant_result  # torch.compile guards on them
+def _transforms() -> tuple[str, ...]:
+    """Names of the torch.func transforms that are active."""
+    return tuple(level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+@torch.compiler.disable  # a traced tensor does not show its tangent
+def _refuse_tangents(inputs: Sequence[Tensor | None]) -> None:
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(f"the loss must be differentiated in reverse mode, got a forward-mode tangent; {REMEDY}")
 

@@ -89,6 +89,7 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     _loss, *others = output
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
+    derivatives.keep_path(ctx, *inputs[: len(_TENSORS)])
     call, _ = _unpack(inputs)
     ctx.per_row = call.credit.reduction == "none"
     ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]

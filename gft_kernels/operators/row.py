@@ -124,6 +124,7 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*others, row_scale, _entropy, gradient)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(gradient, row_scale)
+    derivatives.keep_path(ctx, inputs[0])
     ctx.backend, ctx.arguments = inputs[-1], len(inputs) - 1
 
 
@@ -166,6 +167,7 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, *arguments):
+        derivatives.keep_path(ctx, logits)
         outputs = torch.ops.gft.row_loss_(logits, *arguments)
         _loss, *others, row_scale, _entropy = outputs
         ctx.mark_non_differentiable(*others, row_scale, _entropy)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from cases import problem, run
@@ -127,6 +129,56 @@ def test_a_second_derivative_is_an_error(backend, device, loss, upstream):
         (leaf.sum() + gradient.square().sum()).backward()
 
 
+def penalty(**unused):
+    """The gradient of a gradient alone, which no other term leads back to the input."""
+
+    def ask(function, z):
+        leaf = z.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(function(leaf) * 2.5, leaf, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), leaf, **unused)
+
+    return ask
+
+
+def by_the_upstream(function, z):
+    leaf, factor = z.clone().requires_grad_(True), torch.tensor(2.5, device=z.device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(leaf) * factor, leaf, create_graph=True)
+    return torch.autograd.grad(gradient.sum(), factor)
+
+
+SECOND = {
+    "hvp": lambda function, z: torch.autograd.functional.hvp(function, z, z),
+    "vhp": lambda function, z: torch.autograd.functional.vhp(function, z, z),
+    "jvp": lambda function, z: torch.autograd.functional.jvp(function, z, z),
+    "hessian": lambda function, z: torch.autograd.functional.hessian(function, z),
+    "beside a cubic": lambda function, z: torch.autograd.functional.hvp(lambda x: function(x) + x.pow(3).sum(), z, z),
+    "penalty": penalty(),
+    "penalty, unused allowed": penalty(allow_unused=True),
+    "penalty, zeros for unused": penalty(materialize_grads=True),
+    "by the upstream": by_the_upstream,
+}
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "half precision", "per row"])
+@pytest.mark.parametrize("ask", SECOND)
+def test_no_way_of_asking_for_a_second_derivative_gives_zeros(backend, device, loss, ask):
+    function = {
+        "half precision": lambda z: bound(problem(), backend, device)(z.half()),
+        "per row": lambda z: bound(problem(), backend, device, reduction="none")(z).sum(),
+    }.get(loss) or LOSSES[loss](backend, device)
+    with pytest.raises(RuntimeError, match=r"the loss must be differentiated once, got a derivative of its gradient"):
+        SECOND[ask](function, problem().logits.to(device))
+
+
+def test_the_way_back_holds_no_logits(backend, device):
+    leaf = problem().logits.to(device).requires_grad_(True)
+    logits = leaf * 1
+    storage = weakref.ref(logits.untyped_storage())
+    loss = bound(problem(), backend, device)(logits)
+    del logits
+    assert storage() is None and loss.requires_grad
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_forward_mode_and_torch_func_are_errors(backend, device, loss):
     function, z = LOSSES[loss](backend, device), problem().logits.to(device)
@@ -144,6 +196,35 @@ def test_forward_mode_and_torch_func_are_errors(backend, device, loss):
     batch = torch.stack([z, 2 * z])
     with pytest.raises(RuntimeError, match=r"outside torch.func, got a derivative with vmap"):
         torch.func.vmap(function)(batch.clone().requires_grad_(True))
+
+
+def of_a_dual(function, z):
+    function(z)  # compiled without a tangent first
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(z, torch.ones_like(z)))
+
+
+TRACED = {
+    "jvp": ("outside torch.func, got a derivative with jvp", lambda function, z: torch.func.jvp(function, (z,), (z,))),
+    "grad": ("outside torch.func, got a derivative with grad", lambda function, z: torch.func.grad(function)(z)),
+    "dual": ("in reverse mode, got a forward-mode tangent", of_a_dual),
+    "hvp": ("once, got a derivative of its gradient", lambda f, z: torch.autograd.functional.hvp(f, z, z)),
+}
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("ask", TRACED)
+def test_compiling_hides_no_refusal(backend, device, ask, fullgraph):
+    """With fullgraph the refusal may be torch.compile's own; a second derivative is refused where the graph is run."""
+    torch._dynamo.reset()
+    sentence, take = TRACED[ask]
+    z, function = problem().logits.to(device), LOSSES["out of place"](backend, device)
+    compiled = torch.compile(function, backend="eager", fullgraph=fullgraph)
+    if ask in ("jvp", "grad"):
+        compiled = function
+        take = torch.compile(lambda f, x: TRACED[ask][1](f, x), backend="eager", fullgraph=fullgraph)
+    with pytest.raises(RuntimeError, match=None if fullgraph else f"the loss must be differentiated {sentence}"):
+        take(compiled, z)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
