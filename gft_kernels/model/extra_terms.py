@@ -1,8 +1,10 @@
 """Loss terms a model returns beside its logits (a router's load balance, say), and their share of a step.
 
-A term is a mean over its micro-batch, so it is added to the loss of each of the micro-batch's tokens and divided with
-them: over a step, whichever way it is cut, the terms of its micro-batches are weighed by their tokens (by their
-responses, where the loss is a mean over those) and the weights sum to 1. A micro-batch without a label weighs nothing.
+A term belongs to its micro-batch, so it is added to the loss of each of the micro-batch's tokens and divided with them:
+over a step, whichever way it is cut, the terms of its micro-batches are weighed by their tokens (by their responses,
+where the loss is a mean over those) and the weights sum to 1. A micro-batch without a label weighs nothing. The weighed
+terms themselves are the whole step's where a term is a mean over positions that are as many for each token; a load
+balance, a product of two such means, depends on the cut. With reduction "sum" the weights sum to the tokens.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -16,7 +17,7 @@ from gft_kernels.api import policy_loss
 from gft_kernels.model import head as heads
 from gft_kernels.model.columns import PER_CALL, Columns
 from gft_kernels.model.extra_terms import extra_terms
-from gft_kernels.model.guard import PREFIX, Guard, brought
+from gft_kernels.model.guard import OWN_LOSS, PREFIX, Guard, brought
 from gft_kernels.model.head import HeadCall, Transform
 from gft_kernels.options import TokenStats
 
@@ -36,6 +37,7 @@ class PatchedForward:
         self.transform: Transform | None = None  # the one of them that the model is known to apply
         self.refusal: str | None = None  # why the logits are needed, where no later call can change that
         self.warned: set[str] = set()
+        self.head_call: HeadCall | None = None  # the one under way
         self.__name__, self.__doc__ = "forward", model.forward.__doc__
         self.__signature__ = signature(model.forward)
         parameters = self.__signature__.parameters.values()
@@ -53,7 +55,8 @@ class PatchedForward:
             return self.plain(kwargs)
         self.guard.running += 1
         try:
-            return self.answer(kwargs)
+            with contextlib.nullcontext() if self.head_call is None else self.head_call.set_aside():
+                return self.answer(kwargs)
         finally:
             self.guard.running -= 1
 
@@ -67,7 +70,8 @@ class PatchedForward:
             self.guard.taken(given)
             return self.with_loss(kwargs, options)
         if named:
-            raise ValueError(f"labels must be given with {PREFIX}{next(iter(named))}, got None; pass labels=")
+            name = PREFIX + next(iter(named))
+            raise ValueError(f"labels must be given with {name}, got None; pass labels= to the model, and {OWN_LOSS}")
         output = self.plain(kwargs)
         self.guard.refuse_unlabelled(output)
         return output
@@ -156,7 +160,11 @@ class PatchedForward:
             )
 
         with HeadCall(head, loss_of, check) as call:
-            output = self.plain(kwargs)
+            around, self.head_call = self.head_call, call
+            try:
+                output = self.plain(kwargs)
+            finally:
+                self.head_call = around
         return output, call
 
     def from_logits(self, kwargs: dict[str, Any], columns: Columns):

@@ -15,6 +15,10 @@ from torch import nn
 
 PREFIX = "gft_"
 LABELS = ("labels", "shift_labels")
+OWN_LOSS = (
+    "switch off what makes the trainer compute a loss of its own from the logits (label smoothing, "
+    "compute_loss_func, loss_type and the like)"
+)
 
 
 def brought(kwargs: dict[str, Any]) -> set[str]:
@@ -92,7 +96,6 @@ class Guard:
         first = output[0]
         if self.model.training and isinstance(first, torch.Tensor) and first.requires_grad:
             raise ValueError(
-                f"labels must come with every training call of a patched {type(self.model).__name__}, got none; switch "
-                "off what makes the trainer compute a loss of its own from the logits (label smoothing, "
-                "compute_loss_func, loss_type and the like), or call unpatch_model"
+                f"labels must come with every training call of a patched {type(self.model).__name__}, got none; "
+                f"{OWN_LOSS}, or call unpatch_model"
             )

@@ -10,8 +10,9 @@ Sizes: S responses, T positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,7 @@ class HeadCall:
         self.head, self.loss_of, self.check = head, loss_of, check
         self.refusal: str | None = "the model did not call its output head"
         self.calls = 0
+        self.aside = False
         self.probe: Tensor | None = None
         self.loss: Tensor | None = None
         self.stats: TokenStats | None = None
@@ -118,6 +120,19 @@ class HeadCall:
     def __exit__(self, *exception) -> None:
         self.hook.remove()
         del self.head.forward
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """The head as it was, for another call of the model that is made inside this one."""
+        if self.aside:
+            yield
+            return
+        self.aside = True
+        del self.head.forward
+        try:
+            yield
+        finally:
+            self.head.forward, self.aside = self._forward, False
 
     def _forward(self, hidden_STD: Tensor) -> Tensor:
         self.calls += 1
@@ -133,7 +148,7 @@ class HeadCall:
         return loss
 
     def _take_loss(self, head: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if self.refusal is not None:
+        if self.refusal is not None or self.aside:
             return None  # these are logits
         self.loss = output
         if self.probe is None:

@@ -200,6 +200,43 @@ def test_calls_that_fail_or_lie_in_one_another_are_told_apart():
     assert not model._gft_forward.guard.open
 
 
+INSIDE = {
+    "logits": lambda model, inputs: model(**model_inputs(inputs)).logits,
+    "generate": lambda model, inputs: model.generate(
+        **model_inputs(inputs), max_new_tokens=1, return_dict_in_generate=True, output_logits=True, pad_token_id=0
+    ).logits[0],
+    "a loss": lambda model, inputs: model(**inputs, gft_advantages=ADVANTAGES_S.flip(0)).loss,
+}
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["first call", "later call"])
+@pytest.mark.parametrize("way", INSIDE)
+def test_a_call_inside_a_call_that_computes_its_loss_has_a_head_of_its_own(way, known):
+    """As a probe on a layer that samples, or asks the model about other rows; the loss around it stays in the head."""
+    model, inputs = tiny("llama"), batch("right")
+    theirs = unfused(model, inputs)
+    patch_model(model).train()
+    with torch.no_grad():
+        expected = INSIDE[way](model, inputs)
+    if not known:
+        unpatch_model(model)
+        patch_model(model)
+    found = []
+
+    def probe(*_):
+        if not found:
+            found.append(None)
+            with torch.no_grad():
+                found.append(INSIDE[way](model, inputs))
+
+    handle = model.model.layers[0].register_forward_hook(probe)
+    assert_same(patched(model, inputs), theirs)
+    handle.remove()
+    torch.testing.assert_close(found[1], expected)
+    assert "forward" not in model.lm_head.__dict__ and not model._gft_forward.guard.open
+    assert_same(patched(model, inputs), theirs)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_a_copy_has_a_guard_of_its_own(duplicate):
     model, inputs = patch_model(tiny("llama")), batch("right")
@@ -258,7 +295,15 @@ def test_a_trainer_with_a_loss_of_its_own_is_refused(case, columns, tmp_path):
     rows = [{**row, **({"gft_advantages": 1.0 + s} if columns else {})} for s, row in enumerate(rows)]
     args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no", **options)
     trainer = trainer_class(patch_model(tiny("llama")), args, train_dataset=rows, **arguments)
-    with pytest.raises(ValueError, match=r"^(labels must|gft_advantages, labels must|a training call must)"):
+    told = "^(gft_advantages, labels|labels|a training call) must reach the patched forward.*use_liger_kernel"
+    if case != "liger":
+        given = (
+            "be given with gft_advantages, got None; pass labels= to" if columns else "come with every training call"
+        )
+        told = (
+            rf"^labels must {given}.* switch off what makes .* a loss of its own .*label smoothing, compute_loss_func"
+        )
+    with pytest.raises(ValueError, match=told):
         trainer.train()
 
 
