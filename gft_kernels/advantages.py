@@ -37,9 +37,9 @@ def group_advantages(
         singleton: advantage of a group of one: its "reward" or "zero".
 
     Returns: (S,) float32 on the rewards' device; exactly 0 for a group of equal rewards. What is between is
-        float64, so rewards may be as close to each other as that tells them apart.
+        float64, so rewards may be as close to each other as that tells them apart: whole ones below 2^53 in size.
     Raises: ValueError, TypeError. On the CPU a reward that is not finite, or whose advantage would not fit float32, is
-        an error; on a GPU it spoils its group.
+        an error, and so is a whole number of 2^53 or more; on a GPU the one spoils its group, the other is rounded.
     Source: docs/formulas.md#F5.
     """
     checks.check_rewards(rewards, None, None)

@@ -212,6 +212,20 @@ def check_rewards(rewards: Any, responses: int | None, device: torch.device | No
     check_tensor("rewards", rewards, None, shape, device, "pass one reward per response, as torch.as_tensor(rewards)")
     if rewards.dim() != 1:
         raise ValueError(f"rewards must have shape (S,), got {tuple(rewards.shape)}; pass one reward per response")
+    looked_at = rewards.device.type == "cpu" and type(rewards) is Tensor and not torch.compiler.is_compiling()
+    if rewards.dtype in (torch.int64, torch.uint64) and looked_at:
+        _check_whole_rewards(rewards)
+
+
+def _check_whole_rewards(rewards: Tensor) -> None:
+    """Whole numbers must be told apart by float64, which holds them from here on. Raises ValueError."""
+    large = (rewards.double().abs() >= 2.0**53).nonzero()
+    if len(large):
+        at = int(large[0])
+        raise ValueError(
+            f"rewards must be below 2^53 in size where they are whole, got {int(rewards[at])} at position {at}; "
+            "subtract what they have in common first"
+        )
 
 
 def check_groups(responses: int, group_size: Any, group_ids: Any, device: torch.device | None) -> int:

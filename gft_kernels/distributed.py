@@ -102,12 +102,12 @@ class VocabularyParallel:
         log_pi_R = torch.where(read_R, row.log_pi_R, 0.0).float()
         entropy_R = torch.where(read_R, row.entropy_R, 0.0).float()
         terms = reference.row_terms(call.objective, log_pi_R, credit.advantages_R, entropy_R)
-        loss_R = torch.where(read_R, credit.weights_R * terms.loss, 0.0)
+        loss_R = torch.where(read_R, credit.weights_R * terms.loss, 0.0).float()
         scales, unit_R = reference.row_scales(call, credit.weights_R, terms.kappa, entropy_R, read_R)
         return RowResult(
             loss=loss_R if call.credit.reduction == "none" else loss_R.double().sum().float(),
             log_probs_R=log_pi_R,
-            coefficients_R=torch.where(read_R, terms.coefficient, 0.0),
+            coefficients_R=torch.where(read_R, terms.coefficient, 0.0).float(),
             advantages_R=credit.advantages_R,
             gradient_STV=self._gradient(call, columns_R, row, log_pi_R, scales) if call.want_gradient else None,
             row_scale_R=unit_R if call.defer_scale else None,

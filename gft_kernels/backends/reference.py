@@ -28,8 +28,15 @@ def refuses(call: RowCall) -> str | None:
     return None
 
 
+def _widened(call: RowCall, logits: Tensor) -> Tensor:
+    """Logits in the dtype they are worked on in: float32, or float64 for a transform that float32 is too short for."""
+    constants = (call.logit_scale, call.temperature, call.softcap or 1.0)
+    short = all(1e-6 <= abs(x) <= 1e6 for x in constants) and call.softcap / call.temperature <= 1e4
+    return logits.float() if short else logits.double()
+
+
 class Block(NamedTuple):
-    """Statistics of C rows; float32 of shape (C,), except the transformed logits (C, V). State of the whole row."""
+    """Statistics of C rows, of shape (C,) except the transformed logits (C, V), in their dtype. Of the whole row."""
 
     z_CV: Tensor
     top_C: Tensor
@@ -53,10 +60,10 @@ def run(call: RowCall) -> RowResult:
         read_C = part.live_R if call.reads_every_live_row else part.live_R & (part.advantages_R != 0.0)
         entropy_C = entropy(block) if call.needs_entropy else torch.zeros_like(block.log_pi_C)
         row = row_terms(call.objective.of_rows(chosen), block.log_pi_C, part.advantages_R, entropy_C)
-        out["loss"][chosen] = torch.where(read_C, part.weights_R * row.loss, 0.0)
-        out["log_prob"][chosen] = torch.where(read_C, block.log_pi_C, 0.0)
-        out["coefficient"][chosen] = torch.where(read_C, row.coefficient, 0.0)
-        out["entropy"][chosen] = torch.where(read_C, entropy_C, 0.0)
+        out["loss"][chosen] = torch.where(read_C, part.weights_R * row.loss, 0.0).float()
+        out["log_prob"][chosen] = torch.where(read_C, block.log_pi_C, 0.0).float()
+        out["coefficient"][chosen] = torch.where(read_C, row.coefficient, 0.0).float()
+        out["entropy"][chosen] = torch.where(read_C, entropy_C, 0.0).float()
         if gradient is not None:
             scales, unit = row_scales(call, part.weights_R, row.kappa, entropy_C, read_C)
             if row_scale_R is not None:
@@ -78,14 +85,14 @@ def statistics(call: RowCall, logits_CV: Tensor, targets_C: Tensor) -> Block:
     """F1 to F3 over a block of rows. A target outside [0, V) gives a NaN log-probability."""
     z_CV, target_logit_C, inside_C, others_CV = _apart(call, logits_CV, targets_C)
     others_top_C, others_mass_C, _ = _state(others_CV)
-    log_pi_C = formulas.log_prob(target_logit_C, others_top_C, others_mass_C).float()
+    log_pi_C = formulas.log_prob(target_logit_C, others_top_C, others_mass_C).to(z_CV.dtype)
     top_C, mass_C = formulas.observe(others_top_C, others_mass_C, target_logit_C)
-    return Block(z_CV, top_C, torch.log(mass_C).float(), torch.where(inside_C, log_pi_C, float("nan")))
+    return Block(z_CV, top_C, torch.log(mass_C).to(z_CV.dtype), torch.where(inside_C, log_pi_C, float("nan")))
 
 
 def _apart(call: RowCall, logits_CV: Tensor, columns_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Transformed logits, each row's target logit (0 if outside), whether it is inside, and the logits without it."""
-    z_CV = formulas.transform(logits_CV.float(), call.logit_scale, call.softcap, call.temperature)
+    z_CV = formulas.transform(_widened(call, logits_CV), call.logit_scale, call.softcap, call.temperature)
     inside_C = _inside(columns_C, z_CV)
     at_C1 = columns_C.clamp(0, z_CV.shape[1] - 1)[:, None]
     found_C1 = z_CV.gather(1, at_C1)
@@ -130,7 +137,7 @@ def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tens
     logits = call.logits_STV.detach()
     gradient = gradient_for(logits, call.inplace)
     for chosen, where in _row_blocks(logits, torch.arange(columns_R.numel(), device=logits.device)):
-        z_CV = formulas.transform(logits[where].float(), call.logit_scale, call.softcap, call.temperature)
+        z_CV = formulas.transform(_widened(call, logits[where]), call.logit_scale, call.softcap, call.temperature)
         part = AgreedRows(*(x[chosen] for x in agreed))
         block = Block(z_CV, part.top_R, part.log_mass_R, part.log_pi_R)
         scales = RowScales(part.scale_R, part.tilt_R, part.entropy_R)
@@ -145,7 +152,7 @@ def _row_blocks(logits_STV: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, tupl
 
 
 class RowTerms(NamedTuple):
-    """What an objective makes of each row; float32 of the shape of log pi."""
+    """What an objective makes of each row; float64 of the shape of log pi, for e^100 is a kappa too."""
 
     coefficient: Tensor  # kappa / A without the penalties
     kappa: Tensor
@@ -154,7 +161,7 @@ class RowTerms(NamedTuple):
 
 def row_terms(objective: Objective, log_pi: Tensor, advantages: Tensor, entropy: Tensor) -> RowTerms:
     """F4, kappa and F6 of each row under the objective: the only place here that knows one from another."""
-    o = objective
+    o, log_pi, entropy = objective, log_pi.double(), entropy.double()
     if o.surrogate == "gft":
         coefficient = formulas.coefficient(log_pi, formulas.row_tau(advantages, o.tau, o.rectify == "all"))
     else:
@@ -185,7 +192,7 @@ def entropy(block: Block) -> Tensor:
 
 
 class RowScales(NamedTuple):
-    """What F7 multiplies a row's parts by; float32 of shape (C,) or (R,). Where both are 0 the row is not read."""
+    """What F7 multiplies a row's parts by, of shape (C,) or (R,). Where both are 0 the row is not read."""
 
     scale: Tensor  # weight·kappa
     tilt: Tensor  # weight·lambda
@@ -202,25 +209,29 @@ def row_scales(
     scale = torch.where(read, weights * kappa, 0.0)
     tilt = torch.where(read, weights * call.objective.entropy_coef, 0.0)
     if not call.defer_scale:
-        return RowScales(scale, tilt, entropy), torch.ones_like(scale)
+        return RowScales(scale, tilt, entropy), torch.ones_like(scale, dtype=torch.float32)
     slope = abs(call.logit_scale / call.temperature)
     size = formulas.row_size(scale, tilt, entropy)
-    scale, tilt = (torch.where(size == 0.0, 0.0, x / size * FP16_PEAK / slope) for x in (scale, tilt))
-    return RowScales(scale, tilt, entropy), size * slope / FP16_PEAK
+    unit = size.double() * slope / FP16_PEAK
+    scale, tilt = (torch.where(unit == 0.0, 0.0, x / size * FP16_PEAK / slope) for x in (scale, tilt))
+    largest = torch.finfo(torch.float32).max  # beyond, a stored 0 would become 0·inf
+    return RowScales(scale, tilt, entropy), unit.clamp(max=largest).float()
 
 
 def block_gradient(call: RowCall, block: Block, logits_CV: Tensor, targets_C: Tensor, scales_C: RowScales) -> Tensor:
     """F7 over a block of rows, with the transform's chain rule, rounded once to the logits' dtype."""
     log_pi_CV = (block.z_CV - block.top_C[:, None]) - block.log_mass_C[:, None]
+    scales_C = RowScales(*(x.to(log_pi_CV.dtype) for x in scales_C))
     scale_CV, tilt_CV, entropy_CV = (x[:, None] for x in scales_C)
     gradient_CV = formulas.dlogit_other(log_pi_CV, scale_CV)
-    at_target = formulas.dlogit_target(block.log_pi_C, scales_C.scale)
+    log_pi_C = block.log_pi_C.to(log_pi_CV.dtype)
+    at_target = formulas.dlogit_target(log_pi_C, scales_C.scale)
     if call.objective.entropy_coef != 0.0:
         gradient_CV = formulas.dlogit_tilted(log_pi_CV, scale_CV, tilt_CV, entropy_CV)
-        at_target = at_target + formulas.dlogit_tilted(block.log_pi_C, 0.0, scales_C.tilt, scales_C.entropy)
+        at_target = at_target + formulas.dlogit_tilted(log_pi_C, 0.0, scales_C.tilt, scales_C.entropy)
     at_C1, inside_C = targets_C.clamp(0, gradient_CV.shape[1] - 1)[:, None], _inside(targets_C, gradient_CV)
     gradient_CV.scatter_(1, at_C1, torch.where(inside_C, at_target, gradient_CV.gather(1, at_C1)[:, 0])[:, None])
-    slope = formulas.transform_slope(logits_CV.float(), call.logit_scale, call.softcap, call.temperature)
+    slope = formulas.transform_slope(_widened(call, logits_CV), call.logit_scale, call.softcap, call.temperature)
     gradient_CV = torch.where((scale_CV == 0.0) & (tilt_CV == 0.0), 0.0, gradient_CV * slope)
     return gradient_CV.to(logits_CV.dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import oracle
@@ -20,6 +21,7 @@ if (absence := cpu.absent()) is not None:
     pytest.skip(absence, allow_module_level=True)
 
 SETS = _extension.kernels().instruction_sets()
+RUNS = {name: partial(cpu.run, instruction_set=name) for name in SETS} | {"reference": reference.run}
 NAN, INF = float("nan"), float("inf")
 UPSTREAM = 3.7
 TRANSFORMS = ({"softcap": 5.0}, {"temperature": 1.7}, {"logit_scale": -0.5, "softcap": 30.0})
@@ -133,7 +135,7 @@ BEYOND_FLOAT32 = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("options", BEYOND_FLOAT32, ids=str)
 def test_options_beyond_float32(name, options):
     """Accepted, so right: log pi, loss and gradient are the float64 ones, rounded (to infinity beyond float32)."""
@@ -147,7 +149,7 @@ def test_options_beyond_float32(name, options):
     advantages = torch.tensor([1.0, -2.0, 1.5, 1.0, -0.5, 0.7])
     for tau in (0.0, 0.7):
         call = rows_call(rows, targets, advantages, tau, want_gradient=True, want_entropy=True, **options)
-        result = cpu.run(call, name)
+        result = RUNS[name](call)
         losses, gradient = oracle.loss_and_gradient(
             rows, targets, [True] * 6, advantages, torch.ones(6), 1.0, tau=tau, **options
         )
@@ -181,7 +183,7 @@ def assert_true_rows(run, rows, targets, options, tau=0.0):
     assert (result.entropy_R >= 0).all()
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("options", EXTREMES, ids=str)
 def test_every_size_of_a_transform(name, options):
     """Logits of a usual size and as large as the option is, with ties: the largest keeps its whole gradient."""
@@ -191,20 +193,39 @@ def test_every_size_of_a_transform(name, options):
         rows[:3, 4] = rows[:3].amax(1)  # ties at the top
         targets = torch.randint(vocabulary, (8,), generator=generator)
         targets[4:6] = rows[4:6].argmax(1)
-        assert_true_rows(lambda call: cpu.run(call, name), rows.to(dtype), targets, options)
+        assert_true_rows(RUNS[name], rows.to(dtype), targets, options)
         size = options.get("softcap", options.get("temperature", 1.0))
         if dtype == torch.float32 and 1e-30 < size < 1e30:
-            assert_true_rows(lambda call: cpu.run(call, name), rows * size, targets, options)
+            assert_true_rows(RUNS[name], rows * size, targets, options)
 
 
-@pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("size", [1e4, 1e8, 1e20, 1e37])
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e20, 1e34])
 def test_logits_of_every_size(name, size):
     """Also where 1/temperature is no number of its own: a logit that goes there and back is another double."""
     generator = torch.Generator().manual_seed(12)
     rows, targets = torch.randn(32, 101, generator=generator) * size, torch.arange(32)
     for options in ({}, {"temperature": 0.7}, {"temperature": 3e-3}, {"logit_scale": -0.3, "temperature": 0.9}):
-        assert_true_rows(lambda call: cpu.run(call, name), rows, targets, options)
+        assert_true_rows(RUNS[name], rows, targets, options)
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("kl_cap", [80.0, 95.0])
+def test_an_fp16_penalty_beyond_float32(name, kl_cap):
+    """Its kappa, e^95, is what the stored row is divided by; the row scale holds it again."""
+    rows, targets = (torch.randn(6, 101) * 3).half(), torch.arange(6)
+    before = torch.log_softmax(rows.double(), 1).gather(1, targets[:, None])[:, 0].float()
+    objective = Objective(surrogate="grpo", clip_low=0.2, clip_high=0.2, beta=0.1, kl_cap=kl_cap,
+                          old_log_probs_R=before, ref_log_probs_R=before + 200.0)  # fmt: skip
+    call = rows_call(rows, targets, want_gradient=True, defer_scale=True)
+    result = RUNS[name](replace(call, objective=objective))
+    losses, gradient = oracle.loss_and_gradient(
+        rows, targets, [True] * 6, torch.ones(6), torch.ones(6), 1.0, objective="grpo", beta=0.1, kl_cap=kl_cap,
+        old=before, ref=before + 200.0,
+    )  # fmt: skip
+    assert_close(result.loss, losses.float(), rtol=1e-5, atol=0)
+    got = result.gradient_STV[0].double() * result.row_scale_R[:, None]
+    assert_close(got, gradient, rtol=2e-3, atol=1e-7 * float(gradient.abs().max()))
 
 
 @pytest.mark.parametrize("name", SETS)

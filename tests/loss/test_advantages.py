@@ -49,7 +49,7 @@ def test_equal_rewards_give_exactly_zero(reward, dtype):
     if dtype == torch.float16:
         reward = min(max(reward, -6e4), 6e4)
     if dtype == torch.int64:
-        reward = int(max(reward, -(2**62)))
+        reward = int(max(reward, -(2**52)))
     for size in range(2, 65):
         rewards = torch.full((2 * size,), reward, dtype=dtype)
         for groups in ({"group_size": size}, {"group_ids": torch.arange(2 * size) % 2}):
@@ -107,6 +107,24 @@ def test_a_loss_sees_rewards_in_their_own_digits(backend, device, name):
 def test_rewards_whose_advantages_cannot_be_held_are_refused(rewards, groups, limit):
     with pytest.raises(ValueError, match=f"^rewards must lie within {limit} of 0, got .* at position 0; divide"):
         group_advantages(torch.tensor(rewards, dtype=torch.float64), **groups)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "position"),
+    [(torch.tensor([0, 1, 2, 3]) + 2**60, 0), (torch.tensor([0, 2**53, 1, 2**53 + 1]), 1),
+     (torch.tensor([0, 1, -(2**63), 3]), 2), (torch.tensor([5, 2**60, 0, 1], dtype=torch.uint64), 1)],
+    ids=["2^60", "2^53", "least", "uint64"],
+)  # fmt: skip
+def test_whole_rewards_that_float64_cannot_tell_apart_are_refused(rewards, position):
+    """As float64 they would be one number, and their advantages 0."""
+    sentence = f"^rewards must be below 2.53 in size where they are whole, got .* at position {position}; subtract"
+    for groups in ({"group_size": 4}, {"group_ids": torch.zeros(4, dtype=torch.long)}):
+        with pytest.raises(ValueError, match=sentence):
+            group_advantages(rewards, **groups)
+        with pytest.raises(ValueError, match=sentence):
+            gft_loss(torch.randn(4, 2, 7), torch.tensor([[1, 2]] * 4), rewards=rewards, **groups)
+    near = torch.tensor([0, 1, 2, 3]) + 2**53 - 4
+    torch.testing.assert_close(group_advantages(near, group_size=4), group_advantages(near - near[0], group_size=4))
 
 
 class Calls(TorchDispatchMode):
