@@ -84,6 +84,12 @@ def _needs_gradient(value: Tensor | None) -> bool:
     return value is not None and value.requires_grad
 
 
+def is_batched(value: Tensor) -> bool:
+    """Whether torch.func or a vectorized backward wrapped it: it may hold many numbers where one is to be seen."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(value) or functorch.is_legacy_batchedtensor(value)
+
+
 def graph_is_dropped() -> bool:
     """Whether the running backward frees its graph, so that what it saved may be handed out or overwritten."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
