@@ -46,8 +46,8 @@ def group_advantages(
     size = checks.check_groups(rewards.shape[0], group_size, group_ids, rewards.device)
     checks.check_normalisation(normalize, eps, singleton)
     rewards = rewards.double()
-    if rewards.device.type == "cpu":
-        checks.check_reward_values(rewards, normalize, size, group_ids)
+    if checks.can_be_read(rewards):
+        checks.check_reward_values(rewards.detach(), normalize, size, group_ids)
     return normalise(rewards, size, group_ids, normalize, float(eps), singleton)
 
 

@@ -29,7 +29,8 @@ def gft_loss(logits: Tensor, targets: Tensor, **options: Unpack[RowOptions]) -> 
 
     Sizes: S responses, T positions, V vocabulary; packed: R rows. A row is live if its target is not `ignore_index`
     and `mask` allows it. Rows that are masked, or whose advantage is 0, cost nothing and have gradient exactly 0.
-    There is one derivative, the first, in reverse mode; asking for another raises.
+    There is one derivative, the first, in reverse mode; asking for another raises, but for a second one of a
+    loss that torch.compile compiled with its backward: there it is 0, as of every constant a compiled graph keeps.
 
     Args:
         logits: (S, T, V) padded or (R, V) packed; float32, bfloat16 or float16; any strides.

@@ -19,7 +19,7 @@ from gft_kernels import checks
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 else:
-    ProcessGroup = getattr(torch.distributed, "ProcessGroup", None)  # a torch may come without
+    ProcessGroup = getattr(torch.distributed, "ProcessGroup", Any)  # a torch may come without
 
 
 class Option(NamedTuple):
@@ -82,7 +82,7 @@ class _Credit(TypedDict, total=False):
         Option(
             None,
             "(S,) one per response, of any real dtype; standardised within each group into advantages (F5). "
-            "Needs groups.",
+            "Needs groups. Detached: no gradient reaches them, nor advantages.",
         ),
     ]
     advantages: Annotated[

@@ -199,15 +199,18 @@ def _num_items(value: Any, reduction: str, device: torch.device) -> Tensor | Non
             f"num_items_in_batch must be None with reduction={reduction!r}, got a value; nothing is divided"
         )
     remedy = "pass the token count of the whole batch, or None to count the live rows of this call"
+    checks.check_constant("num_items_in_batch", value)
     if isinstance(value, Tensor):
         checks.check_tensor("num_items_in_batch", value, None, None, None, remedy)
         if value.dtype == torch.bool:
             raise TypeError(f"num_items_in_batch must be a number, got {value.dtype}; {remedy}")
+        if value.device.type == "meta" != device.type:
+            raise TypeError(f"num_items_in_batch must be a number, got a tensor on meta; {remedy}")
         if value.numel() != 1:
             raise ValueError(f"num_items_in_batch must hold one number, got shape {tuple(value.shape)}; sum it first")
         return value.detach().reshape(()).to(device=device, dtype=torch.float32, non_blocking=True)
-    largest = torch.finfo(torch.float32).max
-    items = checks.real("num_items_in_batch", value, lambda x: 0.0 < x <= largest, "be finite and positive", remedy)
+    items = checks.positive("num_items_in_batch", value, remedy)
+    checks.fits_float32("num_items_in_batch", items, remedy, smallest=checks.FLOAT32.tiny)
     return torch.full((), items, dtype=torch.float32, device=device)
 
 

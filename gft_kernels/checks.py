@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from gft_kernels.layout import shares_memory
 from gft_kernels.options import NORMALIZE, RECTIFY, SINGLETON, Credit, Objective
@@ -22,6 +23,7 @@ from gft_kernels.options import NORMALIZE, RECTIFY, SINGLETON, Credit, Objective
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int64, torch.int32)
 INT64 = 2**63
+FLOAT32 = torch.finfo(torch.float32)
 
 
 # Numbers, words and switches
@@ -29,10 +31,27 @@ INT64 = 2**63
 
 def real(name: str, value: Any, allowed: Callable[[float], bool], condition: str, remedy: str) -> float:
     """A number that is allowed, as a float: Python's, numpy's or a tensor of one. Raises ValueError, TypeError."""
+    check_constant(name, value)
     number = _as_float(value)
     if number is None or not allowed(number):
         error = TypeError if number is None else ValueError
         raise error(f"{name} must {condition}, got {shown(value)}; {remedy}")
+    return number
+
+
+def check_constant(name: str, value: Any) -> None:
+    """An option has no gradient, and a learned one would silently stay as it is. Raises ValueError."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} must be a constant, got a tensor that requires grad; pass {name}.detach(), "
+            "or apply it in torch to what the loss takes"
+        )
+
+
+def fits_float32(name: str, number: float, remedy: str, smallest: float = 0.0) -> float:
+    """A number that the kernels' float32 holds; `smallest`: above 0 where a 0 would divide. Raises ValueError."""
+    if not smallest <= abs(number) <= FLOAT32.max:
+        raise ValueError(f"{name} must fit float32, got {number:g}; {remedy}")
     return number
 
 
@@ -43,14 +62,21 @@ def _as_float(value: Any) -> float | None:
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool or value.device.type == "meta":
             return None
-    elif isinstance(value, (bool, str, bytes, complex)) or not hasattr(value, "__float__"):
+    elif isinstance(value, bool) or not (isinstance(value, int) or _is_foreign_number(value)):
         return None
     try:
         return float(value)
     except OverflowError:
         return math.inf
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:  # whatever a foreign __float__ raises, it is no number
         return None
+
+
+def _is_foreign_number(value: Any) -> bool:
+    if isinstance(value, (str, bytes, complex)) or not hasattr(value, "__float__"):
+        return False
+    kind = getattr(getattr(value, "dtype", None), "kind", "f")
+    return kind in "iufV"  # numpy's, whose float() drops an imaginary part and reads text; V: bfloat16
 
 
 def positive(name: str, value: Any, remedy: str) -> float:
@@ -73,7 +99,7 @@ def whole(name: str, value: Any, smallest: int, remedy: str) -> int:
     if number is None and not isinstance(value, (bool, str)) and getattr(value, "dtype", None) != torch.bool:
         try:
             number = operator.index(value)
-        except (TypeError, ValueError, RuntimeError):  # the sentence below says it
+        except Exception:  # of a foreign __index__; the sentence below says it
             number = None
     if number is None:
         raise TypeError(f"{name} must {condition}, got {shown(value)}; {remedy}")
@@ -101,7 +127,10 @@ def shown(value: Any) -> str:
         return "a tensor" if value.is_nested else f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, int) and abs(value) >= 2 * INT64:
         return f"a number of {value.bit_length()} bits"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # a foreign __repr__
+        text = "\n"
     return text if len(text) <= 60 and "\n" not in text else f"a value of type {type(value).__name__}"
 
 
@@ -137,7 +166,7 @@ def check_transform(temperature: Any, softcap: Any, logit_scale: Any) -> tuple[f
 def check_normalisation(normalize: Any, eps: Any, singleton: Any) -> None:
     one_of("normalize", normalize, NORMALIZE)
     one_of("singleton", singleton, SINGLETON)
-    not_negative("eps", eps, "the paper uses 1e-6")
+    fits_float32("eps", not_negative("eps", eps, "the paper uses 1e-6"), "the paper uses 1e-6")
 
 
 # Tensors
@@ -196,8 +225,7 @@ def check_logits(name: str, logits: Any, sharded: bool = False) -> None:
 
 def check_inplace(logits: Tensor) -> None:
     """In place the storage becomes the gradient: refuse storage that is a parameter's or that elements share."""
-    base = logits if torch.compiler.is_compiling() or not logits._is_view() else logits._base
-    if base is not None and base.is_leaf and base.requires_grad:
+    if any(x is not None and x.is_leaf and x.requires_grad for x in (logits, logits._base)):
         raise ValueError("inplace must be False for logits that are (a view of) a leaf requiring grad, got True; "
                          "its values would be overwritten by their gradient")  # fmt: skip
     if shares_memory(tuple(logits.shape), logits.stride()):
@@ -276,7 +304,15 @@ def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
             check_finite(name, values_R, where_R, "mask rows that do not count with mask=False")
     if credit.num_items is not None:
         items = "pass the count of the whole batch, or None to count this call's"
-        positive("num_items_in_batch", float(credit.num_items), items)
+        number = positive("num_items_in_batch", float(credit.num_items), items)
+        fits_float32("num_items_in_batch", number, items, smallest=FLOAT32.tiny)
+
+
+def can_be_read(values: Tensor) -> bool:
+    """Whether looking at the numbers is possible and free: on the CPU, neither traced, fake nor wrapped."""
+    if torch.compiler.is_compiling() or values.device.type != "cpu":
+        return False
+    return not (isinstance(values, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(values))
 
 
 def check_reward_values(rewards: Tensor, normalize: str, group_size: int | None, group_ids: Tensor | None) -> None:

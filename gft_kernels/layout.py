@@ -12,14 +12,14 @@ def shares_memory(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether two elements of a layout of up to three dimensions have one address; exact, but for a traced one."""
     if any(size == 0 for size in shape):
         return False
-    dims = sorted(((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1))
-    reach, nested = 0, True
-    for stride, size in dims:
-        nested = nested and stride > reach  # each step leaves behind all that lies before it
-        reach += stride * (size - 1)
+    dims = [(stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1]
+    nested = True
+    for i, (stride, _) in enumerate(dims):  # each step leaves behind all that steps as long or shorter reach
+        reach = sum(s * (n - 1) for j, (s, n) in enumerate(dims) if j != i and s <= stride)
+        nested = nested and stride > reach
     if nested or torch.compiler.is_compiling():
         return not nested
-    if dims[0][0] == 0:
+    if any(stride == 0 for stride, _ in dims):
         return True
     dims.sort(key=lambda dim: dim[1])
     first, (a, m), (b, n) = dims[0] if len(dims) == 3 else (0, 1), *dims[-2:]

@@ -100,7 +100,8 @@ def objective_of(
                 f"{argument} must be left out with objective={name!r}, got {checks.shown(value)}; {takers} use it"
             )
     given = {**preset.options, **{argument: value for argument, value in options.items() if value is not None}}
-    beta = checks.not_negative("beta", beta, f"{remedy}: no penalty")
+    beta = checks.fits_float32("beta", checks.not_negative("beta", beta, f"{remedy}: no penalty"), "pass a smaller one")
+    bonus = checks.real("entropy_coef", entropy_coef, checks.is_finite, "be finite", f"{remedy}: no bonus")
     clip_low, clip_high, delta = _bounds(given)
     return Objective(
         surrogate=preset.surrogate,
@@ -109,7 +110,7 @@ def objective_of(
         clip_low=clip_low,
         clip_high=clip_high,
         beta=beta,
-        entropy_coef=checks.real("entropy_coef", entropy_coef, checks.is_finite, "be finite", f"{remedy}: no bonus"),
+        entropy_coef=checks.fits_float32("entropy_coef", bonus, "pass a smaller one"),
         delta=delta,
         kl_cap=_kl_cap(kl_cap, beta, ref_log_probs, return_stats),
         old_log_probs_R=_log_probs("old_log_probs", given.get("old_log_probs"), targets),
@@ -122,12 +123,15 @@ def _bounds(given: dict[str, Any]) -> tuple[float, float, float]:
     low, high, delta = given.get("clip_low", 0.0), given.get("clip_high", 0.0), given.get("delta")
     below, above = "ratios are clipped below 1 - clip_low", "ratios are clipped above 1 + clip_high"
     low = checks.real("clip_low", low, lambda x: 0.0 <= x <= 1.0, "lie in [0, 1]", below)
-    high = checks.not_negative("clip_high", high, above)
+    high = checks.fits_float32("clip_high", checks.not_negative("clip_high", high, above), above)
     if delta is None:
         return low, high, math.inf
-    condition = f"be finite and above 1 + clip_high = {1.0 + high:g}"
     remedy = "it bounds the ratio where A < 0; None is no bound"
-    return low, high, checks.real("delta", delta, lambda x: 1.0 + high < x < math.inf, condition, remedy)
+    given_delta, delta = delta, checks.real("delta", delta, lambda _: True, "be finite and above 1 + clip_high", remedy)
+    if not 1.0 + high < delta < math.inf:  # the sentence's number is written here alone: a traced one has no digits
+        shown = checks.shown(given_delta)
+        raise ValueError(f"delta must be finite and above 1 + clip_high = {1.0 + high:g}, got {shown}; {remedy}")
+    return low, high, checks.fits_float32("delta", delta, remedy)
 
 
 def _kl_cap(kl_cap: Any, beta: float, ref_log_probs: Tensor | None, return_stats: bool) -> float:
@@ -143,6 +147,7 @@ def _kl_cap(kl_cap: Any, beta: float, ref_log_probs: Tensor | None, return_stats
     if kl_cap is None:
         return math.inf
     kl_cap = checks.positive("kl_cap", kl_cap, "None is no cap")
+    checks.fits_float32("kl_cap", kl_cap, "None is no cap", smallest=checks.FLOAT32.tiny)
     if beta == 0.0:
         raise ValueError(f"kl_cap must be left out with beta=0, got {kl_cap:g}; there is no penalty to bound")
     return kl_cap

@@ -62,16 +62,19 @@ def refuse_others(*inputs: Tensor | None) -> None:
             f"call backward() or autograd.grad on the whole batch, or {REMEDY}"
         )
     if forward_ad._current_level >= 0:  # torch.compile guards on this number
-        _refuse_tangents(inputs)
+        compiling = torch.compiler.is_compiling()  # then a tensor does not show its tangent
+        (torch.compiler.disable(_refuse_tangents) if compiling else _refuse_tangents)(inputs)
 
 
-@torch.compiler.assume_constant_result  # torch.compile guards on them
 def _transforms() -> tuple[str, ...]:
     """Names of the torch.func transforms that are active."""
     return tuple(level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
-@torch.compiler.disable  # a traced tensor does not show its tangent
+# What torch.compiler.assume_constant_result does, which would import the compiler: it guards on the transforms itself.
+setattr(_transforms, "_dynamo_marked_constant", True)  # noqa: B010
+
+
 def _refuse_tangents(inputs: Sequence[Tensor | None]) -> None:
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(f"the loss must be differentiated in reverse mode, got a forward-mode tangent; {REMEDY}")
@@ -82,6 +85,12 @@ def _needs_gradient(value: Tensor | None) -> bool:
     while value is not None and torch._C._functorch.is_functorch_wrapped_tensor(value):
         value = torch._C._functorch.get_unwrapped(value)
     return value is not None and value.requires_grad
+
+
+def is_batched(value: Tensor) -> bool:
+    """Whether torch.func or a vectorized backward wrapped it: it may hold many numbers where one is to be seen."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(value) or functorch.is_legacy_batchedtensor(value)
 
 
 def graph_is_dropped() -> bool:

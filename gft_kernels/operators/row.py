@@ -141,7 +141,7 @@ def _backward(ctx, upstream: Tensor | None, *_non_differentiable) -> tuple:
 
 def _is_one(upstream: Tensor) -> bool:
     """Whether scaling can be left out, where looking is free: an untraced scalar on the CPU."""
-    if torch.compiler.is_compiling() or type(upstream) is not Tensor:
+    if torch.compiler.is_compiling() or type(upstream) is not Tensor or derivatives.is_batched(upstream):
         return False
     return upstream.device.type == "cpu" and upstream.dim() == 0 and float(upstream) == 1.0
 

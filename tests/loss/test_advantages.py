@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gft_kernels import gft_loss, group_advantages
@@ -55,6 +56,22 @@ def test_equal_rewards_give_exactly_zero(reward, dtype):
         for groups in ({"group_size": size}, {"group_ids": torch.arange(2 * size) % 2}):
             for how in ({}, {"eps": 0.0}, {"normalize": "mean"}, {"normalize": "leave-one-out"}):
                 assert group_advantages(rewards, **groups, **how).eq(0).all(), (size, groups, how)
+
+
+def test_without_numbers_to_look_at_there_is_still_a_result():
+    """Traced, fake and batched rewards."""
+    rewards = torch.tensor([1.0, 0.0, 1.0, 3.0])
+    groups = {"group_size": 2}
+    expected = group_advantages(rewards, **groups)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda r: group_advantages(r, **groups), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(rewards), expected)
+    batched = torch.vmap(lambda r: group_advantages(r, **groups))(torch.stack([rewards, -rewards]))
+    torch.testing.assert_close(batched, torch.stack([expected, -expected]))
+    with FakeTensorMode():
+        assert group_advantages(torch.ones(4), **groups).shape == (4,)
+    with pytest.raises(ValueError, match="rewards must be finite"):
+        group_advantages(torch.nn.Parameter(torch.tensor([1.0, torch.nan])), **groups)
 
 
 FAR = {  # rewards of one group that float32 cannot tell apart, or cannot hold

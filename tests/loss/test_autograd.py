@@ -10,7 +10,7 @@ from cases import problem, run
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from gft_kernels import gft_linear_loss, gft_loss
+from gft_kernels import gft_linear_loss, gft_loss, policy_loss
 from gft_kernels.operators import row
 
 UPSTREAM = 3.7
@@ -292,6 +292,34 @@ def test_many_lengths_compile_at_most_twice(backend, device):
         compiled(z, torch.zeros(rows, dtype=torch.long, device=device)).backward()
         assert z.grad.isfinite().all()
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_shapes_and_options_that_change_compile(backend, device, inplace):
+    """Strides and numbers are then symbols: they can be compared, but neither sorted nor written out."""
+    torch._dynamo.reset()
+
+    def loss(z, y, items, delta):
+        options = {"objective": "grpo", "advantages": -torch.ones(y.shape), "old_log_probs": torch.full(y.shape, -3.0)}
+        options |= {"num_items_in_batch": items, "delta": delta, "reduction": "token-mean"}
+        return 1.7 * policy_loss(z * 2, y, inplace=inplace, backend=backend, **options)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for s, t, items, delta in ((4, 3, 3, 2.0), (6, 5, 4, 3.5), (2, 9, 9, 2.5), (8, 2, 5, 4.0)):
+        z, y = torch.randn(s, t, 19, device=device), torch.zeros(s, t, dtype=torch.long, device=device)
+        found = run(lambda x, c=(y, items, delta): compiled(x, *c), z)
+        torch.testing.assert_close(found, run(lambda x, c=(y, items, delta): loss(x, *c), z))
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "in place"])
+def test_many_backwards_at_once(backend, device, loss):
+    """is_grads_batched wraps the upstream: whether it is 1 cannot be asked."""
+    leaf = problem().logits.to(device).requires_grad_(True)
+    value = LOSSES[loss](backend, device)(leaf)
+    upstreams = torch.tensor([1.0, 3.0], device=device)
+    (single,) = torch.autograd.grad(value, leaf, retain_graph=True)
+    (batched,) = torch.autograd.grad(value, leaf, upstreams, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack([single, 3 * single]))
 
 
 def operator_arguments(dtype, monkeypatch, **options):

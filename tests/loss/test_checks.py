@@ -169,10 +169,22 @@ def test_a_masked_row_may_hold_any_target():
 
 def test_inplace_refuses_parameters_and_shared_rows():
     leaf = torch.randn(4, 3, 7, requires_grad=True)
-    for logits in (leaf, leaf[1:], leaf.transpose(0, 1).transpose(0, 1)):
+    buffer = torch.randn(84).view(4, 3, 7).requires_grad_()  # a leaf, and a view of what is none
+    for logits in (leaf, leaf[1:], leaf.transpose(0, 1).transpose(0, 1), buffer):
         with pytest.raises(ValueError, match=r"inplace must be False for logits that are .a view of. a leaf"):
             gft_loss(logits, TARGETS[: len(logits)], inplace=True)
     assert leaf.isfinite().all()
+
+
+@pytest.mark.parametrize("passed", ["leaf", "view"])
+def test_inplace_refuses_parameters_under_a_compiler(passed):
+    torch._dynamo.reset()
+    leaf = torch.randn(4, 3, 7, requires_grad=True)
+    before, logits = leaf.detach().clone(), leaf if passed == "leaf" else leaf.view(12, 7)
+    compiled = torch.compile(lambda x: gft_loss(x.view(12, 7), PACKED_TARGETS, inplace=True), backend="eager")
+    with pytest.raises(ValueError, match=r"inplace must be False for logits that are .a view of. a leaf"):
+        compiled(logits)
+    assert torch.equal(leaf.detach(), before)
 
 
 LAYOUTS = {

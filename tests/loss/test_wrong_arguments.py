@@ -39,6 +39,15 @@ class Distributed(torch.Tensor):
         return self
 
 
+class Hostile:
+    """Raises, whatever it is asked."""
+
+    def _refuse(self):
+        raise OSError("two\nlines")
+
+    __float__ = __index__ = __repr__ = _refuse
+
+
 def _module(kind, *tensors):
     def call(**given):
         positional = [given.pop(name) for name in tensors]
@@ -77,7 +86,11 @@ WRONG = {
     "nested": torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]), "meta": torch.ones(4, 3, device="meta"),
     "quantised": torch.quantize_per_tensor(torch.ones(4, 3), 0.1, 0, torch.quint8),
     "distributed": torch.ones(4, 3).as_subclass(Distributed), "five dimensions": torch.ones(1, 1, 1, 1, 2),
-    "module": torch.nn.Linear(2, 2), "dtype": torch.int8, "empty": torch.ones(0),
+    "numpy complex": np.complex64(0.5 + 1j), "numpy words": np.array("0.5"), "numpy bytes": np.array(b"1"),
+    "numpy flag": np.bool_(True), "numpy object": np.array(1, dtype=object), "hostile": Hostile(),
+    "beyond float32": 1e39, "learned": torch.tensor(0.5, requires_grad=True),
+    "meta scalar": torch.ones((), device="meta"), "module": torch.nn.Linear(2, 2),
+    "dtype": torch.int8, "empty": torch.ones(0),
 }  # fmt: skip
 if torch.backends.mkldnn.is_available():
     WRONG["mkldnn"] = torch.ones(4, 3).to_mkldnn()
@@ -95,7 +108,8 @@ NONE_IS_ABSENT = {
     "chunk_rows", "accum_dtype", "logits_dtype", "process_group", "old_log_probs", "ref_log_probs", "weight",
 }  # fmt: skip
 TAKES = {
-    "temperature": {"beyond int64"}, "softcap": {"beyond int64"}, "logit_scale": {"beyond int64", "minus beyond"},
+    "temperature": {"beyond int64", "beyond float32"}, "softcap": {"beyond int64", "beyond float32"},
+    "logit_scale": {"beyond int64", "minus beyond", "beyond float32"},
     "eps": {"beyond int64"}, "beta": {"beyond int64"}, "entropy_coef": {"beyond int64", "minus beyond"},
     "clip_high": {"beyond int64"}, "delta": {"beyond int64"}, "kl_cap": {"beyond int64"},
     "num_items_in_batch": {"beyond int64"},
@@ -122,6 +136,7 @@ def test_a_wrong_kind_is_one_sentence_that_names_the_argument(name, argument):
     for kind, value in WRONG.items():
         right = kind in RIGHT.get(argument, ()) or kind in TAKES.get(argument, ())
         right |= kind == "None" and argument in NONE_IS_ABSENT
+        right |= kind == "learned" and name == "token_log_probs" and "half" in RIGHT.get(argument, ())  # no gradient
         call = {**given, **needs, argument: value}
         if argument == "group_ids":
             call.pop("group_size", None)
@@ -184,11 +199,37 @@ def test_numbers_of_other_makers_are_numbers():
 
 
 @pytest.mark.parametrize(
-    "wrong", [torch.tensor(0), torch.tensor(math.inf), torch.tensor(1e39, dtype=torch.float64), 1e39]
+    "wrong",
+    [
+        torch.tensor(0),
+        torch.tensor(math.inf),
+        torch.tensor(1e39, dtype=torch.float64),
+        1e39,
+        1e-40,
+        torch.tensor(1e-40),
+    ],
 )
 def test_a_denominator_must_be_a_positive_float32(wrong):
-    with pytest.raises(ValueError, match=r"^num_items_in_batch must be finite and positive, got "):
+    """1e-40 is one, but its inverse is not."""
+    with pytest.raises(ValueError, match=r"^num_items_in_batch must (be finite and positive|fit float32), got "):
         gft_loss(LOGITS, TARGETS, num_items_in_batch=wrong)
+
+
+LEARNED = {"temperature": {}, "softcap": {}, "logit_scale": WITH_HEAD, "tau": {}, "num_items_in_batch": {}, "beta": {}}
+
+
+@pytest.mark.parametrize("argument", LEARNED)
+def test_an_option_is_not_learned(argument):
+    """Its gradient would be dropped in silence; where none is asked for, a learned one is a number like another."""
+    call = {"inputs": LOGITS, "targets": TARGETS, **LEARNED[argument]}
+    if argument == "beta":
+        call["ref_log_probs"] = torch.zeros(4, 3)
+    learned = torch.nn.Parameter(torch.tensor(0.5))
+    with pytest.raises(ValueError, match=rf"^{argument} must be a constant, got a tensor that .*{argument}.detach\(\)"):
+        policy_loss(**call, **{argument: learned})
+    with torch.no_grad():
+        quiet = policy_loss(**call, **{argument: learned})
+    assert torch.equal(quiet, policy_loss(**call, **{argument: 0.5}))
 
 
 @pytest.mark.parametrize("head", [False, True])
