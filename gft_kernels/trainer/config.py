@@ -194,8 +194,8 @@ def settle(config: GFTConfig) -> None:
             f"reduction must be 'token-mean' with objective {config.objective!r}, got 'sequence-mean'; "
             "its denominator is the same for every response."
         )
-    if config.objective == "dr_grpo":
-        config.normalize = config.normalize or "mean"
+    config.normalize = config.normalize or ("mean" if config.objective == "dr_grpo" else "std")
+    config.reduction = config.reduction or preset.reduction
     for name in CHOSEN:
         if getattr(config, name) is None:
             setattr(config, name, preset.options.get(name))
