@@ -61,11 +61,17 @@ class GroupLossOptions(TokenLossOptions):
 
     def check_loss(self) -> None:
         super().check_loss()
-        self.normalize = self.normalize or "std"
-        self.reduction = self.reduction or PRESETS[getattr(self, "objective", "gft")].reduction
+        settle_means(self)
         checks.one_of("normalize", self.normalize, NORMALIZE)
         checks.not_negative("advantage_eps", self.advantage_eps, "the paper uses 1e-6")
         checks.one_of("reduction", self.reduction, MEAN_REDUCTIONS)
+
+
+def settle_means(config: Any) -> None:
+    """Fill in what the objective normalises by and is a mean of, where that is left to it."""
+    objective = getattr(config, "objective", "gft")
+    config.normalize = config.normalize or ("mean" if objective == "dr_grpo" else "std")
+    config.reduction = config.reduction or PRESETS[objective].reduction
 
 
 def order_liger(config: Any) -> None:

@@ -11,7 +11,7 @@ from packaging.version import Version
 from transformers import TrainingArguments
 
 from gft_kernels import checks
-from gft_kernels.model.loss_options import GroupLossOptions, at_least, option
+from gft_kernels.model.loss_options import GroupLossOptions, at_least, option, settle_means
 from gft_kernels.objectives import PRESETS, objective_of
 from gft_kernels.options import SINGLETON
 
@@ -194,8 +194,7 @@ def settle(config: GFTConfig) -> None:
             f"reduction must be 'token-mean' with objective {config.objective!r}, got 'sequence-mean'; "
             "its denominator is the same for every response."
         )
-    config.normalize = config.normalize or ("mean" if config.objective == "dr_grpo" else "std")
-    config.reduction = config.reduction or preset.reduction
+    settle_means(config)
     for name in CHOSEN:
         if getattr(config, name) is None:
             setattr(config, name, preset.options.get(name))
