@@ -145,6 +145,7 @@ def main() -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(line, flush=True)
     if dist.is_initialized():
+        dist.barrier()  # nobody leaves while a thread of gloo still holds a tensor of the last reduction
         dist.destroy_process_group()
 
 
