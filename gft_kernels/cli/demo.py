@@ -44,6 +44,7 @@ def demo(out: str, data: str | None = None, only: str | None = None) -> None:
         if only in (None, name):
             directory = Path(out, name)
             shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)  # what cannot be written is said before the data is made
             start = time.perf_counter()
             print(f"\n=== {name}", flush=True)
             part(directory)
