@@ -87,7 +87,7 @@ os.environ.update(GFT_BUILD="cuda", GFT_CUDA_ARCHITECTURES=f"{major}{minor}-real
 sys.exit(subprocess.call([sys.executable, "setup.py", "build_ext", "--inplace"]))
 """
 
-GPU_TESTS = ("tests/backends/test_cuda_gpu.py", "tests/backends/gpu")
+GPU_TESTS = ("tests/backends/gpu",)
 ORACLE_TESTS = ("tests/loss/test_loss.py", "tests/loss/test_autograd.py", "tests/linear/test_linear_gradients.py")
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from gft_kernels import _extension, formulas
+from gft_kernels import _extension, formulas, options
+from gft_kernels.backends import cpu, triton
 
 if (absence := _extension.absent()) is not None:
     pytest.skip(absence, allow_module_level=True)
@@ -90,3 +93,27 @@ def test_every_formula_is_held():
     python = {name for name, f in inspect.getmembers(formulas, inspect.isfunction) if f.__module__ == formulas.__name__}
     native = {name for name in vars(_extension.kernels().formulas64) if not name.startswith("__")}
     assert python == native == set(GRID)
+
+
+NAMES = {"Reduction": "REDUCTIONS", "Normalize": "NORMALIZE", "Singleton": "SINGLETON", "Rectify": "RECTIFY",
+         "Surrogate": "SURROGATES"}  # fmt: skip
+
+
+@pytest.mark.parametrize("enum", NAMES)
+def test_names_are_numbers_in_the_same_order(enum):
+    """Python's tuple, the enumerators and the names at the border: a number past the last one is nobody's."""
+    names, root = getattr(options, NAMES[enum]), Path(__file__).parents[2]
+    enumerators = re.search(rf"enum class {enum} : int {{ (.*) }};", (root / "csrc/gft/args.h").read_text())[1]
+    assert tuple(enumerators.split(", ")) == tuple(name.replace("-", "_") for name in names)
+    table = "kSurrogates" if enum == "Surrogate" else rf"k{enum}s?"
+    spelled = re.search(rf"{table}{{(.*)}};", (root / "python_api/module.cpp").read_text())[1]
+    assert tuple(re.findall(r'"(.*?)"', spelled)) == names
+
+
+def test_a_surrogate_without_a_number_crosses_no_border():
+    objective = options.Objective("ppo")
+    credit = options.Credit(torch.tensor([1]), advantages_R=torch.ones(1))
+    with pytest.raises(ValueError, match=r"surrogate must be one of gft, grpo, .*, got 'ppo'"):
+        cpu.run(options.RowCall(torch.zeros(1, 1, 3), credit, objective))
+    with pytest.raises(ValueError):
+        triton._objective(objective)

@@ -68,7 +68,7 @@ def test_every_kind_of_failure_is_kept_and_the_rest_goes_on(tmp_path, capsys, mo
         assert stub.MESSAGES.get(fault, "") in found[stage].get("output", "")
     printed = capsys.readouterr().out
     if profile == "correctness":
-        assert "FAILED tests/backends/test_cuda_gpu.py::test: E   assert 1 == 2" in printed, "by name"
+        assert "FAILED tests/backends/gpu/test_row_kernels_gpu.py::test: E   assert 1 == 2" in printed, "by name"
         assert "tests: 2 failed, 3 passed" in printed
     else:
         assert "read_failed" in found["machine"], "a tool that prints nothing"

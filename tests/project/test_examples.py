@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +17,17 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = str(ROOT / "examples" / "plain_pytorch.py")
 
 
-def lines_of(*arguments: str) -> list[list[float]]:
-    """The numbers of each line the example prints: step, loss, gradient norm, sampled reward."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [[float(x) for x in re.findall(r"[-+]?\d+\.?\d*", line)] for line in done.stdout.splitlines()]
+def numbers(shown: str) -> list[list[float]]:
+    """The numbers of each line an example prints: step, loss, gradient norm, sampled reward."""
+    return [[float(x) for x in re.findall(r"[-+]?\d+\.?\d*", line)] for line in shown.splitlines()]
+
+
+def lines_of(example: str, *arguments: str) -> list[list[float]]:
+    """The example as a program, in this process: what it imports is imported already."""
+    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(io.StringIO()) as shown:
+        patched.setattr(sys, "argv", [example, *arguments])
+        runpy.run_path(example, run_name="__main__")
+    return numbers(shown.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +52,12 @@ def test_micro_batches_do_not_change_a_step(one_process, prompts):
 
 
 def test_processes_do_not_change_a_step(one_process):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-    assert_same_steps(lines_of(*torchrun, EXAMPLE, "--steps", "3"), one_process)
+    command = [sys.executable, *torchrun, EXAMPLE, "--steps", "3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_steps(numbers(done.stdout), one_process)
 
 
 def test_trl_digit_sums_fits_and_tunes():

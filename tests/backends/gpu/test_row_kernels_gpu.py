@@ -6,8 +6,11 @@ The options' semantics are covered by `pytest tests/loss/test_loss.py tests/loss
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+from cases import DTYPES
 
 from gft_kernels import gft_loss
 
@@ -18,7 +21,6 @@ pytestmark = [
 ]
 TAU, UPSTREAM = 0.7, 3.7
 VOCABULARIES = [1, 2, 7, 1000, 32000, 50257, 65537, 129920, 151936, 262144]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICE = "cuda"
 
 
@@ -30,7 +32,7 @@ def problem(rows, vocabulary, dtype, seed=0, device=DEVICE):
     targets = (logits.float() - noise).argmax(-1)  # the exponential race: a draw from the softmax
     targets[0] = vocabulary - 1
     advantages = torch.randn(rows, device=device, generator=generator)
-    advantages[rows // 2] = 0.0
+    advantages[rows // 2 :][: rows > 1] = 0.0  # a single row counts
     mask = torch.rand(rows, device=device, generator=generator) < 0.9
     mask[0] = True
     return logits, targets, advantages, mask
@@ -65,16 +67,45 @@ def assert_close(gradient, expected, upstream=UPSTREAM):
     torch.testing.assert_close(gradient.double(), expected, rtol=rtol, atol=atol)
 
 
+@contextlib.contextmanager
+def nothing_waits():
+    """An error where the host waits for the GPU; what compiles and loads has to be over."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def assert_right(backend, rows, vocabulary, dtype, inplace=False, seed=0, device=DEVICE):
+    """Loss and gradient of a problem, the mask's rows included."""
+    logits, targets, advantages, mask = problem(rows, vocabulary, dtype, seed=seed, device=device)
+    loss, gradient = loss_and_gradient(backend, logits, targets, advantages=advantages, mask=mask, inplace=inplace)
+    losses, expected = truth(logits, targets, advantages, mask / mask.sum())
+    rtol = 1e-5 if rows < 1000 else 1e-4  # a sum in float32
+    torch.testing.assert_close(loss.double(), losses.sum(), rtol=rtol, atol=1e-6 * float(losses.abs().sum()) + 1e-30)
+    assert_close(gradient, expected)
+    assert gradient[~mask].eq(0).all() and gradient.device == logits.device
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_every_vocabulary_and_dtype(backend, vocabulary, dtype, inplace):
-    logits, targets, advantages, mask = problem(9, vocabulary, dtype, seed=vocabulary)
-    loss, gradient = loss_and_gradient(backend, logits, targets, advantages=advantages, mask=mask, inplace=inplace)
-    losses, expected = truth(logits, targets, advantages, mask / mask.sum())
-    torch.testing.assert_close(loss.double(), losses.sum(), rtol=1e-5, atol=1e-6 * float(losses.abs().sum()) + 1e-30)
-    assert_close(gradient, expected)
-    assert gradient[~mask].eq(0).all()
+    assert_right(backend, 9, vocabulary, dtype, inplace, seed=vocabulary)
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("vocabulary", [32000, 50257, 151936, 262144])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_cluster_size(backend, dtype, vocabulary, rows):
+    """1 to 16 blocks, few and many rows: at 300 each cluster walks over several."""
+    assert_right(backend, rows, vocabulary, dtype)
+
+
+def test_a_row_no_cluster_can_hold(backend):
+    assert_right(backend, 3, 1_000_003, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -125,11 +156,21 @@ def test_more_than_2_to_the_31_logits(backend):
 
 
 def test_seventy_thousand_rows(backend):
-    logits, targets, advantages, mask = problem(70_000, 64, torch.float32)
-    loss, gradient = loss_and_gradient(backend, logits, targets, advantages=advantages, mask=mask)
-    losses, expected = truth(logits, targets, advantages, mask / mask.sum())
-    torch.testing.assert_close(loss.double(), losses.sum(), rtol=1e-4, atol=1e-6 * float(losses.abs().sum()))
-    assert_close(gradient, expected)
+    """More than a grid is high."""
+    assert_right(backend, 70_000, 64, torch.float32)
+
+
+def test_in_place_takes_no_memory_of_the_logits_size(backend):
+    logits, targets, advantages, _ = problem(512, 151_936, torch.bfloat16)
+    held = logits.requires_grad_() * 1
+    options = {"advantages": advantages, "inplace": True, "backend": backend}
+    gft_loss(logits * 1, targets, **options)  # compiles and loads
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = gft_loss(held, targets, **options)
+    assert torch.cuda.max_memory_allocated() - before < 0.01 * logits.nbytes
+    assert loss.isfinite()
 
 
 def test_groups_and_response_means_of_many_responses(backend):
@@ -162,6 +203,19 @@ def test_twenty_runs_are_bit_equal(backend, dtype):
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
+def test_the_current_stream_is_used(backend):
+    logits, targets, advantages, mask = problem(64, 50257, torch.bfloat16)
+    expected = loss_and_gradient(backend, logits, targets, advantages=advantages, mask=mask)
+    side, late = torch.cuda.Stream(), torch.zeros_like(logits)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)  # a kernel on another stream would read zeros
+        late.copy_(logits)
+        found = loss_and_gradient(backend, late, targets, advantages=advantages, mask=mask)
+    side.synchronize()
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 def test_two_streams(backend):
     problems = [problem(400, 32000, torch.bfloat16, seed=seed) for seed in (1, 2)]
     alone = [loss_and_gradient(backend, x, y, advantages=a, mask=m) for x, y, a, m in problems]
@@ -178,13 +232,9 @@ def test_two_streams(backend):
 def test_tensors_on_a_device_that_is_not_current(backend):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs a second GPU")
-    logits, targets, advantages, mask = problem(9, 50257, torch.bfloat16, device="cuda:1")
     torch.cuda.set_device(0)
-    loss, gradient = loss_and_gradient(backend, logits, targets, advantages=advantages, mask=mask)
-    assert gradient.device == logits.device and torch.cuda.current_device() == 0
-    losses, expected = truth(logits, targets, advantages, mask / mask.sum())
-    torch.testing.assert_close(loss.double(), losses.sum(), rtol=1e-5, atol=1e-6)
-    assert_close(gradient, expected)
+    assert_right(backend, 9, 50257, torch.bfloat16, device="cuda:1")
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -196,23 +246,20 @@ def test_forward_and_backward_never_wait(backend, dtype, inplace):
     options = {"rewards": rewards, "group_size": 4, "sequence_ids": sequence_ids, "mask": mask, "inplace": inplace}
     loss_and_gradient(backend, logits, targets, **options)  # compiles and loads, which may wait
     upstream = torch.full((), UPSTREAM, device=DEVICE)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         for reduction in ("token-mean", "sequence-mean"):
             loss_and_gradient(backend, logits, targets, upstream, reduction=reduction, return_stats=False, **options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
-def test_capture_and_replay(backend):
+@pytest.mark.parametrize("want_gradient", [False, True])
+def test_capture_and_replay(backend, want_gradient):
     """A captured step reads new logits, targets, rewards and mask from the old places."""
     logits, targets, advantages, mask = problem(16, 50257, torch.bfloat16)
-    leaf = logits.clone().requires_grad_(True)
+    leaf = logits.clone().requires_grad_(want_gradient)
 
     def step():
         loss = gft_loss(leaf, targets, advantages=advantages, mask=mask, tau=TAU, backend=backend)
-        return loss, torch.autograd.grad(loss * UPSTREAM, leaf)[0]
+        return loss, *(torch.autograd.grad(loss * UPSTREAM, leaf) if want_gradient else ())
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -222,7 +269,7 @@ def test_capture_and_replay(backend):
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss, gradient = step()
+        captured = step()
     for seed in (5, 6):
         new = problem(16, 50257, torch.bfloat16, seed=seed)
         with torch.no_grad():
@@ -230,8 +277,8 @@ def test_capture_and_replay(backend):
                 old.copy_(value)
         graph.replay()
         torch.cuda.synchronize()
-        expected_loss, expected = loss_and_gradient(backend, new[0], new[1], advantages=new[2], mask=new[3])
-        assert torch.equal(loss, expected_loss) and torch.equal(gradient, expected)
+        expected = loss_and_gradient(backend, new[0], new[1], advantages=new[2], mask=new[3])
+        assert all(map(torch.equal, captured, expected))
 
 
 def test_fifty_lengths_compile_at_most_twice(backend):
@@ -255,7 +302,9 @@ def test_a_target_out_of_range_spoils_its_row_only(backend, bad):
     logits, targets, advantages, _ = problem(9, 50257, torch.bfloat16)
     _, good = loss_and_gradient(backend, logits, targets, advantages=advantages, reduction="sum")
     targets[3] = bad
-    loss, gradient = loss_and_gradient(backend, logits, targets, advantages=advantages, reduction="none")
+    upstream = torch.full((9,), UPSTREAM, device=DEVICE)
+    with nothing_waits():
+        loss, gradient = loss_and_gradient(backend, logits, targets, upstream, advantages=advantages, reduction="none")
     assert loss[3].isnan() and gradient[3].isnan().all()
     others = torch.arange(9, device=DEVICE) != 3
     assert loss[others].isfinite().all() and torch.equal(gradient[others], good[others])
