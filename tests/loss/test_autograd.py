@@ -14,6 +14,8 @@ from gft_kernels import gft_linear_loss, gft_loss, policy_loss
 from gft_kernels.operators import row
 
 UPSTREAM = 3.7
+ONCE = pytest.mark.parametrize("backend", ["auto"])
+"""For what the operators decide, whichever backend they ask."""
 
 
 def bound(case, backend, device, **options):
@@ -115,6 +117,7 @@ LOSSES = {
 }
 
 
+@ONCE
 @pytest.mark.parametrize("upstream", [1.0, 2.0, "live"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_second_derivative_is_an_error(backend, device, loss, upstream):
@@ -159,6 +162,7 @@ SECOND = {
 }
 
 
+@ONCE
 @pytest.mark.parametrize("loss", [*LOSSES, "half precision", "per row"])
 @pytest.mark.parametrize("ask", SECOND)
 def test_no_way_of_asking_for_a_second_derivative_gives_zeros(backend, device, loss, ask):
@@ -179,6 +183,7 @@ def test_the_way_back_holds_no_logits(backend, device):
     assert storage() is None and loss.requires_grad
 
 
+@ONCE
 @pytest.mark.parametrize("loss", LOSSES)
 def test_forward_mode_and_torch_func_are_errors(backend, device, loss):
     function, z = LOSSES[loss](backend, device), problem().logits.to(device)
@@ -212,6 +217,7 @@ TRACED = {
 }
 
 
+@ONCE
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("ask", TRACED)
 def test_compiling_hides_no_refusal(backend, device, ask, fullgraph):
@@ -270,6 +276,7 @@ def test_autocast_leaves_the_loss_in_float32(backend, device, dtype):
     assert gradient.dtype == dtype and torch.equal(gradient, expected)
 
 
+@ONCE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_compiles_without_a_graph_break(backend, device, inplace, dtype):
@@ -283,6 +290,7 @@ def test_compiles_without_a_graph_break(backend, device, inplace, dtype):
     torch.testing.assert_close(gradient, expected[1])
 
 
+@ONCE
 def test_many_lengths_compile_at_most_twice(backend, device):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -294,6 +302,7 @@ def test_many_lengths_compile_at_most_twice(backend, device):
     assert counter.frame_count <= 2
 
 
+@ONCE
 @pytest.mark.parametrize("inplace", [False, True])
 def test_shapes_and_options_that_change_compile(backend, device, inplace):
     """Strides and numbers are then symbols: they can be compared, but neither sorted nor written out."""
@@ -311,6 +320,7 @@ def test_shapes_and_options_that_change_compile(backend, device, inplace):
         torch.testing.assert_close(found, run(lambda x, c=(y, items, delta): loss(x, *c), z))
 
 
+@ONCE
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "in place"])
 def test_many_backwards_at_once(backend, device, loss):
     """is_grads_batched wraps the upstream: whether it is 1 cannot be asked."""
