@@ -65,16 +65,18 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     Source: docs/training.md.
     """
 
-    # The group of a prompt
-    num_demonstrations: int = option(4, "Demonstrations taken from each row: the expert's first, then teachers'.")
+    num_demonstrations: int = option(
+        4, "Demonstrations taken from each row: the expert's first, then teachers'.", section="Groups"
+    )
     num_generations: int = option(4, "Responses sampled from the current policy for each prompt.")
     advantages: str = option("group", "'group': F5 from the rewards; 'ones': A = 1, so tau 0 is SFT and tau 1 is DFT.")
     reward_weights: list[float] | None = option(None, "One weight per reward function; None: all 1.")  # noqa: RUF009
     overlong: str = option("error", "Rows beyond a length limit below: 'error', 'drop', or 'truncate' responses.")
     max_prompt_length: int | None = option(None, "Longest prompt allowed, in tokens; None: the model's context.")
 
-    # Sampling, and the one temperature of sampling and loss alike
-    max_completion_length: int = option(256, "Longest response, in tokens; demonstrations must fit too.")
+    max_completion_length: int = option(
+        256, "Longest response, in tokens; demonstrations must fit too.", section="Sampling"
+    )
     temperature: float = option(1.0, "Divides the logits when sampling and in the loss.")
     top_p: float = option(1.0, "Samples come from the likeliest tokens that together have this probability.")
     top_k: int = option(0, "Samples come from this many likeliest tokens; 0: all.")
@@ -91,8 +93,7 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     eval_num_generations: int = option(1, "Responses per prompt in evaluation.")
     eval_temperature: float = option(0.0, "Temperature in evaluation; 0: greedy.")
 
-    # The loss
-    objective: str = option("gft", "'gft', 'sft', 'dft', 'grpo', 'dapo', 'dr_grpo' or 'cispo'.")
+    objective: str = option("gft", "'gft', 'sft', 'dft', 'grpo', 'dapo', 'dr_grpo' or 'cispo'.", section="Loss")
     clip_low: float | None = option(None, "grpo, dapo, dr_grpo: ratios below 1 - this are clipped.")
     clip_high: float | None = option(None, "The same and cispo: ratios above 1 + this are clipped.")
     delta: float | None = option(None, "grpo, dapo, dr_grpo: where A < 0 ratios above this are held there; None: free.")
@@ -101,12 +102,10 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
     singleton: str = option("reward", "A of a group of one: 'reward' or 'zero'.")
 
-    # What is logged
-    log_kl: bool = option(False, "Log the KL to the starting weights; keeps a frozen copy of them.")
+    log_kl: bool = option(False, "Log the KL to the starting weights; keeps a frozen copy of them.", section="Logging")
     log_completions_steps: int = option(50, "Print one group and append it to completions.jsonl every N steps; 0: off.")
 
-    # TrainingArguments with another default
-    learning_rate: float = option(1e-6, "Peak learning rate (the paper's).")
+    learning_rate: float = option(1e-6, "Peak learning rate (the paper's).", section="Training")
     logging_steps: float = option(10, "Optimizer steps between log lines.")
     remove_unused_columns: bool = option(False, "Must stay False: reward functions need the other columns.")
     dataloader_pin_memory: bool = option(False, "Rows are text until the groups are built: nothing to pin.")
