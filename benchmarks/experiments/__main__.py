@@ -41,6 +41,7 @@ def _parser():
     which.add_argument("--quick", action="store_true", help="the study `quick`: a few minutes on two cores")
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, a process and a core each")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: %(default)s)")
+    run.add_argument("--later", nargs="+", default=[], metavar="METHOD", help="leave these methods for another time")
     run.add_argument("--out", type=Path, metavar="FOLDER", help="results and models (default: runs/studies/NAME)")
     run.set_defaults(command=run_study)
 
@@ -59,7 +60,7 @@ def run_study(options) -> int:
     folder = Folder(options.out or Path("runs", "studies", study.name))
     runner.keep_settings(study, folder)
     try:
-        runner.run(study, folder, options.jobs, options.device, lambda line: print(line, flush=True))
+        runner.run(study, folder, options.jobs, options.device, lambda line: print(line, flush=True), options.later)
     finally:
         packed = results.pack(study, folder, options.device)
         print(f"results  {packed}", flush=True)

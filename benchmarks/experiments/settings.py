@@ -9,9 +9,11 @@ from typing import Any
 
 import yaml
 
+from benchmarks.experiments import claims
 from benchmarks.experiments.methods import METHODS, depends_on_expert, stages
 
 STUDIES = Path(__file__).parent / "studies"
+UNITS = ("bases", "seeds and prompts")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Cells:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The search for learning rates: every method alike, on bases, seeds and held-out prompts of its own."""
+    """The search for learning rates: every method alike, on bases, seeds and held-out prompts of its own.
+
+    methods: chains, whose last stage's rate is sought after the others' own."""
 
     methods: list[str]
     experts: list[str]
@@ -50,7 +54,8 @@ class Evaluation:
 class Study:
     """base, stage: options of GFTConfig for fitting the base model and for every training stage after it.
     follow_steps: optimizer steps of a stage that follows another. rates: learning rates where nothing is tuned.
-    least_base: a base model with a lower pass@1 has nothing that could be reinforced; it is reported apart."""
+    group: responses per prompt wherever groups are compared. claims: a file in benchmarks/experiments/claims.
+    unit: what a claim is decided over, "bases" (seeds within them) or, of one base, "seeds and prompts"."""
 
     name: str
     task: dict[str, Any]
@@ -61,23 +66,41 @@ class Study:
     tuning: Tuning | None = None
     rates: dict[str, float] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    least_base: float = 0.0
+    group: int = 8
+    claims: str = claims.EXPLORATORY
+    unit: str = "bases"
 
     def __post_init__(self):
         named = [name for cells in self.grid for chain in cells.chains for name in stages(chain)]
-        for name in [*named, *(self.tuning.methods if self.tuning else [])]:
+        tuned = [name for chain in (self.tuning.methods if self.tuning else []) for name in stages(chain)]
+        for name in [*named, *tuned]:
             if name not in METHODS:
                 raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}.")
+        if not claims.path_of(self.claims).is_file():
+            raise ValueError(f"claims must be a file in {claims.FOLDER.name}, got {self.claims!r}.")
+        if self.unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}.")
         if bool(self.rates) == bool(self.tuning):
             raise ValueError("either `tuning` or `rates` must be given, got both or none.")
         known = set(self.rates) | set(self.tuning.methods if self.tuning else [])
-        missing = sorted({METHODS[name].tuned_as or "sft" for name in named} - known)
+        missing = sorted({METHODS[name].tuned_as or "sft" for name in named if METHODS[name].trains} - known)
         if missing:
             raise ValueError(f"learning rates must be tuned or given for {', '.join(missing)}, got none.")
 
     def expert_of(self, chain: str, expert: str) -> str | None:
         """The expert a run is filed under; None where it makes no difference, so that one run serves all."""
         return expert if depends_on_expert(chain) else None
+
+    def tuned_as(self, chain: str) -> str | None:
+        """Whose tuned rate the last stage of a chain takes: that of the chain itself, if it was tuned as a whole."""
+        if self.tuning and chain in self.tuning.methods:
+            return chain
+        return METHODS[stages(chain)[-1]].tuned_as
+
+    @property
+    def registered(self) -> bool:
+        """Whether its claims were written before its runs."""
+        return self.claims != claims.EXPLORATORY
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
