@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,8 @@ class Study:
         return dataclasses.asdict(self)
 
 
-def load(path: str | Path) -> Study:
-    """The study of a YAML file, or of a name in benchmarks/experiments/studies.
+def load(path: str | Path, changes: Sequence[str] = ()) -> Study:
+    """The study of a YAML file, or of a name in benchmarks/experiments/studies. changes: "key.key=value", in YAML.
 
     Raises: FileNotFoundError, ValueError naming the key.
     """
@@ -115,7 +116,21 @@ def load(path: str | Path) -> Study:
     if not file.is_file():
         known = ", ".join(sorted(p.stem for p in STUDIES.glob("*.yaml")))
         raise FileNotFoundError(f"study must be a YAML file or one of {known}, got {str(path)!r}.")
-    return from_dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for change in changes:
+        _change(values, change)
+    return from_dict(values)
+
+
+def _change(values: dict, change: str) -> None:
+    key, given, value = change.partition("=")
+    *outer, last = key.split(".")
+    place: Any = values
+    for name in outer:
+        place = place.get(name) if isinstance(place, dict) else None
+    if not given or not isinstance(place, dict):
+        raise ValueError(f"--set must be KEY=VALUE with a key of the study, got {change!r}.")
+    place[last] = yaml.safe_load(value)
 
 
 def from_dict(values: dict) -> Study:

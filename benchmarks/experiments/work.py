@@ -16,7 +16,7 @@ from benchmarks.experiments.settings import Study
 from benchmarks.experiments.training import Stage, rounded, summary, train
 
 FIT = {"advantages": "ones", "tau": 0.0, "num_demonstrations": 1, "num_generations": 0, "token_metrics": False}
-KINDS = {"digit-sum": tasks.DigitSums, "gsm8k": tasks.WordProblems}
+KINDS = {"digit-sum": tasks.DigitSums, "gsm8k": tasks.WordProblems, "extraction": tasks.Extraction}
 
 
 def do(study: Study, folder: Folder, job: Job, device: str) -> None:
@@ -26,8 +26,8 @@ def do(study: Study, folder: Folder, job: Job, device: str) -> None:
     base = None if job.kind == jobs.BASE else load(task, folder, Job(jobs.BASE, job.base).name, device)
     training = None
     if base is None:
-        model, rate = fit_base(study, task, job, device), study.base["learning_rate"]
-        base = model
+        model = base = fit_base(study, task, job, device)
+        rate = study.base.get("learning_rate", 0.0)
     elif not METHODS[job.method].trains:
         model, rate = base, 0.0
     else:
@@ -37,7 +37,7 @@ def do(study: Study, folder: Folder, job: Job, device: str) -> None:
         training = summary(*train(model, task, stage_of(study, task, job, rate, device)))
     purpose = tasks.DEVELOPMENT if job.kind == jobs.TUNING else tasks.TEST
     metrics = score(study, task, model.eval(), base, job, purpose)
-    if job.kind == jobs.BASE or (job.kind == jobs.RUN and METHODS[job.method].trains):
+    if any(job.name in other.needs for other in jobs.plan(study)):
         folder.model(job.name).parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), folder.model(job.name))
     identity = {"kind": job.kind, "chain": job.chain, "expert": job.expert, "base": job.base, "seed": job.seed}
@@ -64,7 +64,10 @@ def _expert_before(study: Study, job: Job) -> str | None:
 
 
 def fit_base(study: Study, task, job: Job, device: str):
-    model = task.new_model(job.base)
+    """A model of the task's own, fitted as the study says; a pretrained one is taken as it is."""
+    model = task.new_model(job.base).to(device)
+    if not study.base:
+        return model
     train(
         model, task, Stage({**FIT, "logging_steps": 1, **study.base}, task.base_rows(job.base), None, job.base, device)
     )
@@ -100,7 +103,8 @@ def stage_of(study: Study, task, job: Job, rate: float, device: str) -> Stage:
         options["max_steps"] = study.follow_steps
     expert = job.expert or study.grid[0].experts[0]  # rows need demonstrations even where none is read
     rows = task.train_rows(expert, job.seed, method.data)
-    curve = task.held_out(tasks.CURVE, study.evaluation.curve, expert) if job.kind == jobs.RUN else None
+    shown = study.evaluation.curve if job.kind == jobs.RUN else 0
+    curve = task.held_out(tasks.CURVE, shown, expert) if shown else None
     return Stage(options, rows, curve, job.seed, device)
 
 

@@ -233,6 +233,17 @@ def test_a_study_that_cannot_run_is_refused_by_name(change, message):
         settings.from_dict({key: value for key, value in values.items() if value is not None})
 
 
+def test_settings_are_changed_by_key():
+    study = settings.load("bases", ["stage.max_steps=3", "name=other", "evaluation.samples=2"])
+    assert (study.name, study.stage["max_steps"], study.evaluation.samples) == ("other", 3, 2)
+    assert study.stage["warmup_steps"] == settings.load("bases").stage["warmup_steps"]
+    for wrong in ("stage.max_steps", "nothing.max_steps=3", "name.first=x"):
+        with pytest.raises(ValueError, match="--set must be KEY=VALUE"):
+            settings.load("bases", [wrong])
+    with pytest.raises(ValueError, match="nonsense"):
+        settings.load("bases", ["nonsense=3"])
+
+
 def test_the_chosen_rate_is_the_best_on_the_development_split_and_of_equals_the_smallest():
     def tried(rate, score, expert="leap", chain="sft"):
         return {"kind": "tuning", "chain": chain, "expert": expert, "rate": rate, "metrics": {"pass_at": {"1": score}}}
