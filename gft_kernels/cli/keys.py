@@ -35,7 +35,7 @@ def sections() -> dict[str, list[Key]]:
     options, taken = {field.name: field for field in dataclasses.fields(GFTConfig) if field.init}, set(UNREAD)
     kinds = GFTConfig.__mro__[: GFTConfig.__mro__.index(TrainingArguments)]
     groups = [list(dataclasses.fields(RunSettings)), [options.pop("output_dir")]]
-    groups += [[options[name] for name in inspect.get_annotations(kind)] for kind in kinds]
+    groups += [[options[name] for name in inspect.get_annotations(kind) if name in options] for kind in kinds]
     section = RUN
     for field in (field for group in groups for field in group):
         section = field.metadata.get("section", section)

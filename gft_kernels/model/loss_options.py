@@ -6,7 +6,7 @@ Each is a mixin before the host's own arguments: `class GFTConfig(GroupLossOptio
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from gft_kernels import checks
 from gft_kernels.objectives import PRESETS
@@ -57,6 +57,8 @@ class TokenLossOptions:
 class GroupLossOptions(TokenLossOptions):
     """The same over groups of responses: what their rewards weigh, and what a step is the mean of."""
 
+    NORMALIZATIONS: ClassVar[tuple[str, ...]] = NORMALIZE  # those that this trainer knows
+
     rectify: str | None = option(
         None, "gft: 'all' is the paper; 'positive': C only where A > 0; None: 'all'.", section="Loss"
     )
@@ -67,7 +69,7 @@ class GroupLossOptions(TokenLossOptions):
     def check_loss(self) -> None:
         super().check_loss()
         settle_means(self)
-        checks.one_of("normalize", self.normalize, NORMALIZE)
+        checks.one_of("normalize", self.normalize, self.NORMALIZATIONS)
         checks.not_negative("advantage_eps", self.advantage_eps, "the paper uses 1e-6")
         checks.one_of("reduction", self.reduction, MEAN_REDUCTIONS)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from gft_kernels import checks
 from gft_kernels.model.loss_options import GroupLossOptions, at_least, option, settle_means
 from gft_kernels.objectives import PRESETS, objective_of
-from gft_kernels.options import SINGLETON
+from gft_kernels.options import NORMALIZE, SINGLETON, SPLIT
 
 OLDEST = "5.6"
 if Version(transformers.__version__) < Version(OLDEST):
@@ -35,6 +35,7 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "eval_temperature": (NOT_NEGATIVE, "be 0 (greedy) or positive and finite"),
     "top_p": (lambda x: 0 < x <= 1, "lie above 0 and at most at 1"),
     "min_p": (lambda x: 0 <= x <= 1, "lie in [0, 1]"),
+    "imitation": (NOT_NEGATIVE, "be 0 or positive and finite"),
     "vllm_memory": (lambda x: 0 < x < 1, "lie between 0 and 1"),
     # What TrainingArguments leaves to the optimizer, or to nobody.
     **dict.fromkeys(
@@ -64,6 +65,8 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     Raises: ValueError, TypeError, one sentence, for a value out of range or two options that contradict each other.
     Source: docs/training.md.
     """
+
+    NORMALIZATIONS: ClassVar[tuple[str, ...]] = (*NORMALIZE, SPLIT)
 
     num_demonstrations: int = option(
         4, "Demonstrations taken from each row: the expert's first, then teachers'.", section="Groups"
@@ -100,7 +103,8 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     beta: float = option(0.0, "Weight of the KL to the starting weights; above 0 a frozen copy of them is kept.")
     kl_cap: float | None = option(None, "With beta: beyond this log(pi_start / pi), in nats, the penalty is linear.")
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
-    singleton: str = option("reward", "A of a group of one: 'reward' or 'zero'.")
+    singleton: str = option("reward", "A of a group of one, with 'split' of one sample: 'reward' or 'zero'.")
+    imitation: float = option(1.0, "normalize 'split': weight of the demonstrations against the samples.")
 
     log_kl: bool = option(False, "Log the KL to the starting weights; keeps a frozen copy of them.", section="Logging")
     log_completions_steps: int = option(50, "Print one group and append it to completions.jsonl every N steps; 0: off.")
@@ -128,6 +132,10 @@ def check_groups(config: GFTConfig) -> None:
         raise ValueError(
             f"num_generations must be 0 when advantages is 'ones', got {config.num_generations}; "
             "imitating the policy's own samples teaches nothing."
+        )
+    if config.imitation != 1.0 and config.normalize != SPLIT:
+        raise ValueError(
+            f"imitation must be 1.0 without normalize 'split', got {config.imitation!r}; nothing else weighs by it."
         )
     if config.rollout_order == "paper" and config.steps_per_rollout == 1:
         raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from gft_kernels.advantages import group_advantages
 from gft_kernels.data.rows import Response, Row, Rows
 from gft_kernels.data.text import decode
 from gft_kernels.objectives import PRESETS
+from gft_kernels.options import SPLIT
 from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import Sampling, forward_is_collective, seeded
@@ -95,12 +97,17 @@ class GroupBuilder:
 def weigh(groups: Sequence[Group], config: GFTConfig) -> None:
     """F5 within each group."""
     responses = [r for g in groups for r in g.responses]
+    split: dict[str, Any] = {}
+    if config.normalize == SPLIT:
+        given_S = torch.tensor([r.source != "sampled" for r in responses], dtype=torch.bool)
+        split = {"given": given_S, "imitation": config.imitation}
     advantages_S = group_advantages(
         torch.tensor([r.reward for r in responses], dtype=torch.float64),
         group_ids=torch.tensor([i for i, g in enumerate(groups) for _ in g.responses], dtype=torch.int64),
         normalize=str(config.normalize),
         eps=config.advantage_eps,
         singleton=config.singleton,
+        **split,
     )
     for response, advantage in zip(responses, advantages_S.tolist(), strict=True):
         response.advantage = advantage
@@ -165,6 +172,11 @@ def check_sources(args: GFTConfig, rows: Rows, rewards: Rewards) -> None:
             raise ValueError(
                 f"num_generations must be 0 where rows bring `responses` and `rewards`, got {args.num_generations}; "
                 "nothing says that samples would be rewarded alike."
+            )
+        if args.normalize == SPLIT:
+            raise ValueError(
+                "normalize must not be 'split' where rows bring `responses`, got 'split'; "
+                "nothing says which of them the policy sampled."
             )
         return
     if args.num_demonstrations + args.num_generations == 0:
