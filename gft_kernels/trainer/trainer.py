@@ -31,6 +31,7 @@ from gft_kernels.trainer.groups import IGNORE, GroupBuilder, check_sources, deno
 from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, show_completions, signs_of_collapse
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import end_tokens, is_complete, refuse_virtual_tokens
+from gft_kernels.trainer.sharing import Sharing
 
 TRAINING, EVALUATION = 0, 1  # what random numbers are for
 LOADER = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
@@ -120,6 +121,7 @@ class GFTTrainer(Trainer):
         self.ask = windows.Forward(model, self.accelerator)
         # What every call has; a training step adds its objective, for others only ask for log-probabilities.
         patch_model(model, objective="sft", temperature=args.temperature, ignore_index=IGNORE, backend=args.backend)
+        self.sharing = Sharing(args, model, self.accelerator)
         statistics = {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
         self._loss_options = call_options(args) | statistics
         # The policy that sampled is remembered where later steps differ from it and something asks how far.
@@ -172,7 +174,8 @@ class GFTTrainer(Trainer):
         parts = iter(windows.micro_batches_of(groups, [*itertools.chain(*steps_batches)], self.args.rollout_order))
         left_out = self.is_truncated if self.args.mask_truncated_completions else None
         pad_id = self.builder.pad_id
-        cut = [windows.window_of([next(parts) for _ in some], pad_id, left_out) for some in steps_batches if some]
+        steps_parts = [[next(parts) for _ in some] for some in steps_batches if some]
+        cut = [windows.window_of(some, pad_id, left_out, self.sharing.applies) for some in steps_parts]
         for inputs in (inputs for window in cut for inputs in window.micro_batches):
             if self._remembers:
                 inputs["old_log_probs"] = self.ask.log_probs(self.model, inputs)
