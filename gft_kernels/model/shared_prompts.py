@@ -107,11 +107,6 @@ def joined(layer: Any, prompt_of_S: Tensor, keys: Tensor, values: Tensor, *args,
 # Who may ask
 
 
-def refusal(model: Any) -> str | None:
-    """Why prompts cannot be shared in training this model (unwrapped), or None; tries it on a few tokens."""
-    return refusal_of_cache(model) or refusal_of_loss(model, training=True) or refusal_of_trial(model)
-
-
 def refusal_of_cache(model: Any) -> str | None:
     """Why the model's keys and values cannot be those of another call's prompt, as far as can be read off it."""
     from transformers import DynamicCache

@@ -17,14 +17,19 @@ WORTHWHILE = 0.9  # of the tokens of whole rows; a second pass through the layer
 class Sharing:
     """`share_prompts` of a run. Raises ValueError, with the reason, where it is True and cannot be.
 
-    model: the language model inside its wrappers. `reason`: why its training computes whole rows, or None.
+    model: the language model inside its wrappers. `reason`: why its training computes whole rows, or None. `samples`:
+    whether sampling computes each prompt once.
     """
 
     def __init__(self, args: GFTConfig, model: Any, accelerator):
         self.asked, self.tells, self.told = args.share_prompts, args.should_log, False
-        self.reason = None
-        if self.asked is not False:
-            self.reason = refusal_of_run(args, accelerator) or shared_prompts.refusal(model)
+        self.samples, self.reason = False, None
+        if self.asked is False:
+            return
+        kept = refusal_of_wrapper(accelerator) or shared_prompts.refusal_of_cache(model)
+        kept = kept or shared_prompts.refusal_of_trial(model)
+        self.samples = kept is None
+        self.reason = kept or refusal_of_run(args) or shared_prompts.refusal_of_loss(model, training=True)
         if self.asked is True and self.reason is not None:
             raise ValueError(f"share_prompts must be 'auto' or False here, got True; {self.reason}.")
         if self.reason is not None:
@@ -47,14 +52,19 @@ class Sharing:
 
     def _tell(self, reason: str) -> None:
         if self.tells:
-            logger.warning("share_prompts: prompts are computed with every response, for %s", reason)
+            logger.warning("share_prompts: training computes prompts with every response, for %s", reason)
 
 
-def refusal_of_run(args: GFTConfig, accelerator) -> str | None:
-    """Why this run, whatever its model, cannot compute prompts once."""
+def refusal_of_wrapper(accelerator) -> str | None:
+    """Why what is wrapped around the model cannot serve a cache of its prompts."""
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     if kind in ("FSDP", "DEEPSPEED"):
         return f"{kind} gathers weights, or reduces gradients, once for each call of a layer"
+    return None
+
+
+def refusal_of_run(args: GFTConfig) -> str | None:
+    """Why this run, whatever its model, cannot train on shared prompts."""
     if args.torch_compile:
         return "torch_compile would compile for every length of a prompt"
     if args.gradient_checkpointing:

@@ -100,9 +100,11 @@ class GFTTrainer(Trainer):
         windows.refuse_layouts(args, self.accelerator)
         # Read by transformers before 5.19, where loss_is_scaled_for_ga does not exist yet.
         self.model_accepts_loss_kwargs = True
-        self.rollout = Rollout(args, self.model, rollout_fn, processing_class)
+        language_model = unwrapped(self.accelerator.unwrap_model(self.model))
+        self.sharing = Sharing(args, language_model, self.accelerator)
+        self.rollout = Rollout(args, self.model, rollout_fn, processing_class, self.sharing.samples)
         self.builder = GroupBuilder(args, processing_class, rewards, self.rollout, end_tokens(model, processing_class))
-        self._patch(unwrapped(self.accelerator.unwrap_model(self.model)))
+        self._patch(language_model)
         self.start_model = windows.start_model(model, args.device) if args.log_kl or args.beta else None
         self.queue, self.means = windows.Queue(), Means(args.device)
         self._last_log, self._aside = time.perf_counter(), 0.0  # seconds since then that were not training
@@ -121,7 +123,6 @@ class GFTTrainer(Trainer):
         self.ask = windows.Forward(model, self.accelerator)
         # What every call has; a training step adds its objective, for others only ask for log-probabilities.
         patch_model(model, objective="sft", temperature=args.temperature, ignore_index=IGNORE, backend=args.backend)
-        self.sharing = Sharing(args, model, self.accelerator)
         statistics = {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
         self._loss_options = call_options(args) | statistics
         # The policy that sampled is remembered where later steps differ from it and something asks how far.
