@@ -60,7 +60,8 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     """How groups are built, sampled and weighted; every other option is transformers.TrainingArguments'.
 
     `per_device_train_batch_size` counts prompts, each with its whole group of responses; the gradient of a step
-    depends on the prompts of the step only, not on how they are cut into micro-batches.
+    depends on the prompts of the step only, not on how they are cut into micro-batches. Within a micro-batch a group's
+    prompt is computed once where `share_prompts` allows it and the model can.
 
     Raises: ValueError, TypeError, one sentence, for a value out of range or two options that contradict each other.
     Source: docs/training.md.
@@ -105,6 +106,9 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
     singleton: str = option("reward", "A of a group of one, with 'split' of one sample: 'reward' or 'zero'.")
     imitation: float = option(1.0, "normalize 'split': weight of the demonstrations against the samples.")
+    share_prompts: bool | str = option(
+        "auto", "A group's prompt computed once: True, False; auto: where it can and pays."
+    )
 
     log_kl: bool = option(False, "Log the KL to the starting weights; keeps a frozen copy of them.", section="Logging")
     log_completions_steps: int = option(50, "Print one group and append it to completions.jsonl every N steps; 0: off.")
@@ -128,6 +132,8 @@ def check_groups(config: GFTConfig) -> None:
     at_least(config, 1, *(n for n in ("max_prompt_length", "generation_batch_size") if getattr(config, n) is not None))
     for name, choices in CHOICES.items():
         checks.one_of(name, getattr(config, name), choices)
+    if not isinstance(config.share_prompts, bool) and config.share_prompts != "auto":
+        raise ValueError(f"share_prompts must be True, False or 'auto', got {config.share_prompts!r}.")
     if config.advantages == "ones" and config.num_generations:
         raise ValueError(
             f"num_generations must be 0 when advantages is 'ones', got {config.num_generations}; "
