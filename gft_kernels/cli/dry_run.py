@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from gft_kernels.cli import plan
 from gft_kernels.cli.inputs import configuration, rows
 from gft_kernels.cli.settings import RunSettings
+from gft_kernels.data import pretrained
 from gft_kernels.data.rows import Limits, Rows
 from gft_kernels.trainer import GFTConfig
 from gft_kernels.trainer.config import described
@@ -26,8 +27,9 @@ def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
     config = configuration({**options, **on_cpu})
     records = rows(settings.data, settings.reader, "train")
     rewards = Rewards(settings.rewards or (), config.reward_weights)
-    tokenizer = local(AutoTokenizer, settings.tokenizer or settings.model)
-    own_config = local(AutoConfig, settings.model)
+    model = pretrained.located(settings.model)
+    tokenizer = local(AutoTokenizer, pretrained.located(settings.tokenizer) if settings.tokenizer else model)
+    own_config = local(AutoConfig, model)
     model_config = own_config or given_config(settings)
     limits, required = Limits.of(model_config), sorted(rewards.required_columns())
     kept = Rows(records, "train_dataset", tokenizer or Unread(), config, limits, required)

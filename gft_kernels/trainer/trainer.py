@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from gft_kernels.data import pretrained
 from gft_kernels.data.rows import Limits, Response, Row, Rows
 from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.trainer import windows
@@ -39,9 +40,10 @@ LOADER = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefe
 class GFTTrainer(Trainer):
     """Group Fine-Tuning of a causal language model.
 
-    model: a transformers model, or the name or path of one, then loaded in float32. train_dataset, eval_dataset: lists
-    of rows or datasets.Dataset (docs/training.md#rows). reward_funcs: functions, ready names or dotted paths.
-    rollout_fn: `f(model, prompts_ids, sampling) -> token ids`, instead of what `args.rollout` names.
+    model: a transformers model, or the name or path of one (also "smollm2", or a GGUF file), then loaded in float32.
+    train_dataset, eval_dataset: lists of rows or datasets.Dataset (docs/training.md#rows).
+    reward_funcs: functions, ready names or dotted paths. rollout_fn: `f(model, prompts_ids, sampling) -> token ids`,
+    instead of what `args.rollout` names.
     Raises: ValueError or RowError before training for what cannot work, RewardError when a reward function fails.
     """
 
@@ -68,6 +70,7 @@ class GFTTrainer(Trainer):
                 f"args must be a GFTConfig, got {type(args).__name__}; it takes every option of TrainingArguments."
             )
         if isinstance(model, str):
+            model = pretrained.located(model)
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             # An AdamW step of 1e-6 is less than half the last bit of most bfloat16 weights: it would be lost.
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
