@@ -95,7 +95,7 @@ class GFTTrainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=self.rows_of(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
-            compute_metrics=heldout_summary(rewards.names),
+            compute_metrics=heldout_summary(rewards.names, args.eval_temperatures),
             callbacks=[RunLog(), Manifests(), *(callbacks or [])],
             optimizers=optimizers,
         )
@@ -229,10 +229,12 @@ class GFTTrainer(Trainer):
         args, builder = self.args, self.builder
         entropy = (args.seed, EVALUATION, self._eval_batches, args.process_index)
         self._eval_batches += 1
-        sampled = builder.sample(self.model, inputs, args.eval_num_generations, args.eval_temperature, entropy)
-        lines = heldout_lines(inputs, sampled, builder.rewards, self.is_truncated)
-        experts_B2 = self.ask.experts(model, inputs, builder.pad_id)
-        lines_BX = torch.cat([experts_B2, torch.tensor(lines, device=args.device)], 1)
+        columns = [self.ask.experts(model, inputs, builder.pad_id)]
+        for temperature in args.eval_temperatures:
+            sampled = builder.sample(self.model, inputs, args.eval_num_generations, temperature, entropy)
+            lines = heldout_lines(inputs, sampled, builder.rewards, self.is_truncated)
+            columns.append(torch.tensor(lines, device=args.device))
+        lines_BX = torch.cat(columns, 1)
         return None, lines_BX, torch.zeros(len(inputs), device=args.device)
 
     # Reporting
