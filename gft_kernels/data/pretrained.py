@@ -128,7 +128,7 @@ def convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _silence():
+    with transformers_at_rest(), contextlib.redirect_stderr(io.StringIO()):  # the bars of its GGUF reader
         try:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             read: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -149,16 +149,15 @@ def convert(file: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Without transformers' bars and remarks: one line of ours says what is going on."""
+def transformers_at_rest() -> Iterator[None]:
+    """Without transformers' bars and remarks, where a line of ours says what is going on."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
