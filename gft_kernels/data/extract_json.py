@@ -1,4 +1,4 @@
-"""Name, age and city of a sentence as a JSON object: a task that people fine-tune small language models for.
+"""Name, age and city of a sentence as a JSON object, with one example in the chat: what small models are tuned for.
 
 The verifier is answers.json_answer: exact fields and types, and nothing around the object. The expert writes that; a
 teacher writes the right facts in a wrong form, or a wrong fact in the right form. No name, age or city of the rows to
@@ -13,7 +13,11 @@ from pathlib import Path
 
 from gft_kernels.data.readers import refuse_file
 
-ASKED = "Extract name, age and city as a JSON object."
+EXAMPLE = (
+    {"role": "system", "content": "Extract name, age and city as a JSON object."},
+    {"role": "user", "content": "Maria is 31 years old and lives in Delhi."},
+    {"role": "assistant", "content": '{"name": "Maria", "age": 31, "city": "Delhi"}'},
+)
 NAMES = (
     "Anna", "Bruno", "Carla", "David", "Elena", "Felix", "Grace", "Hugo", "Irene", "Jonas", "Karin", "Luca",
     "Marta", "Nadia", "Oscar", "Paula", "Quentin", "Rosa", "Simon", "Teresa", "Ulrich", "Vera", "Walter", "Yusuf",
@@ -50,10 +54,7 @@ def records(count: int, split: str = "train", seed: int = 1) -> list[dict]:
     for i in range(count):
         facts = {"name": rng.choice(pool(NAMES, split)), "age": rng.choice(pool(AGES, split))}
         facts["city"] = rng.choice(pool(CITIES, split))
-        asked = [
-            {"role": "system", "content": ASKED},
-            {"role": "user", "content": rng.choice(SENTENCES).format(**facts)},
-        ]
+        asked = [*EXAMPLE, {"role": "user", "content": rng.choice(SENTENCES).format(**facts)}]
         given = [json.dumps(facts), teacher(facts, i % 4, rng, split)]
         rows.append({"prompt": asked, "demonstrations": given, "answer": facts})
     return rows
