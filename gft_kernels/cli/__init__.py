@@ -78,10 +78,21 @@ def _parser():
     env = commands.add_parser("env", help="versions, and each backend: ready, or the reason not")
     env.set_defaults(run=_env)
 
-    demo = commands.add_parser("demo", help="train two small models from scratch on this machine, in a few minutes")
+    demo = commands.add_parser("demo", help="tune a real language model on this machine, in a few minutes")
     demo.add_argument("--out", default="runs/demo", help="directory for models, logs and plots (default: %(default)s)")
-    demo.add_argument("--data", help="full GSM8K: a directory with train.parquet, test.parquet and socratic/")
-    demo.add_argument("--only", choices=("digit-sum", "gsm8k"), help="one of the two trainings")
+    what = demo.add_mutually_exclusive_group()
+    what.add_argument(
+        "--quick", action="store_true", help="a model from scratch instead, a minute; as --only digit-sum"
+    )
+    what.add_argument(
+        "--only", choices=("json", "dates", "digit-sum", "gsm8k"), default="json",
+        help="what to learn: the first two of a pretrained model, the others from scratch (default: %(default)s)",
+    )  # fmt: skip
+    demo.add_argument(
+        "--model", help="json, dates: a folder, a GGUF file or a name, as of gft train (default: smollm2)"
+    )
+    demo.add_argument("--seed", type=int, help="json, dates: of rows' order and samples (default: 0)")
+    demo.add_argument("--data", help="gsm8k: the full set, a directory with train.parquet, test.parquet and socratic/")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -131,5 +142,6 @@ def _env(options):
 def _demo(options):
     from gft_kernels.cli.demo import demo
 
-    demo(options.out, options.data, options.only)
+    part = "digit-sum" if options.quick else options.only
+    demo(options.out, part, **{name: getattr(options, name) for name in ("data", "model", "seed")})
     return DONE

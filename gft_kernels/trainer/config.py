@@ -32,7 +32,6 @@ CHOICES = {
 POSITIVE, NOT_NEGATIVE = lambda x: 0 < x < math.inf, lambda x: 0 <= x < math.inf
 NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("temperature", "repetition_penalty"), (POSITIVE, "be positive and finite")),
-    "eval_temperature": (NOT_NEGATIVE, "be 0 (greedy) or positive and finite"),
     "top_p": (lambda x: 0 < x <= 1, "lie above 0 and at most at 1"),
     "min_p": (lambda x: 0 <= x <= 1, "lie in [0, 1]"),
     "imitation": (NOT_NEGATIVE, "be 0 or positive and finite"),
@@ -52,6 +51,7 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "max_steps": (lambda x: x == -1 or x >= 1, "be at least 1, or -1 for whole epochs"),
 }
 CHOSEN = ("tau", "rectify", "clip_low", "clip_high", "delta")  # options that only some objectives take
+LOGGING_STEPS = 10  # that a long run has between its log lines
 CLIP = 0.2  # PPO's range, in which to count the ratios of an objective that does not clip
 
 
@@ -95,7 +95,7 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     rollout_order: str = option("groups", "'paper': a rollout's first steps take all samples, its last the given ones.")
     skip_special_tokens: bool = option(False, "Leave special tokens out of the text that reward functions read.")
     eval_num_generations: int = option(1, "Responses per prompt in evaluation.")
-    eval_temperature: float = option(0.0, "Temperature in evaluation; 0: greedy.")
+    eval_temperature: float | list[float] = option(0.0, "Temperature in evaluation, or several; 0: greedy.")  # noqa: RUF009
 
     objective: str = option("gft", "'gft', 'sft', 'dft', 'grpo', 'dapo', 'dr_grpo' or 'cispo'.", section="Loss")
     clip_low: float | None = option(None, "grpo, dapo, dr_grpo: ratios below 1 - this are clipped.")
@@ -114,16 +114,25 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     log_completions_steps: int = option(50, "Print one group and append it to completions.jsonl every N steps; 0: off.")
 
     learning_rate: float = option(1e-6, "Peak learning rate (the paper's).", section="Training")
-    logging_steps: float = option(10, "Optimizer steps between log lines.")
+    logging_steps: float | None = option(None, "Steps between log lines; None: 10, fewer in a short run.")  # type: ignore[assignment]
     remove_unused_columns: bool = option(False, "Must stay False: reward functions need the other columns.")
     dataloader_pin_memory: bool = option(False, "Rows are text until the groups are built: nothing to pin.")
 
     def __post_init__(self):
         check_groups(self)
         check_numbers(self)
+        check_eval_temperatures(self)
         settle(self)
         check_training_arguments(self)
+        self.few_log_lines = self.logging_steps is None
+        self.logging_steps = LOGGING_STEPS if self.logging_steps is None else self.logging_steps
         super().__post_init__()
+
+    @property
+    def eval_temperatures(self) -> list[float]:
+        """Those of evaluation, the one first whose metrics have no name behind theirs."""
+        given = self.eval_temperature
+        return given if isinstance(given, list) else [given]
 
 
 def check_groups(config: GFTConfig) -> None:
@@ -157,10 +166,20 @@ def check_groups(config: GFTConfig) -> None:
 def check_numbers(config: GFTConfig) -> None:
     for name, (holds, condition) in NUMBERS.items():
         value = getattr(config, name)
-        if value is None and name not in GFTConfig.__annotations__:
-            continue  # transformers' own default
+        if value is None and (name == "logging_steps" or name not in GFTConfig.__annotations__):
+            continue  # what short runs have, or transformers' own default
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
             raise ValueError(f"{name} must {condition}, got {value!r}.")
+
+
+def check_eval_temperatures(config: GFTConfig) -> None:
+    given = config.eval_temperatures
+    numbers = all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t < math.inf for t in given)
+    if not given or not numbers or len(set(given)) < len(given):
+        raise ValueError(
+            "eval_temperature must be 0 (greedy) or positive and finite, or a list of such numbers, each once, "
+            f"got {config.eval_temperature!r}."
+        )
 
 
 def check_training_arguments(config: GFTConfig) -> None:

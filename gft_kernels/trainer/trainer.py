@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from gft_kernels.data import pretrained
 from gft_kernels.data.rows import Limits, Response, Row, Rows
 from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.trainer import windows
@@ -40,9 +41,10 @@ LOADER = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefe
 class GFTTrainer(Trainer):
     """Group Fine-Tuning of a causal language model.
 
-    model: a transformers model, or the name or path of one, then loaded in float32. train_dataset, eval_dataset: lists
-    of rows or datasets.Dataset (docs/training.md#rows). reward_funcs: functions, ready names or dotted paths.
-    rollout_fn: `f(model, prompts_ids, sampling) -> token ids`, instead of what `args.rollout` names.
+    model: a transformers model, or the name or path of one (also "smollm2", or a GGUF file), then loaded in float32.
+    train_dataset, eval_dataset: lists of rows or datasets.Dataset (docs/training.md#rows).
+    reward_funcs: functions, ready names or dotted paths. rollout_fn: `f(model, prompts_ids, sampling) -> token ids`,
+    instead of what `args.rollout` names.
     Raises: ValueError or RowError before training for what cannot work, RewardError when a reward function fails.
     """
 
@@ -69,6 +71,7 @@ class GFTTrainer(Trainer):
                 f"args must be a GFTConfig, got {type(args).__name__}; it takes every option of TrainingArguments."
             )
         if isinstance(model, str):
+            model = pretrained.located(model)
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             # An AdamW step of 1e-6 is less than half the last bit of most bfloat16 weights: it would be lost.
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -93,7 +96,7 @@ class GFTTrainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=self.rows_of(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
-            compute_metrics=heldout_summary(rewards.names),
+            compute_metrics=heldout_summary(rewards.names, args.eval_temperatures),
             callbacks=[RunLog(), Manifests(), *(callbacks or [])],
             optimizers=optimizers,
         )
@@ -230,10 +233,12 @@ class GFTTrainer(Trainer):
         args, builder = self.args, self.builder
         entropy = (args.seed, EVALUATION, self._eval_batches, args.process_index)
         self._eval_batches += 1
-        sampled = builder.sample(self.model, inputs, args.eval_num_generations, args.eval_temperature, entropy)
-        lines = heldout_lines(inputs, sampled, builder.rewards, self.is_truncated)
-        experts_B2 = self.ask.experts(model, inputs, builder.pad_id)
-        lines_BX = torch.cat([experts_B2, torch.tensor(lines, device=args.device)], 1)
+        columns = [self.ask.experts(model, inputs, builder.pad_id)]
+        for temperature in args.eval_temperatures:
+            sampled = builder.sample(self.model, inputs, args.eval_num_generations, temperature, entropy)
+            lines = heldout_lines(inputs, sampled, builder.rewards, self.is_truncated)
+            columns.append(torch.tensor(lines, device=args.device))
+        lines_BX = torch.cat(columns, 1)
         return None, lines_BX, torch.zeros(len(inputs), device=args.device)
 
     # Reporting
