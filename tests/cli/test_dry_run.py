@@ -38,7 +38,6 @@ def numina(**changes) -> dict:
 @pytest.fixture
 def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)  # the preset names the configuration beside it
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def test_the_papers_preset(tmp_path, in_the_repository, capsys):
@@ -112,8 +111,7 @@ def test_what_is_on_disk_is_read(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_without_any_configuration_there_is_no_estimate(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_without_any_configuration_there_is_no_estimate(tmp_path, capsys):
     config = config_file(tmp_path, model="nobody/nothing")
     assert main(["train", "--config", config, "--dry-run"]) == 0
     assert "nobody/nothing is not on disk and model_config is not given: no estimate" in capsys.readouterr().out

@@ -14,7 +14,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import start_ranks
 from test_hf import S, batch, gradients
 from tiny_families import tiny
 from torch.nn.parallel import DistributedDataParallel
@@ -164,7 +164,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(run_rank, args=(port, str(path)), nprocs=WORLD)
+    start_ranks(run_rank, (port, str(path)), WORLD)
     return [torch.load(path / f"{rank}.pt") for rank in range(WORLD)]
 
 
