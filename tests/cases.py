@@ -21,6 +21,8 @@ VOCABULARIES = {
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TAUS = (0.0, 0.1, 0.7, 1.0)
+UPSTREAM = 3.7
+"""A gradient from above that is neither 1 nor a power of two: one that is dropped or rounded away would show."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,20 @@ def eager_gradient(case: Problem, upstream: float) -> torch.Tensor:
     loss = torch.where(live, -advantage * c * log_pi, 0.0).sum() / max(int(live.sum()), 1)
     (loss * upstream).backward()
     return z.grad
+
+
+def assert_loss(loss: torch.Tensor, losses: torch.Tensor) -> None:
+    """The sum of the rows' losses, to float32's digits of what was added up."""
+    error = abs(float(loss.detach().double().sum()) - float(losses.sum()))
+    assert error <= 1e-5 * float(losses.abs().sum()) + 1e-30, f"{error:.3e} off {float(losses.sum()):.6e}"
+
+
+def assert_elements(gradient: torch.Tensor, truth: torch.Tensor) -> None:
+    """Every element, to a few roundings of float32 or to two of a half type."""
+    if gradient.dtype == torch.float32:
+        torch.testing.assert_close(gradient.double(), truth, rtol=2e-5, atol=1e-7)
+    else:
+        assert_rounded(gradient, truth, roundings=2)
 
 
 def assert_rounded(gradient: torch.Tensor, truth: torch.Tensor, roundings: float, slack: float = 0.1) -> None:

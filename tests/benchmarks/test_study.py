@@ -66,6 +66,7 @@ def no_workers(monkeypatch):
     monkeypatch.setattr(runner, "ProcessPoolExecutor", InThisProcess)
 
 
+@pytest.mark.slow
 def test_every_job_leaves_a_result_and_a_line_with_the_time_left(finished):
     folder, lines = finished
     assert lines[0] == "7 jobs, 0 already finished"

@@ -271,6 +271,7 @@ def test_half_a_line_of_the_log_is_left_out_and_not_continued(copy, capsys):
 # Signals and the lock
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path, model_path, capsys):
     config = write_run(tmp_path, model_path, max_steps=100_000, save_steps=100_000, log_completions_steps=0)
     process, run = gft("train", "--config", config, stdout=subprocess.DEVNULL), tmp_path / "run"

@@ -85,6 +85,7 @@ def ranks(tmp_path_factory) -> list[dict[str, list[torch.Tensor]]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ROWS)
 def test_two_ranks_take_the_steps_of_one(ranks, kind, tmp_path):
     alone = steps(tmp_path, kind, 1)

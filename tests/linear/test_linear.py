@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, TAUS
-from linear_cases import UPSTREAM, assert_right, double, here, one_rounding, problem, relative, truth_of
+from cases import DTYPES, TAUS, UPSTREAM, assert_loss
+from linear_cases import assert_right, double, here, one_rounding, problem, relative, truth_of
 
 from gft_kernels import gft_linear_loss, gft_loss, token_log_probs
 
@@ -181,7 +181,7 @@ def test_autocast_multiplies_in_its_dtype_and_keeps_the_gradients_dtypes(hidden_
     assert [g.dtype for g in gradients] == [hidden_dtype, weight_dtype, torch.float32]
     case.hidden, case.weight = (x.detach().to(autocast).requires_grad_(True) for x in (case.hidden, case.weight))
     losses, truth = case.truth()
-    assert abs(loss.item() - float(losses.sum())) <= 1e-5 * float(losses.abs().sum())
+    assert_loss(loss, losses)
     for gradient, expected in zip(gradients, truth, strict=True):
         assert relative(gradient, expected) <= one_rounding(expected, gradient.dtype)
 

@@ -6,14 +6,13 @@ import weakref
 
 import pytest
 import torch
-from cases import problem, run
+from cases import UPSTREAM, problem, run
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from gft_kernels import gft_linear_loss, gft_loss, policy_loss
 from gft_kernels.operators import row
 
-UPSTREAM = 3.7
 ONCE = pytest.mark.parametrize("backend", ["auto"])
 """For what the operators decide, whichever backend they ask."""
 

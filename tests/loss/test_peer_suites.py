@@ -53,8 +53,7 @@ def test_quack_extreme_and_shifted_values(backend, level):
         torch.testing.assert_close(loss, F.cross_entropy(logits, here, reduction="none"), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("reduction", ["token-mean", "sum"])
-@pytest.mark.parametrize("ignore_index", [-100, 42])
+@pytest.mark.parametrize(("reduction", "ignore_index"), [("token-mean", -100), ("sum", 42)])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(8, 32000), (9, 32000), (3, 128256), (7, 41)])
 @pytest.mark.parametrize(
     ("scalar", "dtype", "atol", "rtol"),
@@ -101,10 +100,11 @@ def test_liger_cross_entropy_with_softcap(backend, softcap, dtype, rtol):
     torch.testing.assert_close(narrow.grad.float(), wide.grad, atol=1e-6 * size, rtol=rtol)
 
 
-@pytest.mark.parametrize("reduction", ["none", "token-mean", "sum"])
-@pytest.mark.parametrize("invalids", [False, True])
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize(  # each value of one beside each of any other
+    ("reduction", "softcap", "has_bias", "invalids"),
+    [("none", None, True, True), ("none", 20.0, False, False), ("token-mean", None, False, False),
+     ("token-mean", 20.0, True, True), ("sum", None, True, False), ("sum", 20.0, False, True)],
+)  # fmt: skip
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)], ids=str
 )

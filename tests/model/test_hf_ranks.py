@@ -168,6 +168,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     return [torch.load(path / f"{rank}.pt") for rank in range(WORLD)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 def test_two_ranks_have_the_gradients_of_one_process(ranks, check):
     _, family, silent_rank = CHECKS[check]

@@ -51,6 +51,7 @@ def test_micro_batches_do_not_change_a_step(one_process, prompts):
     assert_same_steps(lines_of(EXAMPLE, "--steps", "3", "--prompts-per-micro-batch", prompts), one_process)
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_a_step(one_process):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]

@@ -99,6 +99,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
     return bool((ours - theirs).norm() <= tolerance * theirs.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "name"), CASES)
 def test_two_ranks_take_the_steps_of_one(launched, alone, launcher, name):
     """However the rows fall to the ranks: ragged, none at all, or none with an advantage."""
