@@ -16,13 +16,10 @@ from pathlib import Path
 
 import torch
 
-from gft_kernels.options import AgreedRows, RowCall, RowResult
+from gft_kernels.options import NORMALIZE, REDUCTIONS, SURROGATES, AgreedRows, RowCall, RowResult
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-REDUCTIONS = ("token-mean", "sequence-mean", "sum", "none")
-SURROGATES = ("gft", "grpo", "cispo")
-NORMALIZE = ("std", "mean", "leave-one-out")
 
 pointer, i64, i32, f64 = c.c_void_p, c.c_int64, c.c_int, c.c_double
 
