@@ -53,7 +53,8 @@ def cuda_lines(ready: bool) -> list[str]:
     if not _extension.has_cuda():
         return []
     found = {name: f"{number // 1000}.{number % 1000 // 10}" for name, number in cuda.versions().items() if number}
-    lines = [f"{'':<10} CUDA {found['runtime']} linked in, driver serves {found.get('driver', 'none: there is none')}"]
+    driver = f"the driver serves {found['driver']}" if "driver" in found else "there is no driver"
+    lines = [f"{'':<10} CUDA {found['runtime']} linked in, {driver}"]
     if not ready:
         return lines
     logits = torch.empty(1, 1, 151936, dtype=torch.bfloat16, device="cuda").expand(

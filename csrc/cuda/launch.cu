@@ -53,6 +53,7 @@ auto with_type(Dtype dtype, Act act) {
 // over its rows, loading the next while it writes this one); else, and for statistics, two_pass_row.
 template <class T, bool kEntropy>
 LaunchPlan plan_logits(const RowShape& shape, Place place) {
+    const Device device = device_at(place.device);
     LaunchPlan plan{"two_pass_row",
                     1,
                     shape.gradient ? kTwoPassThreads : kOnePassThreads,
@@ -60,12 +61,12 @@ LaunchPlan plan_logits(const RowShape& shape, Place place) {
                     0,
                     0,
                     at_most(shape.rows, kMaxGrid),
-                    kDone};
+                    outcome(device.error, "asking what the device has")};
+    constexpr int header = sizeof(ClusterShared<T>);
     for (int choice = 0; shape.gradient && (choice == 0 || place.cluster == 0); ++choice) {
-        constexpr int header = sizeof(ClusterShared<T>);
-        const ClusterPlan cluster = place.cluster != 0 ? plan_of(place.cluster, shape.V, sizeof(T), header)
-                                                       : cluster_plan(device_at(place.device).machine, shape.rows,
-                                                                      shape.V, sizeof(T), header, choice);
+        const ClusterPlan cluster = place.cluster != 0
+                                        ? plan_of(place.cluster, shape.V, sizeof(T), header)
+                                        : cluster_plan(device.machine, shape.rows, shape.V, sizeof(T), header, choice);
         if (cluster.blocks == 0) break;
         const Residents residents =
             resident_clusters(reinterpret_cast<const void*>(cluster_row<T, kEntropy>), cluster, place.device);

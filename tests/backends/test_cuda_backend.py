@@ -83,7 +83,7 @@ def test_the_report_names_the_plan_and_what_was_refused(monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **{**options, "device": "cpu"}))
     versions_line, plan_line = report.cuda_lines(ready=True)
-    assert "CUDA 13.0 linked in, driver serves 13.1" in versions_line
+    assert "CUDA 13.0 linked in, the driver serves 13.1" in versions_line
     assert "cluster_row, 4 blocks a row of 512 threads and 77040 bytes, 66 rows at once" in plan_line
     assert plan_line.endswith("refused before: invalid cluster size")
     assert report.cuda_lines(ready=False) == [versions_line]
