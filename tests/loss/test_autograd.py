@@ -393,10 +393,11 @@ def test_many_backwards_at_once(backend, device, loss):
 
 def operator_arguments(dtype, monkeypatch, **options):
     """What `gft_loss` hands to its operator."""
-    case, captured, run_call = problem(dtype=dtype), [], row._run
+    case, captured, pack = problem(dtype=dtype), [], row._pack
     leaf = case.logits.requires_grad_(True)
     with monkeypatch.context() as patched:
-        patched.setattr(row, "_run", lambda z, *call: captured.append(row._pack(*call)) or run_call(z, *call))
+        patched.setattr(row, "_is_watched", lambda logits: True)
+        patched.setattr(row, "_pack", lambda *call: captured.append(pack(*call)) or captured[-1])
         bound(case, "reference", leaf.device, **options)(leaf)
     return (leaf, *captured[0])
 
