@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 
 import pytest
 import yaml
@@ -57,6 +58,15 @@ def test_the_demo_is_the_examples_run(task):
         **expected, "learning_rate": "3e-5"  # YAML's spelling, which gft train reads as a number
     }  # fmt: skip
     assert float(example["learning_rate"]) == extraction_demo.SHARED["learning_rate"]
+
+
+def test_the_example_trains_an_adapter(chat_model, tmp_path, capsys, monkeypatch):
+    tiny = ["--model", chat_model, "--steps", "1", "--held-out", "3", "--longest", "80", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["extract_lora.py", *tiny])
+    runpy.run_path(str(ROOT / "examples" / "extract_lora.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert "T = 1: 0.00 right before, 0.00 after 1 steps" in shown and "greedy: 0.00 right before" in shown
+    assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "model.safetensors").exists()
 
 
 def test_an_interval_is_wilsons():

@@ -56,7 +56,10 @@ def test_the_papers_preset(tmp_path, in_the_repository, capsys):
         "1.54 G parameters",
     ):
         assert expected in shown, expected
-    memory = {line.split()[0]: float(line.split()[1]) for line in shown.splitlines() if line.startswith("  ")}
+    listed = [line for line in shown.splitlines() if line.startswith("  ")]
+    memory = {line.split()[0]: float(line.removeprefix("  in").split()[1]) for line in listed}
+    parts = [float(line.split()[1]) for line in listed if line.startswith("  and")]
+    assert memory["in"] == pytest.approx(memory["DDP"] + sum(parts), abs=0.03)
     gib = 2**30
     assert memory["DDP"] == pytest.approx(QWEN * (4 + 4 + 8) / gib, abs=0.01)
     assert memory["ZeRO-2"] == pytest.approx(QWEN * (2 + 2 / 8 + 12 / 8) / gib, abs=0.01)
