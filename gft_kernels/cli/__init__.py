@@ -1,4 +1,4 @@
-"""The command `gft`: train, plot, env, demo. Exit codes: exits.py."""
+"""The command `gft`: train, init, plot, env, demo. Exit codes: exits.py."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def _parser():
         help="fine-tune a causal language model",
         description="Any key of the configuration file can be overridden: --tau 0.5 --learning_rate 1e-5",
         allow_abbrev=False,
+        add_help=False,
     )
+    train.add_argument("-h", "--help", action=_TrainHelp, help="this, and every key of a configuration")
     train.add_argument("--config", help="YAML file; see docs/training.md")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     train.add_argument(
@@ -61,6 +63,12 @@ def _parser():
     train.add_argument("--dry-run", action="store_true", help="check settings and data, count batches and memory, stop")
     train.add_argument("--ranks", type=int, help="processes to count with in a dry run (default: 1)")
     train.set_defaults(run=_train)
+
+    init = commands.add_parser("init", help="write a commented configuration for rows of your own")
+    init.add_argument("data", metavar="DATA", help="a .jsonl, .json or .parquet file of rows")
+    init.add_argument("--model", required=True, help="folder of the model to train, or its name on the hub")
+    init.add_argument("--out", default="gft.yaml", help="file to write (default: %(default)s)")
+    init.set_defaults(run=_init)
 
     plot = commands.add_parser("plot", help="draw reward, entropy, rectified fraction and gradient norm of a run")
     plot.add_argument("directory", metavar="RUN", help="the run's output_dir")
@@ -89,6 +97,19 @@ def _parser():
     return parser
 
 
+class _TrainHelp(argparse.Action):
+    """The flags, and every key of a configuration with its default; transformers is imported for those."""
+
+    def __init__(self, option_strings, dest, help=None):
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from gft_kernels.cli.keys import listing
+
+        print(f"{parser.format_help()}\nKeys, in the file `name: value`, or as flags. [default]\n\n{listing()}")
+        parser.exit()
+
+
 def _train(options):
     from gft_kernels.cli.train import train
 
@@ -96,6 +117,13 @@ def _train(options):
         raise ValueError("--ranks must be at least 1 and come with --dry-run; torchrun decides otherwise.")
     flags = (options.resume, options.dry_run, options.ranks, options.resume_anyway)
     return train(options.config, options.overrides, options.data, *flags)
+
+
+def _init(options):
+    from gft_kernels.cli.init import init
+
+    print(init(options.data, options.model, options.out))
+    return DONE
 
 
 def _plot(options):

@@ -25,6 +25,7 @@ def demo(out: str, part: str, **given: Any) -> None:
             raise ValueError(f"--{name} must go with --only {parts}, got {part}; leave it out.")
     directory, start = Path(out, part), time.perf_counter()
     shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)  # what cannot be written is said before the data is made
     if part == "gsm8k":
         scratch_demos.gsm8k_demo(directory, options.get("data"))
     elif part == "digit-sum":

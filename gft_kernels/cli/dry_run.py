@@ -107,7 +107,7 @@ def memory_lines(
     """Estimates in GiB for each rank; docs/training.md has the formulas."""
     other = plan.other_memory(config, model, found, longest)
     if activations is not None:
-        other = {"activations of a micro-batch, every response at full length": activations, **other}
+        other = {"activations at most: responses of full length, no prompt shared": activations, **other}
     without = ", without activations" if activations is None else ""
     lines = [f"memory       {model.parameters / 1e9:.2f} G parameters; GiB a rank{without}:"]
     weights = plan.weights_memory(config, model, found.ranks)

@@ -32,6 +32,7 @@ from gft_kernels.trainer.groups import IGNORE, GroupBuilder, check_sources, deno
 from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, show_completions, signs_of_collapse
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import end_tokens, is_complete, refuse_virtual_tokens
+from gft_kernels.trainer.sharing import Sharing
 
 TRAINING, EVALUATION = 0, 1  # what random numbers are for
 LOADER = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
@@ -102,9 +103,11 @@ class GFTTrainer(Trainer):
         windows.refuse_layouts(args, self.accelerator)
         # Read by transformers before 5.19, where loss_is_scaled_for_ga does not exist yet.
         self.model_accepts_loss_kwargs = True
-        self.rollout = Rollout(args, self.model, rollout_fn, processing_class)
+        language_model = unwrapped(self.accelerator.unwrap_model(self.model))
+        self.sharing = Sharing(args, language_model, self.accelerator)
+        self.rollout = Rollout(args, self.model, rollout_fn, processing_class, self.sharing.samples)
         self.builder = GroupBuilder(args, processing_class, rewards, self.rollout, end_tokens(model, processing_class))
-        self._patch(unwrapped(self.accelerator.unwrap_model(self.model)))
+        self._patch(language_model)
         self.start_model = windows.start_model(model, args.device) if args.log_kl or args.beta else None
         self.queue, self.means = windows.Queue(), Means(args.device)
         self._last_log, self._aside = time.perf_counter(), 0.0  # seconds since then that were not training
@@ -175,7 +178,8 @@ class GFTTrainer(Trainer):
         parts = iter(windows.micro_batches_of(groups, [*itertools.chain(*steps_batches)], self.args.rollout_order))
         left_out = self.is_truncated if self.args.mask_truncated_completions else None
         pad_id = self.builder.pad_id
-        cut = [windows.window_of([next(parts) for _ in some], pad_id, left_out) for some in steps_batches if some]
+        steps_parts = [[next(parts) for _ in some] for some in steps_batches if some]
+        cut = [windows.window_of(some, pad_id, left_out, self.sharing.applies) for some in steps_parts]
         for inputs in (inputs for window in cut for inputs in window.micro_batches):
             if self._remembers:
                 inputs["old_log_probs"] = self.ask.log_probs(self.model, inputs)

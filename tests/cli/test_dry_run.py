@@ -38,7 +38,6 @@ def numina(**changes) -> dict:
 @pytest.fixture
 def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)  # the preset names the configuration beside it
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def test_the_papers_preset(tmp_path, in_the_repository, capsys):
@@ -111,12 +110,11 @@ def test_what_is_on_disk_is_read(tmp_path, capsys):
     assert "5 of 10 rows, columns checked; longest prompt 4 tokens" in shown  # the even ones have 8
     assert "2 ranks × 2 prompts × 1 micro-batches = 4 prompts" in shown and "3 steps in all" in shown
     assert "copy of the starting weights" in shown and "not on disk" not in shown
-    assert "activations of a micro-batch, every response at full length" in shown
+    assert "activations at most: responses of full length, no prompt shared" in shown
     assert not (tmp_path / "run").exists()
 
 
-def test_without_any_configuration_there_is_no_estimate(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_without_any_configuration_there_is_no_estimate(tmp_path, capsys):
     config = config_file(tmp_path, model="nobody/nothing")
     assert main(["train", "--config", config, "--dry-run"]) == 0
     assert "nobody/nothing is not on disk and model_config is not given: no estimate" in capsys.readouterr().out
