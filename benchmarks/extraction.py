@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
 import resource
 import subprocess
@@ -24,7 +23,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import provenance
+from benchmarks import extraction_report, provenance
 from gft_kernels.cli import extraction_demo as demo
 from gft_kernels.data import extract_json, pretrained, text
 from gft_kernels.data.answers import json_answer
@@ -32,7 +31,6 @@ from gft_kernels.model import patch_model, unpatch_model
 from gft_kernels.trainer import GFTConfig, GFTTrainer, Sampling, generate
 
 GROUP, GIVEN = 6, 2
-SAVED = Path(__file__).parent / "results" / "extraction"
 Options = dict[str, Any]
 
 
@@ -161,7 +159,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--held-out", type=int, default=64, help="rows of an evaluation (default: %(default)s)")
-    parser.add_argument("--save", type=Path, default=SAVED, help="folder of the results (default: %(default)s)")
+    parser.add_argument("--save", type=Path, default=extraction_report.FILE, help="the results, a line a run")
     for name in ("max_steps", "max_completion_length"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=demo.SHARED[name])
     options = parser.parse_args()
@@ -172,9 +170,7 @@ def main() -> None:
     changes = {name: getattr(options, name) for name in ("seed", "max_steps", "max_completion_length")}
     with tempfile.TemporaryDirectory() as folder:
         found = measured(options.trainer, options.model, {"output_dir": folder, **changes}, options.held_out)
-    options.save.mkdir(parents=True, exist_ok=True)
-    file = options.save / f"{options.trainer.lower().replace(', ', '-').replace(' ', '-')}-{options.seed}.json"
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    extraction_report.keep(found, options.save)
     print({name: found[name] for name in ("trainer", "before", "after", "seconds_a_step", "peak_gib")}, flush=True)
 
 
