@@ -86,8 +86,11 @@ def behind_prompts(model: Any, kwargs: dict[str, Any], prompt_ids_GP: Tensor, pr
 
 
 def prompts_cache(model: Any, prompt_ids_GP: Tensor) -> Any:
-    """Keys and values of right-padded prompts. No mask: under a causal one no token sees the padding behind it."""
-    return model.base_model(input_ids=prompt_ids_GP, use_cache=True, return_dict=True).past_key_values
+    """Keys and values of right-padded prompts. Nothing is masked: under causality no token sees the padding behind."""
+    mask = torch.ones_like(prompt_ids_GP)  # without one, families that find padding advise to pass one
+    return model.base_model(
+        input_ids=prompt_ids_GP, attention_mask=mask, use_cache=True, return_dict=True
+    ).past_key_values
 
 
 def expanded(cache: Any, prompt_of_S: Tensor) -> Any:
@@ -172,7 +175,8 @@ def relative_difference(model: Any, groups: Sequence[tuple[Ids, Sequence[Ids]]])
     worst = 0.0
     for mine, (prompt, response) in zip(shared, pairs, strict=True):
         row = torch.tensor([[*prompt, *response[:-1]]], device=device)
-        theirs = model(input_ids=row, use_cache=False, return_dict=True).logits[0, len(prompt) - 1 :]
+        whole = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False, return_dict=True)
+        theirs = whole.logits[0, len(prompt) - 1 :]
         mine, theirs = (logits.float() - logits.float().mean(-1, True) for logits in (mine[: len(response)], theirs))
         worst = max(worst, float((mine - theirs).norm() / theirs.norm()))
     return worst
