@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 PROMPT_IDS, PROMPT_OF = ARGUMENTS = ("prompt_ids", "prompt_of")
 NOISE = ("drop", "jitter", "noise")  # in the names of what layers draw at random in training
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}  # of logits, relative; of smaller types ROUNDED
-ROUNDED = 5e-2
+ROUNDED = 0.15
 
 
 Ids = Sequence[int]
@@ -177,6 +177,6 @@ def relative_difference(model: Any, groups: Sequence[tuple[Ids, Sequence[Ids]]])
         row = torch.tensor([[*prompt, *response[:-1]]], device=device)
         whole = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False, return_dict=True)
         theirs = whole.logits[0, len(prompt) - 1 :]
-        mine, theirs = (logits.float() - logits.float().mean(-1, True) for logits in (mine[: len(response)], theirs))
+        mine, theirs = (logits.double() - logits.double().mean(-1, True) for logits in (mine[: len(response)], theirs))
         worst = max(worst, float((mine - theirs).norm() / theirs.norm()))
     return worst

@@ -72,6 +72,12 @@ def test_every_family_gives_the_loss_and_gradients_of_whole_rows_or_says_why_not
         assert_same(patched(model, shared(), gft_advantages=ADVANTAGES_S), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_trial_tells_rounding_from_other_numbers_in_every_dtype(dtype):
+    assert shared_prompts.refusal_of_trial(tiny("llama").to(dtype)) is None
+    assert "computes other numbers" in shared_prompts.refusal_of_trial(tiny("mpt").to(dtype))
+
+
 def test_padding_behind_a_short_response_lies_within_the_table_of_positions():
     """A long prompt with a short response, beside a short one with a long response: 64 positions are enough."""
     model = patch_model(tiny("gpt2"))
