@@ -5,7 +5,7 @@ A new peer is one entry of `PEERS` in the file of its kind.
 
 from __future__ import annotations
 
-from benchmarks.kinds import advantages, linear, log_probs, row, shards, step
+from benchmarks.kinds import advantages, linear, log_probs, prompts, row, shards, step
 from benchmarks.kinds.kind import Kind
 
 KINDS: dict[str, Kind] = {
@@ -15,6 +15,7 @@ KINDS: dict[str, Kind] = {
     "advantages": advantages.KIND,
     "shards": shards.KIND,
     "step": step.KIND,
+    "prompts": prompts.KIND,
 }
 
 SWEEPS = {

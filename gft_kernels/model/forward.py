@@ -38,6 +38,7 @@ class PatchedForward:
         self.transform: Transform | None = None  # the one of them that the model is known to apply
         self.refusal: str | None = None  # why the logits are needed, where no later call can change that
         self.warned: set[str] = set()
+        self.tried_prompts = False  # whether it may go on from the cache of a prompt
         self.head_call: HeadCall | None = None  # the one under way
         self.__name__, self.__doc__ = "forward", model.forward.__doc__
         self.__signature__ = signature(model.forward)
@@ -113,6 +114,8 @@ class PatchedForward:
         keeps_logits = self.eval_logits and not self.model.training
         dropped = {"loss"} if keeps_logits else {"loss", "logits"}
         if prompts is not None:
+            shared_prompts.refuse(self.model, self.tried_prompts)
+            self.tried_prompts = True
             kwargs = shared_prompts.behind_prompts(self.model, kwargs, *prompts)
             dropped.add("past_key_values")  # the prompts', which nobody can go on from
         elif self.takes_use_cache:
