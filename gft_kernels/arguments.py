@@ -58,7 +58,7 @@ class _Sums(TypedDict, total=False):
         Option(
             None,
             "how much of the logits' gradient, in norm, the products that take it to hidden and weight may leave out "
-            '(docs/linear.md#sparse): a number in [1e-6, 1); "auto": so little that it disappears in the rounding of '
+            '(docs/linear.md): a number in [1e-6, 1); "auto": so little that it disappears in the rounding of '
             "the products' dtype, nothing in float32. None: nothing. Needs a head.",
         ),
     ]
