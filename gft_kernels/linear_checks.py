@@ -123,5 +123,7 @@ def filter_eps(value: Any, product: torch.dtype) -> float:
         return 0.0
     if isinstance(value, str) and value == "auto":
         return 0.0 if product == torch.float32 else torch.finfo(product).eps / 8
-    condition = 'be None, "auto" or a number in [1e-6, 1)'
-    return checks.real("filter_eps", value, lambda x: SMALLEST_EPS <= x < 1.0, condition, "None leaves nothing out")
+    condition, remedy = 'be None, "auto" or a number in [1e-6, 1)', "None leaves nothing out"
+    if isinstance(value, str):
+        raise ValueError(f"filter_eps must {condition}, got {checks.shown(value)}; {remedy}")
+    return checks.real("filter_eps", value, lambda x: SMALLEST_EPS <= x < 1.0, condition, remedy)

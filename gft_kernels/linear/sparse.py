@@ -24,8 +24,9 @@ from torch import Tensor
 from gft_kernels.linear.products import Head, multiply
 
 TILE = 512  # rows that keep the same columns: fewer rows keep fewer, but the tails read head and dW once a tile
-BLOCK = 16  # rows that share a tail: two products of 1/16 the size
+BLOCK = 32  # rows that share a tail: two products of 1/32 the size
 DENSE = 0.5  # share of the columns kept beyond which gathering them saves little
+SAMPLED = 8  # one row in so many tells whether a tile is flat
 PANEL = 8  # rows looked at at a time, which a cache still holds
 NOTHING = 1e-12  # missing of a row, in units of its largest entry: far below what float32 can tell from 0
 TINY = torch.finfo(torch.float32).tiny
@@ -49,41 +50,52 @@ class Tile(NamedTuple):
 
 
 def tiles_of(dlogits_CV: Tensor, filter_eps: float) -> list[Tile]:
-    """Cut a chunk into tiles and choose their columns; dense neighbours are one. On a GPU this waits once."""
+    """Cut a chunk into tiles and choose their columns; dense neighbours are one. A GPU is waited for in each tile."""
     size = -(-len(dlogits_CV) // -(-len(dlogits_CV) // TILE))
-    found = [measure(dlogits_TV) for dlogits_TV in dlogits_CV.split(size)]
-    energies, orders = torch.stack([sizes.energy_V for sizes in found]).sort(1)  # NaN last: such a tile drops nothing
-    dropped = (energies.cumsum(1, dtype=torch.float64) <= filter_eps**2).sum(1).tolist()
     tiles: list[Tile] = []
-    for start, sizes, order_V, drop in zip(range(0, len(dlogits_CV), size), found, orders, dropped, strict=True):
-        rows = slice(start, min(start + size, len(dlogits_CV)))
-        if len(order_V) - drop <= DENSE * len(order_V):
-            tiles.append(Tile(rows, order_V[drop:].sort().values, sizes))
-        elif tiles and tiles[-1].kept_K is None:
+    for start in range(0, len(dlogits_CV), size):
+        dlogits_TV, sizes, kept_K = dlogits_CV[start : start + size], None, None
+        rows = slice(start, start + len(dlogits_TV))
+        # more rows keep more columns: where a few of them need too many, the others need not be looked at
+        if _columns(measure(dlogits_TV[::SAMPLED]), filter_eps) is not None:
+            sizes = measure(dlogits_TV)
+            kept_K = _columns(sizes, filter_eps)
+        if kept_K is None and tiles and tiles[-1].kept_K is None:
             tiles[-1] = Tile(slice(tiles[-1].rows.start, rows.stop), None, None)
         else:
-            tiles.append(Tile(rows, None, None))
+            tiles.append(Tile(rows, kept_K, sizes))
     return tiles
 
 
+def _columns(sizes: Sizes, filter_eps: float) -> Tensor | None:
+    """The fewest columns beside which at most filter_eps² of the energy lies, in order; None: too many to gather."""
+    energy_V, order_V = sizes.energy_V.sort()  # NaN comes last: beside it everything is kept
+    dropped = int((energy_V.cumsum(0, dtype=torch.float64) <= filter_eps**2).sum())
+    return order_V[dropped:].sort().values if len(order_V) - dropped <= DENSE * len(order_V) else None
+
+
 def measure(dlogits_TV: Tensor) -> Sizes:
-    """Norms and sums of a tile's rows, and the energy of its columns."""
-    top_T = torch.linalg.vector_norm(dlogits_TV, torch.inf, dim=1).float()
-    unit_T = torch.where(top_T > 0.0, 1.0 / top_T, 0.0)
-    loudness_T = (top_T / top_T.amax().clamp_min(TINY)).square()
-    sum_T, square_T = torch.empty_like(top_T), torch.empty_like(top_T)
+    """Norms and sums of a tile's rows, and the energy of its columns, in one pass."""
+    rows = len(dlogits_TV)
+    unit_T, sum_T, equal_T, loud_T = dlogits_TV.new_empty(4, rows, dtype=torch.float32)
     energy_2V = dlogits_TV.new_zeros(2, dlogits_TV.shape[1], dtype=torch.float32)
-    for start in range(0, len(dlogits_TV), PANEL):
-        rows = slice(start, start + PANEL)
-        panel_PV = dlogits_TV[rows] * unit_T[rows, None]
-        torch.sum(panel_PV, 1, out=sum_T[rows])
-        panel_PV.square_()
-        torch.sum(panel_PV, 1, out=square_T[rows])
-        equal_P = 1.0 / (len(top_T) * square_T[rows].clamp_min(1.0))
-        energy_2V.addmm_(torch.stack([equal_P, loudness_T[rows]]), panel_PV)
-    whole = (loudness_T * square_T).sum().clamp_min(TINY)
-    weight_T = 1.0 / (len(top_T) * square_T.clamp_min(1.0)) + loudness_T / whole
-    return Sizes(unit_T, sum_T, weight_T, energy_2V[0] + energy_2V[1] / whole)
+    whole, base = unit_T.new_zeros(()), None
+    for start in range(0, rows, PANEL):
+        panel, at = dlogits_TV[start : start + PANEL], slice(start, start + PANEL)
+        top_P = torch.maximum(panel.amax(1), -panel.amin(1)).float()
+        if base is None:  # loudness is relative; beyond 1e19 of the first rows' it is infinite, and the tile dense
+            base = top_P.amax().clamp_min(TINY)
+        unit_T[at] = torch.where(top_P > 0.0, 1.0 / top_P, 0.0)
+        panel = panel * unit_T[at, None]
+        torch.sum(panel, 1, out=sum_T[at])
+        panel.square_()
+        square_P = panel.sum(1)
+        equal_T[at] = 1.0 / (rows * square_P.clamp_min(1.0))
+        loud_T[at] = (top_P / base).square()
+        whole += (loud_T[at] * square_P).sum()
+        energy_2V.addmm_(torch.stack([equal_T[at], loud_T[at]]), panel)
+    whole.clamp_min_(TINY)
+    return Sizes(unit_T, sum_T, equal_T + loud_T / whole, energy_2V[0] + energy_2V[1] / whole)
 
 
 def add_products(

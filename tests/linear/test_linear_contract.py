@@ -64,7 +64,7 @@ REFUSED = {
     "targets": (lambda: {"targets": torch.tensor([1, 9, 2])}, ValueError, "got 9 at row 1"),
     "chunk_rows": (lambda: {"chunk_rows": 0}, ValueError, "whole number of at least 1, got 0"),
     "filter_eps": (lambda: {"filter_eps": 1e-7}, ValueError, r"filter_eps must be None, .* \[1e-6, 1\), got 1e-07"),
-    "filter word": (lambda: {"filter_eps": "all"}, TypeError, "filter_eps must be None, .* got 'all'; None leaves"),
+    "filter word": (lambda: {"filter_eps": "all"}, ValueError, "filter_eps must be None, .* got 'all'; None leaves"),
     "accum_dtype": (lambda: {"accum_dtype": torch.bfloat16}, ValueError, "accum_dtype must be torch.float32"),
     "logits_dtype": (lambda: {"logits_dtype": torch.float16}, ValueError, "logits_dtype must be torch.float32"),
     "temperature": (lambda: {"temperature": 0.0}, ValueError, "temperature must be finite and positive"),
