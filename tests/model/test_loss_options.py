@@ -39,8 +39,8 @@ def test_names_defaults_and_help_are_the_same(config, mixin, needs, tmp_path):
 
 @each
 @pytest.mark.parametrize(
-    ("name", "value"), [("tau", 1.5), ("backend", "gpu"), ("filter_eps", "most"), ("rectify", "none"), ("normalize", "max"),
-                        ("advantage_eps", -1.0), ("reduction", "sum")])  # fmt: skip
+    ("name", "value"), [("tau", 1.5), ("backend", "gpu"), ("filter_eps", "most"), ("rectify", "none"),
+                        ("normalize", "max"), ("advantage_eps", -1.0), ("reduction", "sum")])  # fmt: skip
 def test_wrong_values_are_named(config, mixin, needs, tmp_path, name, value):
     if name not in {field.name for field in dataclasses.fields(mixin)}:
         pytest.skip("not an option of this trainer")
