@@ -27,6 +27,7 @@ _ROW_OPTIONS = [
     f.name for f in fields(RowCall) if f.name in {g.name for g in fields(LinearCall)} - {"credit", "objective"}
 ]
 
+TILE_ROWS = 256  # a product of 2731 rows takes a GPU as long as one of 2816
 ROW_ALIGNMENT = 64  # elements: rows of the buffer start on a cache line, also where V is odd
 
 
@@ -45,11 +46,15 @@ CPU = Budget(bytes=512 << 20, rows=256)
 
 
 def chunk_rows(rows: int, vocabulary: int, bytes_per_logit: int, device_type: str) -> int:
-    """Rows of logits to hold at a time: as many as the budget allows, at least its floor, in chunks of equal size."""
+    """Rows of logits to hold at a time: as many as the budget allows, at least its floor, in chunks of equal size.
+
+    On an accelerator whole tiles of the products, so a chunk may be a part of a tile beyond the budget.
+    """
     budget = CPU if device_type == "cpu" else ACCELERATOR
     most = max(budget.rows, budget.bytes // max(vocabulary * bytes_per_logit, 1))
     chunks = max(1, -(-rows // most))
-    return max(1, -(-rows // chunks))
+    each = max(1, -(-rows // chunks))
+    return each if device_type == "cpu" or chunks == 1 else -(-each // TILE_ROWS) * TILE_ROWS
 
 
 class Chosen(NamedTuple):
