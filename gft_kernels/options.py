@@ -16,6 +16,7 @@ from torch import Tensor
 RECTIFY = ("all", "positive")
 REDUCTIONS = ("token-mean", "sequence-mean", "sum", "none")
 NORMALIZE = ("std", "mean", "leave-one-out")
+SPLIT = "split"  # of group_advantages and the trainer, which know what was given; a loss is told advantages
 SINGLETON = ("reward", "zero")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 SURROGATES = ("gft", "grpo", "cispo")  # what kappa and the loss are of; sft and dft are gft at tau = 0 and 1

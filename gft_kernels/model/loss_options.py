@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,8 +18,9 @@ from gft_kernels.options import BACKENDS, NORMALIZE
 MEAN_REDUCTIONS = ("token-mean", "sequence-mean")
 
 
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, section: str | None = None) -> Any:
+    """A field with its meaning; `section` begins one in the listing of a configuration's keys."""
+    return field(default=default, metadata={"help": text} | ({"section": section} if section else {}))
 
 
 def at_least(config: Any, low: int, *names: str) -> None:
@@ -34,7 +35,9 @@ def at_least(config: Any, low: int, *names: str) -> None:
 class TokenLossOptions:
     """The loss of a token, and where it is computed."""
 
-    tau: float | None = option(None, "gft: C(pi) = pi below tau, else 1 (F4; 0 is SFT, 1 DFT where A = 1); None: 0.7.")
+    tau: float | None = option(
+        None, "gft: C(pi) = pi below tau, else 1 (F4; 0 is SFT, 1 DFT where A = 1); None: 0.7.", section="Loss"
+    )
     backend: str = option("auto", "Loss backend: auto, reference, cpu, triton or cuda.")
     filter_eps: float | str | None = option(
         None, "How much the head's backward may leave out; None: nothing, 'auto': what its dtype's rounding hides."
@@ -64,7 +67,11 @@ class TokenLossOptions:
 class GroupLossOptions(TokenLossOptions):
     """The same over groups of responses: what their rewards weigh, and what a step is the mean of."""
 
-    rectify: str | None = option(None, "gft: 'all' is the paper; 'positive': C only where A > 0; None: 'all'.")
+    NORMALIZATIONS: ClassVar[tuple[str, ...]] = NORMALIZE  # those that this trainer knows
+
+    rectify: str | None = option(
+        None, "gft: 'all' is the paper; 'positive': C only where A > 0; None: 'all'.", section="Loss"
+    )
     normalize: str | None = option(None, "F5: 'std', 'mean', 'leave-one-out'; None: std, dr_grpo's mean.")
     advantage_eps: float = option(1e-6, "F5: added to the standard deviation.")
     reduction: str | None = option(None, "'token-mean' or 'sequence-mean' over the step; None: the objective's.")
@@ -72,7 +79,7 @@ class GroupLossOptions(TokenLossOptions):
     def check_loss(self) -> None:
         super().check_loss()
         settle_means(self)
-        checks.one_of("normalize", self.normalize, NORMALIZE)
+        checks.one_of("normalize", self.normalize, self.NORMALIZATIONS)
         checks.not_negative("advantage_eps", self.advantage_eps, "the paper uses 1e-6")
         checks.one_of("reduction", self.reduction, MEAN_REDUCTIONS)
 
