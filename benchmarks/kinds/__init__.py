@@ -21,6 +21,7 @@ KINDS: dict[str, Kind] = {
 SWEEPS = {
     "vocabulary": ("row", row.vocabulary_sweep),
     "live": ("linear", linear.live_sweep),
+    "sparse": ("linear", linear.sparse_sweep),
     "memory": ("row", row.memory_cases),
     "gpu": ("row", row.gpu_sweep),
     "gpu-small": ("row", row.small_sweep),

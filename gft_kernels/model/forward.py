@@ -23,7 +23,7 @@ from gft_kernels.model.head import HeadCall, Transform
 from gft_kernels.options import TokenStats
 
 OF_THE_MODEL = ("weight", "bias", "logit_scale", "softcap", "process_group", "inplace")
-_LINEAR_ONLY = ("chunk_rows", "accum_dtype", "logits_dtype")
+_LINEAR_ONLY = ("chunk_rows", "accum_dtype", "logits_dtype", "filter_eps")
 _COLUMNS = tuple(name for name in PER_CALL if name != "num_items_in_batch")
 _REPLACED = ("forward", "accepts_loss_kwargs")
 

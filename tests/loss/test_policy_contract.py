@@ -76,6 +76,7 @@ REFUSED = {
     "inplace with weight": (dict(**HEAD, inplace=True), ValueError, "inplace must be False with weight"),
     "bias alone": (dict(bias=torch.zeros(7)), ValueError, "bias must be left out without weight, got a tensor"),
     "chunks alone": (dict(chunk_rows=3), ValueError, "chunk_rows must be left out without weight, got 3"),
+    "filter alone": (dict(filter_eps="auto"), ValueError, "filter_eps must be left out without weight, got 'auto'"),
     "dtype alone": (dict(accum_dtype=torch.float32), ValueError, "accum_dtype must be left out without weight"),
     "backend": (dict(backend="fast"), ValueError, "backend must be one of"),
 }
