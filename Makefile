@@ -57,9 +57,10 @@ format: $(VENV)/.built
 clean:
 	rm -rf $(VENV) build dist *.egg-info gft_kernels/_C*.so
 
-$(VENV)/.installed: requirements.lock
+$(VENV)/.installed: requirements.lock requirements-demo.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.lock
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)

@@ -1,6 +1,7 @@
 """Hybrid groups: given responses and samples of the policy, rewarded, weighted against each other, made tensors.
 
-Sizes: S responses of a micro-batch, L tokens of the longest prompt and response, T positions the loss reads.
+Sizes: S responses of a micro-batch, L tokens of the longest prompt and response, T positions the loss reads, R tokens
+of the longest response.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from gft_kernels.advantages import group_advantages
 from gft_kernels.data.rows import Response, Row, Rows
 from gft_kernels.data.text import decode
+from gft_kernels.model.shared_prompts import layout
 from gft_kernels.objectives import PRESETS
 from gft_kernels.options import SPLIT
 from gft_kernels.trainer.config import GFTConfig
@@ -113,11 +115,12 @@ def weigh(groups: Sequence[Group], config: GFTConfig) -> None:
         response.advantage = advantage
 
 
-def collate(groups: Sequence[Group], pad_id: int) -> dict[str, Tensor]:
-    """Tensors of one micro-batch of whole groups, right-padded, so that positions count from 0 in every row.
+def collate(groups: Sequence[Group], pad_id: int, shares: bool = False) -> dict[str, Tensor]:
+    """Tensors of one micro-batch of groups, right-padded, so that positions count from 0 in every row.
 
     input_ids, attention_mask (S, L); targets (S, T), aligned with the last T + 1 logits but the very last: position
     t predicts targets[:, t], IGNORE on prompt and padding; advantages (S,) float32; sources (S,) index SOURCES.
+    With `shares`, each prompt once: the tensors of shared_prompts.layout, and targets (S, R) of the responses alone.
     Groups without responses give one row without a target: its loss is 0, and every rank has a forward to take.
     Raises: ValueError for a prompt of no tokens.
     """
@@ -126,17 +129,26 @@ def collate(groups: Sequence[Group], pad_id: int) -> dict[str, Tensor]:
         return collate_nothing(pad_id)
     if not all(prompt for prompt, _ in pairs):
         raise ValueError("every prompt must have at least one token, got one of none; nothing predicts its response.")
-    # The first position any row's loss reads is its last prompt token's.
-    first = min(len(prompt) for prompt, _ in pairs) - 1
-    texts = [torch.tensor([*prompt, *r.ids]) for prompt, r in pairs]
-    behind = [torch.tensor([IGNORE] * (len(prompt) - 1 - first) + r.ids) for prompt, r in pairs]
+    if shares:
+        texts, targets_ST = layout([(g.row.prompt_ids, [r.ids for r in g.responses]) for g in groups], pad_id)
+    else:
+        texts, targets_ST = whole_rows([(prompt, r.ids) for prompt, r in pairs], pad_id)
     return {
-        "input_ids": pad_sequence(texts, True, pad_id),
-        "attention_mask": pad_sequence([torch.ones_like(text) for text in texts], True),
-        "targets": pad_sequence(behind, True, IGNORE),
+        **texts,
+        "targets": targets_ST,
         "advantages": torch.tensor([r.advantage for _, r in pairs], dtype=torch.float32),
         "sources": torch.tensor([SOURCES.index(r.source) for _, r in pairs]),
     }
+
+
+def whole_rows(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Prompts with their responses as (input_ids and attention_mask (S, L), targets (S, T))."""
+    # The first position any row's loss reads is its last prompt token's.
+    first = min(len(prompt) for prompt, _ in pairs) - 1
+    texts = [torch.tensor([*prompt, *ids]) for prompt, ids in pairs]
+    behind = [torch.tensor([IGNORE] * (len(prompt) - 1 - first) + [*ids]) for prompt, ids in pairs]
+    mask = pad_sequence([torch.ones_like(text) for text in texts], True)
+    return {"input_ids": pad_sequence(texts, True, pad_id), "attention_mask": mask}, pad_sequence(behind, True, IGNORE)
 
 
 def collate_nothing(pad_id: int) -> dict[str, Tensor]:

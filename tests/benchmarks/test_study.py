@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,32 @@ def finished(tmp_path_factory) -> tuple[Folder, list[str]]:
     return folder, lines
 
 
+class InThisProcess:
+    """Stands in for the pool of workers, of which each imports transformers before its first job."""
+
+    def __init__(self, *options, **more):
+        self.shutdown = lambda **how: None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def submit(self, function, *arguments) -> Future:
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def no_workers(monkeypatch):
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", InThisProcess)
+
+
 def test_every_job_leaves_a_result_and_a_line_with_the_time_left(finished):
     folder, lines = finished
     assert lines[0] == "7 jobs, 0 already finished"
@@ -51,7 +78,7 @@ def test_every_job_leaves_a_result_and_a_line_with_the_time_left(finished):
     assert set(record["metrics"]["pass_at"]) == {"1", "2", "4"} and record["cpu_seconds"] > 0
 
 
-def test_an_interrupted_study_repeats_the_missing_run_alone_and_to_the_same_numbers(finished):
+def test_an_interrupted_study_repeats_the_missing_run_alone_and_to_the_same_numbers(finished, no_workers):
     folder, _ = finished
     before, name = folder.read("run_gft_leap_b0_s1"), "run_gft_leap_b0_s1"
     folder.result(name).unlink()
@@ -70,7 +97,7 @@ def test_a_folder_takes_a_larger_grid_but_no_other_settings(finished):
         runner.keep_settings(settings.from_dict({**TINY, "follow_steps": 3}), folder)
 
 
-def test_a_failed_job_names_itself(tmp_path):
+def test_a_failed_job_names_itself(tmp_path, no_workers):
     broken = settings.from_dict({**TINY, "base": {**TINY["base"], "max_completion_length": 2}})
     with pytest.raises(runner.StudyError, match=r"base_b0: .*max_completion_length"):
         runner.run(broken, Folder(tmp_path), 1, "cpu", lambda line: None)

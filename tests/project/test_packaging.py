@@ -97,7 +97,8 @@ def test_the_source_distribution_holds_every_source(sources, folder):
 
 
 @pytest.mark.parametrize("name", ["CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile", "requirements.lock",
-                                  "LICENSE", "README.md", "CITATION.cff", "mkdocs.yml"])  # fmt: skip
+                                  "requirements-demo.lock", "LICENSE", "README.md", "CITATION.cff",
+                                  "mkdocs.yml"])  # fmt: skip
 def test_the_source_distribution_builds_and_is_complete(sources, name):
     assert (sources / name).read_text() == (ROOT / name).read_text()
 
@@ -141,13 +142,14 @@ def test_the_wheel_with_kernels_holds_the_compiled_module_and_no_sources_of_it(s
 
 
 def locked() -> dict[str, Version]:
-    """The versions of requirements.lock; of a range, its lower end."""
+    """The versions of the two lock files; of a range, its lower end."""
     pins = {}
-    for line in (ROOT / "requirements.lock").read_text().splitlines():
-        if line and not line.startswith("#"):
-            need = Requirement(line)
-            lowest = min(Version(clause.version) for clause in need.specifier if clause.operator in ("==", ">="))
-            pins[canonicalize_name(need.name)] = lowest
+    for name in ("requirements.lock", "requirements-demo.lock"):
+        for line in (ROOT / name).read_text().splitlines():
+            if line and not line.startswith("#"):
+                need = Requirement(line)
+                lowest = min(Version(clause.version) for clause in need.specifier if clause.operator in ("==", ">="))
+                pins[canonicalize_name(need.name)] = lowest
     return pins
 
 

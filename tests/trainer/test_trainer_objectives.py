@@ -13,7 +13,7 @@ import trainer_rig as rig
 from gft_kernels.trainer import GFTConfig, GFTTrainer
 from gft_kernels.trainer.groups import IGNORE
 
-OFFLINE = {"train": rig.offline_rows(6), "reward_funcs": (), "num_generations": 0}
+OFFLINE = {"train": rig.offline_rows(6), "reward_funcs": (), "num_generations": 0, "share_prompts": False}
 
 
 def log_pi(model, trainer, inputs):
