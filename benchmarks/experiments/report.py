@@ -43,8 +43,8 @@ within a stated margin by two one-sided tests. A base that solves less than 1 % 
 be reinforced: it is weak, counts in no mean, and the last column says what would have been found with it.
 
 The studies `digits` and `digits7` are exploratory: three bases taken for nine runs, claims without correction,
-baselines tuned at the edges of their grids. With bases as units and corrected, none of their verdicts stands. They are kept with
-the old reading beside the new; what they suggest is for registered studies to decide.
+baselines tuned at the edges of their grids. With bases as units and corrected, none of their verdicts stands. They are
+kept with the old reading beside the new; what they suggest is for registered studies to decide.
 """
 
 LEARNING_RATES_TEXT = """pass@1 on the development split, the mean over {} base models kept for this; the chosen rate in
@@ -59,10 +59,10 @@ METHODS_TEXT = """## Methods
 
 Every stage of every method is one `GFTTrainer` run that differs from the others in these options alone. GRPO is a
 group of samples with C = 1: on-policy with one update per rollout, the clipped ratio is 1 throughout, so that this is
-GRPO exactly. Samples are the rest of a group, whose size each study says. SFT is A = 1 and C = 1 on the expert's demonstration; SFT (mix) on the expert's and three teachers'; a
-pipeline A → B trains B on from where A ended, so that three stages have had more steps than two. The experts:
-`bracket` works in a form that the base has seen now and then, `leap` adds two operands a step, which the base has
-never seen. Teachers use the base's own forms, 3 % of steps wrong.
+GRPO exactly. Samples are the rest of a group, whose size each study says. SFT is A = 1 and C = 1 on the expert's
+demonstration; SFT (mix) on the expert's and three teachers'; a pipeline A → B trains B on from where A ended, so that
+three stages have had more steps than two. The experts: `bracket` works in a form that the base has seen now and then,
+`leap` adds two operands a step, which the base has never seen. Teachers use the base's own forms, 3 % of steps wrong.
 
 | method | demonstrations | samples | options | learning rate |
 |---|---:|---:|---|---|
