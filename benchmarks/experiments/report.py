@@ -145,9 +145,10 @@ def setting(results: Results) -> str:
     levels = ", ".join(f"{score:.3f} (base {base})" for base, score in sorted(results.usable.items()))
     apart = ", ".join(f"base {base} ({score:.3f})" for base, score in sorted(results.weak.items()))
     options = ", ".join(f"`{key}` {value}" for key, value in study.stage.items())
+    made = f"fitted for {study.base['max_steps']} steps" if study.base else "pretrained, taken as they are"
     return "\n".join([
         f"- Task: {', '.join(f'`{key}` {value}' for key, value in study.task.items() if key != 'styles')}.",
-        f"- Base models: fitted for {study.base['max_steps']} steps; pass@1 {levels}."
+        f"- Base models: {made}; pass@1 {levels}."
         + (f" Weak, below {USABLE:g}, left out of every mean and reported apart: {apart}." if apart else ""),
         f"- Groups of {study.group}. A first stage: {options}. A later stage: {study.follow_steps} steps.",
         f"- Evaluation: {study.evaluation.samples} samples at temperature 1 to each of {study.evaluation.prompts} "
