@@ -136,7 +136,7 @@ def _plot(options):
 def _env(options):
     from gft_kernels.__main__ import main as report
 
-    return report()
+    return report([])
 
 
 def _demo(options):

@@ -23,6 +23,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import gft_kernels
+from gft_kernels import __main__ as report
+from gft_kernels import registry
 
 tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
 ROOT = Path(__file__).parents[2]
@@ -204,3 +206,13 @@ def test_one_version_everywhere():
     cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)
     assert gft_kernels.__version__ == version == cited[1]
     assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "absent, required, code", [(None, ["cpu"], 0), ("no compiler", [], 0), ("no compiler", ["reference", "cpu"], 1)]
+)
+def test_a_backend_that_is_required_and_absent_fails_the_report(absent, required, code, monkeypatch, capsys):
+    monkeypatch.setattr(registry.backend("cpu"), "absent", lambda: absent)
+    monkeypatch.setattr(report, "parity", lambda name: 0.0)
+    assert report.main(["--require", *required] if required else []) == code
+    assert f"cpu        {'ready' if absent is None else 'absent: no compiler'}" in capsys.readouterr().out
