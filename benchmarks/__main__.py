@@ -1,6 +1,6 @@
 """The benchmarks: `python -m benchmarks [KIND ...] [options]`; see benchmarks/README.md.
 
-Kinds: row, linear, log-probs, advantages, shards, step (default: all).
+Kinds: row, linear, log-probs, advantages, shards, step, prompts (default: all).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(KINDS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: all kinds in 3 minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default 1; step: 2)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default 1; step, prompts: 2)")
     parser.add_argument("--rounds", type=int, help="timed rounds (default 11, quick 5)")
     parser.add_argument("--only", **several, help="contenders whose name contains this (the floor always runs)")
     parser.add_argument("--skip", **several, help="not those whose name contains this; both repeatable")
@@ -108,7 +108,7 @@ def plans(options: argparse.Namespace) -> Iterator[tuple[str, list, list]]:
         yield kind, timed, [] if options.no_memory or options.sweep != "memory" else timed
         return
     for name in options.kinds or KINDS:
-        grid = {"quick": options.quick, "threads": options.threads or (2 if name == "step" else 1)}
+        grid = {"quick": options.quick, "threads": options.threads or (2 if name in ("step", "prompts") else 1)}
         timed, weighed = KINDS[name].cases(options.device, **grid), KINDS[name].weighed(options.device, **grid)
         yield name, timed, [] if options.no_memory else timed if options.budget else weighed
 

@@ -26,6 +26,7 @@ TOLERANCE = {
     "linear": PRODUCTS,
     "log-probs": PRODUCTS,
     "step": PRODUCTS,
+    "prompts": PRODUCTS,
     # A peer is bound by bytes where ours is bound by instructions; machines of one instruction set differ by about two
     # in bytes a second against vector instructions a second.
     "row": MEMORY,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-from benchmarks import plots, report
+from benchmarks import extraction_report, plots, report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -186,6 +186,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "log-probs": lambda: _timed_table("quick-cpu.json", "log-probs 64 × 128 × 32000 float32, 1 thread"),
     "shards": lambda: _timed_table("quick-cpu.json", "32 × 151936 float32 peaked, 1 thread, 2 ranks"),
     "advantages": _advantages,
+    "extraction": lambda: extraction_report.table(extraction_report.read()),
     "commands": _commands,
 }
 
@@ -215,6 +216,7 @@ def main() -> None:
     results = sorted(RESULTS.glob("*.json"))
     headline = f"{HEADLINE.format('float32')}, 1 thread"
     drawn = [*plots.draw(results, FIGURES), plots.bars(RESULTS / "row-cpu.json", headline, FIGURES / "speed.svg")]
+    drawn += extraction_report.draw(FIGURES / "extraction.svg")
     for plot in drawn:
         print(plot.relative_to(ROOT))
 

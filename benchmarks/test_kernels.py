@@ -33,7 +33,7 @@ def problem_of(name: str, case):
 
 @pytest.mark.parametrize(("name", "case", "peer"), STEPS)
 def test_step(benchmark, name: str, case, peer: str):
-    pytest.importorskip("transformers" if name == "step" else "torch")
+    pytest.importorskip("transformers" if name in ("step", "prompts") else "torch")
     torch.set_num_threads(case.threads)
     problem = problem_of(name, case)
     contender = KINDS[name].contender(problem, peer)

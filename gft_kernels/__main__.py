@@ -13,7 +13,9 @@ from importlib import metadata
 
 import torch
 
-from gft_kernels import __version__, gft_loss, registry
+from gft_kernels import __version__, _extension, gft_loss, registry
+from gft_kernels.backends import cuda
+from gft_kernels.options import Credit, RowCall
 
 PARITY_TOLERANCE = 1e-5
 """Largest relative difference of loss or gradient from the reference, in float32."""
@@ -51,6 +53,25 @@ def parity(name: str) -> float:
     )
 
 
+def cuda_lines(ready: bool) -> list[str]:
+    """CUDA's versions, of a build that has it, and how a batch of 8192 rows of a large vocabulary is launched."""
+    if not _extension.has_cuda():
+        return []
+    found = {name: f"{number // 1000}.{number % 1000 // 10}" for name, number in cuda.versions().items() if number}
+    driver = f"the driver serves {found['driver']}" if "driver" in found else "there is no driver"
+    lines = [f"{'':<10} CUDA {found['runtime']} linked in, {driver}"]
+    if not ready:
+        return lines
+    logits = torch.empty(1, 1, 151936, dtype=torch.bfloat16, device="cuda").expand(
+        1, 8192, -1
+    )  # takes one row's memory
+    plan = cuda.plan(RowCall(logits, Credit(torch.zeros(8192, dtype=torch.int64)), want_gradient=True))
+    refused = f"; refused before: {plan['refused']}" if plan["refused"] else ""
+    return [*lines, f"{'':<10} 8192 rows of 151936 in bfloat16: {plan['kernel']}, {plan['cluster']} blocks a row of "
+                    f"{plan['threads']} threads and {plan['shared_bytes']} bytes, {plan['resident']} rows at once"
+                    f"{refused}"]  # fmt: skip
+
+
 def report() -> tuple[list[str], bool]:
     """The lines of the report, and whether every ready backend agrees with the reference."""
     lines = ["  ".join(f"{name} {version}" for name, version in versions().items()), ""]
@@ -59,12 +80,14 @@ def report() -> tuple[list[str], bool]:
         reason = registry.backend(name).absent()
         if reason is not None:
             lines.append(f"{name:<10} absent: {reason}")
+            lines += cuda_lines(ready=False) if name == "cuda" else []
             continue
         difference = parity(name)
         right = difference <= PARITY_TOLERANCE
         agrees = agrees and right
         verdict = "agrees with the reference" if right else "DIFFERS from the reference"
         lines.append(f"{name:<10} ready, {verdict} (largest relative difference {difference:.1e})")
+        lines += cuda_lines(ready=True) if name == "cuda" else []
     return lines, agrees
 
 

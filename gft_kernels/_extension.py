@@ -108,6 +108,20 @@ def native_call(call: RowCall, result: RowResult) -> object:
     )
 
 
+def group_advantages(
+    rewards_S: Tensor, group_size: int, group_ids_S: Tensor | None, normalize: str, eps: float, singleton: str
+) -> Tensor:
+    """F5 on the CPU: (S,) float64 rewards give (S,) float32 advantages; without ids each K responses are a group."""
+    rewards_S, advantages_S = rewards_S.contiguous(), torch.empty(rewards_S.shape, dtype=torch.float32)
+    if group_ids_S is not None:
+        group_ids_S = group_ids_S.to(torch.int64).contiguous()
+    kernels().group_advantages(
+        rewards_S.numel(), address(rewards_S), group_size, address(group_ids_S), normalize, eps, singleton,
+        address(advantages_S),
+    )  # fmt: skip
+    return advantages_S
+
+
 def shard(call: RowCall, columns_R: Tensor) -> object:
     """The rows of a vocabulary shard as the C++ struct; like every struct here it holds addresses only."""
     logits = logit_rows(call.logits_STV.detach())

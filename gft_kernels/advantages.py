@@ -2,7 +2,7 @@
 
 Sizes: S responses, G groups of K, T rows of a padded response, R rows. Nothing here waits for a GPU: ragged groups are
 found by sorting, never by reading values back. The triton and reference backends, the linear loss and the sharded one
-share this text; csrc/ has its own.
+share this text; csrc/ has its own, which answers `group_advantages` on the CPU: a tenth of a dozen operators' time.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from gft_kernels import checks, formulas
+from gft_kernels import _extension, checks, formulas
 from gft_kernels.options import SPLIT, Credit
 
 
@@ -58,7 +59,17 @@ def group_advantages(
     if given is not None:
         ids = torch.arange(len(rewards), device=rewards.device) // size if group_ids is None else group_ids
         return _split(rewards, ids, given, float(imitation), singleton)
-    return normalise(rewards, size, group_ids, normalize, float(eps), singleton)
+    how = (size, group_ids, normalize, float(eps), singleton)
+    if checks.can_be_read(rewards) and _is_a_constant(rewards) and _extension.absent() is None:
+        return _extension.group_advantages(rewards, *how)
+    return normalise(rewards, *how)
+
+
+def _is_a_constant(rewards: Tensor) -> bool:
+    """Whether nobody differentiates or records what is made of the rewards."""
+    if rewards.requires_grad and torch.is_grad_enabled():
+        return False
+    return forward_ad._current_level < 0 and not checks.is_watched()
 
 
 class RowCredit(NamedTuple):

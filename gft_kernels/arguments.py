@@ -53,6 +53,16 @@ class _Sums(TypedDict, total=False):
         ),
     ]
 
+    filter_eps: Annotated[
+        float | str | None,
+        Option(
+            None,
+            "how much of the logits' gradient, in norm, the products that take it to hidden and weight may leave out "
+            '(docs/linear.md): a number in [1e-6, 1); "auto": so little that it disappears in the rounding of '
+            "the products' dtype, nothing in float32. None: nothing. Needs a head.",
+        ),
+    ]
+
 
 class _Rows(TypedDict, total=False):
     mask: Annotated[Tensor | None, Option(None, "bool, shape of targets: False takes a row out of the loss.")]

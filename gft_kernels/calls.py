@@ -20,7 +20,7 @@ def row_call(
     name: str, logits: Tensor, targets: Tensor, objective: Objective, reduction: str, given: PolicyOptions
 ) -> RowCall:
     """A loss over logits, which the caller knows by `name`."""
-    for argument in ("bias", "chunk_rows", "accum_dtype", "logits_dtype"):
+    for argument in ("bias", "chunk_rows", "accum_dtype", "logits_dtype", "filter_eps"):
         if given[argument] is not None:
             value = checks.shown(given[argument])
             raise ValueError(
@@ -72,6 +72,7 @@ def linear_call(
         product_dtype=product,
         logits_dtype=logits_dtype,
         accum_dtype=accum_dtype,
+        filter_eps=linear_checks.filter_eps(given["filter_eps"], product),
         want_hidden=wanted[0] and not per_row,
         want_weight=wanted[1] and not per_row,
         want_bias=wanted[2] and not per_row,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gft_kernels.layout import shares_memory
 from gft_kernels.options import NORMALIZE, RECTIFY, SINGLETON, SPLIT, Credit, Objective
@@ -304,7 +305,7 @@ def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
         _in_range("sequence_ids", credit.sequence_ids_R, live_R, stop, "number the responses from 0")
     if credit.rewards_S is not None:
         check_reward_values(credit.rewards_S, credit.normalize, credit.group_size, credit.group_ids_S)
-    if credit.advantages_S is not None and not bool(credit.advantages_S.isfinite().all()):
+    if credit.advantages_S is not None and not _largest(credit.advantages_S) < math.inf:
         check_finite("advantages", credit.advantages_S, _has_live_row(credit, live_R), "drop or score that response")
     weighed_R = live_R if credit.advantages_R is None else live_R & (credit.advantages_R != 0.0)
     for name, values_R, where_R in (
@@ -327,13 +328,19 @@ def can_be_read(values: Tensor) -> bool:
     return not (isinstance(values, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(values))
 
 
+def is_watched() -> bool:
+    """Whether work has to pass through operators: for a trace, a dispatch mode or a torch.func transform."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return _get_current_dispatch_mode() is not None or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def check_reward_values(rewards: Tensor, normalize: str, group_size: int | None, group_ids: Tensor | None) -> None:
     """Rewards on the CPU: finite, and their advantages must fit float32. Raises ValueError.
 
     A division by their spread makes them fit, as long as float64 holds the squares; a group of one has none.
     """
-    low, high = torch.aminmax(rewards) if len(rewards) else (0.0, 0.0)
-    if low >= -1e38 and high <= 1e38:  # neither holds for a NaN
+    if _largest(rewards) <= 1e38:  # no NaN is
         return
     check_finite("rewards", rewards)
     sizes = torch.tensor(group_size) if group_ids is None else torch.unique(group_ids, return_counts=True)[1]
@@ -351,10 +358,17 @@ def check_finite(
     name: str, values: Tensor, where: Tensor | None = None, remedy: str = "drop or score that response"
 ) -> None:
     """`where` (bool): which of the values count; None: all."""
+    if _largest(values) < math.inf:
+        return
     bad = ~values.isfinite() if where is None else ~values.isfinite() & where
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
         raise ValueError(f"{name} must be finite, got {float(values[at])} at position {at}; {remedy}")
+
+
+def _largest(values: Tensor) -> float:
+    """The largest size, NaN if one is, in one operator."""
+    return float(torch.linalg.vector_norm(values, math.inf)) if values.numel() else 0.0
 
 
 def _has_live_row(credit: Credit, live_R: Tensor) -> Tensor:

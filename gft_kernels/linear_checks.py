@@ -14,6 +14,8 @@ from torch import Tensor
 from gft_kernels import checks
 from gft_kernels.checks import LOGIT_DTYPES
 
+SMALLEST_EPS = 1e-6  # of what is left out: the float32 sums over a row, by which it is known, are no better
+
 
 def check_head(weight: Any, bias: Any) -> None:
     """The head must be a plain floating-point matrix that is all here. Raises ValueError, TypeError."""
@@ -109,3 +111,19 @@ def check_precision(product: torch.dtype, logits_dtype: Any, accum_dtype: Any) -
                 f"got {checks.shown(value)} for products in {product}; leave it out"
             )
     return logits_dtype or torch.float32, accum_dtype or torch.float32
+
+
+def filter_eps(value: Any, product: torch.dtype) -> float:
+    """How much of the logits' gradient its products may leave out, in norm; 0: nothing. Raises ValueError, TypeError.
+
+    "auto" is a quarter of the products' unit roundoff, behind which what is left out disappears (docs/linear.md). In
+    float32 nothing disappears: rows and columns are summed with errors of that size.
+    """
+    if value is None:
+        return 0.0
+    if isinstance(value, str) and value == "auto":
+        return 0.0 if product == torch.float32 else torch.finfo(product).eps / 8
+    condition, remedy = 'be None, "auto" or a number in [1e-6, 1)', "None leaves nothing out"
+    if isinstance(value, str):
+        raise ValueError(f"filter_eps must {condition}, got {checks.shown(value)}; {remedy}")
+    return checks.real("filter_eps", value, lambda x: SMALLEST_EPS <= x < 1.0, condition, remedy)

@@ -142,6 +142,7 @@ class LinearCall:
     product_dtype: torch.dtype = torch.float32  # what hidden and weight are rounded to before they are multiplied
     logits_dtype: torch.dtype = torch.float32
     accum_dtype: torch.dtype = torch.float32  # of the gradients' sums
+    filter_eps: float = 0.0  # share of the logits' gradient, in norm, that the products may leave out; 0: none
     want_hidden: bool = False  # which gradients: a product each
     want_weight: bool = False
     want_bias: bool = False

@@ -152,6 +152,19 @@ void row_loss(const RowCall& call, const std::string& instruction_set, int threa
     cpu::row_loss(call, execution(instruction_set, threads));
 }
 
+void group_advantages(std::int64_t S, Address rewards_S, std::int64_t group_size, Address group_ids_S,
+                      const std::string& normalize, double eps, const std::string& singleton, Address advantages_S) {
+    Credit credit{};
+    credit.S = S;
+    credit.rewards_S = to<const double>(rewards_S);
+    credit.group_size = group_size;
+    credit.group_ids_S = to<const std::int64_t>(group_ids_S);
+    credit.normalize = parse<Normalize>(normalize, "normalize", kNormalize);
+    credit.eps = eps;
+    credit.singleton = parse<Singleton>(singleton, "singleton", kSingleton);
+    cpu::normalise_rewards(credit, to<float>(advantages_S));
+}
+
 void shard_statistics(const Shard& shard, Address read_R, Address top_R, Address mass_R, Address gap_R,
                       Address target_logit_R, const std::string& instruction_set, int threads) {
     const ShardStatistics<double> out{to<double>(top_R), to<double>(mass_R), to<double>(gap_R),
@@ -175,6 +188,8 @@ void bind_cpu(py::module_& m) {
     m.def("instruction_sets", &instruction_sets, "Those of this build that this processor can run, fastest first.");
     m.def("row_loss", &row_loss, unlocked, "call"_a, py::kw_only(), "instruction_set"_a = "", "threads"_a = 1,
           "Loss, statistics and gradient of a call.");
+    m.def("group_advantages", &group_advantages, unlocked, "S"_a, "rewards_S"_a, "group_size"_a, "group_ids_S"_a,
+          "normalize"_a, "eps"_a, "singleton"_a, "advantages_S"_a, "Advantages of (S,) rewards (float64).");
     m.def("shard_statistics", &shard_statistics, unlocked, "shard"_a, py::kw_only(), "read_R"_a, "top_R"_a, "mass_R"_a,
           "gap_R"_a, "target_logit_R"_a, "instruction_set"_a = "", "threads"_a = 1,
           "A vocabulary shard's part of each row's softmax (float64), without the target.");

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from gft_kernels.data import extract_json, scratch
 
 WORDS = [*"uqaxyz:", "<think>", "</think>", "user", "model", "assistant", "system", "tools", " ", "\n"]
 
@@ -80,3 +83,15 @@ def tokenizer(style: str = "none", closes: bool = False) -> PreTrainedTokenizerF
     made.add_special_tokens({"additional_special_tokens": [*of.special, of.end]})
     made.chat_template = of.template
     return made
+
+
+def model_folder(folder: Path) -> str:
+    """A folder with a model of random weights that reads the texts of the extraction task in turns, and writes any."""
+    rows = extract_json.read_rows()
+    texts = [text for row in rows for text in (row["prompt"][-1]["content"], *row["demonstrations"])]
+    made = scratch.byte_pair_tokenizer(texts, vocabulary_size=400)
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    made.chat_template = chatml()
+    scratch.small_llama(made, width=32, layers=1, heads=2, context=256).save_pretrained(folder / "tiny")
+    made.save_pretrained(folder / "tiny")
+    return str(folder / "tiny")

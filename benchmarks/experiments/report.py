@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.experiments import plots, verdicts
+from benchmarks.experiments import plots, settings, verdicts
 from benchmarks.experiments.jobs import TUNING, chosen_rate, rate_scores
 from benchmarks.experiments.measures import MEASURES
 from benchmarks.experiments.methods import METHODS, label_of, stages
@@ -42,9 +42,9 @@ where p is below 0.05; else it is *not shown*, which is no evidence of equality.
 within a stated margin by two one-sided tests. A base that solves less than 1 % before training has nothing that could
 be reinforced: it is weak, counts in no mean, and the last column says what would have been found with it.
 
-The first two studies below are exploratory: three bases, taken for nine runs, claims without correction, baselines
-tuned at the edges of their grids. With bases as units and corrected, none of their verdicts stands. They are kept with
-the old reading beside the new; what they suggest is put to the test by the registered ones.
+The studies `digits` and `digits7` are exploratory: three bases taken for nine runs, claims without correction,
+baselines tuned at the edges of their grids. With bases as units and corrected, none of their verdicts stands. They are
+kept with the old reading beside the new; what they suggest is for registered studies to decide.
 """
 
 LEARNING_RATES_TEXT = """pass@1 on the development split, the mean over {} base models kept for this; the chosen rate in
@@ -59,10 +59,10 @@ METHODS_TEXT = """## Methods
 
 Every stage of every method is one `GFTTrainer` run that differs from the others in these options alone. GRPO is a
 group of samples with C = 1: on-policy with one update per rollout, the clipped ratio is 1 throughout, so that this is
-GRPO exactly. SFT is A = 1 and C = 1 on the expert's demonstration; SFT (mix) on the expert's and three teachers'; a
-pipeline A → B trains B on from where A ended, so that three stages have had more steps than two. The experts:
-`bracket` works in a form that the base has seen now and then, `leap` adds two operands a step, which the base has
-never seen. Teachers use the base's own forms, 3 % of steps wrong.
+GRPO exactly. Samples are the rest of a group, whose size each study says. SFT is A = 1 and C = 1 on the expert's
+demonstration; SFT (mix) on the expert's and three teachers'; a pipeline A → B trains B on from where A ended, so that
+three stages have had more steps than two. The experts: `bracket` works in a form that the base has seen now and then,
+`leap` adds two operands a step, which the base has never seen. Teachers use the base's own forms, 3 % of steps wrong.
 
 | method | demonstrations | samples | options | learning rate |
 |---|---:|---:|---|---|
@@ -73,10 +73,21 @@ def write(studies: Sequence[Results], path: Path) -> Path:
     """The page at `path`, its plots in a folder of the page's name beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = [INTRODUCTION, methods_table(studies)]
+    parts += [not_run(studies)]
     for results in studies:
         parts += study_section(results, path)
     path.write_text("\n\n".join(part.strip("\n") for part in parts) + "\n", encoding="utf-8")
     return path
+
+
+def not_run(studies: Sequence[Results]) -> str:
+    """The studies that are registered and have no results here."""
+    found = {results.study.name for results in studies}
+    names = [name for name in settings.registered() if name not in found]
+    if not names:
+        return ""
+    listed = [f"- `{name}`: `benchmarks/experiments/studies/{name}.yaml` and its claims." for name in names]
+    return "\n".join(["## Registered, without results yet\n", *listed]) + "\n"
 
 
 def methods_table(studies: Sequence[Results]) -> str:
@@ -126,19 +137,24 @@ def setting(results: Results) -> str:
     study, source = results.study, results.source
     runs = [record for record in results.records if record["kind"] == "run"]
     done = f"{len(results.records)} of {len(results.planned)} jobs finished"
+    tokens = [record["training"]["tokens"] for record in results.records if "tokens" in record.get("training", {})]
+    counted = "; {:.1f} million tokens generated and {:.1f} million trained on".format(
+        *(sum(one[name] for one in tokens) / 1e6 for name in ("generated", "trained"))
+    )
     seconds = [record["cpu_seconds"] for record in results.records if "cpu_seconds" in record]
     levels = ", ".join(f"{score:.3f} (base {base})" for base, score in sorted(results.usable.items()))
     apart = ", ".join(f"base {base} ({score:.3f})" for base, score in sorted(results.weak.items()))
     options = ", ".join(f"`{key}` {value}" for key, value in study.stage.items())
+    made = f"fitted for {study.base['max_steps']} steps" if study.base else "pretrained, taken as they are"
     return "\n".join([
         f"- Task: {', '.join(f'`{key}` {value}' for key, value in study.task.items() if key != 'styles')}.",
-        f"- Base models: fitted for {study.base['max_steps']} steps; pass@1 {levels}."
+        f"- Base models: {made}; pass@1 {levels}."
         + (f" Weak, below {USABLE:g}, left out of every mean and reported apart: {apart}." if apart else ""),
-        f"- A first stage: {options}. A later stage: {study.follow_steps} steps.",
+        f"- Groups of {study.group}. A first stage: {options}. A later stage: {study.follow_steps} steps.",
         f"- Evaluation: {study.evaluation.samples} samples at temperature 1 to each of {study.evaluation.prompts} "
         f"held-out prompts; retention on {study.evaluation.retention} prompts of the base's other tasks.",
         f"- {len(runs)} runs; {done}; {sum(seconds) / 60:.0f} minutes of processor time "
-        f"for the {len(seconds)} whose time was counted.",
+        f"for the {len(seconds)} whose time was counted{counted * bool(tokens)}.",
         f"- {source['machine']['cpu']}; torch {source['versions']['torch']}; "
         f"commit {source['commit']['revision'][:10]}{' with uncommitted changes' * source['commit']['dirty']}.",
         "",

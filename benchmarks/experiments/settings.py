@@ -122,6 +122,12 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Study:
     return from_dict(values)
 
 
+def registered() -> list[str]:
+    """The names of the studies here whose claims are registered."""
+    names = sorted(path.stem for path in STUDIES.glob("*.yaml"))
+    return [name for name in names if load(name).registered]
+
+
 def _change(values: dict, change: str) -> None:
     key, given, value = change.partition("=")
     *outer, last = key.split(".")

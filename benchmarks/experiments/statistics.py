@@ -44,8 +44,8 @@ class Difference(Protocol):
     units: int  # independent observations, by default bases
     pairs: int  # runs that share base and seed
 
-    def below(self, bound: float) -> float:
-        """One-sided p of "the true mean is at most `bound`"; NaN where nothing can be said."""
+    def tails(self, bound: float) -> tuple[float, float]:
+        """One-sided p of "the true mean is at most `bound`" and of "at least"; NaN where nothing can be said."""
         ...
 
     def interval(self) -> tuple[float, float]:
@@ -66,10 +66,11 @@ class OverUnits:
     units: int
     pairs: int
 
-    def below(self, bound: float) -> float:
+    def tails(self, bound: float) -> tuple[float, float]:
         if not self.error > 0:  # one unit, or units without any spread
-            return math.nan
-        return float(stats.t.sf((self.value - bound) / self.error, self.units - 1))
+            return math.nan, math.nan
+        most = float(stats.t.sf((self.value - bound) / self.error, self.units - 1))
+        return most, 1 - most
 
     def interval(self) -> tuple[float, float]:
         half = self.error * float(stats.t.ppf(1 - LEVEL / 2, self.units - 1)) if self.units > 1 else math.nan
@@ -90,8 +91,11 @@ class OverDraws:
     units: int
     pairs: int
 
-    def below(self, bound: float) -> float:
-        return (1 + int((self.draws <= bound).sum())) / (1 + len(self.draws))
+    def tails(self, bound: float) -> tuple[float, float]:
+        if not self.draws.std() > 0:
+            return math.nan, math.nan
+        most, least = (1 + int((self.draws <= bound).sum())), (1 + int((self.draws >= bound).sum()))
+        return most / (1 + len(self.draws)), least / (1 + len(self.draws))
 
     def interval(self) -> tuple[float, float]:
         low, high = numpy.quantile(self.draws, [LEVEL / 2, 1 - LEVEL / 2])
@@ -144,9 +148,9 @@ def p_value(found: Difference, expect: str, margin: float) -> float:
     more, less: two-sided against 0. not-inferior: two-sided against −margin. equal: two one-sided tests (TOST).
     """
     if expect == "equal":
-        return max(found.below(-margin), 1 - found.below(margin))
-    low = found.below(-margin if expect == "not-inferior" else 0.0)
-    return 2 * min(low, 1 - low)
+        return max(found.tails(-margin)[0], found.tails(margin)[1])
+    p = 2 * min(found.tails(-margin if expect == "not-inferior" else 0.0))
+    return p if math.isnan(p) else min(p, 1.0)
 
 
 def verdict(found: Difference, expect: str, margin: float, p: float) -> str:

@@ -9,6 +9,7 @@ Results are written as they arrive, at most 8 files in all: PROFILE.jsonl (prove
 (a line a test), and the files of the benchmarks, written anew after each case. The summary is printed last.
 
 Nothing is downloaded: a build needs nvcc, a C++ compiler, cmake, ninja, pybind11 and setuptools; it is spared where a
-module with CUDA kernels that loads is there already. `--wheels FOLDER` (or GFT_WHEELS) unpacks wheels to a folder that
-only this run sees. `--stages a,b` runs some stages. `--stub` rehearses everything without a GPU (stub.py).
+module with CUDA kernels that loads is there already (prebuilt.py makes one beforehand). `--wheels FOLDER` (or
+GFT_WHEELS) unpacks wheels to a folder that only this run sees. `--stages a,b` runs some stages. `--stub` rehearses
+everything without a GPU (stub.py).
 """

@@ -1,7 +1,7 @@
 """Small calls of every CUDA kernel, for compute-sanitizer: `compute-sanitizer --tool racecheck python -m ...`.
 
-Few rows and every path: clusters of 1 to 16 blocks, rows that start unaligned, edges longer than the row, masked rows,
-statistics alone, deferred scales, shards. Answers are compared with the reference backend.
+Few rows and every path: clusters of 1 to 16 blocks with several rows for each, rows that start unaligned, edges longer
+than the row, masked rows, statistics alone, deferred scales, shards. Answers are compared with the reference backend.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from gft_kernels import gft_loss, policy_loss
-from gft_kernels.backends import cuda
+from gft_kernels.backends import cuda, reference
 from gft_kernels.options import AgreedRows, Credit, Objective, RowCall
 
 VOCABULARIES = (1, 7, 1003, 32000, 151936)
@@ -48,8 +48,21 @@ def shards(dtype: torch.dtype, entropy_coef: float) -> None:
     torch.cuda.synchronize()
 
 
+def clusters(dtype: torch.dtype, blocks: int) -> None:
+    """Two clusters of this size walk over 7 rows, so that every buffer of a block is used again."""
+    logits = torch.randn(1, 7, 4099, device="cuda").to(dtype)
+    credit = Credit(torch.arange(7, device="cuda"), advantages_R=torch.randn(7, device="cuda"))
+    call = RowCall(logits, credit, want_gradient=True)
+    ours, truth = cuda.run(call, cluster=blocks, clusters=2), reference.run(call)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(ours.loss, truth.loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.gradient_STV, truth.gradient_STV, rtol=tolerance, atol=1e-5)
+
+
 def main() -> None:
     for dtype in DTYPES:
+        for blocks in (1, 2, 4, 8, 16) if torch.cuda.get_device_capability()[0] >= 9 else (1,):
+            clusters(dtype, blocks)
         for vocab in VOCABULARIES:
             compare(vocab, dtype, inplace=vocab % 2 == 0)
         compare(1003, dtype, reduction="sequence-mean", return_entropy=True, softcap=30.0)

@@ -5,7 +5,7 @@ A new peer is one entry of `PEERS` in the file of its kind.
 
 from __future__ import annotations
 
-from benchmarks.kinds import advantages, linear, log_probs, row, shards, step
+from benchmarks.kinds import advantages, linear, log_probs, prompts, row, shards, step
 from benchmarks.kinds.kind import Kind
 
 KINDS: dict[str, Kind] = {
@@ -15,11 +15,13 @@ KINDS: dict[str, Kind] = {
     "advantages": advantages.KIND,
     "shards": shards.KIND,
     "step": step.KIND,
+    "prompts": prompts.KIND,
 }
 
 SWEEPS = {
     "vocabulary": ("row", row.vocabulary_sweep),
     "live": ("linear", linear.live_sweep),
+    "sparse": ("linear", linear.sparse_sweep),
     "memory": ("row", row.memory_cases),
     "gpu": ("row", row.gpu_sweep),
     "gpu-small": ("row", row.small_sweep),

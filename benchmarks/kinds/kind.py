@@ -26,6 +26,7 @@ class Peer:
     loss: in the signature of its kind, which makes a step of it. step: makes the whole step from a problem instead.
     objective: what it computes; None for a floor, which answers nothing. needs: a module of an optional package.
     on_cpu: its kernels run there too. compiled: `loss` goes through torch.compile. passes: of the traffic model.
+    limit: of its deviation, where it is chosen to be further off than the problem's dtype makes everyone.
     """
 
     loss: Callable[..., Tensor] | None = None
@@ -35,6 +36,7 @@ class Peer:
     compiled: bool = False
     passes: Passes | None = None
     step: Callable[[Any], Step] | None = None
+    limit: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,7 @@ class Kind:
                 step = self.step_of(compile_or_absent(peer.loss) if peer.compiled else peer.loss, problem)
         except AbsentError as reason:
             return Absent(name, str(reason))
-        return Contender(name, step, peer.objective, peer.passes)
+        return Contender(name, step, peer.objective, peer.passes, peer.limit)
 
 
 def _require(peer: Peer, device: str) -> None:

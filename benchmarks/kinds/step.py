@@ -75,9 +75,16 @@ class StepProblem(Rows):
         """The output head, which is the embedding too."""
         return self.model.lm_head.weight
 
+    def unpatched(self) -> Any:
+        """The model again, with other weights."""
+        return build_model(self.case)
+
+    def hidden_of(self, model) -> Tensor:
+        """The last hidden states (N, D) of the batch, with their graph."""
+        return _hidden(model, self.inputs_ST)
+
     def hidden_ND(self) -> Tensor:
-        """The last hidden states of the batch, with their graph."""
-        return _hidden(self.model, self.inputs_ST)
+        return self.hidden_of(self.model)
 
     def parameters(self) -> list[Tensor]:
         return list(self.model.parameters())
@@ -98,10 +105,10 @@ class StepProblem(Rows):
         return self._truths[objective]
 
     def _fp64_step(self, objective: str) -> tuple[float, float, list[Tensor]]:
-        model = build_model(self.case).double()
+        model = self.unpatched().double()
         with torch.no_grad():
             torch._foreach_copy_(list(model.parameters()), [weight.double() for weight in self.pristine])
-        logits_NV = _hidden(model, self.inputs_ST) @ model.lm_head.weight.t() / self.case.temperature
+        logits_NV = self.hidden_of(model) @ model.lm_head.weight.t() / self.case.temperature
         log_pi_N = logits_NV.log_softmax(1).gather(1, self.targets_N[:, None])[:, 0]
         kappa_N, loss_N = coefficients(log_pi_N.detach(), self.advantages_N.double(), objective, self.case.tau)
         (-(kappa_N * log_pi_N).mean() * CHECK_UPSTREAM).backward()

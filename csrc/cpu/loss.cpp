@@ -4,6 +4,7 @@
 #include <emmintrin.h>
 #endif
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -163,6 +164,11 @@ void row_loss(const RowCall& call, const Execution& execution) {
         if (call.credit.reduction == Reduction::none) call.out.loss[r] = static_cast<float>(loss_R[r]);
     }
     if (call.credit.reduction != Reduction::none) *call.out.loss = static_cast<float>(total);
+}
+
+void normalise_rewards(const Credit& credit, float* advantages_S) {
+    const std::vector<float> advantages = group_advantages(credit);
+    std::copy(advantages.begin(), advantages.end(), advantages_S);
 }
 
 void shard_statistics(const Shard& shard, const std::uint8_t* read_R, const ShardStatistics<double>& out,

@@ -15,6 +15,9 @@ struct Execution {
 // Loss, statistics and, if wanted, the gradient of a call. A row whose target or response id is out of range is NaN.
 void row_loss(const RowCall& call, const Execution& execution);
 
+// F5: an advantage for each of the call's rewards.
+void normalise_rewards(const Credit& credit, float* advantages_S);
+
 // F1 over a vocabulary shard. A row that read_R leaves out gets the neutral state (-inf, 0).
 void shard_statistics(const Shard& shard, const std::uint8_t* read_R, const ShardStatistics<double>& out,
                       const Execution& execution);

@@ -36,36 +36,63 @@ Outcome launch(const char* doing, void (*kernel)(Parameters...), Shape shape, Pl
     return outcome(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), doing);
 }
 
-// A block a row: x is the only grid dimension that reaches 2^31 - 1, and the kernels stride over what is beyond it.
+// x is the only grid dimension that reaches it, and the kernels stride over what is beyond.
+constexpr std::int64_t kMaxGrid = 0x7fffffff;
+
 Shape block_per_row(std::int64_t rows, int threads, int shared_bytes) {
-    return {at_most(rows, std::int64_t{0x7fffffff}), threads, shared_bytes, 1};
+    return {at_most(rows, kMaxGrid), threads, shared_bytes, 1};
 }
 
 template <class Act>
-Outcome with_type(Dtype dtype, Act act) {
+auto with_type(Dtype dtype, Act act) {
     if (dtype == Dtype::f32) return act(float{});
     return dtype == Dtype::bf16 ? act(Bf16{}) : act(F16{});
 }
 
-// The logits' pass. With a gradient: the first cluster plan that the device can place, on as many clusters as fit at
-// once (each walks over its rows, loading the next while it writes this one); else, and for statistics, two_pass_row.
+// With a gradient: the first cluster plan that the device can place, on as many clusters as fit at once (each walks
+// over its rows, loading the next while it writes this one); else, and for statistics, two_pass_row.
+template <class T, bool kEntropy>
+LaunchPlan plan_logits(const RowShape& shape, Place place) {
+    const Device device = device_at(place.device);
+    LaunchPlan plan{"two_pass_row",
+                    1,
+                    shape.gradient ? kTwoPassThreads : kOnePassThreads,
+                    sizeof(TwoPassShared),
+                    0,
+                    0,
+                    at_most(shape.rows, kMaxGrid),
+                    outcome(device.error, "asking what the device has")};
+    constexpr int header = sizeof(ClusterShared<T>);
+    for (int choice = 0; shape.gradient && (choice == 0 || place.cluster == 0); ++choice) {
+        const ClusterPlan cluster = place.cluster != 0
+                                        ? plan_of(place.cluster, shape.V, sizeof(T), header)
+                                        : cluster_plan(device.machine, shape.rows, shape.V, sizeof(T), header, choice);
+        if (cluster.blocks == 0) break;
+        const Residents residents =
+            resident_clusters(reinterpret_cast<const void*>(cluster_row<T, kEntropy>), cluster, place.device);
+        if (residents.refused.code != 0) plan.refused = residents.refused;
+        if (residents.clusters == 0) continue;
+        const int most = place.clusters != 0 ? at_most(place.clusters, residents.clusters) : residents.clusters;
+        return {"cluster_row",
+                cluster.blocks,
+                cluster.threads,
+                cluster.shared_bytes,
+                cluster.capacity,
+                residents.clusters,
+                at_most(shape.rows, std::int64_t{most}) * cluster.blocks,
+                plan.refused};
+    }
+    return plan;
+}
+
 template <class T, bool kEntropy>
 Outcome run_logits(const RowTask& task, Place place) {
-    const std::int64_t rows = row_count(task.logits);
-    const auto kernel = cluster_row<T, kEntropy>;
-    for (int choice = 0; task.gradient.data != nullptr; ++choice) {
-        const ClusterPlan plan = cluster_plan(device_at(place.device).machine, rows, task.logits.V, sizeof(T),
-                                              sizeof(ClusterShared<T>), choice);
-        if (plan.blocks == 0) break;
-        const int clusters = resident_clusters(reinterpret_cast<const void*>(kernel), plan, place.device);
-        if (clusters == 0) continue;
-        const Shape shape{at_most(rows, std::int64_t{clusters}) * plan.blocks, plan.threads, plan.shared_bytes,
-                          plan.blocks};
-        return launch("launching cluster_row", kernel, shape, place, task, plan.capacity);
-    }
-    const int threads = task.gradient.data != nullptr ? kTwoPassThreads : kOnePassThreads;
-    return launch("launching two_pass_row", two_pass_row<T, kEntropy>,
-                  block_per_row(rows, threads, sizeof(TwoPassShared)), place, task);
+    const RowShape asked{row_count(task.logits), task.logits.V, task.logits.dtype, task.gradient.data != nullptr,
+                         kEntropy};
+    const LaunchPlan plan = plan_logits<T, kEntropy>(asked, place);
+    const Shape shape{plan.grid, plan.threads, plan.shared_bytes, plan.cluster};
+    if (plan.capacity == 0) return launch("launching two_pass_row", two_pass_row<T, kEntropy>, shape, place, task);
+    return launch("launching cluster_row", cluster_row<T, kEntropy>, shape, place, task, plan.capacity);
 }
 
 // ---- scratch memory ----
@@ -133,6 +160,20 @@ const char* unfit(int device) {
     const Device known = device_at(device);
     if (known.error != cudaSuccess) return cudaGetErrorString(known.error);
     return known.capability >= 80 ? nullptr : "the kernels need compute capability 8.0 or later";
+}
+
+Versions versions() {
+    Versions found{};
+    (void)cudaRuntimeGetVersion(&found.runtime);
+    if (cudaDriverGetVersion(&found.driver) != cudaSuccess) found.driver = 0;
+    return found;
+}
+
+LaunchPlan plan_rows(const RowShape& shape, Place place) {
+    return with_type(shape.dtype, [&](auto type) {
+        using T = decltype(type);
+        return shape.entropy ? plan_logits<T, true>(shape, place) : plan_logits<T, false>(shape, place);
+    });
 }
 
 std::size_t workspace_bytes(const RowCall& call) { return carve(call, nullptr).bytes; }

@@ -13,6 +13,8 @@ namespace gft::cuda {
 struct Place {
     int device;
     void* stream;  // cudaStream_t
+    int cluster;   // blocks of a cluster, for tests; 0: the plan's
+    int clusters;  // at most so many at once, for tests; 0: as many as the device holds
 };
 
 // What went wrong, or code 0. The texts are static.
@@ -25,8 +27,35 @@ struct Outcome {
 // Why no kernel can run here at all ("no CUDA driver ..."), or null.
 const char* absent();
 
+// 13000 for CUDA 13.0; 0: there is none.
+struct Versions {
+    int runtime;  // linked into this module
+    int driver;   // the newest runtime that the driver here serves
+};
+Versions versions();
+
 // Why this device cannot run the kernels, or null.
 const char* unfit(int device);
+
+// What a plan depends on.
+struct RowShape {
+    std::int64_t rows, V;
+    Dtype dtype;
+    bool gradient, entropy;
+};
+
+// How run_rows launches the kernel that reads the logits.
+struct LaunchPlan {
+    const char* kernel;  // cluster_row, or two_pass_row
+    int cluster;         // blocks that share a row
+    int threads;         // of a block
+    int shared_bytes;    // dynamic, of a block
+    int capacity;        // vectors of a block's slice; 0: two_pass_row
+    int resident;        // clusters the device holds at once; 0: two_pass_row
+    long long grid;      // blocks
+    Outcome refused;     // what the device last said to a shape that was tried before this one; code 0: nothing
+};
+LaunchPlan plan_rows(const RowShape& shape, Place place);
 
 // Bytes of scratch memory, aligned to 256, that run_rows needs for this call. Its contents do not matter.
 std::size_t workspace_bytes(const RowCall& call);

@@ -52,10 +52,15 @@ Device device_at(int index) {
     return device;
 }
 
-// Clusters of this shape the device holds at once; 0: it cannot place one, or does not say.
-int resident_clusters(const void* kernel, const ClusterPlan& plan, int device) {
+// Clusters of a shape that the device holds at once; 0: it cannot place one, or says why it does not tell.
+struct Residents {
+    int clusters;
+    Outcome refused;
+};
+
+Residents resident_clusters(const void* kernel, const ClusterPlan& plan, int device) {
     static std::mutex mutex;
-    static std::map<std::tuple<int, const void*, int, int, int>, int> known;
+    static std::map<std::tuple<int, const void*, int, int, int>, Residents> known;
     const std::lock_guard lock(mutex);
     const auto key = std::make_tuple(device, kernel, plan.blocks, plan.threads, plan.shared_bytes);
     if (const auto found = known.find(key); found != known.end()) return found->second;
@@ -89,11 +94,11 @@ int resident_clusters(const void* kernel, const ClusterPlan& plan, int device) {
                                                                   static_cast<std::size_t>(plan.shared_bytes)));
         clusters *= machine.multiprocessors;
     }
-    if (fits) return known[key] = clusters;
-    (void)cudaGetLastError();  // or the next call would report this error as its own
+    if (fits) return known[key] = {clusters, kDone};
+    const Residents none{0, outcome(error, "placing a cluster")};
     // A shape the device does not have is an answer too.
-    if (error == cudaErrorInvalidValue || error == cudaErrorInvalidClusterSize) known[key] = 0;
-    return 0;
+    if (error == cudaErrorInvalidValue || error == cudaErrorInvalidClusterSize) known[key] = none;
+    return none;
 }
 
 }  // namespace

@@ -88,6 +88,12 @@ GFT_HD int threads_for(int capacity) {
     return kMaxThreads;
 }
 
+// What a cluster of so many blocks takes, whether a device can place it or not.
+GFT_HD ClusterPlan plan_of(int blocks, std::int64_t V, int element_bytes, int header_bytes) {
+    const int capacity = slice_capacity(V, element_bytes, blocks);
+    return {blocks, threads_for(capacity), capacity, header_bytes + capacity * kVectorBytes};
+}
+
 // The cluster-size rule: candidate number `choice` in order of preference; blocks = 0 past the last.
 //
 // 1. The smallest cluster whose slices let two blocks live on a multiprocessor: while one of them waits for its loads,
@@ -108,8 +114,7 @@ GFT_HD ClusterPlan cluster_plan(const Machine& machine, std::int64_t rows, std::
             if (choice-- > 0) continue;
             while (blocks * 2 <= at_most(8, machine.max_cluster) && rows * blocks * 2 <= machine.multiprocessors)
                 blocks *= 2;
-            const int capacity = slice_capacity(V, element_bytes, blocks);
-            return {blocks, threads_for(capacity), capacity, header_bytes + capacity * kVectorBytes};
+            return plan_of(blocks, V, element_bytes, header_bytes);
         }
     }
     return {0, 0, 0, 0};

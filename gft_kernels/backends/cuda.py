@@ -27,7 +27,21 @@ def absent() -> str | None:
         return "this PyTorch is built for AMD GPUs; the triton backend serves those"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA GPU"
-    return _extension.kernels().cuda.absent()
+    return _outdated_driver(**versions()) or _extension.kernels().cuda.absent()
+
+
+def versions() -> dict[str, int]:
+    """The CUDA runtime linked in, and the newest that the driver here serves (0: no driver); 13000 is 13.0."""
+    return _extension.kernels().cuda.versions()
+
+
+def _outdated_driver(runtime: int, driver: int) -> str | None:
+    """Why the driver cannot serve the runtime that is linked in; both as 13000 for CUDA 13.0, 0 for no driver."""
+    if driver == 0 or driver // 1000 >= runtime // 1000:  # a driver serves every runtime of its own major version
+        return None
+    here, linked = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime))
+    return f"the C++ kernels were built with CUDA {linked}, and the driver serves CUDA {here}; update the driver, or " \
+           f"reinstall with an nvcc of CUDA {here}"  # fmt: skip
 
 
 def refuses(call: RowCall) -> str | None:
@@ -54,14 +68,31 @@ def _beyond_float32(call: RowCall) -> str | None:
     return None
 
 
-def run(call: RowCall) -> RowResult:
-    """Loss, statistics and, if wanted, the gradient of a call; see `RowResult`."""
+def plan(call: RowCall) -> dict[str, object]:
+    """How `run` launches the kernel that reads this call's logits.
+
+    kernel; cluster: blocks that share a row; threads and shared_bytes of a block; resident: clusters that the device
+    holds at once (0 for two_pass_row); grid: blocks; refused: what the device said to a larger plan, or None.
+    """
+    return _extension.kernels().cuda.plan_rows(
+        _extension.logit_rows(call.logits_STV),
+        gradient=call.want_gradient,
+        entropy=call.needs_entropy,
+        device=call.logits_STV.device.index,
+    )
+
+
+def run(call: RowCall, **shape: int) -> RowResult:
+    """Loss, statistics and, if wanted, the gradient of a call; see `RowResult`.
+
+    For tests, `shape` overrules the plan: cluster, the blocks that share a row, and clusters, how many at most at once.
+    """
     cuda = _extension.kernels().cuda
     with torch.cuda.device(call.logits_STV.device):
         result = _extension.empty_result(call)
         native = _extension.native_call(call, result)
         workspace = torch.empty(cuda.workspace_bytes(native), dtype=torch.uint8, device=call.logits_STV.device)
-        cuda.run_rows(native, workspace=_extension.address(workspace), **_place(call.logits_STV))
+        cuda.run_rows(native, workspace=_extension.address(workspace), **_place(call.logits_STV), **shape)
     return result
 
 

@@ -107,13 +107,17 @@ def memory_lines(
     """Estimates in GiB for each rank; docs/training.md has the formulas."""
     other = plan.other_memory(config, model, found, longest)
     if activations is not None:
-        other = {"activations of a micro-batch, every response at full length": activations, **other}
+        other = {"activations at most: responses of full length, no prompt shared": activations, **other}
     without = ", without activations" if activations is None else ""
     lines = [f"memory       {model.parameters / 1e9:.2f} G parameters; GiB a rank{without}:"]
-    for layout, parts in plan.weights_memory(config, model, found.ranks).items():
+    weights = plan.weights_memory(config, model, found.ranks)
+    for layout, parts in weights.items():
         each = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
         lines.append(f"  {layout:7} {sum(parts.values()) / GIB:8.2f}  {each}")
     lines += [f"  and     {size / GIB:8.2f}  {name}" for name, size in other.items()]
+    if activations is not None:
+        total = sum(weights["DDP"].values()) + sum(other.values())
+        lines.append(f"  in all  {total / GIB:8.2f}  as DDP or one process, beside Python and its libraries")
     full = plan.full_logits_memory(config, model, found)
     lines.append(f"  instead {full / GIB:8.2f}  of the fused loss, if the responses' logits and gradient were whole")
     return lines

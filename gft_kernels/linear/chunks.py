@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from gft_kernels import checks, distributed, formulas, registry
 from gft_kernels.advantages import RowCredit, credit_rows
+from gft_kernels.linear import sparse
 from gft_kernels.linear.products import Head, multiply, precision_of
 from gft_kernels.options import FP16_PEAK, Credit, LinearCall, LinearResult, RowCall, RowResult
 
@@ -25,6 +27,7 @@ _ROW_OPTIONS = [
     f.name for f in fields(RowCall) if f.name in {g.name for g in fields(LinearCall)} - {"credit", "objective"}
 ]
 
+TILE_ROWS = 256  # a product of 2731 rows takes a GPU as long as one of 2816
 ROW_ALIGNMENT = 64  # elements: rows of the buffer start on a cache line, also where V is odd
 
 
@@ -43,11 +46,15 @@ CPU = Budget(bytes=512 << 20, rows=256)
 
 
 def chunk_rows(rows: int, vocabulary: int, bytes_per_logit: int, device_type: str) -> int:
-    """Rows of logits to hold at a time: as many as the budget allows, at least its floor, in chunks of equal size."""
+    """Rows of logits to hold at a time: as many as the budget allows, at least its floor, in chunks of equal size.
+
+    On an accelerator whole tiles of the products, so a chunk may be a part of a tile beyond the budget.
+    """
     budget = CPU if device_type == "cpu" else ACCELERATOR
     most = max(budget.rows, budget.bytes // max(vocabulary * bytes_per_logit, 1))
     chunks = max(1, -(-rows // most))
-    return max(1, -(-rows // chunks))
+    each = max(1, -(-rows // chunks))
+    return each if device_type == "cpu" or chunks == 1 else -(-each // TILE_ROWS) * TILE_ROWS
 
 
 class Chosen(NamedTuple):
@@ -168,16 +175,32 @@ class _ChunkedLoss:
     def _add_gradients(self, rows_C: Tensor, hidden_CD: Tensor, dlogits_CV: Tensor) -> None:
         if self.bias_gradient_V is not None:
             self.bias_gradient_V.add_(dlogits_CV.sum(0, dtype=torch.float32))
-        if self.rounded_CV is not None:
-            rounded_CV = self.rounded_CV[: len(rows_C)]
-            dlogits_CV = rounded_CV.copy_(dlogits_CV)
+        if self.hidden_gradient_RD is None and self.weight_gradient_VD is None:
+            return
+        gradient_CD = None
         if self.hidden_gradient_RD is not None:
             gradient_CD = torch.empty(hidden_CD.shape, dtype=torch.float32, device=hidden_CD.device)
-            self.head.hidden_gradient(dlogits_CV, gradient_CD)
+        tiles = [sparse.Tile(slice(None), None, None)]
+        if self.call.filter_eps and dlogits_CV.numel():  # a shard may be empty
+            tiles = sparse.tiles_of(dlogits_CV, self.call.filter_eps)
+        for tile in tiles:
+            out_TD = None if gradient_CD is None else gradient_CD[tile.rows]
+            products = self._add_whole if tile.kept_K is None else partial(sparse.add_products, self.head, tile)
+            products(dlogits_CV[tile.rows], hidden_CD[tile.rows], out_TD, self.weight_gradient_VD, add=self.started)
+            self.started = True
+        if self.hidden_gradient_RD is not None and gradient_CD is not None:
             self.hidden_gradient_RD[rows_C] = gradient_CD.to(self.call.accum_dtype)
-        if self.weight_gradient_VD is not None:
-            multiply(dlogits_CV.t(), hidden_CD, self.weight_gradient_VD, add=self.started)
-        self.started = True
+
+    def _add_whole(
+        self, dlogits_TV: Tensor, hidden_TD: Tensor, out_TD: Tensor | None, out_VD: Tensor | None, add: bool
+    ) -> None:
+        """Both products over every column; as `sparse.add_products`."""
+        if self.rounded_CV is not None:
+            dlogits_TV = self.rounded_CV[: len(dlogits_TV)].copy_(dlogits_TV)
+        if out_TD is not None:
+            self.head.hidden_gradient(dlogits_TV, out_TD)
+        if out_VD is not None:
+            multiply(dlogits_TV.t(), hidden_TD, out_VD, add=add)
 
     def result(self) -> LinearResult:
         """The finished sums; where the head is sharded, the hidden gradient is added up over the ranks here, once."""

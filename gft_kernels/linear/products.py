@@ -100,6 +100,10 @@ class Head:
         """Hidden states as the products want them."""
         return hidden_CD.to(self.precision.product).to(self.precision.operand)
 
+    def columns(self, chosen_K: Tensor) -> Tensor:
+        """The weight of some columns of the logits, (K, D), as the products want it."""
+        return self.rows(self.weight_VD.index_select(0, chosen_K))
+
     def logits(self, hidden_CD: Tensor, out_CV: Tensor) -> None:
         """First product: out = hidden @ weight^T + bias."""
         for block, weight_BD in self._blocks():

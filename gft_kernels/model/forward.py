@@ -23,7 +23,7 @@ from gft_kernels.model.head import HeadCall, Transform
 from gft_kernels.options import TokenStats
 
 OF_THE_MODEL = ("weight", "bias", "logit_scale", "softcap", "process_group", "inplace")
-_LINEAR_ONLY = ("chunk_rows", "accum_dtype", "logits_dtype")
+_LINEAR_ONLY = ("chunk_rows", "accum_dtype", "logits_dtype", "filter_eps")
 _COLUMNS = tuple(name for name in PER_CALL if name != "num_items_in_batch")
 _REPLACED = ("forward", "accepts_loss_kwargs")
 
@@ -38,6 +38,7 @@ class PatchedForward:
         self.transform: Transform | None = None  # the one of them that the model is known to apply
         self.refusal: str | None = None  # why the logits are needed, where no later call can change that
         self.warned: set[str] = set()
+        self.tried_prompts = False  # whether it may go on from the cache of a prompt
         self.head_call: HeadCall | None = None  # the one under way
         self.__name__, self.__doc__ = "forward", model.forward.__doc__
         self.__signature__ = signature(model.forward)
@@ -113,6 +114,8 @@ class PatchedForward:
         keeps_logits = self.eval_logits and not self.model.training
         dropped = {"loss"} if keeps_logits else {"loss", "logits"}
         if prompts is not None:
+            shared_prompts.refuse(self.model, self.tried_prompts)
+            self.tried_prompts = True
             kwargs = shared_prompts.behind_prompts(self.model, kwargs, *prompts)
             dropped.add("past_key_values")  # the prompts', which nobody can go on from
         elif self.takes_use_cache:

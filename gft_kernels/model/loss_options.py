@@ -5,10 +5,13 @@ Each is a mixin before the host's own arguments: `class GFTConfig(GroupLossOptio
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from gft_kernels import checks
+import torch
+
+from gft_kernels import checks, linear_checks
 from gft_kernels.objectives import PRESETS
 from gft_kernels.options import BACKENDS, NORMALIZE
 
@@ -36,6 +39,9 @@ class TokenLossOptions:
         None, "gft: C(pi) = pi below tau, else 1 (F4; 0 is SFT, 1 DFT where A = 1); None: 0.7.", section="Loss"
     )
     backend: str = option("auto", "Loss backend: auto, reference, cpu, triton or cuda.")
+    filter_eps: float | str | None = option(
+        None, "How much the head's backward may leave out; None: nothing, 'auto': what its dtype's rounding hides."
+    )
     token_metrics: bool = option(True, "Log mean pi, entropy and rectified fraction (reads zero-advantage rows too).")
 
     def __post_init__(self):
@@ -50,6 +56,10 @@ class TokenLossOptions:
                 if getattr(self, name, default) is None:
                     setattr(self, name, default)
             self.tau = checks.check_coefficient(self.tau, getattr(self, "rectify", "all"))
+        if isinstance(self.filter_eps, str) and self.filter_eps != "auto":  # a command line brings text
+            with contextlib.suppress(ValueError):
+                self.filter_eps = float(self.filter_eps)
+        linear_checks.filter_eps(self.filter_eps, torch.float32)
         checks.one_of("backend", self.backend, BACKENDS)
 
 

@@ -22,8 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 PROMPT_IDS, PROMPT_OF = ARGUMENTS = ("prompt_ids", "prompt_of")
 NOISE = ("drop", "jitter", "noise")  # in the names of what layers draw at random in training
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}  # of logits, relative; of smaller types ROUNDED
-ROUNDED = 5e-2
-
+ROUNDED = 0.15
 
 Ids = Sequence[int]
 
@@ -64,13 +63,7 @@ def taken(named: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
 
 
 def behind_prompts(model: Any, kwargs: dict[str, Any], prompt_ids_GP: Tensor, prompt_of_S: Tensor) -> dict[str, Any]:
-    """A call's arguments with the prompts' keys and values in them.
-
-    Raises: ValueError for tensors that do not fit each other, and for a model that cannot, with the reason.
-    """
-    reason = refusal_of_cache(model) or refusal_of_loss(model, model.training)
-    if reason is not None:
-        raise ValueError(f"gft_prompt_ids must be left out, got a value; {reason}: pass whole rows")
+    """A call's arguments with the prompts' keys and values in them. Raises ValueError for tensors that do not fit."""
     mask, (S, R), P = kwargs.get("attention_mask"), kwargs["input_ids"].shape, prompt_ids_GP.shape[1]
     if mask is None or mask.shape != (S, P + R) or prompt_of_S.shape != (S,):
         raise ValueError(
@@ -86,8 +79,11 @@ def behind_prompts(model: Any, kwargs: dict[str, Any], prompt_ids_GP: Tensor, pr
 
 
 def prompts_cache(model: Any, prompt_ids_GP: Tensor) -> Any:
-    """Keys and values of right-padded prompts. No mask: under a causal one no token sees the padding behind it."""
-    return model.base_model(input_ids=prompt_ids_GP, use_cache=True, return_dict=True).past_key_values
+    """Keys and values of right-padded prompts. Nothing is masked: under causality no token sees the padding behind."""
+    mask = torch.ones_like(prompt_ids_GP)  # without one, families that find padding advise to pass one
+    return model.base_model(
+        input_ids=prompt_ids_GP, attention_mask=mask, use_cache=True, return_dict=True
+    ).past_key_values
 
 
 def expanded(cache: Any, prompt_of_S: Tensor) -> Any:
@@ -105,6 +101,15 @@ def joined(layer: Any, prompt_of_S: Tensor, keys: Tensor, values: Tensor, *args,
 
 
 # Who may ask
+
+
+def refuse(model: Any, tried: bool) -> None:
+    """Raises ValueError, with the reason, for a model that cannot, or not now; tries it out where that was not done."""
+    reason = refusal_of_cache(model) or refusal_of_loss(model, model.training)
+    if reason is None and not tried:
+        reason = refusal_of_trial(model)
+    if reason is not None:
+        raise ValueError(f"gft_prompt_ids must be left out, got a value; {reason}: pass whole rows")
 
 
 def refusal_of_cache(model: Any) -> str | None:
@@ -145,17 +150,19 @@ def noises(model: nn.Module) -> Iterator[str]:
 @torch.no_grad()
 def refusal_of_trial(model: Any) -> str | None:
     """Why two prompts of different lengths, two responses each, differ from whole rows by more than rounding."""
-    kind, training = type(model).__name__, model.training
+    kind, modes = type(model).__name__, [(module, module.training) for module in model.modules()]
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = [(7 * i + 3) % vocabulary for i in range(40)]
     groups = [(ids[:4], (ids[13:17], ids[17:23])), (ids[1:13], (ids[23:29], ids[29:31]))]
     model.eval()
     try:
-        apart = relative_difference(model, groups)
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):  # ROUNDING is that of the weights
+            apart = relative_difference(model, groups)
     except Exception as error:  # how a family that knows no such cache fails is its own matter
         return f"{kind} cannot go on from the cache of a prompt ({type(error).__name__}: {str(error)[:80]})"
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     if not apart <= ROUNDING.get(next(model.parameters()).dtype, ROUNDED):
         return f"{kind} computes other numbers from the cache of a prompt (logits differ by {apart:.0e})"
     return None
@@ -172,7 +179,8 @@ def relative_difference(model: Any, groups: Sequence[tuple[Ids, Sequence[Ids]]])
     worst = 0.0
     for mine, (prompt, response) in zip(shared, pairs, strict=True):
         row = torch.tensor([[*prompt, *response[:-1]]], device=device)
-        theirs = model(input_ids=row, use_cache=False, return_dict=True).logits[0, len(prompt) - 1 :]
-        mine, theirs = (logits.float() - logits.float().mean(-1, True) for logits in (mine[: len(response)], theirs))
+        whole = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False, return_dict=True)
+        theirs = whole.logits[0, len(prompt) - 1 :]
+        mine, theirs = (logits.double() - logits.double().mean(-1, True) for logits in (mine[: len(response)], theirs))
         worst = max(worst, float((mine - theirs).norm() / theirs.norm()))
     return worst

@@ -149,7 +149,7 @@ def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
     rows = max(1, _BLOCK_BYTES // (4 * max(gradient[:1].numel(), 1)))
     for block, scaled in zip(gradient.split(rows), out.split(rows), strict=True):
-        scaled.copy_(block.float() * factor)
+        torch.mul(block.float(), factor, out=scaled)
     return out
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gft_kernels import checks, distributed, registry
 from gft_kernels.operators import derivatives
@@ -49,7 +50,7 @@ def row_loss(call: RowCall, backend: str) -> RowResult:
     elif call.want_gradient and not torch.compiler.is_compiling():
         outputs = _OutOfPlace.apply(call.logits_STV, call, backend)
     else:
-        *outputs, _gradient = torch.ops.gft.row_loss(call.logits_STV, *_pack(call, backend))
+        *outputs, _gradient = _run(call.logits_STV, call, backend)
     return _result(call, outputs)
 
 
@@ -81,9 +82,9 @@ def _result(call: RowCall, outputs: Sequence[Tensor]) -> RowResult:
     return RowResult(loss, log_probs, coefficients, advantages, entropy_R=entropy if call.want_entropy else None)
 
 
-def _compute(logits: Tensor, arguments: tuple) -> tuple[RowResult, tuple[Tensor, ...]]:
+def _compute(call: RowCall, backend: str) -> tuple[Tensor, ...]:
     """Check the values, choose the backend, run it. An operator returns no None: what was not asked for is empty."""
-    call, backend = _unpack(logits, arguments)
+    logits = call.logits_STV
     if not call.process_group:  # else the vocabulary's size is known once the ranks have met
         checks.check_values(call.credit, call.objective, logits.shape[-1])
     module = registry.choose(backend, call)
@@ -91,17 +92,16 @@ def _compute(logits: Tensor, arguments: tuple) -> tuple[RowResult, tuple[Tensor,
     empty = [
         logits.new_empty(0, dtype=torch.float32) if x is None else x for x in (result.row_scale_R, result.entropy_R)
     ]
-    return result, (result.loss, result.log_probs_R, result.coefficients_R, result.advantages_R, *empty)
+    gradient = logits.new_empty(0) if result.gradient_STV is None else result.gradient_STV
+    return result.loss, result.log_probs_R, result.coefficients_R, result.advantages_R, *empty, gradient
 
 
 def _row_loss(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
-    result, per_row = _compute(logits, arguments)
-    gradient = logits.new_empty(0) if result.gradient_STV is None else result.gradient_STV
-    return (*per_row, gradient)
+    return _compute(*_unpack(logits, arguments))
 
 
 def _row_loss_(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
-    return _compute(logits, arguments)[1]
+    return _row_loss(logits, *arguments)[:-1]
 
 
 def _fake_per_row(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
@@ -175,17 +175,25 @@ def _scale_with(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: 
     return module.scale(gradient, row_scale if row_scale.numel() else None, upstream.contiguous(), inplace)
 
 
+def _run(logits: Tensor, call: RowCall, backend: str) -> tuple[Tensor, ...]:
+    """`gft::row_loss` of a call; logits: its own, as autograd hands them on.
+
+    Where nobody watches it is no operator: torch's way through one fetches the whole schema once for each argument, for
+    its backward or the version of what it writes, and that is more than half of a small call's time.
+    """
+    if _is_watched(logits):
+        return torch.ops.gft.row_loss(logits, *_pack(call, backend))
+    return _compute(call, backend)
+
+
 class _OutOfPlace(torch.autograd.Function):
     """`gft::row_loss` for calls that are not traced. Nobody but this graph ever holds the gradient: what walks it last
     scales it where it lies.
-
-    It spares a small call half of its time too: torch's way from an operator to the backward it is registered with
-    fetches the whole schema once for each argument.
     """
 
     @staticmethod
     def forward(ctx, logits, call, backend):
-        *per_row, gradient = torch.ops.gft.row_loss(logits, *_pack(call, backend))
+        *per_row, gradient = _run(logits, call, backend)
         _keep(ctx, logits, (call, backend), per_row, gradient)
         return tuple(per_row)
 
@@ -226,12 +234,15 @@ class _InPlace(torch.autograd.Function):
 
 
 def _overwrite(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
-    """`gft::row_loss_`. Untraced, the logits' new version is counted here, for the reason `_OutOfPlace` gives."""
-    if torch.compiler.is_compiling():
+    """`gft::row_loss_`; where nobody watches it is no operator either."""
+    if _is_watched(logits):
         return torch.ops.gft.row_loss_(logits, *arguments)
     torch.autograd.graph.increment_version(logits)
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        return torch.ops.gft.row_loss_(logits, *arguments)
+    return _row_loss_(logits, *arguments)
+
+
+def _is_watched(logits: Tensor) -> bool:
+    return checks.is_watched() or type(logits) not in (Tensor, Parameter)
 
 
 _FUNCTIONAL = torch.library.custom_op(

@@ -125,7 +125,8 @@ class GFTTrainer(Trainer):
         args = self.args
         self.ask = windows.Forward(model, self.accelerator)
         # What every call has; a training step adds its objective, for others only ask for log-probabilities.
-        patch_model(model, objective="sft", temperature=args.temperature, ignore_index=IGNORE, backend=args.backend)
+        fixed = {name: getattr(args, name) for name in ("temperature", "backend", "filter_eps")}
+        patch_model(model, objective="sft", ignore_index=IGNORE, **fixed)
         statistics = {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
         self._loss_options = call_options(args) | statistics
         # The policy that sampled is remembered where later steps differ from it and something asks how far.

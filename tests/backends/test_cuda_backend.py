@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gft_kernels import BackendUnavailable, _extension, gft_loss
+from gft_kernels import __main__ as report
 from gft_kernels.backends import cuda
 from gft_kernels.options import Credit, RowCall
 
@@ -48,3 +49,41 @@ def test_calls_it_cannot_serve():
     )
     strided = torch.empty(1, 5, 2, device="meta").transpose(1, 2)
     assert "meta" in cuda.refuses(call(strided))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "driver", "sentence"),
+    [(13000, 12080, "built with CUDA 13.0, and the driver serves CUDA 12.8"), (13010, 13000, None),
+     (12080, 13000, None), (13000, 0, None)],
+)  # fmt: skip
+def test_a_driver_too_old_for_the_runtime_is_named(runtime, driver, sentence):
+    """Within a major version a driver serves every runtime; where there is no driver, CUDA says so itself."""
+    reason = cuda._outdated_driver(runtime, driver)
+    assert reason is None if sentence is None else sentence in reason
+
+
+class Planned:
+    """Stands for the compiled module on a machine with a GPU that has refused one plan."""
+
+    class cuda:
+        @staticmethod
+        def versions():
+            return {"runtime": 13000, "driver": 13010}
+
+        @staticmethod
+        def plan_rows(logits, *, gradient, entropy, device):
+            return {"kernel": "cluster_row", "cluster": 4, "threads": 512, "shared_bytes": 77040, "resident": 66,
+                    "grid": 264, "refused": "invalid cluster size"}  # fmt: skip
+
+
+def test_the_report_names_the_plan_and_what_was_refused(monkeypatch):
+    monkeypatch.setattr(_extension, "kernels", lambda: Planned)
+    monkeypatch.setattr(_extension, "has_cuda", lambda: True)
+    monkeypatch.setattr(_extension, "logit_rows", lambda logits: None)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **{**options, "device": "cpu"}))
+    versions_line, plan_line = report.cuda_lines(ready=True)
+    assert "CUDA 13.0 linked in, the driver serves 13.1" in versions_line
+    assert "cluster_row, 4 blocks a row of 512 threads and 77040 bytes, 66 rows at once" in plan_line
+    assert plan_line.endswith("refused before: invalid cluster size")
+    assert report.cuda_lines(ready=False) == [versions_line]

@@ -174,7 +174,7 @@ def test_the_order_of_execution_cannot_be_seen(blocks):
     torch.manual_seed(0)
     logits, targets = torch.randn(1, 12, 301) * 3, torch.randint(301, (12,))
     call = RowCall(logits, Credit(targets, advantages_R=torch.randn(12)), want_gradient=True, want_entropy=True)
-    results = [Backend(blocks=blocks, grid=1, seed=seed).run(call) for seed in range(8)]
+    results = [Backend(blocks=blocks, grid=1, seed=seed).run(call) for seed in range(8 if blocks < 8 else 2)]
     case = bounded_problem(torch.bfloat16)
     result = Backend(blocks=blocks, grid=1).run(case.row_call("grpo"))
     gradient = Backend().scale(result.gradient_STV, result.row_scale_R, torch.tensor(1.7), inplace=False)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(cuda_on_host.absent() is not None, reason=str(cu
 H100 = Machine(132, 233472, 232448, 1024, 16)
 A100 = Machine(108, 167936, 166912, 1024, 1)
 RTX_5090 = Machine(170, 102400, 101376, 1024, 16)
-HEADER = 544 + 224  # bytes of ClusterShared: 32 + 32 states of 12 bytes
+B200 = Machine(148, 233472, 232448, 1024, 16)
 
 
 @pytest.mark.parametrize("element_bytes", [2, 4])
@@ -41,6 +41,20 @@ def test_two_blocks_share_a_multiprocessor_of_an_h100(vocabulary, element_bytes,
     assert 2 * (chosen.shared_bytes + 1024) <= 233472
     if blocks > 1:  # the next smaller cluster would not fit twice
         assert 2 * (vocabulary * element_bytes // (blocks // 2) + 1024) > 233472
+
+
+@pytest.mark.parametrize("machine", [H100, B200], ids=["H100 and H200", "B200"])
+@pytest.mark.parametrize(
+    ("vocabulary", "element_bytes", "plan_of_it"),
+    [(32000, 2, (1, 512, 4000)), (50257, 2, (1, 512, 6288)), (128256, 2, (4, 512, 4008)), (151936, 2, (4, 512, 4752)),
+     (151936, 4, (8, 512, 4752)), (262144, 2, (8, 512, 4096)), (262144, 4, (16, 512, 4096)), (4099, 4, (1, 128, 1024))],
+)  # fmt: skip
+def test_the_plan_of_a_large_batch(machine, vocabulary, element_bytes, plan_of_it):
+    """Blocks a row, threads, vectors a block, and the shared memory they take; an H200 is an H100 to the plan."""
+    chosen = plan(machine, 8192, vocabulary, element_bytes)
+    assert (chosen.blocks, chosen.threads, chosen.capacity) == plan_of_it
+    assert chosen.shared_bytes == library().header_bytes() + 16 * chosen.capacity
+    assert library().header_bytes() <= 1024
 
 
 def test_without_room_for_two_the_next_choices_hold_one_block_a_multiprocessor():

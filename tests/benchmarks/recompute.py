@@ -59,22 +59,22 @@ def closed_holm(ps: list[float]) -> list[float]:
     return adjusted
 
 
+@functools.lru_cache
 def table_of(path: Path) -> tuple[dict, pandas.DataFrame]:
+    """The settings, and a line a job with every measure."""
     head, *records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return head, pandas.DataFrame([{**{k: r[k] for k in ("kind", "chain", "expert", "base", "seed")}, "record": r}
-                                   for r in records])  # fmt: skip
+    names = ("kind", "chain", "expert", "base", "seed")
+    return head, pandas.DataFrame(
+        [{k: r[k] for k in names} | {m: of(r) for m, of in MEASURES.items()} for r in records]
+    )
 
 
 def test_of(found: pandas.DataFrame, better: str, other: str, expert: str, measure: str, runs: bool):
     """Mean, standard error and number of units, and the number of pairs."""
-    arms = []
-    for chain in (better, other):
-        arm = found[(found.chain == chain) & (found.expert.isna() | (found.expert == expert))]
-        arms.append(arm.assign(value=arm.record.map(MEASURES[measure]))[["base", "seed", "value"]])
-    both = arms[0].merge(arms[1], on=["base", "seed"], suffixes=("_a", "_b"))
-    both["d"] = both.value_a - both.value_b
-    units = both.d if runs else both.groupby("base").d.mean()
-    return units.mean(), units.sem(), len(units), len(both)
+    known = found[found.expert.isna() | (found.expert == expert)].set_index(["base", "seed"])
+    d = (known[known.chain == better][measure] - known[known.chain == other][measure]).dropna()
+    units = d if runs else d.groupby("base").mean()
+    return units.mean(), units.sem(), len(units), len(d)
 
 
 def p_of(value: float, error: float, n: int, expect: str, margin: float) -> float:
@@ -103,7 +103,7 @@ def verdicts(path: Path, expert: str, weak: bool = False, first: bool = False) -
     grid = set(itertools.chain(*(cells["bases"] for cells in head["study"]["grid"])))
     bases = found[(found.kind == "base") & found.base.isin(grid)]
     limit = head["study"]["least_base"] if first else USABLE
-    kept = bases[[weak or r["metrics"]["pass_at"]["1"] >= limit for r in bases.record]].base
+    kept = bases[weak | (bases.pass1 >= limit)].base
     runs = found[(found.kind == "run") & found.base.isin(kept)]
     rows = []
     for entry in entries:

@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 
+import numpy
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from benchmarks.experiments.evaluation import pass_at, sample_groups
 from benchmarks.experiments.methods import METHODS
 from benchmarks.experiments.rollouts import sample_gpt2
 from benchmarks.experiments.scoring import demonstration, entropy_and_kl, log_probs
-from benchmarks.experiments.statistics import OverUnits, holm, mean, over_seeds_and_prompts, p_value, paired
+from benchmarks.experiments.statistics import OverDraws, OverUnits, holm, mean, over_seeds_and_prompts, p_value, paired
 from benchmarks.experiments.training import Stage, train
 from benchmarks.experiments.work import KINDS
 from gft_kernels.data import digit_sum
@@ -173,6 +174,10 @@ def test_two_way_bootstrap_keeps_the_pairs_and_knows_both_sources_of_chance():
     assert found.draws.std() == pytest.approx(float(truth.sqrt()), rel=0.03)
     low, high = found.interval()
     assert low < 0.1 < 0.5 < high
+    same = over_seeds_and_prompts(ours, ours, lambda record: record["each"])
+    assert math.isnan(p_value(same, "more", 0.0)) and math.isnan(p_value(same, "equal", 0.1))
+    tied = OverDraws(0.1, numpy.array([0.0] * 60 + [0.25] * 40), 5, 5)
+    assert p_value(tied, "more", 0.0) == 1.0 and p_value(tied, "not-inferior", 0.2) == pytest.approx(2 / 101)
     with pytest.raises(ValueError, match="two seeds"):
         over_seeds_and_prompts(ours[:1], others, lambda record: record["each"])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import programs, stub, traffic
+from benchmarks.gpu import prebuilt, programs, stub, traffic
 from benchmarks.gpu.stages import PROFILES, Run
 from benchmarks.kinds.row import logits_bytes
 
@@ -169,3 +169,16 @@ def test_an_unknown_stage_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["speed", "--results", str(tmp_path), "--stages", "bild"])
     assert "bild" in capsys.readouterr().err
+
+
+def test_a_module_that_asks_for_a_newer_libc_than_the_machines_is_named():
+    table = "0000 DF *UND* 0000 (GLIBC_2.4) memcpy\n0000 DF *UND* 0000 (GLIBC_2.34) x\n0000 DO *UND* (GLIBCXX_3.4.30) y"
+    assert prebuilt.too_new(table, {"GLIBC": "2.35", "GLIBCXX": "3.4.30"}) == []
+    (sentence,) = prebuilt.too_new(table, {"GLIBC": "2.31", "GLIBCXX": "3.4.30"})
+    assert sentence.startswith("GLIBC must be at most 2.31 there, got 2.34"), "2.34 is newer than 2.4"
+    assert len(prebuilt.too_new(table, {"GLIBC": "2.31", "GLIBCXX": "3.4.28"})) == 2
+
+
+def test_a_python_without_the_tools_is_refused():
+    with pytest.raises(SystemExit, match=r"must have no_such_tool, got .* without no_such_tool"):
+        prebuilt.build(sys.executable, needed=("no_such_tool",))

@@ -15,6 +15,7 @@ from benchmarks.kinds.advantages import AdvantageCase
 from benchmarks.kinds.inputs import IGNORE_INDEX
 from benchmarks.kinds.linear import LinearCase
 from benchmarks.kinds.log_probs import LogProbCase
+from benchmarks.kinds.prompts import PromptCase
 from benchmarks.kinds.row import RowCase
 from benchmarks.kinds.shards import ShardCase
 from benchmarks.kinds.step import StepCase
@@ -26,6 +27,7 @@ CASES = {
     "log-probs": LogProbCase(24, 48, 311, temperature=0.8, dead="masked"),
     "advantages": AdvantageCase(48, 8, grouped_by="ids"),
     "step": StepCase(6, vocab=307, hidden=16, layers=1, heads=2, responses=4, threads=1),
+    "prompts": PromptCase(5, 3, vocab=307, hidden=24, layers=2, heads=3, responses=4, threads=1),
 }
 SERVED = {
     "row": {"gft_loss reference", "eager PyTorch, lean", "F.cross_entropy"},
@@ -33,6 +35,7 @@ SERVED = {
     "log-probs": {"gft_kernels token_log_probs reference", "eager PyTorch, log-softmax", "eager PyTorch, logsumexp"},
     "advantages": {"gft_kernels group_advantages", "Python dictionary of groups"},
     "step": {"eager PyTorch, lean", "eager PyTorch, paper's formulation"},
+    "prompts": {"gft_linear_loss, whole rows", "gft_linear_loss, each prompt once"},
 }
 VARIANTS = {
     "row": [{"dead": dead, "dtype": dtype} for dead in ("none", "masked", "zero-advantage")
@@ -42,7 +45,7 @@ VARIANTS = {
 
 
 def problem_of(kind: str, **changes):
-    if kind == "step":
+    if kind in ("step", "prompts"):
         pytest.importorskip("transformers")
     return KINDS[kind].build(replace(CASES[kind], **changes))
 
@@ -105,9 +108,12 @@ def test_a_wrong_gradient_is_refused(kind, number, change, dtype):
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_a_step_with_one_wrong_gradient_is_refused(number):
-    problem = problem_of("step")
-    wrong = spoiled("step", problem, "eager PyTorch, lean", of_gradient(number, lambda g: g * 1.01))
+@pytest.mark.parametrize(
+    ("kind", "name"), [("step", "eager PyTorch, lean"), ("prompts", "gft_linear_loss, whole rows")]
+)
+def test_a_step_with_one_wrong_gradient_is_refused(kind, name, number):
+    problem = problem_of(kind)
+    wrong = spoiled(kind, problem, name, of_gradient(number, lambda g: g * 1.01))
     assert check(problem, wrong).status == "wrong answer"
 
 

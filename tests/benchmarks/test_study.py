@@ -9,11 +9,14 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from chat_tokenizers import chatml
 
-from benchmarks.experiments import jobs, report, results, runner, settings, verdicts
+from benchmarks.experiments import jobs, report, results, runner, settings, verdicts, work
 from benchmarks.experiments.__main__ import BAD_INPUT, DONE, main
 from benchmarks.experiments.jobs import Folder
 from benchmarks.experiments.methods import stages
+from benchmarks.experiments.statistics import OverDraws
+from gft_kernels.data import extract_json, scratch
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -220,3 +223,32 @@ def test_a_stage_that_follows_another_is_tuned_after_it():
     assert job.needs == ("base_b9", "run_sft_leap_b9_s7")
     assert {name for name in planned["run_sft--grpo_leap_b0_s0"].needs if name.startswith("tuning")} == {
         "tuning_sft--grpo_leap_b9_s7_0.001", "tuning_sft--grpo_leap_b9_s7_0.0001"}  # fmt: skip
+
+
+def test_a_pretrained_model_is_studied_over_seeds_and_prompts(tmp_path, monkeypatch):
+    """The study of the real model, on a model of its make: no fitting, chat prompts, two-way bootstrap, its page."""
+    texts = [text for row in extract_json.records(40) for text in (row["prompt"][1]["content"], *row["demonstrations"])]
+    tokenizer = scratch.byte_pair_tokenizer(texts, 400)
+    tokenizer.chat_template = chatml().replace("<|im_end|>", scratch.EOS)
+    tokenizer.save_pretrained(tmp_path / "model")
+    scratch.small_llama(tokenizer, width=16, layers=1, heads=2, context=1024).save_pretrained(tmp_path / "model")
+    changes = [f"task.model={tmp_path / 'model'}", "task.rows=8", "stage.max_steps=1", "stage.max_completion_length=80"]
+    changes += ["evaluation.prompts=3", "evaluation.retention=1"]
+    cells = "[{chains: [gft, none], experts: [json], bases: [0], seeds: [0, 1]}]"
+    study = settings.load("smollm2", [*changes, f"grid={cells}"])
+    folder = Folder(tmp_path / "out")
+    for job in jobs.plan(study):
+        work.do(study, folder, job, "cpu")
+    assert [path.name for path in folder.path.glob("models/*")] == ["base_b0.pt"], "where other jobs start"
+    record = folder.read("run_gft_json_b0_s1")
+    assert len(record["metrics"]["right_of_each"]) == 3 and record["training"]["held_out"]["step"] == []
+    assert record["training"]["tokens"]["generated"] > 0 and -20 < record["metrics"]["retention"] < 0
+    assert folder.read("run_none_b0_s0")["metrics"]["kl"] == 0.0
+    monkeypatch.setattr(results, "USABLE", 0.0)
+    found = results.read(results.pack(study, folder, "cpu"))
+    entry = {"claim": "c", "origin": "control", "measure": "distinct", "expect": "more", "pairs": [["gft", "none"]]}
+    first, *others = verdicts.findings(dataclasses.replace(found, entries=[entry, *found.entries]), "json")
+    assert first.difference.units == 2 and isinstance(first.difference, OverDraws)
+    assert {f.said for f in [first, *others]} == {"not testable here"}, "nothing is solved, nothing varies"
+    page = report.write([found], tmp_path / "page.md").read_text()
+    assert "Registered: `benchmarks/experiments/claims/smollm2.yaml`" in page and "| seeds |" in page

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import json
+import runpy
 
+import chat_tokenizers
 import pytest
 import yaml
-from chat_tokenizers import chatml
 from cli_rig import ROOT
 
 from gft_kernels.cli import demo, extraction_demo, held_out, main
-from gft_kernels.data import extract_json, pretrained, scratch
+from gft_kernels.data import pretrained
 
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
-    """A folder with a model of random weights that reads the task's texts in turns."""
-    rows = extract_json.read_rows()
-    texts = [text for row in rows for text in (row["prompt"][-1]["content"], *row["demonstrations"])]
-    tokenizer = scratch.byte_pair_tokenizer(texts, vocabulary_size=400)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = chatml()
-    folder = tmp_path_factory.mktemp("chat") / "tiny"
-    scratch.small_llama(tokenizer, width=32, layers=1, heads=2, context=256).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return chat_tokenizers.model_folder(tmp_path_factory.mktemp("chat"))
 
 
 def test_one_screen_says_what_was_learnt(chat_model, tmp_path, capfd):
@@ -57,6 +49,15 @@ def test_the_demo_is_the_examples_run(task):
         **expected, "learning_rate": "3e-5"  # YAML's spelling, which gft train reads as a number
     }  # fmt: skip
     assert float(example["learning_rate"]) == extraction_demo.SHARED["learning_rate"]
+
+
+def test_the_example_trains_an_adapter(chat_model, tmp_path, capsys, monkeypatch):
+    tiny = ["--model", chat_model, "--steps", "1", "--held-out", "3", "--longest", "80", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["extract_lora.py", *tiny])
+    runpy.run_path(str(ROOT / "examples" / "extract_lora.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert "T = 1: 0.00 right before, 0.00 after 1 steps" in shown and "greedy: 0.00 right before" in shown
+    assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "model.safetensors").exists()
 
 
 def test_an_interval_is_wilsons():

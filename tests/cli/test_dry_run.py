@@ -55,7 +55,10 @@ def test_the_papers_preset(tmp_path, in_the_repository, capsys):
         "1.54 G parameters",
     ):
         assert expected in shown, expected
-    memory = {line.split()[0]: float(line.split()[1]) for line in shown.splitlines() if line.startswith("  ")}
+    listed = [line for line in shown.splitlines() if line.startswith("  ")]
+    memory = {line.split()[0]: float(line.removeprefix("  in").split()[1]) for line in listed}
+    parts = [float(line.split()[1]) for line in listed if line.startswith("  and")]
+    assert memory["in"] == pytest.approx(memory["DDP"] + sum(parts), abs=0.03)
     gib = 2**30
     assert memory["DDP"] == pytest.approx(QWEN * (4 + 4 + 8) / gib, abs=0.01)
     assert memory["ZeRO-2"] == pytest.approx(QWEN * (2 + 2 / 8 + 12 / 8) / gib, abs=0.01)
@@ -107,7 +110,7 @@ def test_what_is_on_disk_is_read(tmp_path, capsys):
     assert "5 of 10 rows, columns checked; longest prompt 4 tokens" in shown  # the even ones have 8
     assert "2 ranks × 2 prompts × 1 micro-batches = 4 prompts" in shown and "3 steps in all" in shown
     assert "copy of the starting weights" in shown and "not on disk" not in shown
-    assert "activations of a micro-batch, every response at full length" in shown
+    assert "activations at most: responses of full length, no prompt shared" in shown
     assert not (tmp_path / "run").exists()
 
 

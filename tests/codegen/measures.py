@@ -1,4 +1,4 @@
-"""What a compiled kernel is judged by, and the table all gates print."""
+"""What a compiled kernel is judged by, and the tables all gates print."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.codegen.budget import Budget
+
 
 @dataclass(frozen=True)
 class Measures:
-    """Figures of one compiled variant. Loads and stores are those of global memory, counted as instructions."""
+    """Figures of one compiled variant. Loads and stores are those of global memory, counted as instructions.
+
+    Those through a generic address count as global: what the compiler cannot place may lie there.
+    """
 
     registers: int
     stack: int  # bytes a thread; ptxas can say "0 spills" while registers indexed at run time live here
     spills: int
-    wide_loads: int  # 16 bytes
+    wide_loads: int  # 16 bytes, to registers or asynchronously to shared memory
     wide_stores: int
     other_loads: int  # narrower
     other_stores: int
@@ -55,13 +60,14 @@ class Verdict:
     variant: str
     measures: Measures
     broken: list[str]
+    budget: Budget | None = None
 
 
 COLUMNS = ("registers", "stack", "spills", "wide_loads", "wide_stores", "other_loads", "other_stores", "local")
 
 
 def print_table(verdicts: Sequence[Verdict]) -> bool:
-    """Print the table and every broken limit; True if all variants pass."""
+    """Print the table, the budgets and every broken limit; True if all variants pass."""
     width = max(len(v.variant) for v in verdicts)
     heads = [name.replace("_", " ") for name in COLUMNS]
     print("variant".ljust(width), *heads, sep="  ")
@@ -69,13 +75,16 @@ def print_table(verdicts: Sequence[Verdict]) -> bool:
         cells = [str(getattr(v.measures, name)).rjust(len(head)) for name, head in zip(COLUMNS, heads, strict=True)]
         print(v.variant.ljust(width), *cells, "FAILED" if v.broken else "", sep="  ")
     for v in verdicts:
+        if v.budget is not None:
+            print(v.variant.ljust(width), v.budget.line(v.variant.split()[0]), sep="  ")
+    for v in verdicts:
         for sentence in v.broken:
             print(f"{v.variant}: {sentence}")
     return not any(v.broken for v in verdicts)
 
 
-def measure_cubin(cubin: bytes, tools: Path) -> Measures:
-    """Figures of a cubin that holds one kernel, by `cuobjdump` and `nvdisasm` in the folder `tools`."""
+def measure_cubin(cubin: bytes, tools: Path) -> tuple[Measures, str]:
+    """Figures and code of a cubin that holds one kernel, by `cuobjdump` and `nvdisasm` in the folder `tools`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -83,12 +92,12 @@ def measure_cubin(cubin: bytes, tools: Path) -> Measures:
         sass = _output(tools / "nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found, usage
-    return measure_sass(sass, registers=int(found[1]), stack=int(found[2]), spills=int(found[3]))
+    return measure_sass(sass, registers=int(found[1]), stack=int(found[2]), spills=int(found[3])), sass
 
 
 def measure_sass(sass: str, registers: int, stack: int, spills: int = 0) -> Measures:
     """Figures of disassembled NVIDIA code, with those that the disassembly does not tell."""
-    loads, stores = re.findall(r"\bLDG\S*", sass), re.findall(r"\bSTG\S*", sass)
+    loads, stores = re.findall(r"\b(?:LDG?|LDGSTS)\.\S*", sass), re.findall(r"\bSTG?\.\S*", sass)
     wide_loads, wide_stores = (sum(".128" in op or ".256" in op for op in ops) for ops in (loads, stores))
     local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     rest = len(loads) - wide_loads, len(stores) - wide_stores

@@ -1,15 +1,19 @@
-"""Models by name: found, converted once, whole or not at all; and the real one's answers and chat template."""
+"""Models by name: found, converted once, whole or not at all."""
 
 from __future__ import annotations
 
 import importlib.util
 import multiprocessing
 import os
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from chat_tokenizers import chatml
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from gft_kernels.data import pretrained
+from gft_kernels.data import pretrained, text
 from gft_kernels.data.manifests import MANIFEST
 
 
@@ -87,6 +91,72 @@ def test_what_cannot_be_used_is_one_sentence(cached, monkeypatch):
         pretrained.located("smollm2")
     with pytest.raises(ValueError, match=r"gguf must be installed to read tiny.gguf, got none; run pip install gguf"):
         pretrained.located(str(cached / "tiny.gguf"))
+
+
+GGUF_NAMES = {
+    "embed_tokens": "token_embd", "norm": "output_norm", "input_layernorm": "attn_norm", "mlp.gate_proj": "ffn_gate",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "mlp.up_proj": "ffn_up",
+    "self_attn.o_proj": "attn_output", "mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def write_gguf(path: Path, model, tokens: list[str]) -> None:
+    """A Llama of one layer as llama.cpp's converter writes it: a query's and a key's rows pair up for its rotation."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(chatml())
+    for name, weight in model.model.named_parameters():
+        layer, part = re.match(r"(?:layers\.(\d+)\.)?(.*)\.weight", name).groups()
+        if part in ("self_attn.q_proj", "self_attn.k_proj"):
+            heads = config.num_attention_heads if "q_proj" in part else config.num_key_value_heads
+            rows, width = weight.shape
+            weight = weight.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
+        prefix = "" if layer is None else f"blk.{layer}."
+        writer.add_tensor(f"{prefix}{GGUF_NAMES[part]}.weight", weight.detach().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_converted_model_is_the_one_in_the_file(tmp_path, monkeypatch, capfd):
+    """Its logits, its tied head, its tokenizer with the chat template; nothing of a host library is said."""
+    monkeypatch.setenv(pretrained.CACHE, str(tmp_path / "cache"))
+    tokens = ["<|im_start|>", "<|im_end|>", *map(chr, range(33, 127)), "Ġ", "Ċ", "ab"]
+    config = LlamaConfig(
+        vocab_size=len(tokens), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    write_gguf(tmp_path / "tiny.gguf", model, tokens)
+    folder = pretrained.located(str(tmp_path / "tiny.gguf"))
+    shown, said = capfd.readouterr()
+    assert not shown and said.count("\n") == 2 and "\r" not in said
+    found, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    assert found.dtype == torch.float32 and found.lm_head.weight is found.model.embed_tokens.weight
+    ids = tokenizer("ab c", return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(ids[0]) == "ab c" and tokens.index("ab") in ids[0]
+    torch.testing.assert_close(found(ids).logits, model(ids).logits)
+    asked = [{"role": "user", "content": "ab"}]
+    assert tokenizer.decode(text.encode_prompt(tokenizer, asked)) == chatml_of(asked)
+
+
+def chatml_of(messages) -> str:
+    return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages) + "<|im_start|>assistant\n"
 
 
 def test_a_file_that_is_none_is_named(tmp_path, monkeypatch):

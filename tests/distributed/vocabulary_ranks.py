@@ -179,6 +179,21 @@ def the_linear_loss_matches_the_whole_head(ranks: Ranks):
             close(log_probs, expected_stats.log_probs, 1e-5)
 
 
+def each_shard_leaves_out_its_own_columns(ranks: Ranks):
+    """Against the exact gradients: a bound of the shard's own, missing sums known by rank, the softcap's among them."""
+    case, hidden, weight, _bias = linear_case()
+    options = rows_of(case, softcap=9.0, temperature=0.5)
+    whole = leaves(5.0 * hidden, weight)
+    gft_linear_loss(*whole, case.targets, backend="reference", **options).backward()
+    for mine in ranks.splits():
+        x, w = leaves(5.0 * hidden, weight[mine])
+        gft_linear_loss(x, w, case.targets, filter_eps=0.02, **options, **ranks.shared()).backward()
+        ranks.same_everywhere(x.grad)
+        for leaf, exact in ((x, whole[0].grad), (w, whole[1].grad[mine])):
+            close(leaf.grad, exact, 0.06)
+        assert not torch.equal(x.grad, whole[0].grad)
+
+
 def every_objective_matches_the_oracle(ranks: Ranks):
     """Penalties on, A = 0 in some rows, NaN where rows are masked; the second row's targets lie on the last rank."""
     for objective, dtype in [("grpo", torch.float32), ("cispo", torch.float32), ("gft", torch.float16)]:
@@ -286,6 +301,7 @@ CHECKS = (
     bans_and_bad_rows_stay_in_their_row,
     fp16_survives_a_gradient_scaler,
     the_linear_loss_matches_the_whole_head,
+    each_shard_leaves_out_its_own_columns,
     every_objective_matches_the_oracle,
     a_linear_objective_matches_the_whole_head,
     nothing_live_does_not_hang,

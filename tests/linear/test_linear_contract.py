@@ -17,6 +17,7 @@ from gft_kernels.linear import chunks
         (8192, 151936, 4, "cpu", 820),  # 883 fit: ten equal chunks
         (8192, 151936, 6, "cuda", 2048),  # 2355 fit: four equal chunks
         (8192, 262144, 6, "cuda", 2048),  # 1365 would fit, but the floor holds
+        (8192, 128256, 6, "cuda", 2816),  # 2790 fit: three chunks of 2731, in whole tiles of 256
         (5000, 32000, 2, "cuda", 5000),
         (0, 32000, 2, "cuda", 1),
         (7, 0, 4, "cpu", 7),  # an empty shard
@@ -63,6 +64,8 @@ REFUSED = {
     "hidden": (lambda: {"hidden": torch.zeros(4)}, ValueError, r"\(S, T, D\) or \(R, D\)"),
     "targets": (lambda: {"targets": torch.tensor([1, 9, 2])}, ValueError, "got 9 at row 1"),
     "chunk_rows": (lambda: {"chunk_rows": 0}, ValueError, "whole number of at least 1, got 0"),
+    "filter_eps": (lambda: {"filter_eps": 1e-7}, ValueError, r"filter_eps must be None, .* \[1e-6, 1\), got 1e-07"),
+    "filter word": (lambda: {"filter_eps": "all"}, ValueError, "filter_eps must be None, .* got 'all'; None leaves"),
     "accum_dtype": (lambda: {"accum_dtype": torch.bfloat16}, ValueError, "accum_dtype must be torch.float32"),
     "logits_dtype": (lambda: {"logits_dtype": torch.float16}, ValueError, "logits_dtype must be torch.float32"),
     "temperature": (lambda: {"temperature": 0.0}, ValueError, "temperature must be finite and positive"),

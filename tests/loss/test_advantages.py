@@ -197,6 +197,24 @@ def test_consecutive_groups_cost_few_operators(reduction, limit):
     assert calls.count <= 25
 
 
+@pytest.mark.parametrize("normalize", ["std", "mean", "leave-one-out"])
+@pytest.mark.parametrize("singleton", ["reward", "zero"])
+def test_the_native_text_and_torchs_agree(normalize, singleton):
+    """Which of the two answers depends on who watches; a gradient can be asked of torch's alone."""
+    how = {"normalize": normalize, "singleton": singleton}
+    rewards = torch.rand(24, dtype=torch.float64)[::2] * 7 + 1e6
+    ids = torch.tensor([5, -2, 5, 5, 9, 5, -2, 1 << 40, -2, 5, 3, 3], dtype=torch.int64)
+    for groups in ({"group_ids": ids}, {"group_size": 4}, {"group_size": 1}):
+        native = group_advantages(rewards, **groups, **how)
+        with Calls() as calls:
+            recorded = group_advantages(rewards, **groups, **how)
+        assert calls.count > 3, "not asked of torch"
+        torch.testing.assert_close(native, recorded, rtol=2e-7, atol=1e-9)
+    leaf = rewards.requires_grad_()
+    (gradient,) = torch.autograd.grad(group_advantages(leaf, group_size=4, **how).square().sum(), leaf)
+    assert gradient.isfinite().all()
+
+
 def test_consecutive_groups_are_ids_counted_up():
     rewards = torch.rand(12)
     expected = group_advantages(rewards, group_ids=torch.arange(12) // 4)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import UPSTREAM, problem, run
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from gft_kernels import gft_linear_loss, gft_loss, policy_loss
@@ -298,6 +299,29 @@ def test_a_dropped_graph_adds_to_what_is_there(backend, device):
     torch.testing.assert_close(leaf.grad, 2 * (UPSTREAM + 0.5) * alone + 4)
 
 
+class Names(TorchDispatchMode):
+    """The operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("inplace", "name"), [(False, "gft.row_loss.default"), (True, "gft.row_loss_.default")])
+def test_who_watches_sees_one_operator(backend, device, inplace, name):
+    """Selective checkpointing and tracers live on that; nobody else pays for it."""
+    function, z = bound(problem(), backend, device, inplace=inplace), problem().logits.to(device)
+    alone, expected = run(function, z)
+    with Names() as names:
+        watched, gradient = run(function, z)
+    assert names.seen.count(name) == 1
+    assert torch.equal(watched, alone) and torch.equal(gradient, expected)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_checkpointing(backend, device, inplace):
     case = problem()
@@ -381,6 +405,7 @@ def operator_arguments(dtype, monkeypatch, **options):
     case, captured, pack = problem(dtype=dtype), [], row._pack
     leaf = case.logits.requires_grad_(True)
     with monkeypatch.context() as patched:
+        patched.setattr(row, "_is_watched", lambda logits: True)
         patched.setattr(row, "_pack", lambda *call: captured.append(pack(*call)) or captured[-1])
         bound(case, "reference", leaf.device, **options)(leaf)
     return (leaf, *captured[0])

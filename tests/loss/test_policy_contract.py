@@ -76,6 +76,7 @@ REFUSED = {
     "inplace with weight": (dict(**HEAD, inplace=True), ValueError, "inplace must be False with weight"),
     "bias alone": (dict(bias=torch.zeros(7)), ValueError, "bias must be left out without weight, got a tensor"),
     "chunks alone": (dict(chunk_rows=3), ValueError, "chunk_rows must be left out without weight, got 3"),
+    "filter alone": (dict(filter_eps="auto"), ValueError, "filter_eps must be left out without weight, got 'auto'"),
     "dtype alone": (dict(accum_dtype=torch.float32), ValueError, "accum_dtype must be left out without weight"),
     "backend": (dict(backend="fast"), ValueError, "backend must be one of"),
 }
@@ -176,6 +177,7 @@ def test_opcheck(monkeypatch, linear):
     head = {"weight": torch.randn(31, 5, requires_grad=True)} if linear else {}
     inputs = (torch.randn(2, 3, 5) if linear else case.logits).requires_grad_(True)
     with monkeypatch.context() as patched:
+        patched.setattr(row, "_is_watched", lambda logits: True)
         patched.setattr(home, "_pack", lambda *call: captured.append(pack(*call)) or captured[-1])
         case.loss(inputs, backend="reference", **head)
     arguments = captured[0] if linear else (inputs, *captured[0])

@@ -73,7 +73,8 @@ NEEDS = {  # what must be there for an argument to be looked at as itself
     "eps": GROUPS, "singleton": GROUPS, "clip_low": RATIO, "clip_high": RATIO, "delta": RATIO, "old_log_probs": RATIO,
     "ref_log_probs": {"beta": 0.1, "ref_log_probs": torch.zeros(4, 3)}, "kl_cap": {"beta": 0.1,
     "ref_log_probs": torch.zeros(4, 3)}, "chunk_rows": WITH_HEAD, "accum_dtype": WITH_HEAD, "logits_dtype": WITH_HEAD,
-    "bias": WITH_HEAD, "weight": {"inputs": HIDDEN}, "beta": {"ref_log_probs": torch.zeros(4, 3)},
+    "bias": WITH_HEAD, "filter_eps": WITH_HEAD, "weight": {"inputs": HIDDEN},
+    "beta": {"ref_log_probs": torch.zeros(4, 3)},
 }  # fmt: skip
 WRONG = {
     "text": "x", "text with lines": "a\nb", "bytes": b"x", "list": [1, 2], "dict": {}, "object": object(),
@@ -105,7 +106,8 @@ RIGHT = {  # what an argument takes of WRONG
 }  # fmt: skip
 NONE_IS_ABSENT = {
     "rewards", "advantages", "group_size", "group_ids", "sequence_ids", "mask", "tau", "rectify", "reduction", "bias",
-    "chunk_rows", "accum_dtype", "logits_dtype", "process_group", "old_log_probs", "ref_log_probs", "weight",
+    "chunk_rows", "filter_eps", "accum_dtype", "logits_dtype", "process_group", "old_log_probs", "ref_log_probs",
+    "weight",
 }  # fmt: skip
 TAKES = {
     "temperature": {"beyond int64", "beyond float32"}, "softcap": {"beyond int64", "beyond float32"},

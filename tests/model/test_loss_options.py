@@ -30,15 +30,17 @@ def test_names_defaults_and_help_are_the_same(config, mixin, needs, tmp_path):
         assert fields[shared.name].default == shared.default
         assert fields[shared.name].metadata["help"] == shared.metadata["help"]
     chosen = made(config, tmp_path, **needs)
-    assert chosen.tau == 0.7
+    assert chosen.tau == 0.7 and chosen.filter_eps is None
+    for text, value in (("5e-4", 5e-4), ("auto", "auto")):  # as a command line brings it
+        assert made(config, tmp_path, **needs, filter_eps=text).filter_eps == value
     if mixin is GroupLossOptions:
         assert (chosen.rectify, chosen.normalize, chosen.reduction) == ("all", "std", "token-mean")
 
 
 @each
 @pytest.mark.parametrize(
-    ("name", "value"), [("tau", 1.5), ("backend", "gpu"), ("rectify", "none"), ("normalize", "max"),
-                        ("advantage_eps", -1.0), ("reduction", "sum")])  # fmt: skip
+    ("name", "value"), [("tau", 1.5), ("backend", "gpu"), ("filter_eps", "most"), ("rectify", "none"),
+                        ("normalize", "max"), ("advantage_eps", -1.0), ("reduction", "sum")])  # fmt: skip
 def test_wrong_values_are_named(config, mixin, needs, tmp_path, name, value):
     if name not in {field.name for field in dataclasses.fields(mixin)}:
         pytest.skip("not an option of this trainer")

@@ -61,15 +61,23 @@ def test_every_family_gives_the_loss_and_gradients_of_whole_rows_or_says_why_not
     reason = shared_prompts.refusal_of_cache(model) or shared_prompts.refusal_of_trial(model)
     if family in REFUSED:
         assert REFUSED[family] in reason
-        if shared_prompts.refusal_of_cache(model) is not None:
-            with pytest.raises(ValueError, match="gft_prompt_ids must be left out"):
-                patch_model(model.eval())(**shared())
+        with pytest.raises(ValueError, match="gft_prompt_ids must be left out") as refusal:
+            patch_model(model)(**shared())
+        assert reason in str(refusal.value)
         return
     assert reason is None
     theirs = [unfused(model, whole_rows(model, side), advantages=ADVANTAGES_S) for side in ("right", "left")]
     patch_model(model)
     for expected in theirs:
         assert_same(patched(model, shared(), gft_advantages=ADVANTAGES_S), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_trial_tells_rounding_from_other_numbers_in_every_dtype(dtype):
+    assert shared_prompts.refusal_of_trial(tiny("llama").to(dtype)) is None
+    assert "computes other numbers" in shared_prompts.refusal_of_trial(tiny("mpt").to(dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert shared_prompts.refusal_of_trial(tiny("llama")) is None
 
 
 def test_padding_behind_a_short_response_lies_within_the_table_of_positions():

@@ -13,9 +13,9 @@ PACKAGE = ROOT / "gft_kernels"
 
 LAYERS = [
     {"formulas", "options", "layout"},
-    {"checks", "triton_kernels"},
+    {"checks", "triton_kernels", "_extension"},
     {"linear_checks", "advantages", "arguments"},
-    {"objectives", "_extension"},
+    {"objectives"},
     {"calls", "backends"},
     {"registry"},
     {"distributed"},

@@ -258,3 +258,8 @@ def test_defaults_are_those_of_policy_loss(tmp_path):
         config = GFTConfig(output_dir=str(tmp_path), objective=objective)
         assert config.reduction == reduction
         assert (config.tau, config.rectify, config.clip_low, config.clip_high) == chosen
+
+
+def test_the_patched_model_leaves_out_what_it_is_told(tmp_path):
+    model = rig.trainer(tmp_path, filter_eps=5e-4, backend="reference").model
+    assert (model._gft_forward.options["filter_eps"], model._gft_forward.options["backend"]) == (5e-4, "reference")

@@ -179,7 +179,7 @@ def test_truncated_samples_are_left_out_of_the_loss_and_stay_in_the_denominator(
 
     found = {}
     for masked in (False, True):
-        args = rig.config(tmp_path, mask_truncated_completions=masked, **objective)
+        args = rig.config(tmp_path, mask_truncated_completions=masked, share_prompts=False, **objective)
         trainer = GFTTrainer(
             rig.gpt2(dropout=0.0), args, rig.rows(2), None, rig.tokenizer(), reward_funcs=rig.digit_count,
             rollout_fn=rollout,

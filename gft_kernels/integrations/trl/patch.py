@@ -20,8 +20,8 @@ def patch_trainer(trainer: Any, **loss_options: Any) -> None:
         )
     options = trainer.args
     statistics = {"return_stats": options.token_metrics, "return_entropy": options.token_metrics}
-    given = {"tau": options.tau, "backend": options.backend, "ignore_index": IGNORE, **statistics, **loss_options}
-    patch_model(trainer.model, **given)
+    own = {name: getattr(options, name) for name in ("tau", "backend", "filter_eps")}
+    patch_model(trainer.model, **{**own, "ignore_index": IGNORE, **statistics, **loss_options})
 
 
 def parameters_of(model: nn.Module) -> Any:

@@ -112,6 +112,8 @@ bool emulate_shade_shard(const Shard* shard, const AgreedRows* agreed, const Log
 
 // ---- plan.h ----
 
+int header_bytes() { return sizeof(ClusterShared<Bf16>); }
+
 ClusterPlan plan_cluster(const Machine* machine, std::int64_t rows, std::int64_t V, int element_bytes, int choice) {
     return cluster_plan(*machine, rows, V, element_bytes, sizeof(ClusterShared<float>), choice);
 }
