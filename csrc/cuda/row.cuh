@@ -14,7 +14,7 @@ struct RowTask {
     const float* weights_R;
     View view;
     Objective objective;
-    bool read_zero_advantage;
+    bool read_every_row;
     float* loss_R;
     float* log_probs_R;
     float* coefficients_R;
@@ -34,7 +34,7 @@ struct Part {
     int target;  // element; -1: not in [0, V), which makes the row NaN
     float edge_logit, target_logit;
     float advantage, weight;
-    bool read;     // the logits matter: live, and A != 0 or statistics wanted
+    bool read;     // the logits matter
     bool aligned;  // the gradient starts as far past a 16-byte boundary as the logits do
 };
 
@@ -77,7 +77,7 @@ GFT_DEVICE Part<T> open_part(const RowTask& task, long long row, int capacity, i
     Part<T> part = locate_part<T>(task.logits, task.gradient, row, capacity, rank, blocks);
     part.advantage = task.advantages_R[row];
     part.weight = task.weights_R[row];
-    part.read = is_live(task.credit, row) && (part.advantage != 0.0f || task.read_zero_advantage);
+    part.read = is_live(task.credit, row) && is_read(part.advantage, part.weight, task.objective, task.read_every_row);
     if (!part.read) return part;
     const std::int64_t target = task.credit.targets_R[row];
     if (target >= 0 && target < task.logits.V) {
@@ -150,12 +150,12 @@ GFT_DEVICE Verdict settle(const RowTask& task, const Part<T>& part, Softmax othe
     RowScales<float> scales{};
     if (kEntropy) scales.entropy = entropy(logf(all.mass), mean_gap);
     const RowTerms<float> row = row_terms(log_pi, scales.entropy, part.advantage, part.row, task.objective);
-    scales.scale = part.weight * row.kappa * task.view.chain;
+    scales.scale = weighed(part.weight, row.kappa) * task.view.chain;
     if (kEntropy) scales.tilt = part.weight * static_cast<float>(task.objective.entropy_coef) * task.view.chain;
     const bool silent = scales.scale == 0.0f && scales.tilt == 0.0f;
     const float size = row_size(scales.scale, scales.tilt, scales.entropy);
     if (leader) {
-        task.loss_R[part.row] = part.weight * row.loss;
+        task.loss_R[part.row] = weighed(part.weight, row.loss);
         task.log_probs_R[part.row] = log_pi;
         task.coefficients_R[part.row] = row.coefficient;
         if (kEntropy && task.entropy_R != nullptr) task.entropy_R[part.row] = scales.entropy;

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gft_kernels import checks, distributed, formulas, registry
-from gft_kernels.advantages import RowCredit, credit_rows
+from gft_kernels import checks, distributed, family, formulas, registry
+from gft_kernels.advantages import RowCredit, credit_rows, rows_read
 from gft_kernels.linear.products import Head, multiply, precision_of
 from gft_kernels.options import FP16_PEAK, Credit, LinearCall, LinearResult, RowCall, RowResult
 
@@ -54,13 +54,16 @@ class Chosen(NamedTuple):
     """The rows the products run over, in ascending order, and how many at a time."""
 
     with_gradient_L: Tensor
-    statistics_only_L: Tensor  # A = 0, read for their log-probabilities
+    statistics_only_L: Tensor  # of A = 0 or weight 0, read for their log-probabilities
     chunk: int
 
 
 def run(call: LinearCall, backend: str) -> LinearResult:
     """Loss, statistics and the wanted gradients of a call; see `LinearResult`."""
     credit = credit_rows(call.credit)
+    if call.upstream_R is not None:
+        weights_R = torch.where(credit.live_R, credit.weights_R * call.upstream_R, 0.0)
+        credit = credit._replace(weights_R=weights_R)
     shard = None
     if call.process_group:
         shard = distributed.meet(call.process_group, call.weight_VD.shape[0], call.weight_VD.device)
@@ -77,8 +80,8 @@ def run(call: LinearCall, backend: str) -> LinearResult:
 
 
 def choose_rows(call: LinearCall, credit: RowCredit, shard: distributed.Shard | None) -> Chosen:
-    """Leave out rows that are masked or have A = 0. On a GPU this waits once: for how many rows are left."""
-    counts = credit.live_R & ((credit.advantages_R != 0.0) | call.objective.acts_without_advantage)
+    """Leave out rows the loss has no use for: masked, A = 0, weight 0. On a GPU this waits once, for their number."""
+    counts = rows_read(credit, call.objective, every=False)
     kind_R = torch.where(counts, 0, torch.where(credit.live_R, 1, 2))
     order = torch.argsort(kind_R, stable=True)
     here = torch.full((1,), call.weight_VD.shape[0], device=order.device)
@@ -217,8 +220,7 @@ def _gradient_unit(call: LinearCall, credit: RowCredit) -> tuple[Tensor | None, 
     if not scales_gradient(call):
         return None, credit.weights_R
     o = call.objective
-    highest = 1.0 + o.clip_high
-    ratio = {"gft": 1.0, "grpo": min(max(highest, o.delta), RATIO_ROOM * highest), "cispo": highest}[o.surrogate]
+    ratio = max(family.largest_coefficient(rule, RATIO_ROOM) for rule in o.rules)
     pull = max(1.0, math.expm1(min(o.kl_cap, math.log1p(RATIO_ROOM))))
     kappa_R = credit.advantages_R.abs() * ratio + o.beta * pull
     row_size_R = formulas.row_size(kappa_R, torch.full_like(kappa_R, o.entropy_coef), MAX_ENTROPY)

@@ -10,7 +10,7 @@ retained graph can be walked again; in place it scales the storage itself, and a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gft_kernels import checks, distributed, registry
 from gft_kernels.operators import derivatives
-from gft_kernels.options import Credit, Objective, RowCall, RowResult
+from gft_kernels.options import Credit, Objective, RowCall, RowResult, Rule
 
 SCHEMA_TYPES = {
     "Tensor": "Tensor",
@@ -29,9 +29,18 @@ SCHEMA_TYPES = {
     "str": "str",
     "bool": "bool",
 }
-SHARED = {  # of every loss's operator: the fields of its Credit, then those of its Objective
-    field.name: SCHEMA_TYPES[str(field.type)] for part in (Credit, Objective) for field in fields(part)
-}
+GIVEN = "given_"  # before the names of the fields of an objective's second rule
+
+
+def _shared() -> Iterator[tuple[str, str]]:
+    """Names and types of what every loss's operator takes: a credit's fields, an objective's, its second rule's."""
+    for part, prefix in ((Credit, ""), (Objective, ""), (Rule, GIVEN)):
+        for field in fields(part):
+            if field.name != "given":
+                yield prefix + field.name, SCHEMA_TYPES[str(field.type)]
+
+
+SHARED = dict(_shared())
 _OPTIONS = {
     f.name: SCHEMA_TYPES[str(f.type)] for f in fields(RowCall) if f.name not in ("logits_STV", "credit", "objective")
 }
@@ -57,15 +66,19 @@ def _pack(call: RowCall, backend: str) -> tuple:
 
 def pack_shared(credit: Credit, objective: Objective) -> list:
     """What calls of every loss share, as an operator's arguments; `unpack_shared` is the way back."""
-    return [getattr(part, field.name) for part in (credit, objective) for field in fields(part)]
+    given = {GIVEN + name: value for name, value in vars(objective.given).items()}
+    values = {**vars(credit), **vars(objective), **given}
+    return [values[name] for name in SHARED]
 
 
 def unpack_shared(arguments: Sequence) -> dict[str, Any]:
     """`credit` and `objective` of a call, from `pack_shared`."""
     given = dict(zip(SHARED, arguments, strict=True))
+    rule = Rule(**{field.name: given[GIVEN + field.name] for field in fields(Rule)})
+    of_all = {field.name: given[field.name] for field in fields(Objective) if field.name != "given"}
     return {
         "credit": Credit(**{field.name: given[field.name] for field in fields(Credit)}),
-        "objective": Objective(**{field.name: given[field.name] for field in fields(Objective)}),
+        "objective": Objective(**of_all, given=rule),
     }
 
 

@@ -208,7 +208,7 @@ def described(config: GFTConfig) -> str:
 
 def has_ratio(config: GFTConfig) -> bool:
     """Whether the objective compares the policy with the one that sampled."""
-    return PRESETS[config.objective].surrogate != "gft"
+    return "old_log_probs" in PRESETS[config.objective].options
 
 
 def clip_range(config: GFTConfig) -> tuple[float, float]:
@@ -216,7 +216,7 @@ def clip_range(config: GFTConfig) -> tuple[float, float]:
     low, high = config.clip_low, config.clip_high
     if not has_ratio(config):
         low = high = CLIP
-    return 0.0 if low is None else 1.0 - low, 1.0 + (high or 0.0)  # cispo has no lower bound
+    return 0.0 if low is None else 1.0 - low, 1.0 + (high or 0.0)  # psft has no lower bound
 
 
 def call_options(config: GFTConfig) -> dict[str, Any]:

@@ -102,13 +102,26 @@ def test_statistics(launch, want_gradient):
     semantics.test_entropy_skips_banned_tokens("cuda", CPU)
 
 
-@pytest.mark.parametrize("penalties", [{}, PENALTIES], ids=["plain", "penalties"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("objective", "penalties"),
+    [(name, PENALTIES) for name in OBJECTIVES] + [(name, {}) for name in ("gft", "grpo", "cispo", "eaft")],
+    ids=str,
+)
 def test_objectives(launch, objective, penalties):
-    policy.test_every_objective("cuda", objective, penalties, torch.float32)
+    policy.test_every_objective("cuda", objective, torch.float32, penalties)
     if objective in ("gft", "grpo"):
         for dtype in (torch.bfloat16, torch.float16):
-            policy.test_every_objective("cuda", objective, penalties, dtype)
+            policy.test_every_objective("cuda", objective, dtype, penalties)
+
+
+def test_rules_and_weights_of_rows(launch):
+    for mixture in policy.MIXTURES:
+        policy.test_given_rows_have_their_own_objective("cuda", mixture)
+    for objective in policy.OWN_NUMBERS:
+        policy.test_an_objectives_own_numbers("cuda", objective)
+    for reduction in ("token-mean", "sequence-mean"):
+        policy.test_row_weights("cuda", reduction, "grpo")
+    policy.test_row_weights("cuda", "none", "gft")
 
 
 @pytest.mark.parametrize(

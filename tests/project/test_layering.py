@@ -13,6 +13,7 @@ PACKAGE = ROOT / "gft_kernels"
 
 LAYERS = [
     {"formulas", "options", "layout"},
+    {"family"},
     {"checks", "triton_kernels"},
     {"linear_checks", "advantages", "arguments"},
     {"objectives", "_extension"},
