@@ -152,7 +152,8 @@ def _objective(objective: Objective) -> object:
     own = _native_fields(objective)
     rules = {"rule": objective, "given": objective.given}
     native = {place: {f.name: getattr(rule, f.name) for f in fields(Rule)} for place, rule in rules.items()}
-    rest = {name: value for name, value in own.items() if name not in native["rule"] and name != "given"}
+    elsewhere = {*native["rule"], "given", "over_sequence"}  # the last is settled before a backend is asked
+    rest = {name: value for name, value in own.items() if name not in elsewhere}
     return kernels().Objective(**{place: kernels().Rule(**given) for place, given in native.items()}, **rest)
 
 

@@ -193,7 +193,7 @@ class _Policy(TypedDict, total=False):
         Option(
             "gft",
             '"gft"; of imitation "sft", "dft", "eaft", "psft", "luffy", "chord"; of sampling "grpo", "bnpo", "dapo", '
-            '"dr_grpo", "cispo", "sapo"; docs/objectives.md.',
+            '"dr_grpo", "gspo", "gmpo", "cispo", "sapo"; docs/objectives.md.',
         ),
     ]
     given_objective: Annotated[
@@ -220,7 +220,8 @@ class _Policy(TypedDict, total=False):
         Option(
             None,
             "with clip_high the clip range of rho, [1 - clip_low, 1 + clip_high]; of grpo, bnpo and dr_grpo 0.2 and "
-            "0.2, of dapo 0.2 and 0.28. cispo holds rho in it, by default [0, 5].",
+            "0.2, of dapo 0.2 and 0.28, of gspo 3e-4 and 4e-4. cispo holds rho in it, by default [0, 5]; gmpo holds "
+            "log rho in [-clip_low, clip_high], by default 0.4 each.",
         ),
     ]
     clip_high: Annotated[

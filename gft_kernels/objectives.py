@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gft_kernels import checks, family, formulas
+from gft_kernels import checks, family, formulas, sequences
 from gft_kernels.arguments import PolicyOptions
 from gft_kernels.options import REDUCTIONS, LinearCall, Objective, RowCall, RowResult, Rule
 
@@ -27,6 +27,12 @@ class Preset:
     weighs: bool = True  # by an advantage; False: A = 1
     constant_denominator: bool = False  # num_items_in_batch must be given
     tau: float = 0.7  # what it is of gft
+    over_sequence: str = ""  # how its ratio is a response's (options.SEQUENCE_RATIOS); "": a token's
+
+
+def _of_responses(how: str, clip_low: float, clip_high: float) -> Preset:
+    options = {"clip_low": clip_low, "clip_high": clip_high, "old_log_probs": None}
+    return Preset("grpo", "sequence-mean", options, over_sequence=how)
 
 
 def _clipped(reduction: str, clip_high: float, **rest: Any) -> Preset:
@@ -41,11 +47,13 @@ PRESETS = {
     "eaft": Preset("eaft", "token-mean", {"entropy_power": 1.0}, weighs=False),
     "psft": Preset("grpo", "token-mean", {"clip_high": 0.28, "old_log_probs": None}, weighs=False),
     "luffy": Preset("luffy", "token-mean", {"gamma": 0.1}),
-    "chord": Preset("chord", "token-mean", {}),
+    "chord": Preset("chord", "token-mean", {}, weighs=False),
     "grpo": _clipped("sequence-mean", 0.2),
     "bnpo": _clipped("token-mean", 0.2),
     "dapo": _clipped("token-mean", 0.28),
     "dr_grpo": _clipped("token-mean", 0.2, constant_denominator=True),
+    "gspo": _of_responses("mean", 3e-4, 4e-4),
+    "gmpo": _of_responses("geometric", 0.4, 0.4),
     "cispo": Preset("cispo", "token-mean", {"clip_low": 1.0, "clip_high": 4.0, "old_log_probs": None}),
     "sapo": Preset("sapo", "sequence-mean", {"gate_positive": 1.0, "gate_negative": 1.05, "old_log_probs": None}),
 }
@@ -125,6 +133,7 @@ def objective_of(
         names.append(given_objective)
     checks.check_tensor("targets", targets, checks.INDEX_DTYPES, None, None, "pass one token id per row")
     _refuse_foreign(names, options)
+    _check_sequences(names, targets, sequence_ids)
     rule, other = _rule(name, options), _rule(given_objective or name, options)
     if options.get("rectify") == "given":
         rule, other = replace(rule, rectify="all", tau=0.0), replace(other, rectify="all")
@@ -134,6 +143,7 @@ def objective_of(
     bonus = checks.real("entropy_coef", entropy_coef, checks.is_finite, "be finite", f"{remedy}: no bonus")
     return Objective(
         **vars(rule),
+        over_sequence=PRESETS[name].over_sequence,
         given=other,
         given_R=_given_rows(given, wants, targets, sequence_ids),
         beta=beta,
@@ -152,6 +162,22 @@ def _refuse_foreign(names: list[str], options: dict[str, Any]) -> None:
         takers = ", ".join(other for other, known in PRESETS.items() if argument in known.options)
         of_call = " and ".join(f"{place}={name!r}" for place, name in zip(("objective", "given_objective"), names))  # noqa: B905
         raise ValueError(f"{argument} must be left out with {of_call}, got {checks.shown(value)}; {takers} use it")
+
+
+def _check_sequences(names: list[str], targets: Tensor, sequence_ids: Any) -> None:
+    """A response's ratio needs to know its rows, and leaves pi_old to no one else. Raises ValueError."""
+    name, given = names[0], names[-1]
+    with_ratio = "old_log_probs" in PRESETS[given].options
+    if len(names) > 1 and (PRESETS[given].over_sequence or (PRESETS[name].over_sequence and with_ratio)):
+        raise ValueError(
+            f"given_objective must have no ratio beside objective={name!r}, got {given!r}; where the ratio is a "
+            "response's, given rows can be under gft, sft, dft, eaft, luffy or chord"
+        )
+    if PRESETS[name].over_sequence and targets.dim() == 1 and sequence_ids is None:
+        raise ValueError(
+            f"sequence_ids must be given for packed rows with objective={name!r}, got None; "
+            "pass the response id of each row"
+        )
 
 
 def _rule(name: str, options: dict[str, Any]) -> Rule:
@@ -254,10 +280,13 @@ def _log_probs(name: str, value: Tensor | None, targets: Tensor) -> Tensor | Non
 def ratios(result: RowResult, call: RowCall | LinearCall, shape: torch.Size) -> dict[str, Tensor]:
     """ratios, clipped and kl of `TokenStats`, where the call's objective has them."""
     o, live_R, log_probs_R, added = call.objective, call.credit.live_R, result.log_probs_R, {}
+    held_R = torch.zeros_like(live_R)
+    if o.over_sequence:  # of the response, as the loss has it
+        o, held_R, _ = sequences.settle(o, call.credit, log_probs_R, result.advantages_R)
     if any(rule.surrogate in family.WITH_RATIO for rule in o.rules):
         old_R = log_probs_R if o.old_log_probs_R is None else o.old_log_probs_R
         ratios_R = torch.exp(formulas.log_ratio(log_probs_R, old_R))
-        over_R, has_R = torch.zeros_like(live_R), torch.zeros_like(live_R)
+        over_R, has_R = held_R, torch.zeros_like(live_R)
         for i, rule in enumerate(o.rules):
             under_R = live_R if o.given_R is None else live_R & (o.given_R if i else ~o.given_R)
             over_R = over_R | (under_R & family.is_bounded(ratios_R, result.advantages_R, rule))

@@ -20,6 +20,8 @@ SINGLETON = ("reward", "zero")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 SURROGATES = ("gft", "grpo", "cispo", "sapo", "luffy", "chord", "eaft")  # what kappa and the loss are of
 
+SEQUENCE_RATIOS = ("mean", "geometric")  # how a response's ratio is made of its tokens' (sequences.py)
+
 FP16_PEAK = 16384.0
 """The size an fp16 gradient row is stored at before its row scale; half the range is left free."""
 
@@ -87,6 +89,7 @@ class Objective(Rule):
     hold NaN.
     """
 
+    over_sequence: str = ""  # one of SEQUENCE_RATIOS: rho is a response's, and no backend sees it yet; "": a token's
     given: Rule = field(default_factory=Rule)
     given_R: Tensor | None = None  # (R,) bool: the rows under the rule `given`; None: none
     beta: float = 0.0  # weight of the k3 penalty

@@ -153,6 +153,27 @@ def policy_losses(
     return torch.stack(losses)
 
 
+def sequence_losses(logits, targets, live, advantage, old, responses, objective, clip_low, clip_high):
+    """The loss of each response in float64 as GSPO and GMPO write it, differentiable in `logits` (R, V).
+
+    `advantage` is (R,), the same on the rows of a response; `responses` a list of R labels.
+    """
+    losses = []
+    for label in sorted(set(responses)):
+        rows = [r for r in range(len(targets)) if responses[r] == label and bool(live[r])]
+        if not rows:
+            continue
+        a = float(advantage[rows[0]])
+        apart = torch.stack([log_softmax(logits[r])[int(targets[r])] - old[r].double() for r in rows])
+        if objective == "gmpo":
+            sign = (a > 0) - (a < 0)
+            apart = sign * torch.minimum(sign * apart, sign * apart.clamp(-clip_low, clip_high))
+        s = apart.mean().exp()
+        held = s if objective == "gmpo" else s.clamp(1 - clip_low, 1 + clip_high)
+        losses.append(-torch.minimum(s * a, held * a))
+    return torch.stack(losses)
+
+
 def loss_and_gradient(logits, targets, live, advantage, weights, upstream, **options):
     """Sum of upstream·w·loss (upstream () or (R,)) and its gradient with respect to (R, V) logits, in float64."""
     z = logits.detach().double().requires_grad_(True)

@@ -11,9 +11,10 @@ from gft_kernels import policy_loss
 from gft_kernels.objectives import PRESETS
 from gft_kernels.options import Credit, Objective, RowCall
 
-OBJECTIVES = tuple(PRESETS)
+OF_RESPONSES = ("gspo", "gmpo")  # theirs is another oracle
+OBJECTIVES = tuple(name for name in PRESETS if name not in OF_RESPONSES)
 WITH_RATIO = ("grpo", "dapo", "dr_grpo", "cispo", "sapo")  # and an advantage
-IMITATION = ("sft", "dft", "eaft", "psft")
+IMITATION = ("sft", "dft", "eaft", "psft", "chord")
 CLIPS = {
     "grpo": (0.2, 0.2), "bnpo": (0.2, 0.2), "dapo": (0.2, 0.28), "dr_grpo": (0.2, 0.2), "cispo": (0.3, 0.25),
     "psft": (1.0, 0.1), "sapo": (0.2, 0.2),

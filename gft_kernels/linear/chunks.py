@@ -10,16 +10,16 @@ Sizes: L rows chosen, C rows of a chunk, D hidden size; S, T, R, V as in options
 from __future__ import annotations
 
 import math
-from dataclasses import fields
-from typing import NamedTuple
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gft_kernels import checks, distributed, family, formulas, registry
+from gft_kernels import checks, distributed, family, formulas, registry, sequences
 from gft_kernels.advantages import RowCredit, credit_rows, rows_read
 from gft_kernels.linear.products import Head, multiply, precision_of
-from gft_kernels.options import FP16_PEAK, Credit, LinearCall, LinearResult, RowCall, RowResult
+from gft_kernels.options import FP16_PEAK, Credit, LinearCall, LinearResult, Objective, RowCall, RowResult
 
 _ROW_OPTIONS = [
     f.name for f in fields(RowCall) if f.name in {g.name for g in fields(LinearCall)} - {"credit", "objective"}
@@ -60,6 +60,8 @@ class Chosen(NamedTuple):
 
 def run(call: LinearCall, backend: str) -> LinearResult:
     """Loss, statistics and the wanted gradients of a call; see `LinearResult`."""
+    if call.objective.over_sequence:
+        return _of_responses(call, backend)
     credit = credit_rows(call.credit)
     if call.upstream_R is not None:
         weights_R = torch.where(credit.live_R, credit.weights_R * call.upstream_R, 0.0)
@@ -77,6 +79,15 @@ def run(call: LinearCall, backend: str) -> LinearResult:
     for rows_C in chosen.statistics_only_L.split(chosen.chunk):
         chunked.add(rows_C, False)
     return chunked.result()
+
+
+def _of_responses(call: LinearCall, backend: str) -> LinearResult:
+    """Where a response's ratio is wanted: the logits once for log pi, and a second time for the loss."""
+    unwanted: dict[str, Any] = dict.fromkeys(("want_hidden", "want_weight", "want_bias", "want_entropy"), False)
+    seen = run(replace(call, objective=Objective(), want_stats=True, upstream_R=None, **unwanted), backend)
+    settled = sequences.settle(call.objective, call.credit, seen.log_probs_R, seen.advantages_R)
+    result = run(replace(call, objective=settled.objective), backend)
+    return replace(result, loss=result.loss + sequences.lacking(settled, call.credit))
 
 
 def choose_rows(call: LinearCall, credit: RowCredit, shard: distributed.Shard | None) -> Chosen:

@@ -11,13 +11,13 @@ retained graph can be walked again; in place it scales the storage itself, and a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gft_kernels import checks, distributed, registry
+from gft_kernels import checks, distributed, registry, sequences
 from gft_kernels.operators import derivatives
 from gft_kernels.options import Credit, Objective, RowCall, RowResult, Rule
 
@@ -99,11 +99,22 @@ def _compute(logits: Tensor, arguments: tuple) -> tuple[RowResult, tuple[Tensor,
     if not call.process_group:  # else the vocabulary's size is known once the ranks have met
         checks.check_values(call.credit, call.objective, logits.shape[-1])
     module = registry.choose(backend, call)
-    result = (distributed.VocabularyParallel(module) if call.process_group else module).run(call)
+    result = _run(distributed.VocabularyParallel(module) if call.process_group else module, call)
     empty = [
         logits.new_empty(0, dtype=torch.float32) if x is None else x for x in (result.row_scale_R, result.entropy_R)
     ]
     return result, (result.loss, result.log_probs_R, result.coefficients_R, result.advantages_R, *empty)
+
+
+def _run(module: Any, call: RowCall) -> RowResult:
+    """One pass, or where a response's ratio is wanted a first one for log pi."""
+    if not call.objective.over_sequence:
+        return module.run(call)
+    unwanted: dict[str, Any] = dict.fromkeys(("want_gradient", "inplace", "want_entropy", "defer_scale"), False)
+    seen = module.run(replace(call, objective=Objective(), want_stats=True, **unwanted))
+    settled = sequences.settle(call.objective, call.credit, seen.log_probs_R, seen.advantages_R)
+    result = module.run(replace(call, objective=settled.objective))
+    return replace(result, loss=result.loss + sequences.lacking(settled, call.credit))
 
 
 def _row_loss(logits: Tensor, *arguments) -> tuple[Tensor, ...]:

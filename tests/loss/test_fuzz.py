@@ -109,13 +109,13 @@ class Draw:
 
     def objective(self, log_pi: torch.Tensor) -> dict:
         """The oracle's objective; the options that say so."""
-        name = self.one_of("gft", "gft", "grpo", "dapo", "dr_grpo", "cispo", "sapo", "luffy", "chord")
+        name = self.one_of("gft", "gft", "grpo", "dapo", "dr_grpo", "cispo", "sapo", "luffy")
         self.options["objective"] = name
         if name == "gft":
             of_oracle = {"tau": self.one_of(0.0, 0.3, 0.7, 1.0), "rectify": self.one_of("all", "positive")}
             self.options |= of_oracle
             of_oracle["objective"] = name
-        elif name in ("luffy", "chord"):
+        elif name == "luffy":
             of_oracle = {"objective": name}
         else:
             old = log_pi + self.normal(self.rows, size=0.5)

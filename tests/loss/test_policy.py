@@ -8,7 +8,18 @@ import oracle
 import pytest
 import torch
 from cases import DTYPES
-from policy_cases import BOUNDS, CLIPPED, CLIPS, OBJECTIVES, PENALTIES, UPSTREAM, WITH_RATIO, assert_right, problem
+from policy_cases import (
+    BOUNDS,
+    CLIPPED,
+    CLIPS,
+    OBJECTIVES,
+    OF_RESPONSES,
+    PENALTIES,
+    UPSTREAM,
+    WITH_RATIO,
+    assert_right,
+    problem,
+)
 
 from gft_kernels import gft_loss, objectives, policy_loss
 from gft_kernels.advantages import RowCredit
@@ -89,6 +100,63 @@ def test_given_rows_have_their_own_objective(backend, mixture):
     expected = policy_loss(hidden @ head.t(), case.targets, **rows)
     over_head = policy_loss(hidden, case.targets, weight=head, chunk_rows=5, **rows)
     torch.testing.assert_close(over_head, expected, rtol=1e-5, atol=1e-5)
+
+
+def of_responses(objective: str):
+    """A problem with an advantage a response, clipped and free responses of both signs, and its float64 truth."""
+    case = problem("grpo", responses=8)
+    case.advantages = torch.tensor([1.0, -0.7, 0.0, 2.0, -1.5, 0.4, 1.2, -0.9])[:, None].expand(8, 4)
+    options = {"clip_low": 0.05, "clip_high": 0.08} if objective == "gspo" else {"clip_low": 0.3, "clip_high": 0.2}
+    z = case.logits.flatten(0, 1).double().requires_grad_(True)
+    losses = oracle.sequence_losses(
+        z, case.targets.flatten(), case.mask.flatten(), case.advantages.flatten(), case.old.flatten(),
+        [r // 4 for r in range(32)], objective, **options,
+    )  # fmt: skip
+    loss = losses.sum() / 5
+    (gradient,) = torch.autograd.grad(loss * UPSTREAM, z)
+    call = {"objective": objective, "mask": case.mask, "advantages": case.advantages[:, 0], "num_items_in_batch": 5}
+    return case, loss.detach(), gradient, {**call, "old_log_probs": case.old, **options}
+
+
+@pytest.mark.parametrize("objective", OF_RESPONSES)
+@pytest.mark.parametrize("layout", ["padded", "in place", "packed"])
+def test_ratios_of_responses(backend, objective, layout):
+    case, expected, truth, call = of_responses(objective)
+    inputs, targets = case.logits.clone().requires_grad_(True), case.targets
+    if layout == "packed":
+        call |= {name: call[name].flatten() for name in ("mask", "old_log_probs")}
+        call["sequence_ids"] = torch.arange(32) // 4
+        targets = targets.flatten()
+    rows = inputs.flatten(0, 1) if layout == "packed" else inputs
+    loss, stats = policy_loss(
+        rows * 1, targets, return_stats=True, inplace=layout == "in place", backend=backend, **call
+    )
+    (loss * UPSTREAM).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(inputs.grad.flatten(0, 1).double(), truth, rtol=3e-5, atol=2e-6)
+    live = case.mask.flatten()
+    clipped = stats.clipped.flatten()[live]
+    assert clipped.any() and not clipped.all()
+    assert truth[live].eq(0).all(1).logical_and(case.advantages.flatten()[live] != 0).any()
+
+
+@pytest.mark.parametrize("objective", OF_RESPONSES)
+def test_ratios_of_responses_over_a_head(backend, objective):
+    """And with penalties, in pieces, per row: as over the logits."""
+    case, _, _, call = of_responses(objective)
+    hidden, head = torch.randn(8, 4, 6, requires_grad=True), torch.randn(131, 6, requires_grad=True)
+    call |= {"beta": 0.2, "ref_log_probs": case.ref, "entropy_coef": 0.1, "backend": backend}
+    for reduction, upstream in (("sequence-mean", torch.tensor(UPSTREAM)), ("none", torch.randn(8, 4))):
+        options = {**call, "reduction": reduction, "num_items_in_batch": None}
+        expected = policy_loss(hidden @ head.t(), case.targets, **options)
+        loss = policy_loss(hidden, case.targets, weight=head, chunk_rows=5, **options)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+        for found, truth in zip(
+            torch.autograd.grad(loss, (hidden, head), upstream),
+            torch.autograd.grad(expected, (hidden, head), upstream),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["gft", "grpo"])

@@ -50,6 +50,16 @@ REFUSED = {
         ValueError,
         "advantages must be given with given_objective='sft', got rewards; ",
     ),
+    "response ids": (
+        dict(objective="gspo", inputs=LOGITS.flatten(0, 1), targets=TARGETS.flatten(), reduction="sum"),
+        ValueError,
+        "sequence_ids must be given for packed rows with objective='gspo', got None",
+    ),
+    "two ratios": (
+        dict(objective="gmpo", given_objective="psft", given=ADVANTAGES > 0, advantages=ADVANTAGES),
+        ValueError,
+        "given_objective must have no ratio beside objective='gmpo', got 'psft'",
+    ),
     "gamma without its use": (dict(gamma=0.1), ValueError, "gamma must be left out with rectify='all', got 0.1"),
     "gamma": (dict(objective="luffy", gamma=0.0), ValueError, "gamma must be finite and positive, got 0.0"),
     "weights shape": (dict(weights=ADVANTAGES[:3]), ValueError, r"weights must have shape \(4, 3\) or \(4,\), got"),
