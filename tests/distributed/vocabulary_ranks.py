@@ -208,17 +208,18 @@ def a_linear_objective_matches_the_whole_head(ranks: Ranks):
     _, *tensors = linear_case()
     case = policy_cases.problem("dapo", 6, 3, VOCABULARY, **policy_cases.PENALTIES)
     rows = {"given": torch.arange(6) % 3 == 0, "given_objective": "chord", "weights": torch.arange(6) % 4 / 2}
-    whole = leaves(*tensors)
-    expected = case.loss(whole[0], weight=whole[1], bias=whole[2], backend="reference", **rows)
-    (expected * UPSTREAM).backward()
-    for mine in ranks.splits():
-        x, w, b = leaves(tensors[0], tensors[1][mine], tensors[2][mine])
-        loss = case.loss(x, weight=w, bias=b, chunk_rows=5, **rows, **ranks.shared())
-        (loss * UPSTREAM).backward()
-        ranks.same_everywhere(x.grad)
-        close(loss, expected)
-        for leaf, truth in zip((x, w, b), (whole[0].grad, whole[1].grad[mine], whole[2].grad[mine]), strict=True):
-            close(leaf.grad, truth, 1e-5)
+    for options in (rows, {"objective": "gspo", "advantages": case.advantages[:, 0]}):
+        whole = leaves(*tensors)
+        expected = case.loss(whole[0], weight=whole[1], bias=whole[2], backend="reference", **options)
+        (expected * UPSTREAM).backward()
+        for mine in ranks.splits():
+            x, w, b = leaves(tensors[0], tensors[1][mine], tensors[2][mine])
+            loss = case.loss(x, weight=w, bias=b, chunk_rows=5, **options, **ranks.shared())
+            (loss * UPSTREAM).backward()
+            ranks.same_everywhere(x.grad)
+            close(loss, expected)
+            for leaf, truth in zip((x, w, b), (whole[0].grad, whole[1].grad[mine], whole[2].grad[mine]), strict=True):
+                close(leaf.grad, truth, 1e-5)
 
 
 def nothing_live_does_not_hang(ranks: Ranks):
