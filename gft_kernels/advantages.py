@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gft_kernels import checks, formulas
-from gft_kernels.options import Credit, Objective
+from gft_kernels.options import SPLIT, Credit, Objective
 
 
 def group_advantages(
@@ -25,6 +25,8 @@ def group_advantages(
     normalize: str = "std",
     eps: float = 1e-6,
     singleton: str = "reward",
+    given: Tensor | None = None,
+    imitation: float = 1.0,
 ) -> Tensor:
     """Rewards standardised within their group of responses: A = (R - mean) / (std + eps), F5.
 
@@ -32,9 +34,13 @@ def group_advantages(
         rewards: (S,) of any real dtype, one per response.
         group_size: K consecutive responses per group; or
         group_ids: (S,) integers, equal ids share a group, in any order.
-        normalize: "std" (Bessel-corrected), "mean" (no division) or "leave-one-out" (minus the others' mean).
+        normalize: "std" (Bessel-corrected), "mean" (no division) or "leave-one-out" (minus the others' mean); "split"
+            weighs samples among themselves, R - mean of the other samples, and what is given against them,
+            imitation·(R - mean of the samples).
         eps: added to the standard deviation, outside the root.
-        singleton: advantage of a group of one: its "reward" or "zero".
+        singleton: advantage of a group of one, and with "split" of a single sample: its "reward" or "zero".
+        given: (S,) bool, for "split" alone: the responses that were not sampled from the policy.
+        imitation: for "split" alone: the weight of what is given.
 
     Returns: (S,) float32 on the rewards' device; exactly 0 for a group of equal rewards. What is between is
         float64, so rewards may be as close to each other as that tells them apart: whole ones below 2^53 in size.
@@ -44,10 +50,14 @@ def group_advantages(
     """
     checks.check_rewards(rewards, None, None)
     size = checks.check_groups(rewards.shape[0], group_size, group_ids, rewards.device)
-    checks.check_normalisation(normalize, eps, singleton)
+    checks.check_split(normalize, given, imitation, rewards)
+    checks.check_normalisation("mean" if normalize == SPLIT else normalize, eps, singleton)
     rewards = rewards.double()
     if checks.can_be_read(rewards):
         checks.check_reward_values(rewards.detach(), normalize, size, group_ids)
+    if given is not None:
+        ids = torch.arange(len(rewards), device=rewards.device) // size if group_ids is None else group_ids
+        return _split(rewards, ids, given, float(imitation), singleton)
     return normalise(rewards, size, group_ids, normalize, float(eps), singleton)
 
 
@@ -164,6 +174,23 @@ def _standardised(group: Moments, normalize: str, eps: float) -> Tensor:
     return formulas.group_advantage(group.apart, group.mean, (group.size - 1) / group.size, 0.0)
 
 
+def _split(rewards_S: Tensor, ids_S: Tensor, given_S: Tensor, imitation: float, singleton: str) -> Tensor:
+    """Samples against the other samples, what is given against all samples: (S,) float32."""
+    order = torch.sort(given_S.byte(), stable=True)[1]  # a group's samples first, so that `apart` counts from one
+    ids, by_group = torch.sort(ids_S[order], stable=True)
+    order = order[by_group]
+    rewards, given = rewards_S[order], given_S[order]
+    start, stop = _bounds(ids)
+    apart = rewards - rewards[start]
+    shares = torch.stack([torch.where(given, 0.0, apart), (~given).double()])
+    total, samples = _run_sums(shares, ids)[:, stop - 1]
+    taught = imitation * torch.where(samples > 0, apart - total / samples.clamp(min=1), rewards)
+    alone = rewards if singleton == "reward" else torch.zeros_like(rewards)
+    found = torch.where(samples > 1, (samples * apart - total) / (samples - 1).clamp(min=1), alone)
+    advantages = torch.where(given, taught, found).float()
+    return torch.empty_like(advantages).index_copy_(0, order, advantages)
+
+
 def _consecutive(rewards_GK: Tensor) -> Moments:
     apart = rewards_GK - rewards_GK[:, :1]
     size, mean = rewards_GK.shape[1], apart.mean(1, keepdim=True)
@@ -176,19 +203,29 @@ def _runs(rewards_S: Tensor, ids_S: Tensor) -> Moments:
 
     Deterministic on every device, S·log S work, and a NaN reward spoils its own group only.
     """
-    start, stop = (torch.searchsorted(ids_S, ids_S, right=right) for right in (False, True))
+    start, stop = _bounds(ids_S)
     size = (stop - start).double()
     apart = rewards_S - rewards_S[start]
-    sums, reach = torch.stack([apart, apart * apart]), 1
-    while reach < ids_S.numel():  # after each step an entry holds the sum of the last 2·reach of its run
-        carried = torch.where(ids_S[reach:] == ids_S[:-reach], sums[:, :-reach], 0.0)
-        sums = torch.cat([sums[:, :reach], sums[:, reach:] + carried], 1)
-        reach *= 2
-    total, squares = sums[:, stop - 1]
+    total, squares = _run_sums(torch.stack([apart, apart * apart]), ids_S)[:, stop - 1]
     mean = total / size
     # The first of a group is 0 apart, so the squares' sum is at most 2·K times what this leaves: nothing cancels.
     variance = (squares - total * mean).clamp(min=0.0) / (size - 1).clamp(min=1)
     return Moments(apart, mean, torch.sqrt(variance), size)
+
+
+def _bounds(ids_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each entry's run of equal ids begins, and one past where it ends."""
+    return torch.searchsorted(ids_S, ids_S), torch.searchsorted(ids_S, ids_S, right=True)
+
+
+def _run_sums(values_NS: Tensor, ids_S: Tensor) -> Tensor:
+    """(N, S): each entry's sum over its run up to itself; after each step of the last 2·reach entries."""
+    sums, reach = values_NS, 1
+    while reach < ids_S.numel():
+        carried = torch.where(ids_S[reach:] == ids_S[:-reach], sums[:, :-reach], 0.0)
+        sums = torch.cat([sums[:, :reach], sums[:, reach:] + carried], 1)
+        reach *= 2
+    return sums
 
 
 def credit_rows(credit: Credit) -> RowCredit:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from gft_kernels.layout import shares_memory
-from gft_kernels.options import NORMALIZE, RECTIFY, SINGLETON, Credit, Objective
+from gft_kernels.options import NORMALIZE, RECTIFY, SINGLETON, SPLIT, Credit, Objective
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG_PROB_DTYPES = (*LOGIT_DTYPES, torch.float64)
@@ -168,6 +168,18 @@ def check_normalisation(normalize: Any, eps: Any, singleton: Any) -> None:
     one_of("normalize", normalize, NORMALIZE)
     one_of("singleton", singleton, SINGLETON)
     fits_float32("eps", not_negative("eps", eps, "the paper uses 1e-6"), "the paper uses 1e-6")
+
+
+def check_split(normalize: Any, given: Any, imitation: Any, rewards: Tensor) -> None:
+    """What belongs to normalize="split" and to nothing else. Raises ValueError, TypeError."""
+    one_of("normalize", normalize, (*NORMALIZE, SPLIT))
+    if normalize == SPLIT:
+        not_negative("imitation", imitation, "1.0 weighs what is given as a sample would be")
+        remedy = "pass one bool per response, True for what was not sampled"
+        check_tensor("given", given, (torch.bool,), rewards.shape, rewards.device, remedy)
+    elif given is not None or imitation != 1.0:
+        name, value = ("imitation", imitation) if given is None else ("given", "a tensor")
+        raise ValueError(f"{name} must be left out with normalize {normalize!r}, got {value}; it belongs to 'split'")
 
 
 # Tensors

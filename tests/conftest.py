@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from gft_kernels import registry
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, on import: a name that is on no disk must not wait for a network
 
 BACKENDS_OF = {"cpu": ("reference", "cpu"), "cuda": ("reference", "triton", "cuda"), "interpreter": ("triton",)}
 """interpreter: the Triton kernels on the CPU, under TRITON_INTERPRET=1; run by test_triton_interpreter.py."""
@@ -15,6 +19,13 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=sorted(BACKENDS_OF), help="where the backends run")
     parser.addoption("--fuzz", type=int, default=150, help="random calls of each kind against the oracle")
     parser.addoption("--fuzz-from", type=int, default=0, help="the number of the first of them")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "interpreter":
+        from backends.interpreter.patching import patch_once
+
+        patch_once()
 
 
 def pytest_collection_modifyitems(items):

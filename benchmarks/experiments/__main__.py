@@ -41,6 +41,8 @@ def _parser():
     which.add_argument("--quick", action="store_true", help="the study `quick`: a few minutes on two cores")
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, a process and a core each")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: %(default)s)")
+    run.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change the study: stage.max_steps=40")
+    run.add_argument("--later", nargs="+", default=[], metavar="METHOD", help="leave these methods for another time")
     run.add_argument("--out", type=Path, metavar="FOLDER", help="results and models (default: runs/studies/NAME)")
     run.set_defaults(command=run_study)
 
@@ -53,13 +55,13 @@ def _parser():
 
 def run_study(options) -> int:
     """Trains what is missing, packs the results and writes the study's own report beside them."""
-    study = settings.load("quick" if options.quick else options.study)
+    study = settings.load("quick" if options.quick else options.study, options.set)
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {options.jobs}.")
     folder = Folder(options.out or Path("runs", "studies", study.name))
     runner.keep_settings(study, folder)
     try:
-        runner.run(study, folder, options.jobs, options.device, lambda line: print(line, flush=True))
+        runner.run(study, folder, options.jobs, options.device, lambda line: print(line, flush=True), options.later)
     finally:
         packed = results.pack(study, folder, options.device)
         print(f"results  {packed}", flush=True)

@@ -28,6 +28,8 @@ def evaluate(model, base_model, task, rows: Sequence[dict], samples: int, longes
     return {
         "pass_at": {str(k): mean([pass_at(k, samples, c) for c in right]).value for k in powers},
         "distinct": mean(distinct).value,
+        "right_of_each": right,
+        "distinct_of_each": distinct,
         "entropy": entropy,
         "kl": kl,
         "expert_log_likelihood": float(log_probs(model, experts).mean()),

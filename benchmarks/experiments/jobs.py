@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.experiments.methods import METHODS, THEN, stages
+from benchmarks.experiments.methods import THEN, stages
 from benchmarks.experiments.settings import Study
 
 BASE, TUNING, RUN = "base", "tuning", "run"
@@ -56,10 +56,12 @@ def plan(study: Study) -> list[Job]:
     def add(job: Job) -> Job:
         return jobs.setdefault(job.name, job)
 
-    tuning = _tuning(study)
-    for job in tuning:
-        add(Job(BASE, job.base))
-        add(job)
+    tuning: list[Job] = []
+    for job in _tuning(study):
+        needs = [add(Job(BASE, job.base)).name]
+        if job.before:
+            needs.append(_add_chain(study, add, tuning, job.before, job.expert, job.base, job.seed))
+        tuning.append(add(replace(job, needs=tuple(needs))))
     for cells in study.grid:
         for base in cells.bases:
             add(Job(BASE, base))
@@ -76,24 +78,26 @@ def _tuning(study: Study) -> list[Job]:
         return []
     t = study.tuning
     return [
-        Job(TUNING, base, name, study.expert_of(name, expert), seed, float(rate), (Job(BASE, base).name,))
+        Job(TUNING, base, chain, study.expert_of(chain, expert), seed, float(rate))
+        for chain in sorted(t.methods, key=lambda chain: len(stages(chain)))
         for seed in t.seeds
         for base in t.bases
         for expert in t.experts
-        for name in t.methods
         for rate in t.rates
     ]
 
 
-def _add_chain(study, add, tuning, chain, expert, base, seed) -> None:
+def _add_chain(study, add, tuning, chain, expert, base, seed) -> str:
+    """Adds the jobs of a chain's stages and returns the last one's name."""
     names = stages(chain)
     needs: tuple[str, ...] = (Job(BASE, base).name,)
     for end in range(1, len(names) + 1):
         part = THEN.join(names[:end])
-        tuned = METHODS[names[end - 1]].tuned_as
+        tuned = study.tuned_as(part)
         rates = {job.name for job in tuning if job.chain == tuned and job.expert in (None, expert)}
         job = add(Job(RUN, base, part, study.expert_of(part, expert), seed, None, (*needs, *sorted(rates))))
         needs = (job.name,)
+    return job.name
 
 
 class Folder:
@@ -123,15 +127,21 @@ class Folder:
         scratch.replace(path)
 
 
-def chosen_rate(records: list[dict], method: str, expert: str | None) -> float:
-    """The rate with the best development pass@1 over the tuning records of a method; of equals the smallest.
-
-    Raises: ValueError where nothing was tuned for the method and expert.
-    """
+def rate_scores(records: list[dict], chain: str, expert: str | None) -> dict[float, float]:
+    """Mean development pass@1 by rate, over the bases and seeds of a chain's tuning records."""
     scores: dict[float, list[float]] = {}
     for record in records:
-        if record["kind"] == TUNING and record["chain"] == method and record["expert"] in (None, expert):
+        if record["kind"] == TUNING and record["chain"] == chain and record["expert"] in (None, expert):
             scores.setdefault(record["rate"], []).append(record["metrics"]["pass_at"]["1"])
+    return {rate: sum(found) / len(found) for rate, found in sorted(scores.items())}
+
+
+def chosen_rate(records: list[dict], chain: str, expert: str | None) -> float:
+    """The rate with the best development pass@1 of a chain; of equals the smallest.
+
+    Raises: ValueError where nothing was tuned for the chain and expert.
+    """
+    scores = rate_scores(records, chain, expert)
     if not scores:
-        raise ValueError(f"tuning must hold runs of {method}, got none.")
-    return max(sorted(scores), key=lambda rate: sum(scores[rate]) / len(scores[rate]))
+        raise ValueError(f"tuning must hold runs of {chain}, got none.")
+    return max(scores, key=lambda rate: scores[rate])

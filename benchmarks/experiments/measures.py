@@ -37,6 +37,15 @@ def _mean_of(name: str) -> Callable[[dict], float]:
     return lambda record: record.get("training", {}).get("means", {}).get(name, math.nan)
 
 
+def _spike(record: dict) -> float:
+    return _gradient(10)(record) / max(_gradient(5)(record), 1e-9)
+
+
+def _thousands(name: str) -> Callable[[dict], float]:
+    """Response tokens of the last stage."""
+    return lambda record: record.get("training", {}).get("tokens", {}).get(name, math.nan) / 1000
+
+
 MEASURES = {
     "pass1": Measure("pass@1", _pass_at(1)),
     "pass16": Measure("pass@16", _pass_at(16)),
@@ -47,6 +56,9 @@ MEASURES = {
     "expert": Measure("expert, nats per token", _metric("expert_log_likelihood"), 2),
     "grad_median": Measure("gradient norm, median", _gradient(5), 2),
     "grad_max": Measure("gradient norm, max", _gradient(10), 2),
+    "spike": Measure("largest over median", _spike, 1),
+    "generated": Measure("generated, 1000 tokens", _thousands("generated"), 1),
+    "trained": Measure("trained, 1000 tokens", _thousands("trained"), 1),
     "zero_std": Measure("zero-std groups", _mean_of("zero_std_groups"), 2),
     "rectified": Measure("rectified", _mean_of("rectified"), 2),
 }

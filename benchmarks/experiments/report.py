@@ -6,15 +6,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.experiments import claims, plots
-from benchmarks.experiments.claims import CLAIMS
-from benchmarks.experiments.jobs import TUNING, chosen_rate
+from benchmarks.experiments import plots, verdicts
+from benchmarks.experiments.jobs import TUNING, chosen_rate, rate_scores
 from benchmarks.experiments.measures import MEASURES
 from benchmarks.experiments.methods import METHODS, label_of, stages
-from benchmarks.experiments.results import Results
+from benchmarks.experiments.results import USABLE, Results
 from benchmarks.experiments.statistics import mean
 
-HEADLINE = ("sft", "sft-same", "sft-fast", "sft-mix", "sft-10x", "dft", "grpo", "gft", "gft-positive", "gft-no-mix")
+HEADLINE = ("none", "sft", "sft-same", "sft-fast", "sft-mix", "sft-10x", "dft", "grpo", "grpo-4", "gft", "gft-positive",
+            "gft-given", "gft-bounded", "gft-split", "gft-no-mix")  # fmt: skip
 PIPELINES = ("sft>grpo", "sft-same>grpo", "sft-fast>grpo", "gft>grpo", "grpo>grpo", "sft>gft", "sft-same>gft",
              "sft-same>gft>grpo", "sft-fast>gft>grpo")  # fmt: skip
 SWEEPS = {
@@ -24,7 +24,7 @@ SWEEPS = {
     "Normalisation of the advantage": ("gft", "gft-mean", "gft-leave-one-out"),
 }  # fmt: skip
 OUTCOME = ("pass1", "pass16", "distinct", "entropy", "kl", "retention", "expert")
-DYNAMICS = ("grad_median", "grad_max", "zero_std", "rectified")
+DYNAMICS = ("grad_median", "grad_max", "spike", "zero_std", "rectified", "generated", "trained")
 
 INTRODUCTION = """# Experiments
 
@@ -34,12 +34,25 @@ trained by this project's own [trainer](training.md) and kernels. `make docs` wr
 [Choosing a method](choosing.md). Models of 0.1 M parameters say how methods behave, not how large models will score.
 
 **How to read it.** *Mean ± standard error* over runs, a run being one base model and one seed; n is their number.
-*Differences* are paired: the same base, the same seed, the same training and held-out prompts; the interval is
-Student's at 95 % over the pairs, and the column "bases" counts those whose own mean has the sign of the whole. Runs
-from the same base are not fully independent, so an interval that only just leaves out 0 deserves little trust. Many
-comparisons are made and none is corrected for. A claim *held* when the whole interval lies on its side of 0; it *did
-not hold* when it lies on the other, and is *not shown* when the interval holds 0, for which with n = 3 a want of runs
-may be the reason.
+*Differences* are paired: the same base, the same seed, the same training and held-out prompts. Runs from one base share
+its weights, so the base is the unit: each base's mean over its seeds is one observation, the interval is Student's at
+95 % over them, and "80 % power from" says how large a true difference so many bases would have found. p is corrected by
+Holm for all comparisons of its table, and it alone decides: a claim *held*, or *did not hold* and the opposite did,
+where p is below 0.05; else it is *not shown*, which is no evidence of equality. Equality is a claim of its own, tested
+within a stated margin by two one-sided tests. A base that solves less than 1 % before training has nothing that could
+be reinforced: it is weak, counts in no mean, and the last column says what would have been found with it.
+
+The first two studies below are exploratory: three bases, taken for nine runs, claims without correction, baselines
+tuned at the edges of their grids. With bases as units and corrected, none of their verdicts stands. They are kept with
+the old reading beside the new; what they suggest is put to the test by the registered ones.
+"""
+
+LEARNING_RATES_TEXT = """pass@1 on the development split, the mean over {} base models kept for this; the chosen rate in
+bold. A rate at the edge of the grid may not be the best there is.
+"""
+
+EXPLORATORY_TEXT = """Exploratory: the claims were written and changed beside the runs; they suggest and do not show.
+*At first* is how the study was read before: runs as units, nothing corrected for.
 """
 
 METHODS_TEXT = """## Methods
@@ -73,8 +86,10 @@ def methods_table(studies: Sequence[Results]) -> str:
     for name in (name for name in METHODS if name in used):
         method = METHODS[name]
         shown = {**method.options}
-        given, sampled = shown.pop("num_demonstrations"), shown.pop("num_generations")
+        given, sampled = shown.pop("num_demonstrations", 0), shown.pop("num_generations", "the rest")
         rate = f"tuned as {METHODS[method.tuned_as].label}" if method.tuned_as else "the highest tried"
+        if not method.trains:
+            sampled, rate = 0, "–"
         options = ", ".join(f"`{key}` {value}" for key, value in shown.items())
         times = f"; {method.data} × prompts" if method.data > 1 else ""
         lines.append(f"| {method.label} | {given} | {sampled} | {options}{times} | {rate} |")
@@ -85,7 +100,9 @@ def study_section(results: Results, path: Path) -> list[str]:
     """Every part of the page about one study."""
     experts = sorted({record["expert"] for record in results.records if record["expert"]})
     parts = [f"## Study: {results.study.name}", setting(results)]
-    parts += ["### Claims", verdicts_table(results, experts), *claims_tables(results, experts)]
+    parts += ["### Claims", registration(results), verdicts.summary_table(results, experts)]
+    parts += [part for e in experts for part in (f"Expert `{e}`:", verdicts.full_table(results, e))]
+    parts += [verdicts.undecided(results)]
     for expert in experts:
         parts += [f"### Methods with the expert `{expert}`", table(results, expert, HEADLINE, OUTCOME, rates=True)]
         parts += ["While training:", table(results, expert, HEADLINE, DYNAMICS)]
@@ -97,9 +114,9 @@ def study_section(results: Results, path: Path) -> list[str]:
                     table(results, expert, chains, (*OUTCOME[:6], *DYNAMICS[1:]), rates=True, shared=True),
                 ]
     for expert in experts:
-        if any(results.of(chain, expert, able=False) for chain in (*HEADLINE, *PIPELINES)):
-            parts += [f"### A base that cannot solve the task, expert `{expert}`"]
-            parts += [table(results, expert, (*HEADLINE, *PIPELINES), OUTCOME[:6], able=False)]
+        if any(results.of(chain, expert, results.weak) for chain in (*HEADLINE, *PIPELINES)):
+            parts += [f"### Weak bases, expert `{expert}`"]
+            parts += [table(results, expert, (*HEADLINE, *PIPELINES), OUTCOME[:6], bases=results.weak)]
     parts += ["### Plots", *(f"![{title}]({name})\n" for title, name in plots.draw(results, experts, path))]
     return [*parts, *tuning_tables(results, experts)]
 
@@ -108,16 +125,15 @@ def setting(results: Results) -> str:
     """What was trained on what, by whom and how much of it is there."""
     study, source = results.study, results.source
     runs = [record for record in results.records if record["kind"] == "run"]
-    unable = results.bases(able=False)
     done = f"{len(results.records)} of {len(results.planned)} jobs finished"
     seconds = [record["cpu_seconds"] for record in results.records if "cpu_seconds" in record]
-    levels = ", ".join(f"{score:.3f} (base {base})" for base, score in sorted(results.bases().items()))
-    apart = ", ".join(f"base {base} ({score:.3f})" for base, score in sorted(unable.items()))
+    levels = ", ".join(f"{score:.3f} (base {base})" for base, score in sorted(results.usable.items()))
+    apart = ", ".join(f"base {base} ({score:.3f})" for base, score in sorted(results.weak.items()))
     options = ", ".join(f"`{key}` {value}" for key, value in study.stage.items())
     return "\n".join([
         f"- Task: {', '.join(f'`{key}` {value}' for key, value in study.task.items() if key != 'styles')}.",
         f"- Base models: fitted for {study.base['max_steps']} steps; pass@1 {levels}."
-        + (f" Below {study.least_base:g}, left out of every mean and reported apart: {apart}." if apart else ""),
+        + (f" Weak, below {USABLE:g}, left out of every mean and reported apart: {apart}." if apart else ""),
         f"- A first stage: {options}. A later stage: {study.follow_steps} steps.",
         f"- Evaluation: {study.evaluation.samples} samples at temperature 1 to each of {study.evaluation.prompts} "
         f"held-out prompts; retention on {study.evaluation.retention} prompts of the base's other tasks.",
@@ -129,67 +145,21 @@ def setting(results: Results) -> str:
     ])  # fmt: skip
 
 
-def verdicts_table(results: Results, experts: Sequence[str]) -> str:
-    """A line a claim, a column an expert: the verdicts of its comparisons."""
-    lines = [
-        "| claim | origin | " + " | ".join(f"`{expert}`" for expert in experts) + " |",
-        "|---|---|" + "---|" * len(experts),
-    ]
-    for claim in CLAIMS:
-        said = [short_verdict(results, claim, expert) for expert in experts]
-        lines.append(f"| {claim.text} | {claim.origin} | " + " | ".join(said) + " |")
-    return "\n".join(lines) + "\n"
+def registration(results: Results) -> str:
+    """Whether the claims stood before the runs, and where."""
+    source = results.registered
+    if source is None:
+        return EXPLORATORY_TEXT
+    file, commit = f"benchmarks/experiments/claims/{results.study.claims}.yaml", source["revision"][:10]
+    return f"Registered: `{file}`, committed as {commit} on {source['date'][:10]}, before the first run.\n"
 
 
-def short_verdict(results: Results, claim: claims.Claim, expert: str) -> str:
-    """One word for all comparisons of a claim, or how many of them held."""
-    found = [claims.verdict(claims.difference(results, c, expert), c.sign) for c in claim.comparisons]
-    decided = [said for said in found if said != claims.NOT_TESTABLE]
-    if not decided:
-        return claims.NOT_TESTABLE
-    if len(set(decided)) == 1:
-        return emphasised(decided[0])
-    return "; ".join(f"{said} in {decided.count(said)} of {len(decided)}" for said in dict.fromkeys(decided))
-
-
-def emphasised(said: str) -> str:
-    return f"**{said}**" if said in (claims.HELD, claims.OPPOSITE) else said
-
-
-def claims_tables(results: Results, experts: Sequence[str]) -> list[str]:
-    """A table an expert; claims without a comparison stand once, at the end."""
-    parts = []
-    for expert in experts:
-        head = "| claim | origin | compared | difference [95 % interval] | n | bases | verdict |"
-        lines = [f"Expert `{expert}`:\n", head, "|---|---|---|---|---:|---:|---|"]
-        for claim in CLAIMS:
-            for comparison in claim.comparisons:
-                lines.append(claim_line(results, expert, claim, comparison))
-        parts.append("\n".join(lines) + "\n")
-    lines = ["Not decided by runs of this study:\n"]
-    lines += [f"- *{claim.text}* ({claim.origin}): {claim.why_not}." for claim in CLAIMS if claim.why_not]
-    return [*parts, "\n".join(lines) + "\n"]
-
-
-def claim_line(results, expert, claim, comparison) -> str:
-    found, measure = claims.difference(results, comparison, expert), MEASURES[comparison.measure]
-    compared = f"{measure.title}: {label_of(comparison.better)} against {label_of(comparison.other)}"
-    said = claims.verdict(found, comparison.sign)
-    if found.n == 0:
-        return f"| {claim.text} | {claim.origin} | {compared} | – | 0 | – | {said} |"
-    interval = "" if math.isnan(found.low) else f" [{found.low:+.3f}, {found.high:+.3f}]"
-    return (
-        f"| {claim.text} | {claim.origin} | {compared} | {found.value:+.3f}{interval} | {found.n} | "
-        f"{found.agreeing}/{found.bases} | {emphasised(said)} |"
-    )
-
-
-def table(results, expert: str, chains: Sequence[str], names, rates=False, shared=False, able=True) -> str:
+def table(results, expert: str, chains: Sequence[str], names, rates=False, shared=False, bases=None) -> str:
     """A line a chain that has runs, mean ± standard error of each measure.
 
     rates: show the learning rate. shared: only of the bases and seeds that every line has, so that lines compare.
     """
-    found = [(chain, results.of(chain, expert, able)) for chain in chains]
+    found = [(chain, results.of(chain, expert, bases)) for chain in chains]
     shown = [(chain, records) for chain, records in found if records]
     if shared:
         common = set.intersection(*({(r["base"], r["seed"]) for r in records} for _, records in shown))
@@ -210,26 +180,22 @@ def cell(measure, records) -> str:
 
 
 def tuning_tables(results: Results, experts: Sequence[str]) -> list[str]:
-    """Development pass@1 of every rate that was tried; the chosen one in bold."""
+    """Development pass@1 of every rate that was tried, of chains whose every rate was; the chosen one in bold."""
     tuning = results.study.tuning
     records = [record for record in results.records if record["kind"] == TUNING]
     if tuning is None or not records:
         return []
-    parts = [
-        "### Learning rates",
-        "pass@1 on the development split, on a base model of its own; the chosen rate in bold. A rate at the edge of "
-        "the grid may not be the best there is.\n",
-    ]
+    parts = ["### Learning rates", LEARNING_RATES_TEXT.format(len(tuning.bases))]
     for expert in experts:
         rates = [float(rate) for rate in tuning.rates]
         lines = [f"| expert `{expert}` | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
         lines.append("|---|" + "---:|" * len(rates))
-        for name in tuning.methods:
-            found = {r["rate"]: r for r in records if r["chain"] == name and r["expert"] in (None, expert)}
-            if len(found) == len(rates):
-                best = chosen_rate(records, name, expert)
-                cells = [f"{found[rate]['metrics']['pass_at']['1']:.3f}" for rate in rates]
-                cells = [f"**{c}**" if rate == best else c for c, rate in zip(cells, rates, strict=True)]
-                lines.append(f"| {METHODS[name].label} | " + " | ".join(cells) + " |")
+        for chain in tuning.methods:
+            scores = rate_scores(records, chain, expert)
+            if set(scores) == set(rates):
+                best = chosen_rate(records, chain, expert)
+                cells = [f"**{scores[r]:.3f}**" if r == best else f"{scores[r]:.3f}" for r in rates]
+                edge = " (edge)" if best in (rates[0], rates[-1]) else ""
+                lines.append(f"| {label_of(chain)}{edge} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines) + "\n")
     return parts

@@ -2,52 +2,88 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import provenance
-from benchmarks.experiments.jobs import Folder, Job, plan
+from benchmarks.experiments import claims
+from benchmarks.experiments.claims import Claim, claims_of
+from benchmarks.experiments.jobs import RUN, Folder, Job, plan
 from benchmarks.experiments.settings import Study, from_dict
 
 PACKED = Path(__file__).parents[1] / "results" / "experiments"
 
 
+USABLE = 0.01
+"""pass@1 below which a base model has nothing that could be reinforced: the rule of every study, old and new."""
+
+
 @dataclass(frozen=True)
 class Results:
-    """What a study found so far. source: {machine, versions, commit} of the machine that packed it."""
+    """What a study found so far. source: {machine, versions, commit} of the machine that packed it.
+
+    entries: its claims. registered: where they stood before it ran, their commit and its date.
+    published: the bases that a first reading counted, by a threshold of its own.
+    """
 
     file: Path
     study: Study
     source: dict
     records: list[dict]
+    entries: list[dict]
+    registered: dict | None = None
+    published: frozenset[int] | None = None
 
-    def of(self, chain: str, expert: str, able: bool = True) -> list[dict]:
-        """The runs of a chain from the bases that can solve the task (or cannot: able=False).
+    def of(self, chain: str, expert: str, bases: Collection[int] | None = None) -> list[dict]:
+        """The runs of a chain from these bases; None: those that can solve the task.
 
         Runs to which the expert makes no difference serve every expert.
         """
-        wanted, bases = self.study.expert_of(chain, expert), self.bases(able)
+        wanted, bases = self.study.expert_of(chain, expert), self.usable if bases is None else bases
         runs = [r for r in self.records if r["kind"] == "run" and r["base"] in bases]
         return [r for r in runs if r["chain"] == chain and r["expert"] == wanted]
 
-    def bases(self, able: bool = True) -> dict[int, float]:
-        """pass@1 on the test split of the base models of the grid by number: from `least_base` on, or below it."""
+    @functools.cached_property
+    def bases(self) -> dict[int, float]:
+        """pass@1 on the test split of the base models of the grid by number."""
         used = {number for cells in self.study.grid for number in cells.bases}
         records = [r for r in self.records if r["kind"] == "base" and r["base"] in used]
-        found = {r["base"]: r["metrics"]["pass_at"]["1"] for r in records}
-        return {base: score for base, score in found.items() if (score >= self.study.least_base) == able}
+        return {r["base"]: r["metrics"]["pass_at"]["1"] for r in records}
 
     @property
+    def usable(self) -> dict[int, float]:
+        return {base: score for base, score in self.bases.items() if score >= USABLE}
+
+    @property
+    def weak(self) -> dict[int, float]:
+        return {base: score for base, score in self.bases.items() if score < USABLE}
+
+    @property
+    def claims(self) -> list[Claim]:
+        return claims_of(self.entries)
+
+    @functools.cached_property
     def planned(self) -> list[Job]:
         return plan(self.study)
+
+    def planned_runs(self, chain: str, expert: str) -> set[tuple[int, int]]:
+        """Base and seed of every run of a chain that the study plans."""
+        wanted = self.study.expert_of(chain, expert)
+        runs = [job for job in self.planned if job.kind == RUN and job.chain == chain and job.expert == wanted]
+        return {(job.base, job.seed) for job in runs}
 
 
 def pack(study: Study, folder: Folder, device: str) -> Path:
     """Writes NAME.jsonl into the folder from every finished job and returns its path."""
     source = {"machine": provenance.machine(device), "versions": provenance.versions(), "commit": provenance.commit()}
+    head = {"study": study.as_dict(), "source": source}
+    if study.registered:
+        head["claims"] = {**provenance.last_change(claims.path_of(study.claims)), "entries": claims.read(study.claims)}
     finished = sorted(job.name for job in plan(study) if folder.finished(job))
-    lines = [{"study": study.as_dict(), "source": source}, *(folder.read(name) for name in finished)]
+    lines = [head, *(folder.read(name) for name in finished)]
     path = folder.path / f"{study.name}.jsonl"
     path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines), encoding="utf-8")
     return path
@@ -61,4 +97,9 @@ def read(path: str | Path) -> Results:
     head, *records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     if not isinstance(head, dict) or "study" not in head:
         raise ValueError(f"results must begin with the settings of a study, got something else in {path}.")
-    return Results(path, from_dict(head["study"]), head["source"], records)
+    threshold = head["study"].pop("least_base", None)  # of the first studies, each its own
+    entries = head["claims"]["entries"] if "claims" in head else claims.read(claims.EXPLORATORY)
+    found = Results(path, from_dict(head["study"]), head["source"], records, entries, head.get("claims"))
+    if threshold is None:
+        return found
+    return replace(found, published=frozenset(b for b, score in found.bases.items() if score >= threshold))

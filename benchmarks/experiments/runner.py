@@ -7,13 +7,17 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process
 
 import torch
 
+from benchmarks import provenance
+from benchmarks.experiments import claims
 from benchmarks.experiments.jobs import Folder, Job, plan
+from benchmarks.experiments.methods import stages
 from benchmarks.experiments.settings import Study
 
 
@@ -21,15 +25,16 @@ class StudyError(RuntimeError):
     """A job failed; the message names it. What is finished stays finished."""
 
 
-def run(study: Study, folder: Folder, jobs: int, device: str, say=print) -> None:
+def run(study: Study, folder: Folder, jobs: int, device: str, say=print, later: Collection[str] = ()) -> None:
     """Every unfinished job, each as soon as what it needs is there; at most `jobs` at a time.
 
+    later: methods to be left for another time, and with them what needs their rates or models.
     Raises: StudyError for a failed job, KeyboardInterrupt once the jobs under way have ended.
     """
     planned = plan(study)
-    waiting = [job for job in planned if not folder.finished(job)]
+    waiting = _not_left([job for job in planned if not folder.finished(job)], later)
     progress = Progress(planned, waiting, folder, jobs, say)
-    done = {job.name for job in planned} - {job.name for job in waiting}
+    done = {job.name for job in planned if folder.finished(job)}
     under_way: dict[Future, Job] = {}
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=start_worker) as pool:
         try:
@@ -47,6 +52,14 @@ def run(study: Study, folder: Folder, jobs: int, device: str, say=print) -> None
             raise
 
 
+def _not_left(jobs: list[Job], later: Collection[str]) -> list[Job]:
+    left: set[str] = set()
+    for job in jobs:  # each after what it needs
+        if not left.isdisjoint(job.needs) or not set(later).isdisjoint(stages(job.chain)):
+            left.add(job.name)
+    return [job for job in jobs if job.name not in left]
+
+
 def _raise_failure(future: Future, job: Job) -> None:
     error = future.exception()
     if isinstance(error, BrokenProcessPool):
@@ -58,16 +71,20 @@ def _raise_failure(future: Future, job: Job) -> None:
 def keep_settings(study: Study, folder: Folder) -> None:
     """Writes the settings beside the results. The grid may grow later; whatever decides a number may not change.
 
-    Raises: ValueError if the folder holds results of other settings.
+    Raises: ValueError if the folder holds results of other settings or claims, or if the claims are registered and the
+        tree holds changes that no commit names.
     """
+    if study.registered and provenance.commit()["dirty"]:
+        raise ValueError(f"{study.name} must run from a commit, since its claims are registered, got a changed tree.")
     path = folder.path / "settings.json"
+    now = study.as_dict() | ({"entries": claims.read(study.claims)} if study.registered else {})
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key, value in study.as_dict().items() if key != "grid" and before.get(key) != value]
+        changed = [key for key, value in now.items() if key != "grid" and before.get(key) != value]
         if changed:
             raise ValueError(f"--out must be a folder of the same settings, got another `{changed[0]}` in {path}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(study.as_dict(), indent=1), encoding="utf-8")
+    path.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
 
 def start_worker() -> None:
@@ -103,12 +120,14 @@ class Progress:
         for job in planned:
             if folder.finished(job):
                 self._learn(job)
-        say(f"{len(planned)} jobs, {len(planned) - len(waiting)} already finished")
+        finished = sum(map(folder.finished, planned))
+        left = len(planned) - finished - len(waiting)
+        say(f"{len(planned)} jobs, {finished} already finished" + (f", {left} left for later" if left else ""))
 
     def finished(self, job: Job) -> None:
         self.left.remove(job)
         record = self._learn(job)
-        number = self.total - len(self.left)
+        number = sum(map(len, self.seconds.values()))
         score = f"pass@1 {record['metrics']['pass_at']['1']:.3f}"
         self.say(
             f"[{number:>4}/{self.total}] {job.name:<52} {score}  {record['seconds']:5.1f} s  "

@@ -12,7 +12,7 @@ from gft_kernels.data.rows import Response, Row
 from gft_kernels.data.text import encode_prompt, encode_response
 from gft_kernels.trainer.groups import IGNORE, Group, collate
 
-RESPONSES_AT_ONCE = 128
+LOGITS_AT_ONCE = 1 << 26
 
 
 def prompt_row(tokenizer, record: dict) -> Row:
@@ -53,8 +53,10 @@ def entropy_and_kl(model, reference, groups: Sequence[Group]) -> tuple[float, fl
 
 def _batches(model, groups) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     single = [Group(group.row, [response]) for group in groups for response in group.responses]
-    for start in range(0, len(single), RESPONSES_AT_ONCE):
-        inputs = collate(single[start : start + RESPONSES_AT_ONCE], pad_id=0)
+    longest = max(len(group.row.prompt_ids) + len(group.responses[0].ids) for group in single)
+    at_once = max(1, LOGITS_AT_ONCE // (longest * model.config.vocab_size))
+    for start in range(0, len(single), at_once):
+        inputs = collate(single[start : start + at_once], pad_id=0)
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         yield inputs, inputs["targets"] != IGNORE
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from benchmarks.experiments import claims
 from benchmarks.experiments.methods import METHODS, depends_on_expert, stages
 
 STUDIES = Path(__file__).parent / "studies"
+UNITS = ("bases", "seeds and prompts")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,9 @@ class Cells:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The search for learning rates: every method alike, on bases, seeds and held-out prompts of its own."""
+    """The search for learning rates: every method alike, on bases, seeds and held-out prompts of its own.
+
+    methods: chains, whose last stage's rate is sought after the others' own."""
 
     methods: list[str]
     experts: list[str]
@@ -50,7 +55,8 @@ class Evaluation:
 class Study:
     """base, stage: options of GFTConfig for fitting the base model and for every training stage after it.
     follow_steps: optimizer steps of a stage that follows another. rates: learning rates where nothing is tuned.
-    least_base: a base model with a lower pass@1 has nothing that could be reinforced; it is reported apart."""
+    group: responses per prompt wherever groups are compared. claims: a file in benchmarks/experiments/claims.
+    unit: what a claim is decided over, "bases" (seeds within them) or, of one base, "seeds and prompts"."""
 
     name: str
     task: dict[str, Any]
@@ -61,17 +67,24 @@ class Study:
     tuning: Tuning | None = None
     rates: dict[str, float] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    least_base: float = 0.0
+    group: int = 8
+    claims: str = claims.EXPLORATORY
+    unit: str = "bases"
 
     def __post_init__(self):
         named = [name for cells in self.grid for chain in cells.chains for name in stages(chain)]
-        for name in [*named, *(self.tuning.methods if self.tuning else [])]:
+        tuned = [name for chain in (self.tuning.methods if self.tuning else []) for name in stages(chain)]
+        for name in [*named, *tuned]:
             if name not in METHODS:
                 raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}.")
+        if not claims.path_of(self.claims).is_file():
+            raise ValueError(f"claims must be a file in {claims.FOLDER.name}, got {self.claims!r}.")
+        if self.unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}.")
         if bool(self.rates) == bool(self.tuning):
             raise ValueError("either `tuning` or `rates` must be given, got both or none.")
         known = set(self.rates) | set(self.tuning.methods if self.tuning else [])
-        missing = sorted({METHODS[name].tuned_as or "sft" for name in named} - known)
+        missing = sorted({METHODS[name].tuned_as or "sft" for name in named if METHODS[name].trains} - known)
         if missing:
             raise ValueError(f"learning rates must be tuned or given for {', '.join(missing)}, got none.")
 
@@ -79,12 +92,23 @@ class Study:
         """The expert a run is filed under; None where it makes no difference, so that one run serves all."""
         return expert if depends_on_expert(chain) else None
 
+    def tuned_as(self, chain: str) -> str | None:
+        """Whose tuned rate the last stage of a chain takes: that of the chain itself, if it was tuned as a whole."""
+        if self.tuning and chain in self.tuning.methods:
+            return chain
+        return METHODS[stages(chain)[-1]].tuned_as
+
+    @property
+    def registered(self) -> bool:
+        """Whether its claims were written before its runs."""
+        return self.claims != claims.EXPLORATORY
+
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
 
 
-def load(path: str | Path) -> Study:
-    """The study of a YAML file, or of a name in benchmarks/experiments/studies.
+def load(path: str | Path, changes: Sequence[str] = ()) -> Study:
+    """The study of a YAML file, or of a name in benchmarks/experiments/studies. changes: "key.key=value", in YAML.
 
     Raises: FileNotFoundError, ValueError naming the key.
     """
@@ -92,7 +116,21 @@ def load(path: str | Path) -> Study:
     if not file.is_file():
         known = ", ".join(sorted(p.stem for p in STUDIES.glob("*.yaml")))
         raise FileNotFoundError(f"study must be a YAML file or one of {known}, got {str(path)!r}.")
-    return from_dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for change in changes:
+        _change(values, change)
+    return from_dict(values)
+
+
+def _change(values: dict, change: str) -> None:
+    key, given, value = change.partition("=")
+    *outer, last = key.split(".")
+    place: Any = values
+    for name in outer:
+        place = place.get(name) if isinstance(place, dict) else None
+    if not given or not isinstance(place, dict):
+        raise ValueError(f"--set must be KEY=VALUE with a key of the study, got {change!r}.")
+    place[last] = yaml.safe_load(value)
 
 
 def from_dict(values: dict) -> Study:

@@ -1,15 +1,21 @@
-"""Means with standard errors, and paired differences with intervals."""
+"""Means with standard errors; paired differences over base models, or over seeds and prompts; what they decide.
+
+Seeds of one base share its weights, so that runs are not independent: the mean over a base's seeds is one observation.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-# 97.5 % quantiles of Student's t by degrees of freedom.
-# Source: NIST/SEMATECH e-Handbook of Statistical Methods, section 1.3.6.7.2.
-T_975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
-         2.131, 2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
+import numpy
+from scipy import stats
+
+HELD, OPPOSITE, NOT_SHOWN, NOT_TESTABLE = "held", "did not hold: the opposite", "not shown", "not testable here"
+LEVEL, POWER = 0.05, 0.8
+DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -31,27 +37,138 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(value, math.sqrt(sum((x - value) ** 2 for x in values) / (n - 1) / n), n)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The mean of a − b over the pairs that share base and seed, with the 95 % interval of Student's t.
-
-    bases, agreeing: how many bases there are, and on how many of them the mean difference has the sign of the whole.
-    """
+class Difference(Protocol):
+    """What the pairs of two arms say of the mean of their difference."""
 
     value: float
-    low: float
-    high: float
-    n: int
-    bases: int
-    agreeing: int
+    units: int  # independent observations, by default bases
+    pairs: int  # runs that share base and seed
+
+    def below(self, bound: float) -> float:
+        """One-sided p of "the true mean is at most `bound`"; NaN where nothing can be said."""
+        ...
+
+    def interval(self) -> tuple[float, float]:
+        """At 95 %; NaN where nothing can be said."""
+        ...
+
+    def detectable(self) -> float:
+        """The true difference that as many units find with a chance of 80 %, by the spread seen, two-sided at 5 %."""
+        ...
 
 
-def paired(a: Sequence[dict], b: Sequence[dict], of: Callable[[dict], float]) -> Difference:
-    """a, b: records of two arms; pairs are matched by base and seed, those without a partner left out."""
-    others = {(r["base"], r["seed"]): of(r) for r in b}
-    pairs = [(r["base"], of(r) - others[r["base"], r["seed"]]) for r in a if (r["base"], r["seed"]) in others]
-    whole = mean([d for _, d in pairs])
-    by_base = [mean([d for base, d in pairs if base == number]).value for number in sorted({base for base, _ in pairs})]
-    agreeing = sum(d * whole.value > 0 for d in by_base)
-    half = T_975[whole.n - 1] * whole.error if 1 < whole.n <= len(T_975) else math.nan
-    return Difference(whole.value, whole.value - half, whole.value + half, whole.n, len(by_base), agreeing)
+@dataclass(frozen=True)
+class OverUnits:
+    """Student's t over the means of `units` independent observations."""
+
+    value: float
+    error: float
+    units: int
+    pairs: int
+
+    def below(self, bound: float) -> float:
+        if not self.error > 0:  # one unit, or units without any spread
+            return math.nan
+        return float(stats.t.sf((self.value - bound) / self.error, self.units - 1))
+
+    def interval(self) -> tuple[float, float]:
+        half = self.error * float(stats.t.ppf(1 - LEVEL / 2, self.units - 1)) if self.units > 1 else math.nan
+        return self.value - half, self.value + half
+
+    def detectable(self) -> float:
+        if self.units < 2:
+            return math.nan
+        return self.error * float(stats.t.ppf([1 - LEVEL / 2, POWER], self.units - 1).sum())
+
+
+@dataclass(frozen=True)
+class OverDraws:
+    """A bootstrap's draws of the mean difference."""
+
+    value: float
+    draws: numpy.ndarray
+    units: int
+    pairs: int
+
+    def below(self, bound: float) -> float:
+        return (1 + int((self.draws <= bound).sum())) / (1 + len(self.draws))
+
+    def interval(self) -> tuple[float, float]:
+        low, high = numpy.quantile(self.draws, [LEVEL / 2, 1 - LEVEL / 2])
+        return float(low), float(high)
+
+    def detectable(self) -> float:
+        return float(self.draws.std(ddof=1) * stats.norm.ppf([1 - LEVEL / 2, POWER]).sum())
+
+
+def paired(a: Sequence[dict], b: Sequence[dict], of: Callable[[dict], float], runs: bool = False) -> OverUnits:
+    """The difference a − b over bases, each the mean over its seeds.
+
+    a, b: records of two arms; pairs are matched by base and seed, those without a partner left out. runs: every run as
+    a unit of its own.
+    """
+    found = [((x["base"], x["seed"]), of(x) - of(y)) for x, y in _matched(a, b)]
+    units = [d for _, d in found]
+    if not runs:
+        units = [mean([d for (base, _), d in found if base == one]).value for one in sorted({k[0] for k, _ in found})]
+    whole = mean(units)
+    return OverUnits(whole.value, whole.error, whole.n, len(found))
+
+
+def over_seeds_and_prompts(a: Sequence[dict], b: Sequence[dict], of_each: Callable[[dict], list[float]]) -> OverDraws:
+    """The difference a − b by a two-way bootstrap: seeds and prompts drawn with replacement, the same for both arms.
+
+    of_each: a record's number for each prompt, the same prompts in every record. Raises ValueError without two seeds.
+    """
+    pairs = _matched(a, b)
+    if len(pairs) < 2:
+        raise ValueError(f"a bootstrap must have two seeds at least, got {len(pairs)}.")
+    found_SP = numpy.array([numpy.subtract(of_each(x), of_each(y)) for x, y in pairs], float)
+    seeds, prompts = found_SP.shape
+    random = numpy.random.default_rng(0)
+    draws = [
+        found_SP[random.integers(seeds, size=seeds)][:, random.integers(prompts, size=prompts)].mean()
+        for _ in range(DRAWS)
+    ]
+    return OverDraws(float(found_SP.mean()), numpy.array(draws), seeds, len(pairs))
+
+
+def _matched(a: Sequence[dict], b: Sequence[dict]) -> list[tuple[dict, dict]]:
+    others = {(r["base"], r["seed"]): r for r in b}
+    return [(r, others[r["base"], r["seed"]]) for r in a if (r["base"], r["seed"]) in others]
+
+
+def p_value(found: Difference, expect: str, margin: float) -> float:
+    """Of the hypothesis that an expectation puts to the test, so that at most 5 % decides it.
+
+    more, less: two-sided against 0. not-inferior: two-sided against −margin. equal: two one-sided tests (TOST).
+    """
+    if expect == "equal":
+        return max(found.below(-margin), 1 - found.below(margin))
+    low = found.below(-margin if expect == "not-inferior" else 0.0)
+    return 2 * min(low, 1 - low)
+
+
+def verdict(found: Difference, expect: str, margin: float, p: float) -> str:
+    """p: corrected for the other comparisons of the table."""
+    if math.isnan(p):
+        return NOT_TESTABLE
+    if p >= LEVEL:
+        return NOT_SHOWN
+    if expect == "equal":
+        return HELD
+    side = -found.value if expect == "less" else found.value + margin
+    return HELD if side > 0 else OPPOSITE
+
+
+def holm(values: Collection[float]) -> list[float]:
+    """p values corrected for each other by Holm's step-down; NaNs are no tests and stay.
+
+    Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    tested = sorted((p, i) for i, p in enumerate(values) if not math.isnan(p))
+    corrected, highest = list(values), 0.0
+    for rank, (p, i) in enumerate(tested):
+        highest = max(highest, min(1.0, (len(tested) - rank) * p))
+        corrected[i] = highest
+    return corrected

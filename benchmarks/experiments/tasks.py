@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import torch
 
 from benchmarks.experiments.rollouts import sample_gpt2
 from benchmarks.experiments.scoring import demonstration, log_probs
@@ -131,4 +134,46 @@ class WordProblems:
     def retention(self, model, count: int) -> float:
         """Nats per token of held-out socratic solutions, which the base was fitted to and the expert does not show."""
         groups = [demonstration(self.tokenizer, row, number=1) for row in self.test[:count]]
+        return float(log_probs(model, groups).mean())
+
+
+@dataclass
+class Extraction:
+    """A pretrained model by its name, and one of the ready tasks whose rows are made of values: a right answer each.
+
+    records: the module of gft_kernels.data that makes them. Retention is how it still reads GSM8K's solutions.
+    """
+
+    model: str
+    records: str
+    reward: str
+    rows: int
+    demonstrations: int = 2
+    rollout: Callable = generate
+
+    def __post_init__(self):
+        from transformers import AutoTokenizer
+
+        self.rewards = [self.reward]
+        self.made = importlib.import_module(f"gft_kernels.data.{self.records}").records
+        self.path = importlib.import_module("gft_kernels.data.pretrained").located(self.model)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+
+    def new_model(self, seed: int):
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
+
+    def base_rows(self, base: int) -> list[dict]:
+        return []
+
+    def train_rows(self, expert: str, seed: int, times: int) -> list[dict]:
+        return self.made(self.rows * times, "train", stream(TRAIN, seed))
+
+    def held_out(self, purpose: int, count: int, expert: str) -> list[dict]:
+        return self.made(count, "test", stream(purpose))
+
+    def retention(self, model, count: int) -> float:
+        """Nats per token of solutions to school problems, which nothing here trains on."""
+        groups = [demonstration(self.tokenizer, row) for row in gsm8k.read_rows(None, "test")[:count]]
         return float(log_probs(model, groups).mean())

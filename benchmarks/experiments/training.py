@@ -35,8 +35,8 @@ class Stage:
     device: str
 
 
-def train(model, task, stage: Stage) -> list[dict]:
-    """Trains the model in place and returns the Trainer's log lines, one a step."""
+def train(model, task, stage: Stage) -> tuple[list[dict], dict[str, int]]:
+    """Trains the model in place; the Trainer's log lines, one a step, and the tokens generated and trained on."""
     directory = tempfile.mkdtemp(prefix="gft-study-")
     try:
         evaluating = (
@@ -48,18 +48,35 @@ def train(model, task, stage: Stage) -> list[dict]:
             model, config, stage.rows, stage.curve_rows, task.tokenizer, task.rewards, rollout_fn=task.rollout
         )
         trainer.remove_callback(PrinterCallback)
+        tokens = _count_tokens(trainer.builder)
         trainer.train()
-        return trainer.state.log_history
+        return trainer.state.log_history, tokens
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def summary(history: list[dict]) -> dict:
+def _count_tokens(builder) -> dict[str, int]:
+    """Counts the response tokens of every group that the builder makes from now on; evaluation makes none."""
+    tokens, build = {"generated": 0, "trained": 0}, builder.build
+
+    def counted(*arguments):
+        groups = build(*arguments)
+        for response in (r for group in groups for r in group.responses):
+            tokens["trained"] += len(response.ids)
+            tokens["generated"] += len(response.ids) * (response.source == "sampled")
+        return groups
+
+    builder.build = counted
+    return tokens
+
+
+def summary(history: list[dict], tokens: dict[str, int]) -> dict:
     """The compact record of a stage: quantiles of the gradient norm, means of what is logged, the held-out curve."""
     steps = [line for line in history if "loss" in line]
     held_out = [line for line in history if "eval_runtime" in line]
     norms = [line["grad_norm"] for line in steps]
     return {
+        "tokens": tokens,
         "grad_norm": [rounded(quantile(norms, i / QUANTILES)) for i in range(QUANTILES + 1)],
         "means": {
             name: rounded(sum(line[name] for line in steps) / len(steps))

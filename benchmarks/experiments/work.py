@@ -7,15 +7,16 @@ import time
 
 import torch
 
+from benchmarks import provenance
 from benchmarks.experiments import jobs, tasks
 from benchmarks.experiments.evaluation import evaluate
 from benchmarks.experiments.jobs import Folder, Job
-from benchmarks.experiments.methods import GROUP, METHODS
+from benchmarks.experiments.methods import METHODS
 from benchmarks.experiments.settings import Study
 from benchmarks.experiments.training import Stage, rounded, summary, train
 
 FIT = {"advantages": "ones", "tau": 0.0, "num_demonstrations": 1, "num_generations": 0, "token_metrics": False}
-KINDS = {"digit-sum": tasks.DigitSums, "gsm8k": tasks.WordProblems}
+KINDS = {"digit-sum": tasks.DigitSums, "gsm8k": tasks.WordProblems, "extraction": tasks.Extraction}
 
 
 def do(study: Study, folder: Folder, job: Job, device: str) -> None:
@@ -23,17 +24,20 @@ def do(study: Study, folder: Folder, job: Job, device: str) -> None:
     start, cpu_start = time.perf_counter(), time.process_time()
     task = make_task(tuple(sorted((key, _frozen(value)) for key, value in study.task.items())))
     base = None if job.kind == jobs.BASE else load(task, folder, Job(jobs.BASE, job.base).name, device)
+    training = None
     if base is None:
-        model, history, rate = *fit_base(study, task, job, device), study.base["learning_rate"]
-        base = model
+        model = base = fit_base(study, task, job, device)
+        rate = study.base.get("learning_rate", 0.0)
+    elif not METHODS[job.method].trains:
+        model, rate = base, 0.0
     else:
         rate = rate_of(study, folder, job)
         before = Job(jobs.RUN, job.base, job.before or "", _expert_before(study, job), job.seed).name
         model = load(task, folder, before if job.before else Job(jobs.BASE, job.base).name, device)
-        history = train(model, task, stage_of(study, task, job, rate, device))
+        training = summary(*train(model, task, stage_of(study, task, job, rate, device)))
     purpose = tasks.DEVELOPMENT if job.kind == jobs.TUNING else tasks.TEST
     metrics = score(study, task, model.eval(), base, job, purpose)
-    if job.kind != jobs.TUNING:
+    if any(job.name in other.needs for other in jobs.plan(study)):
         folder.model(job.name).parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), folder.model(job.name))
     identity = {"kind": job.kind, "chain": job.chain, "expert": job.expert, "base": job.base, "seed": job.seed}
@@ -41,8 +45,8 @@ def do(study: Study, folder: Folder, job: Job, device: str) -> None:
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - cpu_start, 1),
     }
-    record = {**identity, "rate": rate, "metrics": metrics, **spent}
-    folder.write(job.name, record | ({} if job.kind == jobs.BASE else {"training": summary(history)}))
+    record = {**identity, "rate": rate, "metrics": metrics, **spent, "commit": provenance.commit()}
+    folder.write(job.name, record | ({"training": training} if training else {}))
 
 
 @functools.lru_cache(1)
@@ -60,9 +64,14 @@ def _expert_before(study: Study, job: Job) -> str | None:
 
 
 def fit_base(study: Study, task, job: Job, device: str):
-    model = task.new_model(job.base)
-    stage = Stage({**FIT, "logging_steps": 1, **study.base}, task.base_rows(job.base), None, job.base, device)
-    return model, train(model, task, stage)
+    """A model of the task's own, fitted as the study says; a pretrained one is taken as it is."""
+    model = task.new_model(job.base).to(device)
+    if not study.base:
+        return model
+    train(
+        model, task, Stage({**FIT, "logging_steps": 1, **study.base}, task.base_rows(job.base), None, job.base, device)
+    )
+    return model
 
 
 def load(task, folder: Folder, name: str, device: str):
@@ -75,7 +84,7 @@ def rate_of(study: Study, folder: Folder, job: Job) -> float:
     """The learning rate of a job: under trial, fixed by the study, or the tuned one of its method."""
     if job.rate is not None:
         return job.rate
-    tuned = METHODS[job.method].tuned_as
+    tuned = study.tuned_as(job.chain)
     if study.tuning is None:
         return study.rates[tuned or job.method]
     if tuned is None:
@@ -89,13 +98,13 @@ def stage_of(study: Study, task, job: Job, rate: float, device: str) -> Stage:
     options = {"logging_steps": 1, **study.stage, **method.options, "learning_rate": rate}
     options["per_device_train_batch_size"] *= method.data
     given = options["num_demonstrations"] = min(options["num_demonstrations"], task.demonstrations)
-    if options["num_generations"]:
-        options["num_generations"] = GROUP - given
+    options.setdefault("num_generations", study.group - given)
     if job.before:
         options["max_steps"] = study.follow_steps
     expert = job.expert or study.grid[0].experts[0]  # rows need demonstrations even where none is read
     rows = task.train_rows(expert, job.seed, method.data)
-    curve = task.held_out(tasks.CURVE, study.evaluation.curve, expert) if job.kind == jobs.RUN else None
+    shown = study.evaluation.curve if job.kind == jobs.RUN else 0
+    curve = task.held_out(tasks.CURVE, shown, expert) if shown else None
     return Stage(options, rows, curve, job.seed, device)
 
 
@@ -105,7 +114,10 @@ def score(study: Study, task, model, base, job: Job, purpose: int) -> dict:
     longest = study.stage["max_completion_length"]
     found = evaluate(model, base, task, rows, settings.samples, longest, tasks.stream(purpose, job.seed))
     found["retention"] = task.retention(model, settings.retention)
-    return {
-        name: {k: rounded(v) for k, v in value.items()} if isinstance(value, dict) else rounded(value)
-        for name, value in found.items()
-    }
+    if job.kind != jobs.RUN:
+        found = {name: value for name, value in found.items() if not isinstance(value, list)}
+    return {name: value if isinstance(value, list) else _rounded(value) for name, value in found.items()}
+
+
+def _rounded(value):
+    return {k: rounded(v) for k, v in value.items()} if isinstance(value, dict) else rounded(value)

@@ -5,6 +5,11 @@
 #include <cstring>
 
 #include "gft/args.h"
+#if defined(GFT_ARM_KERNELS) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(GFT_ARM_KERNELS) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace gft::cpu {
 
@@ -40,12 +45,30 @@ struct RowKernels {
 extern const RowKernels kernels_portable;
 #if defined(GFT_X86_KERNELS)
 extern const RowKernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
+#elif defined(GFT_ARM_KERNELS)
+extern const RowKernels kernels_neon, kernels_neonbf16;
 #endif
 
 struct InstructionSet {
     const RowKernels* kernels;
     bool runs_here;
 };
+
+#if defined(GFT_ARM_KERNELS)
+// GCC and Clang ask an Arm processor nothing by themselves before GCC 14 and Clang 19: the system is asked.
+GFT_HD bool has_arm_bf16() {
+#if defined(__APPLE__)
+    int has = 0;
+    std::size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
+#elif defined(__linux__)
+    constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16 of asm/hwcap.h, which older headers lack
+    return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#else
+    return false;
+#endif
+}
+#endif
 
 // All of this build, fastest first.
 GFT_HD const InstructionSet* instruction_sets(int& count) {
@@ -57,6 +80,13 @@ GFT_HD const InstructionSet* instruction_sets(int& count) {
         {&kernels_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")},
         {&kernels_avx512, avx512},
         {&kernels_avx2, avx2},
+        {&kernels_portable, true},
+    };
+#elif defined(GFT_ARM_KERNELS)
+    static const InstructionSet sets[] = {
+        // NEON is part of AArch64
+        {&kernels_neonbf16, has_arm_bf16()},
+        {&kernels_neon, true},
         {&kernels_portable, true},
     };
 #else

@@ -207,6 +207,7 @@ void scale_rows(const LogitRows& gradient, const LogitRows& out, const float* ro
     for_each_row(row_count(gradient), gradient.V, execution.threads, [&](std::int64_t r) {
         const float given = upstream[upstream_per_row ? r : 0];
         const float factor = row_scale_R == nullptr ? given : row_scale_R[r] * given;
+        if (factor == 1.0f && gradient.data == out.data) return;
         execution.kernels->scale(row_of(gradient, r), row_of(out, r), gradient.dtype, gradient.V, factor);
     });
 }

@@ -3,89 +3,183 @@
 // A thread copies, reads and refills only its own slots (i = thread, thread + threads, ...), so a slot needs no
 // barrier: while the gradient of this row is written, each slot that has been read takes a vector of the cluster's next
 // row. Thus loads and stores are in flight together in every block, and once more across the two blocks of a
-// multiprocessor.
+// multiprocessor. What is done once a row is done by the first warp of each block, which tells the others.
 #pragma once
 
 #include "cuda/row.cuh"
 
 namespace gft::cuda {
 
-struct ClusterShared {
-    Softmax warps[kMaxWarps];
-    Softmax blocks[2][kMaxCluster];  // written by all blocks of the cluster; the rows take turns
-};
-static_assert(sizeof(ClusterShared) % kVectorBytes == 0, "the slots behind it hold 16-byte vectors");
-
-// The cluster's next row whose logits matter; the rows on the way there are cleared. Every block finds the same one.
+// What a block shares beside its slots.
 template <class T>
-GFT_DEVICE Part<T> next_part(const RowTask& task, long long row, long long step, int capacity, int rank, int blocks) {
-    for (const long long rows = row_count(task.logits); row < rows; row += step) {
-        const Part<T> part = open_part<T>(task, row, capacity, rank, blocks);
-        if (part.read) return part;
-        clear_part(task, part, rank == 0 && thread_index() == 0);
+struct alignas(kVectorBytes) ClusterShared {
+    uint4 letters[2][kMaxCluster];  // the state of each block of the cluster; the rows take turns
+    Mailbox mailboxes[2];
+    Softmax warps[kMaxWarps];
+    Verdict verdict;  // on the row that is here
+    Part<T> next;     // the row to come
+    int keeper;       // the thread with the slot of its target, if this block has it
+};
+
+// The cluster's first row from `row` on whose logits matter; a warp looks at 32 rows at once. Edges: each lane has its
+// own. What is read here is in registers before the row's letters are sent, so in place nobody has overwritten it.
+template <class T>
+GFT_DEVICE Part<T> next_part(const RowTask& task, long long row, long long step, int capacity) {
+    for (const long long rows = row_count(task.logits); row < rows; row += kWarp * step) {
+        const long long mine = row + thread_index() * step;
+        const int first = first_lane(mine < rows && row_matters(task, mine));
+        if (first < kWarp) return open_part<T>(task, row + first * step, capacity, cluster_rank(), cluster_blocks());
     }
     return no_part<T>(row);
 }
 
-// F1 over the slots of one quarter; the copies of the later quarters may still be on their way.
-template <int kStage, bool kEntropy, class T>
-GFT_DEVICE void observe_stage(Softmax& state, const uint4* slots, int stage, const Part<T>& part, const View& view) {
-    await_copies<kStages - 1 - kStage>();
-    const int stop = static_cast<int>(at_most((kStage + 1) * stage, part.vectors));
-    for (int i = kStage * stage + thread_index(); i < stop; i += thread_count()) {
-        float logits[kWidth<T>];
-        unpack(slots[i], logits, T{});
-        observe_others<kEntropy>(state, logits, i == target_vector(part), target_lane(part), view);
+// To the block, which reads it behind its next barrier.
+template <class T>
+GFT_DEVICE Edge announce(ClusterShared<T>& shared, const Verdict& verdict, const Part<T>& next) {
+    warp_barrier();  // every lane has read what stood there
+    if (thread_index() == 0) {
+        shared.verdict = verdict;
+        shared.next = next;
+        shared.keeper = target_vector(next) < next.vectors ? target_vector(next) % thread_count() : -1;
     }
+    return next.edge;
+}
+
+// What a row needs once, by the first warp: the block's state to all blocks and theirs back, the verdict, the edges'
+// gradient, and the row to come, whose `edge` it returns.
+//
+// One exchange a row is enough: row n + 2 sends where row n was read, and no block gets there before it has the letters
+// of row n + 1 from all others, who send them behind their reading of row n.
+template <bool kEntropy, class T>
+GFT_DEVICE Edge lead(const RowTask& task, ClusterShared<T>& shared, Edge edge, int turn, long long step, int capacity) {
+    const int lane = thread_index(), blocks = cluster_blocks();
+    Part<T> part = shared.next;
+    part.edge = edge;
+    Softmax state = lane < thread_count() / kWarp ? shared.warps[lane] : empty_softmax();
+    if (edge.element >= 0) {
+        float logit[1] = {edge.logit};
+        observe_others<kEntropy>(state, logit, edge.element == part.target, 0, task.view);
+    }
+    state = merge_lanes<kEntropy>(state);
+    uint4* const letters = shared.letters[turn % 2];
+    Mailbox* const mailbox = shared.mailboxes + turn % 2;
+    if (blocks > 1) {
+        if (lane == 0) expect_letters(mailbox, blocks);
+        if (lane < blocks) send_letter(letter_of(state), letters + cluster_rank(), mailbox, lane);
+    }
+    const Part<T> next = next_part<T>(task, part.row + step, step, capacity);  // while the letters travel
+    if (blocks > 1) {
+        await_letters(mailbox, turn / 2 % 2);
+        state = merge_lanes<kEntropy>(lane < blocks ? state_of(letters[lane]) : empty_softmax());
+    }
+    const Verdict verdict = settle<kEntropy>(task, part, state, cluster_rank() == 0 && lane == 0);
+    shade_edge<kEntropy>(part, verdict, task.view);
+    return announce(shared, verdict, next);
+}
+
+// The rows on the way to the next one: nobody reads them.
+template <class T>
+GFT_DEVICE void clear_rows(const RowTask& task, long long row, long long stop, long long step, int capacity) {
+    for (stop = at_most(stop, row_count(task.logits)); row < stop; row += step) {
+        const auto part = locate_part<T>(task.logits, task.gradient, row, capacity, cluster_rank(), cluster_blocks());
+        clear_part(task, part, cluster_rank() == 0 && thread_index() == 0);
+    }
+}
+
+// visit(i) for this thread's i below `stop`, two at a time; the first i beyond.
+template <class Visit>
+GFT_DEVICE int visit_pairs(int i, int stop, Visit visit) {
+    const int threads = thread_count();
+#pragma unroll 1
+    for (; i + threads < stop; i += 2 * threads) {
+        visit(i);
+        visit(i + threads);
+    }
+    if (i >= stop) return i;
+    visit(i);
+    return i + threads;
+}
+
+// Out with this row's gradient, in with the next row's logits.
+template <bool kEntropy, class T>
+GFT_DEVICE void turn_over(uint4* slots, int capacity, int stage, const Part<T>& part, const Part<T>& next,
+                          const Verdict& verdict, const View& view) {
+    const auto* from = reinterpret_cast<const uint4*>(next.logits + next.first);
+    auto* to = reinterpret_cast<uint4*>(part.gradient + part.first);
+    const bool plain = part.aligned && !view.bent && !verdict.silent;
+    const int both = plain ? at_most(part.vectors, next.vectors) : 0;
+    int i = thread_index();
+    for (int s = 1; s <= kStages; ++s) {
+        const int stop = at_most(s * stage, capacity);
+        i = visit_pairs(i, at_most(stop, both), [&](int k) {
+            store_vector(to + k, shade_plain<kEntropy>(slots[k], verdict, view.slope, T{}));
+            copy_async(slots + k, from + k);
+        });
+#pragma unroll 1
+        for (; i < stop; i += thread_count()) {
+            if (i < part.vectors) shade_vector<kEntropy>(part, i, slots[i], verdict, view);
+            if (i < next.vectors) copy_async(slots + i, from + i);
+        }
+        commit_copies();
+    }
+}
+
+// F1 over the slots of one stage; the copies of later ones may still be on their way. Logits that are not bent lose
+// their target where they lie, so that the loop need not look for it.
+template <int kStage, bool kEntropy, class T>
+GFT_DEVICE void observe_stage(Softmax& state, uint4* slots, int stage, const Part<T>& part, int target_slot,
+                              const View& view) {
+    await_copies<kStages - 1 - kStage>();
+    const int stop = at_most((kStage + 1) * stage, part.vectors);
+    int i = kStage * stage + thread_index();
+    if (view.bent) {
+#pragma unroll 1
+        for (; i < stop; i += thread_count()) {
+            float logits[kWidth<T>];
+            unpack(slots[i], logits, T{});
+            observe_others<kEntropy>(state, logits, i == target_slot, target_lane(part), view);
+        }
+        return;
+    }
+    if (i <= target_slot && target_slot < stop) leave_out(slots[target_slot], target_lane(part), T{});
+    visit_pairs(i, stop, [&](int k) { observe_vector<kEntropy>(state, slots[k], view.slope, T{}); });
 }
 
 // grid: any number of clusters of up to 16 blocks; threads: 64 to 512; shared: ClusterShared, then `capacity` vectors.
 template <class T, bool kEntropy>
 GFT_KERNEL(kMaxThreads, 2)
 cluster_row(const RowTask task, const int capacity) {
-    auto& shared = *reinterpret_cast<ClusterShared*>(shared_memory());
-    auto* slots = reinterpret_cast<uint4*>(shared_memory() + sizeof(ClusterShared));
-    const int rank = cluster_rank(), blocks = cluster_blocks();
+    auto& shared = *reinterpret_cast<ClusterShared<T>*>(shared_memory());
+    auto* slots = reinterpret_cast<uint4*>(shared_memory() + sizeof(ClusterShared<T>));
     const int stage = static_cast<int>(ceil_div(capacity, kStages * thread_count())) * thread_count();
-    const long long step = block_count() / blocks;
+    const long long step = block_count() / cluster_blocks();
 
-    cluster_barrier();  // all blocks run, so their shared memory may be written from here on
-    Part<T> part = no_part<T>(block_index() / blocks - step);
-    Verdict verdict{};
-    for (int turn = 0;; turn ^= 1) {
-        // Out with this row's gradient (there is none the first time), in with the next row's logits.
-        const Part<T> next = next_part<T>(task, part.row + step, step, capacity, rank, blocks);
-        const auto* logits = reinterpret_cast<const uint4*>(next.logits + next.first);
-        for (int s = 0; s < kStages; ++s) {
-            for (int i = s * stage + thread_index(); i < (s + 1) * stage && i < capacity; i += thread_count()) {
-                if (i < part.vectors) shade_vector<kEntropy>(part, i, slots[i], verdict, task.view);
-                if (i < next.vectors) copy_async(slots + i, logits + i);
-            }
-            commit_copies();
-        }
-        shade_edge<kEntropy>(part, verdict, task.view);
-        if (!next.read)
-            return;  // nobody reads this block's shared memory any more: the others passed the barrier below
+    Part<T> part = no_part<T>(block_index() / cluster_blocks() - step);
+    int target_slot = -1;  // of this thread
+    Edge edge{};           // of the first warp's threads
+    if (thread_index() < 2) open_mailbox(shared.mailboxes + thread_index());
+    if (thread_index() < kWarp) edge = announce(shared, Verdict{}, next_part<T>(task, part.row + step, step, capacity));
+    cluster_barrier();  // all blocks run, and their mailboxes are open
+    for (int turn = 0;; ++turn) {
+        const Part<T> next = shared.next;
+        const Verdict verdict = shared.verdict;
+        turn_over<kEntropy>(slots, capacity, stage, part, next, verdict, task.view);
+        if (target_slot >= 0) write_target(part, verdict);
+        clear_rows<T>(task, part.row + step, next.row, step, capacity);
+        if (!next.read) return;  // nobody writes to this block any more: the letters of its last row have come
         part = next;
+        target_slot = thread_index() == shared.keeper ? target_vector(part) : -1;
 
         Softmax state = empty_softmax();
-        if (part.edge >= 0) {
-            float edge[1] = {part.edge_logit};
-            observe_others<kEntropy>(state, edge, part.edge == part.target, 0, task.view);
-        }
-        observe_stage<0, kEntropy>(state, slots, stage, part, task.view);
-        observe_stage<1, kEntropy>(state, slots, stage, part, task.view);
-        observe_stage<2, kEntropy>(state, slots, stage, part, task.view);
-        observe_stage<3, kEntropy>(state, slots, stage, part, task.view);
-
-        // Each block tells all blocks. One barrier a row is enough: row n + 2 writes where row n was read, and no block
-        // gets there before all have arrived at the barrier of row n + 1, behind their reading of row n.
-        state = merge_warps<kEntropy>(state, shared.warps);
-        if (thread_index() < blocks) *in_block(&shared.blocks[turn][rank], thread_index()) = state;
-        cluster_barrier();
-        Softmax others = shared.blocks[turn][0];
-        for (int b = 1; b < blocks; ++b) others = merge_softmax<kEntropy>(others, shared.blocks[turn][b]);
-        verdict = settle<kEntropy>(task, part, others, rank == 0 && thread_index() == 0);
+        observe_stage<0, kEntropy>(state, slots, stage, part, target_slot, task.view);
+        observe_stage<1, kEntropy>(state, slots, stage, part, target_slot, task.view);
+        observe_stage<2, kEntropy>(state, slots, stage, part, target_slot, task.view);
+        observe_stage<3, kEntropy>(state, slots, stage, part, target_slot, task.view);
+        state = merge_lanes<kEntropy>(state);
+        if (thread_index() % kWarp == 0) shared.warps[thread_index() / kWarp] = state;
+        block_barrier();
+        if (thread_index() < kWarp) edge = lead<kEntropy>(task, shared, edge, turn, step, capacity);
+        block_barrier();
     }
 }
 

@@ -28,12 +28,6 @@ GFT_DEVICE std::int64_t response_of(const Credit& credit, std::int64_t r) {
     return credit.sequence_ids_R != nullptr ? credit.sequence_ids_R[r] : r / credit.tokens_per_response;
 }
 
-template <class Number>
-GFT_DEVICE Number sum_lanes(Number value) {
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
-    return value;
-}
-
 // F5, a warp a response: the lanes walk through the members of its group, in doubles and by their distance from its
 // reward.
 GFT_KERNEL(kCreditThreads, 1) advantages_of_rewards(const CreditTask task) {

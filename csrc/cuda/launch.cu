@@ -38,7 +38,7 @@ Outcome launch(const char* doing, void (*kernel)(Parameters...), Shape shape, Pl
 
 // A block a row: x is the only grid dimension that reaches 2^31 - 1, and the kernels stride over what is beyond it.
 Shape block_per_row(std::int64_t rows, int threads, int shared_bytes) {
-    return {at_most(rows, 0x7fffffff), threads, shared_bytes, 1};
+    return {at_most(rows, std::int64_t{0x7fffffff}), threads, shared_bytes, 1};
 }
 
 template <class Act>
@@ -55,15 +55,17 @@ Outcome run_logits(const RowTask& task, Place place) {
     const auto kernel = cluster_row<T, kEntropy>;
     for (int choice = 0; task.gradient.data != nullptr; ++choice) {
         const ClusterPlan plan = cluster_plan(device_at(place.device).machine, rows, task.logits.V, sizeof(T),
-                                              sizeof(ClusterShared), choice);
+                                              sizeof(ClusterShared<T>), choice);
         if (plan.blocks == 0) break;
         const int clusters = resident_clusters(reinterpret_cast<const void*>(kernel), plan, place.device);
         if (clusters == 0) continue;
-        const Shape shape{at_most(rows, clusters) * plan.blocks, plan.threads, plan.shared_bytes, plan.blocks};
+        const Shape shape{at_most(rows, std::int64_t{clusters}) * plan.blocks, plan.threads, plan.shared_bytes,
+                          plan.blocks};
         return launch("launching cluster_row", kernel, shape, place, task, plan.capacity);
     }
+    const int threads = task.gradient.data != nullptr ? kTwoPassThreads : kOnePassThreads;
     return launch("launching two_pass_row", two_pass_row<T, kEntropy>,
-                  block_per_row(rows, kTwoPassThreads, sizeof(TwoPassShared)), place, task);
+                  block_per_row(rows, threads, sizeof(TwoPassShared)), place, task);
 }
 
 // ---- scratch memory ----
@@ -187,7 +189,7 @@ Outcome shard_statistics(const Shard& shard, const std::uint8_t* read_R, const S
     const ShardTask task{shard, view_of(shard.transform), read_R, out, {}, {}};
     return with_type(shard.logits.dtype, [&](auto type) {
         return launch("launching observe_shard_row", observe_shard_row<decltype(type)>,
-                      block_per_row(row_count(shard.logits), kTwoPassThreads, sizeof(TwoPassShared)), place, task);
+                      block_per_row(row_count(shard.logits), kOnePassThreads, sizeof(TwoPassShared)), place, task);
     });
 }
 

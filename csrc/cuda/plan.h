@@ -19,6 +19,7 @@ constexpr int kStages = 4;  // groups of asynchronous copies, so that statistics
 
 GFT_HD std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 GFT_HD std::int64_t at_most(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+GFT_HD int at_most(int a, int b) { return a < b ? a : b; }
 
 // ---- one row ----
 
@@ -32,7 +33,7 @@ struct Split {
 GFT_HD Split split_row(std::uintptr_t address, std::int64_t V, int element_bytes) {
     const int width = kVectorBytes / element_bytes;
     const int past = static_cast<int>(address % kVectorBytes) / element_bytes;
-    const std::int64_t head = at_most(past == 0 ? 0 : width - past, V);
+    const std::int64_t head = at_most(std::int64_t{past == 0 ? 0 : width - past}, V);
     const std::int64_t vectors = (V - head) / width;
     return {static_cast<int>(head), static_cast<int>(vectors), static_cast<int>(V - head - vectors * width)};
 }
@@ -48,15 +49,17 @@ struct Slice {
 };
 
 GFT_HD Slice slice_of(int vectors, int capacity, int rank) {
-    const auto first = static_cast<int>(at_most(static_cast<std::int64_t>(rank) * capacity, vectors));
-    return {first, static_cast<int>(at_most(capacity, vectors - first))};
+    const auto first = static_cast<int>(at_most(std::int64_t{rank} * capacity, std::int64_t{vectors}));
+    return {first, at_most(capacity, vectors - first)};
 }
 
-// The element outside the vectors that a thread looks after, or -1: head elements belong to the first warp of the first
-// block, tail elements to the second warp of the last. Each thread has one at most (head and tail are < 8 long).
+constexpr int kEdge = 8;  // lanes for a row's head, and as many for its tail: both are shorter than a vector
+
+// The element outside the vectors that a thread looks after, or -1: head elements belong to the first lanes of the
+// first block's first warp, tail elements to the next lanes of the last block's.
 GFT_HD int edge_element(Split split, std::int64_t V, int thread, bool first_block, bool last_block) {
     if (first_block && thread < split.head) return thread;
-    const int behind = thread - kWarp;
+    const int behind = thread - kEdge;
     if (last_block && behind >= 0 && behind < split.tail) return static_cast<int>(V) - split.tail + behind;
     return -1;
 }
@@ -78,7 +81,7 @@ struct ClusterPlan {
     int shared_bytes;  // dynamic shared memory of a block
 };
 
-// A slice of 8 vectors a thread keeps 128 bytes per thread in flight; below 64 threads head and tail lack their warps.
+// A slice of 8 vectors a thread keeps 128 bytes per thread in flight.
 GFT_HD int threads_for(int capacity) {
     for (int threads = 2 * kWarp; threads < kMaxThreads; threads *= 2)
         if (capacity <= 8 * threads) return threads;
@@ -99,7 +102,7 @@ GFT_HD ClusterPlan cluster_plan(const Machine& machine, std::int64_t rows, std::
                                 int header_bytes, int choice) {
     for (int resident = 2; resident >= 1; --resident) {
         const std::int64_t share = machine.shared_per_multiprocessor / resident - machine.shared_reserved;
-        const std::int64_t budget = at_most(share, machine.shared_per_block) - header_bytes;
+        const std::int64_t budget = at_most(share, std::int64_t{machine.shared_per_block}) - header_bytes;
         for (int blocks = 1; blocks <= machine.max_cluster; blocks *= 2) {
             if (slice_capacity(V, element_bytes, blocks) * std::int64_t{kVectorBytes} > budget) continue;
             if (choice-- > 0) continue;

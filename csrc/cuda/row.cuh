@@ -22,6 +22,12 @@ struct RowTask {
     float* row_scale_R;
 };
 
+// An element outside the vectors, and what was read there; -1: none.
+struct Edge {
+    int element;
+    float logit;
+};
+
 // The part of a row that one block holds: `vectors` whole vectors from element `first` on, and one edge element a
 // thread.
 template <class T>
@@ -30,9 +36,9 @@ struct Part {
     const T* logits;  // element 0 of the row
     T* gradient;      // null: not wanted
     int first, vectors;
-    int edge;    // this thread's element outside the vectors; -1: none
     int target;  // element; -1: not in [0, V), which makes the row NaN
-    float edge_logit, target_logit;
+    Edge edge;   // this thread's
+    float target_logit;
     float advantage, weight;
     bool read;     // the logits matter
     bool aligned;  // the gradient starts as far past a 16-byte boundary as the logits do
@@ -51,7 +57,7 @@ GFT_DEVICE int target_lane(const Part<T>& part) {
 
 template <class T>
 GFT_DEVICE Part<T> no_part(long long row) {
-    return {row, nullptr, nullptr, 0, 0, -1, -1, 0, 0, 0, 0, false, false};
+    return {row, nullptr, nullptr, 0, 0, -1, {-1, 0}, 0, 0, 0, false, false};
 }
 
 // Where block `rank` of `blocks` finds its part of row `row`, and where it writes.
@@ -64,7 +70,7 @@ GFT_DEVICE Part<T> locate_part(const LogitRows& from, const LogitRows& to, long 
     const Slice slice = slice_of(split.vectors, capacity, rank);
     part.first = split.head + slice.first * kWidth<T>;
     part.vectors = slice.count;
-    part.edge = edge_element(split, from.V, thread_index(), rank == 0, rank == blocks - 1);
+    part.edge.element = edge_element(split, from.V, thread_index(), rank == 0, rank == blocks - 1);
     if (to.data == nullptr) return part;
     part.gradient = static_cast<T*>(to.data) + row_offset(to, row);
     const auto apart = reinterpret_cast<std::uintptr_t>(part.gradient) - reinterpret_cast<std::uintptr_t>(part.logits);
@@ -72,19 +78,25 @@ GFT_DEVICE Part<T> locate_part(const LogitRows& from, const LogitRows& to, long 
     return part;
 }
 
+// Whether the logits of a row have to be read.
+GFT_DEVICE bool row_matters(const RowTask& task, long long row) {
+    return is_live(task.credit, row) &&
+           is_read(task.advantages_R[row], task.weights_R[row], task.objective, task.read_every_row);
+}
+
 template <class T>
 GFT_DEVICE Part<T> open_part(const RowTask& task, long long row, int capacity, int rank, int blocks) {
     Part<T> part = locate_part<T>(task.logits, task.gradient, row, capacity, rank, blocks);
+    part.read = row_matters(task, row);
+    if (!part.read) return part;
     part.advantage = task.advantages_R[row];
     part.weight = task.weights_R[row];
-    part.read = is_live(task.credit, row) && is_read(part.advantage, part.weight, task.objective, task.read_every_row);
-    if (!part.read) return part;
     const std::int64_t target = task.credit.targets_R[row];
     if (target >= 0 && target < task.logits.V) {
         part.target = static_cast<int>(target);
         part.target_logit = widen(part.logits[part.target]);
     }
-    if (part.edge >= 0) part.edge_logit = widen(part.logits[part.edge]);
+    if (part.edge.element >= 0) part.edge.logit = widen(part.logits[part.edge.element]);
     return part;
 }
 
@@ -94,7 +106,7 @@ GFT_DEVICE void clear_gradient(const Part<T>& part) {
     const float zeros[kWidth<T>] = {};
     for (int i = thread_index(); i < part.vectors; i += thread_count())
         write_vector(part.gradient + part.first, i, zeros, part.aligned);
-    if (part.edge >= 0) narrow(part.gradient + part.edge, 0.0f);
+    if (part.edge.element >= 0) narrow(part.gradient + part.edge.element, 0.0f);
 }
 
 // A row that nobody reads: gradient and statistics 0.
@@ -115,6 +127,14 @@ GFT_DEVICE void observe_others(Softmax& state, float (&logits)[kSize], bool targ
     observe<kEntropy>(state, logits, view.slope);
 }
 
+// The same over a vector that holds no target, its logits not bent.
+template <bool kEntropy, class T>
+GFT_DEVICE void observe_vector(Softmax& state, uint4 vector, float slope, T type) {
+    float logits[kWidth<T>];
+    unpack(vector, logits, type);
+    observe<kEntropy>(state, logits, highest(vector, type), slope);
+}
+
 // How a row's gradient is written: (factor + tilt * t) * 2^t with t = z - anchor, away from the target. Nobody divides
 // by the mass again.
 struct Verdict {
@@ -133,6 +153,15 @@ GFT_DEVICE float at_target(float log_pi, const RowScales<float>& scales) {
 template <bool kEntropy>
 GFT_DEVICE float share(float t, const Verdict& verdict) {
     return (kEntropy ? fmaf(verdict.tilt, fmaxf(t, -200.0f), verdict.factor) : verdict.factor) * exp2_fast(t);
+}
+
+// Two logits that need no bending.
+template <bool kEntropy>
+GFT_DEVICE Pair share_pair(Pair logits, const Verdict& verdict, float slope) {
+    const Pair t = fma_pair(logits, {slope, slope}, {-verdict.anchor, -verdict.anchor});
+    Pair factor{verdict.factor, verdict.factor};
+    if (kEntropy) factor = fma_pair({verdict.tilt, verdict.tilt}, {fmaxf(t.x, -200.0f), fmaxf(t.y, -200.0f)}, factor);
+    return multiply_pair(factor, {exp2_fast(t.x), exp2_fast(t.y)});
 }
 
 // F3, F4, F6 and the row's share of F7 from the softmax of everything but the target. The leader writes them down.
@@ -178,16 +207,10 @@ GFT_DEVICE Verdict settle(const RowTask& task, const Part<T>& part, Softmax othe
 // F7 away from the target, over one vector or edge element: logits in, gradient out.
 template <bool kEntropy, int kSize>
 GFT_DEVICE void shade(float (&values)[kSize], const Verdict& verdict, const View& view) {
-    if (view.bent) {
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-            const Bent bent = bend_one(values[j], view);
-            values[j] = bent.curve * share<kEntropy>(bent.z - verdict.anchor, verdict);
-        }
-    } else {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j)
-            values[j] = share<kEntropy>(fmaf(values[j], view.slope, -verdict.anchor), verdict);
+    for (int j = 0; j < kSize; ++j) {
+        const Bent bent = view.bent ? bend_one(values[j], view) : Bent{values[j], 1.0f};
+        values[j] = bent.curve * share<kEntropy>(fmaf(bent.z, view.slope, -verdict.anchor), verdict);
     }
 #pragma unroll
     for (int j = 0; j < kSize; ++j) values[j] = verdict.silent ? 0.0f : values[j];
@@ -196,20 +219,40 @@ GFT_DEVICE void shade(float (&values)[kSize], const Verdict& verdict, const View
 // The gradient of this thread's edge element.
 template <bool kEntropy, class T>
 GFT_DEVICE void shade_edge(const Part<T>& part, const Verdict& verdict, const View& view) {
-    if (part.edge < 0) return;
-    float value[1] = {part.edge_logit};
+    if (part.edge.element < 0) return;
+    float value[1] = {part.edge.logit};
     shade<kEntropy>(value, verdict, view);
-    narrow(part.gradient + part.edge, part.edge == part.target ? verdict.at_target : value[0]);
+    narrow(part.gradient + part.edge.element, part.edge.element == part.target ? verdict.at_target : value[0]);
 }
 
-// The gradient of vector i of the part, whose logits are `logits`.
+// The gradient of vector i of the part, whose logits are `logits`. Its target is still to be written.
 template <bool kEntropy, class T>
 GFT_DEVICE void shade_vector(const Part<T>& part, int i, uint4 logits, const Verdict& verdict, const View& view) {
     float values[kWidth<T>];
     unpack(logits, values, T{});
     shade<kEntropy>(values, verdict, view);
-    if (i == target_vector(part)) put(values, target_lane(part), verdict.at_target);
     write_vector(part.gradient + part.first, i, values, part.aligned);
+}
+
+// The same where nothing is out of the ordinary: a row that is not silent, logits that are not bent, an aligned
+// gradient.
+template <bool kEntropy, class T>
+GFT_DEVICE uint4 shade_plain(uint4 logits, const Verdict& verdict, float slope, T type) {
+    float values[kWidth<T>];
+    unpack(logits, values, type);
+#pragma unroll
+    for (int j = 0; j < kWidth<T>; j += 2) {
+        const Pair pair = share_pair<kEntropy>({values[j], values[j + 1]}, verdict, slope);
+        values[j] = pair.x;
+        values[j + 1] = pair.y;
+    }
+    return pack(values, type);
+}
+
+// By the thread that has written the target's vector.
+template <class T>
+GFT_DEVICE void write_target(const Part<T>& part, const Verdict& verdict) {
+    narrow(part.gradient + part.target, verdict.at_target);
 }
 
 }  // namespace gft::cuda

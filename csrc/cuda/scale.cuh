@@ -31,7 +31,8 @@ scale_row(const ScaleTask task) {
             for (int j = 0; j < kWidth<T>; ++j) values[j] *= factor;
             write_vector(part.gradient + part.first, i, values, part.aligned);
         });
-        if (part.edge >= 0) narrow(part.gradient + part.edge, factor * widen(part.logits[part.edge]));
+        if (part.edge.element >= 0)
+            narrow(part.gradient + part.edge.element, factor * widen(part.logits[part.edge.element]));
     }
 }
 

@@ -37,7 +37,7 @@ observe_shard_row(const ShardTask task) {
         const bool read = task.read_R[row] != 0;
         Softmax others = empty_softmax();
         if (read) {
-            if (part.edge >= 0) part.edge_logit = widen(part.logits[part.edge]);
+            if (part.edge.element >= 0) part.edge.logit = widen(part.logits[part.edge.element]);
             others = observe_row<true>(part, task.view, shared);
         }
         if (thread_index() != 0) continue;
@@ -84,7 +84,7 @@ shade_shard_row(const ShardTask task) {
             const float curve = task.view.bent ? bend_one(logit, task.view).curve : 1.0f;
             verdict.at_target = at_target<kEntropy>(agreed.log_pi_R[row], scales) * curve;
         }
-        if (part.edge >= 0) part.edge_logit = widen(part.logits[part.edge]);
+        if (part.edge.element >= 0) part.edge.logit = widen(part.logits[part.edge.element]);
         block_barrier();  // in place: the target's logit has been read by all before it is overwritten
         if (verdict.silent) {
             clear_gradient(part);

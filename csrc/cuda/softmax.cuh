@@ -77,49 +77,65 @@ GFT_DEVICE void move_top(Softmax& state, float top) {
     state.top = top;
 }
 
-// F2.
-template <bool kEntropy>
-GFT_DEVICE Softmax merge_softmax(Softmax a, Softmax b) {
-    const float top = fmaxf(a.top, b.top);
-    move_top<kEntropy>(a, top);
-    move_top<kEntropy>(b, top);
-    return {top, a.mass + b.mass, a.gap + b.gap};
-}
-
-// F1 for a handful of bent logits at once: one comparison, and a rescaling that soon becomes rare.
-// NaN passes fmaxf and reaches the mass; +inf makes top infinite and the mass NaN.
-template <bool kEntropy, int kSize>
-GFT_DEVICE void observe(Softmax& state, const float (&logits)[kSize], float slope) {
+template <int kSize>
+GFT_DEVICE float highest(const float (&logits)[kSize]) {
     float high = logits[0];
 #pragma unroll
     for (int j = 1; j < kSize; ++j) high = fmaxf(high, logits[j]);
+    return high;
+}
+
+// F1 for a handful of bent logits and the highest of them: one comparison, and a rescaling that soon becomes rare.
+// NaN passes fmaxf and reaches the mass; +inf makes top infinite and the mass NaN.
+template <bool kEntropy, int kSize>
+GFT_DEVICE void observe(Softmax& state, const float (&logits)[kSize], float high, float slope) {
     high *= slope;
     if (high > state.top) move_top<kEntropy>(state, high);
-    float mass = 0.0f, gap = 0.0f;
+    Pair mass{}, gap{};
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-        const float down = fmaf(logits[j], slope, -state.top);  // one rounding: an offset of 1e4 costs no digits
-        const float weight = exp2_fast(down);
-        mass += weight;
-        if (kEntropy) gap += weight == 0.0f ? 0.0f : down * weight;
+    for (int j = 0; j < kSize; j += 2) {
+        const Pair z{logits[j], j + 1 < kSize ? logits[j + 1] : -INFINITY};
+        // one rounding: an offset of 1e4 costs no digits
+        const Pair down = fma_pair(z, {slope, slope}, {-state.top, -state.top});
+        const Pair weight{exp2_fast(down.x), exp2_fast(down.y)};
+        mass = j == 0 ? weight : add_pair(mass, weight);
+        // 2^-200 is 0 as well, and -200 * 0 is 0 where -inf * 0 is not
+        if (kEntropy) gap = fma_pair({fmaxf(down.x, -200.0f), fmaxf(down.y, -200.0f)}, weight, gap);
     }
-    state.mass += mass;
-    if (kEntropy) state.gap += gap;
+    state.mass += mass.x + mass.y;
+    if (kEntropy) state.gap += gap.x + gap.y;
+}
+
+template <bool kEntropy, int kSize>
+GFT_DEVICE void observe(Softmax& state, const float (&logits)[kSize], float slope) {
+    observe<kEntropy>(state, logits, highest(logits), slope);
 }
 
 // ---- from every thread's state to the row's: lanes, warps, blocks, always in the same order ----
 
 constexpr int kMaxWarps = 32;
 
+template <class Number>
+GFT_DEVICE Number sum_lanes(Number value) {
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
+    return value;  // the same bits in all lanes: partners add the same two numbers
+}
+
+// F2.
 template <bool kEntropy>
 GFT_DEVICE Softmax merge_lanes(Softmax state) {
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-        const Softmax other = {shuffle_xor(state.top, lanes), shuffle_xor(state.mass, lanes),
-                               kEntropy ? shuffle_xor(state.gap, lanes) : 0.0f};
-        state = merge_softmax<kEntropy>(state, other);
-    }
-    // An fma rounds a + b and b + a differently, so partners may end an ulp apart: all take lane 0's result.
-    return {shuffle_first(state.top), shuffle_first(state.mass), kEntropy ? shuffle_first(state.gap) : 0.0f};
+    float top = state.top;
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) top = fmaxf(top, shuffle_xor(top, lanes));
+    move_top<kEntropy>(state, top);
+    return {top, sum_lanes(state.mass), kEntropy ? sum_lanes(state.gap) : 0.0f};
+}
+
+GFT_DEVICE uint4 letter_of(Softmax state) {
+    return {bits_of_float(state.top), bits_of_float(state.mass), bits_of_float(state.gap), 0};
+}
+
+GFT_DEVICE Softmax state_of(uint4 letter) {
+    return {float_of_bits(letter.x), float_of_bits(letter.y), float_of_bits(letter.z)};
 }
 
 // The block's state, in the lanes of warp 0 only. `warps` is read until the caller's next barrier.
@@ -137,7 +153,7 @@ GFT_DEVICE Softmax merge_warps(Softmax state, Softmax* warps) {
 template <class Number>
 GFT_DEVICE Number sum_block(Number value, Number* warps) {
     const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
+    value = sum_lanes(value);
     block_barrier();  // the previous sum has been read
     if (lane == 0) warps[warp] = value;
     block_barrier();

@@ -11,6 +11,7 @@
 namespace gft::cuda {
 
 constexpr int kTwoPassThreads = 1024;
+constexpr int kOnePassThreads = 512;
 constexpr int kLoads = 3;  // 16-byte loads a thread has under way: 48 KiB a multiprocessor; a fourth spills on sm_100
 
 struct TwoPassShared {
@@ -42,13 +43,14 @@ template <bool kEntropy, class T>
 GFT_DEVICE Softmax observe_row(const Part<T>& part, const View& view, TwoPassShared& shared) {
     Softmax state = empty_softmax();
     for_each_vector<false>(part, [&](int i, uint4 vector) {
+        if (!view.bent && i != target_vector(part)) return observe_vector<kEntropy>(state, vector, view.slope, T{});
         float logits[kWidth<T>];
         unpack(vector, logits, T{});
         observe_others<kEntropy>(state, logits, i == target_vector(part), target_lane(part), view);
     });
-    if (part.edge >= 0) {
-        float edge[1] = {part.edge_logit};
-        observe_others<kEntropy>(state, edge, part.edge == part.target, 0, view);
+    if (part.edge.element >= 0) {
+        float edge[1] = {part.edge.logit};
+        observe_others<kEntropy>(state, edge, part.edge.element == part.target, 0, view);
     }
     state = merge_warps<kEntropy>(state, shared.warps);
     if (thread_index() == 0) shared.row = state;
@@ -58,11 +60,15 @@ GFT_DEVICE Softmax observe_row(const Part<T>& part, const View& view, TwoPassSha
 
 template <bool kEntropy, class T>
 GFT_DEVICE void shade_row(const Part<T>& part, const Verdict& verdict, const View& view) {
-    for_each_vector<true>(part, [&](int i, uint4 vector) { shade_vector<kEntropy>(part, i, vector, verdict, view); });
+    for_each_vector<true>(part, [&](int i, uint4 vector) {
+        shade_vector<kEntropy>(part, i, vector, verdict, view);
+        if (i == target_vector(part)) write_target(part, verdict);
+    });
     shade_edge<kEntropy>(part, verdict, view);
 }
 
-// grid: a block a row, or fewer; threads: 1024.
+// grid: a block a row, or fewer; threads: 1024, or 512 without a gradient: then a row is read once, and two on each
+// multiprocessor keep it busy while one of them merges.
 template <class T, bool kEntropy>
 GFT_KERNEL(kTwoPassThreads, 1)
 two_pass_row(const RowTask task) {

@@ -1,4 +1,4 @@
-"""The command `gft`: train, plot, env, demo. Exit codes: exits.py."""
+"""The command `gft`: train, init, plot, env, demo. Exit codes: exits.py."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def _parser():
         help="fine-tune a causal language model",
         description="Any key of the configuration file can be overridden: --tau 0.5 --learning_rate 1e-5",
         allow_abbrev=False,
+        add_help=False,
     )
+    train.add_argument("-h", "--help", action=_TrainHelp, help="this, and every key of a configuration")
     train.add_argument("--config", help="YAML file; see docs/training.md")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     train.add_argument(
@@ -62,6 +64,12 @@ def _parser():
     train.add_argument("--ranks", type=int, help="processes to count with in a dry run (default: 1)")
     train.set_defaults(run=_train)
 
+    init = commands.add_parser("init", help="write a commented configuration for rows of your own")
+    init.add_argument("data", metavar="DATA", help="a .jsonl, .json or .parquet file of rows")
+    init.add_argument("--model", required=True, help="folder of the model to train, or its name on the hub")
+    init.add_argument("--out", default="gft.yaml", help="file to write (default: %(default)s)")
+    init.set_defaults(run=_init)
+
     plot = commands.add_parser("plot", help="draw reward, entropy, rectified fraction and gradient norm of a run")
     plot.add_argument("directory", metavar="RUN", help="the run's output_dir")
     plot.add_argument("--out", help="PNG to write (default: RUN/curves.png)")
@@ -70,12 +78,36 @@ def _parser():
     env = commands.add_parser("env", help="versions, and each backend: ready, or the reason not")
     env.set_defaults(run=_env)
 
-    demo = commands.add_parser("demo", help="train two small models from scratch on this machine, in a few minutes")
+    demo = commands.add_parser("demo", help="tune a real language model on this machine, in a few minutes")
     demo.add_argument("--out", default="runs/demo", help="directory for models, logs and plots (default: %(default)s)")
-    demo.add_argument("--data", help="full GSM8K: a directory with train.parquet, test.parquet and socratic/")
-    demo.add_argument("--only", choices=("digit-sum", "gsm8k"), help="one of the two trainings")
+    what = demo.add_mutually_exclusive_group()
+    what.add_argument(
+        "--quick", action="store_true", help="a model from scratch instead, a minute; as --only digit-sum"
+    )
+    what.add_argument(
+        "--only", choices=("json", "dates", "digit-sum", "gsm8k"), default="json",
+        help="what to learn: the first two of a pretrained model, the others from scratch (default: %(default)s)",
+    )  # fmt: skip
+    demo.add_argument(
+        "--model", help="json, dates: a folder, a GGUF file or a name, as of gft train (default: smollm2)"
+    )
+    demo.add_argument("--seed", type=int, help="json, dates: of rows' order and samples (default: 0)")
+    demo.add_argument("--data", help="gsm8k: the full set, a directory with train.parquet, test.parquet and socratic/")
     demo.set_defaults(run=_demo)
     return parser
+
+
+class _TrainHelp(argparse.Action):
+    """The flags, and every key of a configuration with its default; transformers is imported for those."""
+
+    def __init__(self, option_strings, dest, help=None):
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from gft_kernels.cli.keys import listing
+
+        print(f"{parser.format_help()}\nKeys, in the file `name: value`, or as flags. [default]\n\n{listing()}")
+        parser.exit()
 
 
 def _train(options):
@@ -85,6 +117,13 @@ def _train(options):
         raise ValueError("--ranks must be at least 1 and come with --dry-run; torchrun decides otherwise.")
     flags = (options.resume, options.dry_run, options.ranks, options.resume_anyway)
     return train(options.config, options.overrides, options.data, *flags)
+
+
+def _init(options):
+    from gft_kernels.cli.init import init
+
+    print(init(options.data, options.model, options.out))
+    return DONE
 
 
 def _plot(options):
@@ -97,11 +136,12 @@ def _plot(options):
 def _env(options):
     from gft_kernels.__main__ import main as report
 
-    return report()
+    return report([])
 
 
 def _demo(options):
     from gft_kernels.cli.demo import demo
 
-    demo(options.out, options.data, options.only)
+    part = "digit-sum" if options.quick else options.only
+    demo(options.out, part, **{name: getattr(options, name) for name in ("data", "model", "seed")})
     return DONE

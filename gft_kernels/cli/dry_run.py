@@ -9,8 +9,10 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from gft_kernels.cli import plan
+from gft_kernels.cli.activations import activation_memory
 from gft_kernels.cli.inputs import configuration, rows
 from gft_kernels.cli.settings import RunSettings
+from gft_kernels.data import pretrained
 from gft_kernels.data.rows import Limits, Rows
 from gft_kernels.trainer import GFTConfig
 from gft_kernels.trainer.config import described
@@ -26,8 +28,9 @@ def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
     config = configuration({**options, **on_cpu})
     records = rows(settings.data, settings.reader, "train")
     rewards = Rewards(settings.rewards or (), config.reward_weights)
-    tokenizer = local(AutoTokenizer, settings.tokenizer or settings.model)
-    own_config = local(AutoConfig, settings.model)
+    model = pretrained.located(settings.model)
+    tokenizer = local(AutoTokenizer, pretrained.located(settings.tokenizer) if settings.tokenizer else model)
+    own_config = local(AutoConfig, model)
     model_config = own_config or given_config(settings)
     limits, required = Limits.of(model_config), sorted(rewards.required_columns())
     kept = Rows(records, "train_dataset", tokenizer or Unread(), config, limits, required)
@@ -49,7 +52,9 @@ def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
         return "\n".join(lines)
     if own_config is None:
         lines.append(f"model        {settings.model} is not on disk: its numbers are those of {settings.model_config}")
-    return "\n".join(lines + memory_lines(config, plan.shape_of(model_config), found, longest))
+    shape = plan.shape_of(model_config)
+    activations = activation_memory(config, model_config, shape, found, longest)
+    return "\n".join(lines + memory_lines(config, shape, found, longest, activations))
 
 
 class Unread:
@@ -96,10 +101,15 @@ def batch_lines(config: GFTConfig, found: plan.Batches) -> list[str]:
     ]
 
 
-def memory_lines(config: GFTConfig, model: plan.Shape, found: plan.Batches, longest: int) -> list[str]:
+def memory_lines(
+    config: GFTConfig, model: plan.Shape, found: plan.Batches, longest: int, activations: float | None
+) -> list[str]:
     """Estimates in GiB for each rank; docs/training.md has the formulas."""
     other = plan.other_memory(config, model, found, longest)
-    lines = [f"memory       {model.parameters / 1e9:.2f} G parameters; GiB a rank, without activations:"]
+    if activations is not None:
+        other = {"activations of a micro-batch, every response at full length": activations, **other}
+    without = ", without activations" if activations is None else ""
+    lines = [f"memory       {model.parameters / 1e9:.2f} G parameters; GiB a rank{without}:"]
     for layout, parts in plan.weights_memory(config, model, found.ranks).items():
         each = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
         lines.append(f"  {layout:7} {sum(parts.values()) / GIB:8.2f}  {each}")

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from gft_kernels.cli.exits import one_line
 from gft_kernels.cli.settings import RunSettings
+from gft_kernels.data import pretrained
 from gft_kernels.data.fields import check_record
 from gft_kernels.trainer import GFTConfig, read_records
 from gft_kernels.trainer.rewards import find
@@ -37,6 +38,7 @@ def tokenizer_of(settings: RunSettings) -> Any:
     """The run's tokenizer. Raises ValueError where it is not, or where the model is a folder that is not."""
     named = {"model": settings.model, **({"tokenizer": settings.tokenizer} if settings.tokenizer else {})}
     for key, name in named.items():
+        name = pretrained.located(name)
         is_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
         if is_path and not Path(name).is_dir():
             raise ValueError(

@@ -98,7 +98,7 @@ def weights_memory(config: GFTConfig, model: Shape, ranks: int) -> dict[str, dic
 
 
 def other_memory(config: GFTConfig, model: Shape, plan: Batches, longest_prompt: int) -> dict[str, float]:
-    """Bytes on one rank beside weights, gradients and optimizer; activations inside the layers are not among them."""
+    """Bytes on one rank beside weights, gradients and optimizer, and beside what the layers keep (activations.py)."""
     rows = plan.rows_per_micro_batch * config.max_completion_length
     chunk = chunks.chunk_rows(rows, model.vocabulary, 4, "cuda")
     calls = min(config.generation_batch_size or plan.rollouts_per_rank, plan.rollouts_per_rank)

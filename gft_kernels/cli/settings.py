@@ -7,12 +7,13 @@ import difflib
 import re
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from gft_kernels.model.loss_options import option
 from gft_kernels.trainer import GFTConfig
 
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|(api|access|secret)_?key)$", re.IGNORECASE)
@@ -23,15 +24,15 @@ OF_THE_COMMAND = ("config", "resume", "resume_anyway", "dry_run", "ranks")
 class RunSettings:
     """What a run needs beside the training options: model, data, rewards."""
 
-    model: str
-    data: str
-    eval_data: str | None = None
-    tokenizer: str | None = None
-    model_config: str | None = None  # a config.json, for --dry-run where the model is not on this disk
-    reader: str | None = None  # dotted path of f(path) -> rows; None: .jsonl, .json or .parquet rows
-    eval_reader: str | None = None  # None: as reader
-    rewards: list[str] | None = None
-    rollout_fn: str | None = None  # dotted path of a rollout function
+    model: str = option(MISSING, "The model to train: a folder, or a name on the hub.", section="Run")
+    data: str = option(MISSING, "Training rows: a .jsonl, .json or .parquet file, or what `reader` takes.")
+    eval_data: str | None = option(None, "Held-out rows, evaluated before the first step and at the end.")
+    tokenizer: str | None = option(None, "The tokenizer's folder or name; null: the model's.")
+    model_config: str | None = option(None, "A config.json for --dry-run where the model is not on this disk.")
+    reader: str | None = option(None, "Dotted path of f(path) -> rows; null: rows as they lie in the file.")
+    eval_reader: str | None = option(None, "The same for eval_data; null: as reader.")
+    rewards: list[str] | None = option(None, "Reward functions: names of ready ones, or dotted paths.")  # noqa: RUF009
+    rollout_fn: str | None = option(None, "Dotted path of a function that samples in place of `generate`.")
 
 
 class Secret(str):

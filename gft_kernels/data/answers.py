@@ -1,7 +1,11 @@
-"""Verifiers of answers, usable as rewards: 1 for a completion whose answer is the column `answer`'s, else 0."""
+"""Verifiers of answers, usable as rewards: 1 for a completion whose answer is the column `answer`'s, else 0.
+
+The column may hold numbers, text or JSON; what is asked of a completion beside its answer differs.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from decimal import Decimal, InvalidOperation
@@ -24,6 +28,22 @@ def boxed_answer(prompts, completions, answer, **columns) -> list[float]:
     return [float(_same_answer(last_boxed(c), str(gold))) for c, gold in zip(completions, answer, strict=True)]
 
 
+def exact_answer(prompts, completions, answer, **columns) -> list[float]:
+    """1 where the completion is `answer` and nothing else, white space around it aside, else 0."""
+    return [float(text.strip() == str(gold).strip()) for text, gold in zip(completions, answer, strict=True)]
+
+
+def json_answer(prompts, completions, answer, **columns) -> list[float]:
+    """1 where the completion is one JSON value equal to `answer` and nothing else, fields in any order, else 0.
+
+    Types count: 34, 34.0 and "34" differ. `answer` is a value, or one as JSON text. Raises: ValueError for other text.
+    """
+    golds = [canonical(gold if isinstance(gold, str) else json.dumps(gold)) for gold in answer]
+    if None in golds:
+        raise ValueError(f"field `answer` must be JSON, got {answer[golds.index(None)]!r:.60}")
+    return [float(canonical(text) == gold) for text, gold in zip(completions, golds, strict=True)]
+
+
 def math_verify(prompts, completions, answer, **columns) -> list[float]:
     """1 where the library math-verify judges the completion equal to `answer`, else 0. Needs the extra `math`."""
     try:
@@ -44,6 +64,24 @@ def read_number(text: str) -> Decimal | None:
         return Decimal(numbers[-1].replace(",", "")) if numbers else None
     except InvalidOperation:
         return None
+
+
+def canonical(text: str) -> str | None:
+    """The one spelling of a JSON value, by which two texts of it are compared; None for what is none."""
+    try:
+        return json.dumps(json.loads(text, object_pairs_hook=_fields, parse_constant=_refused), sort_keys=True)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a field stands twice")
+    return found
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def last_boxed(text: str) -> str | None:

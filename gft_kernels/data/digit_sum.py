@@ -10,6 +10,8 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 
+from gft_kernels.data.readers import refuse_file
+
 ALPHABET = "$>0123456789+=;#.ACRSMI[],"
 DIGITS = 5
 STYLES = {"direct": 0.20, "left": 0.40, "right": 0.20, "odd-even": 0.09, "ends": 0.09, "bracket": 0.02}
@@ -108,8 +110,7 @@ def records(
 
 def read_rows(path: str | None = None, split: str = "train") -> list[dict]:
     """The reader for `gft train`: 256 rows to train on or 128 held out, made on the fly; there is no file to read."""
-    if path is not None:
-        raise ValueError(f"data must be 'sample' for digit sums, got {path!r}; the rows are made on the fly.")
+    refuse_file(path, "digit sums")
     return records(256) if split == "train" else records(128, seed=9)
 
 

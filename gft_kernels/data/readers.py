@@ -39,6 +39,12 @@ def read_records(path: str | Path) -> list[Record]:
     return records
 
 
+def refuse_file(path: str | Path | None, what: str) -> None:
+    """For readers of rows that are made on the fly. Raises ValueError where a file is named after all."""
+    if path is not None:
+        raise ValueError(f"data must be 'sample' for {what}, got {str(path)!r}; the rows are made on the fly.")
+
+
 def _record(fields: object, where: str) -> Record:
     if not isinstance(fields, dict):
         raise RowError(f"{where}: must be an object with fields, got {type(fields).__name__}.")

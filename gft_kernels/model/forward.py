@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gft_kernels import checks
 from gft_kernels.api import policy_loss
 from gft_kernels.model import head as heads
+from gft_kernels.model import shared_prompts
 from gft_kernels.model.columns import PER_CALL, Columns
 from gft_kernels.model.extra_terms import extra_terms
 from gft_kernels.model.guard import OWN_LOSS, PREFIX, Guard, brought
@@ -66,9 +67,10 @@ class PatchedForward:
         named = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(PREFIX)}
         named = {name.removeprefix(PREFIX): value for name, value in named.items() if value is not None}
         if kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None:
+            prompts = shared_prompts.taken(named)
             options = self.call_options(named)
             self.guard.taken(given)
-            return self.with_loss(kwargs, options)
+            return self.with_loss(kwargs, options, prompts)
         if named:
             name = PREFIX + next(iter(named))
             raise ValueError(f"labels must be given with {name}, got None; pass labels= to the model, and {OWN_LOSS}")
@@ -99,7 +101,7 @@ class PatchedForward:
             )
         return head
 
-    def with_loss(self, kwargs: dict[str, Any], options: dict[str, Any]):
+    def with_loss(self, kwargs: dict[str, Any], options: dict[str, Any], prompts: tuple[Tensor, Tensor] | None):
         """The model's own output with the loss in it, and no logits."""
         labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         options["num_items_in_batch"] = kwargs.pop("num_items_in_batch", None)
@@ -108,9 +110,13 @@ class PatchedForward:
         if as_dict is None:
             as_dict = getattr(self.model.config, "return_dict", True)
         kwargs["return_dict"] = True
-        if self.takes_use_cache:
-            kwargs.setdefault("use_cache", False)  # nothing is generated from a batch with labels
         keeps_logits = self.eval_logits and not self.model.training
+        dropped = {"loss"} if keeps_logits else {"loss", "logits"}
+        if prompts is not None:
+            kwargs = shared_prompts.behind_prompts(self.model, kwargs, *prompts)
+            dropped.add("past_key_values")  # the prompts', which nobody can go on from
+        elif self.takes_use_cache:
+            kwargs.setdefault("use_cache", False)  # nothing is generated from a batch with labels
         try:
             output, result = (self.from_logits if keeps_logits else self.in_head)(kwargs, columns)
         except LogitsNeededError as reason:
@@ -120,7 +126,7 @@ class PatchedForward:
         terms = extra_terms(self.model, output)
         if terms is not None:
             loss = loss + columns.share() * terms.to(loss.device)
-        output = finished(output, loss, stats, keeps_logits)
+        output = finished(output, loss, stats, dropped)
         return output if as_dict else output.to_tuple()
 
     def in_head(self, kwargs: dict[str, Any], columns: Columns):
@@ -187,9 +193,8 @@ class LogitsNeededError(Exception):
     """The loss cannot be computed inside the head; the message is the reason."""
 
 
-def finished(output: Any, loss: Tensor, stats: TokenStats | None, keeps_logits: bool) -> Any:
-    """The output's own class with the loss, without logits unless they are to be kept."""
-    dropped = ("loss",) if keeps_logits else ("loss", "logits")
+def finished(output: Any, loss: Tensor, stats: TokenStats | None, dropped: set[str]) -> Any:
+    """The output's own class with the loss, without the fields that are dropped."""
     fields = {name: value for name, value in output.items() if name not in dropped}
     if stats is None:
         return type(output)(loss=loss, **fields)
@@ -212,7 +217,8 @@ def signature(forward: Callable) -> inspect.Signature:
     own = list(inspect.signature(forward).parameters.values())
     rest = [own.pop()] if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD else []
     # Without annotations: those of some models cannot be copied or pickled.
-    added = [inspect.Parameter(PREFIX + name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _COLUMNS]
+    names = (*_COLUMNS, *shared_prompts.ARGUMENTS)
+    added = [inspect.Parameter(PREFIX + name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
     return inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in (*own, *added, *rest)])
 
 

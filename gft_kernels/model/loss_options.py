@@ -16,8 +16,9 @@ from gft_kernels.options import BACKENDS, NORMALIZE, RECTIFY
 MEAN_REDUCTIONS = ("token-mean", "sequence-mean")
 
 
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, section: str | None = None) -> Any:
+    """A field with its meaning; `section` begins one in the listing of a configuration's keys."""
+    return field(default=default, metadata={"help": text} | ({"section": section} if section else {}))
 
 
 def at_least(config: Any, low: int, *names: str) -> None:
@@ -32,7 +33,9 @@ def at_least(config: Any, low: int, *names: str) -> None:
 class TokenLossOptions:
     """The loss of a token, and where it is computed."""
 
-    tau: float | None = option(None, "gft: C(pi) = pi below tau, else 1 (F4; 0 is SFT, 1 DFT where A = 1); None: 0.7.")
+    tau: float | None = option(
+        None, "gft: C(pi) = pi below tau, else 1 (F4; 0 is SFT, 1 DFT where A = 1); None: 0.7.", section="Loss"
+    )
     backend: str = option("auto", "Loss backend: auto, reference, cpu, triton or cuda.")
     token_metrics: bool = option(True, "Log mean pi, entropy and rectified fraction (reads zero-advantage rows too).")
 
@@ -57,7 +60,11 @@ class TokenLossOptions:
 class GroupLossOptions(TokenLossOptions):
     """The same over groups of responses: what their rewards weigh, and what a step is the mean of."""
 
-    rectify: str | None = option(None, "gft: 'all' is the paper; 'positive': C only where A > 0; None: 'all'.")
+    NORMALIZATIONS: ClassVar[tuple[str, ...]] = NORMALIZE  # those that this trainer knows
+
+    rectify: str | None = option(
+        None, "gft: 'all' is the paper; 'positive': C only where A > 0; None: 'all'.", section="Loss"
+    )
     normalize: str | None = option(None, "F5: 'std', 'mean', 'leave-one-out'; None: std, dr_grpo's mean.")
     advantage_eps: float = option(1e-6, "F5: added to the standard deviation.")
     reduction: str | None = option(None, "'token-mean' or 'sequence-mean' over the step; None: the objective's.")
@@ -65,7 +72,7 @@ class GroupLossOptions(TokenLossOptions):
     def check_loss(self) -> None:
         super().check_loss()
         settle_means(self)
-        checks.one_of("normalize", self.normalize, NORMALIZE)
+        checks.one_of("normalize", self.normalize, self.NORMALIZATIONS)
         checks.not_negative("advantage_eps", self.advantage_eps, "the paper uses 1e-6")
         checks.one_of("reduction", self.reduction, MEAN_REDUCTIONS)
 

@@ -93,7 +93,18 @@ def is_batched(value: Tensor) -> bool:
     return functorch.is_functorch_wrapped_tensor(value) or functorch.is_legacy_batchedtensor(value)
 
 
+def may_overwrite(saved: Tensor, upstream: Tensor) -> bool:
+    """Whether a backward may scale what it saved where it lies, and hand that out: nobody will ask for it again.
+
+    Not while it is traced, nor captured as a CUDA graph, which is replayed at will; nor under torch.func, where one
+    saved tensor meets many upstream gradients.
+    """
+    if torch.compiler.is_compiling() or not type(saved) is type(upstream) is Tensor or is_batched(upstream):
+        return False
+    return graph_is_dropped() and not (saved.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def graph_is_dropped() -> bool:
-    """Whether the running backward frees its graph, so that what it saved may be handed out or overwritten."""
+    """Whether the running backward frees its graph."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps is not None and not keeps()

@@ -139,8 +139,7 @@ def _recomputed(ctx, upstream: Tensor) -> list[Tensor | None]:
 
 def _finish(gradient: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """gradient·factor in float32, rounded once to an input's dtype, in its shape."""
-    mine = type(gradient) is Tensor and not derivatives.is_batched(factor) and derivatives.graph_is_dropped()
-    if mine and gradient.dtype == dtype:
+    if gradient.dtype == dtype and derivatives.may_overwrite(gradient, factor):
         if factor.device.type != "cpu" or float(factor) != 1.0:  # a GPU is not asked: that would wait for it
             gradient.mul_(factor)
         return gradient.view(shape)

@@ -4,13 +4,14 @@ Two operators share one schema, derived from the fields of `Credit`, `Objective`
 the gradient beside the loss; `gft::row_loss_` writes it where the logits were. A torch.compile graph sees each as one
 node.
 
-Backward is one multiplication by the upstream gradient. Out of place it leaves the saved gradient as it was, so a
-retained graph can be walked again; in place it scales the storage itself, and a second walk is refused.
+Backward is one multiplication by the upstream gradient, where the gradient lies, and none where that is 1. A graph that
+is kept has its saved gradient left as it was, so that it can be walked again; in place there is only the logits'
+storage, and a second walk is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -30,17 +31,15 @@ SCHEMA_TYPES = {
     "bool": "bool",
 }
 GIVEN = "given_"  # before the names of the fields of an objective's second rule
-
-
-def _shared() -> Iterator[tuple[str, str]]:
-    """Names and types of what every loss's operator takes: a credit's fields, an objective's, its second rule's."""
-    for part, prefix in ((Credit, ""), (Objective, ""), (Rule, GIVEN)):
-        for field in fields(part):
-            if field.name != "given":
-                yield prefix + field.name, SCHEMA_TYPES[str(field.type)]
-
-
-SHARED = dict(_shared())
+_OF_CREDIT, _OF_OBJECTIVE, _OF_RULE = (
+    tuple(field.name for field in fields(part) if field.name != "given") for part in (Credit, Objective, Rule)
+)
+SHARED = {  # of every loss's operator: the fields of its Credit, those of its Objective, those of the second rule
+    prefix + field.name: SCHEMA_TYPES[str(field.type)]
+    for part, prefix in ((Credit, ""), (Objective, ""), (Rule, GIVEN))
+    for field in fields(part)
+    if field.name != "given"
+}
 _OPTIONS = {
     f.name: SCHEMA_TYPES[str(f.type)] for f in fields(RowCall) if f.name not in ("logits_STV", "credit", "objective")
 }
@@ -51,12 +50,13 @@ _PER_ROW = "Tensor loss, Tensor log_probs, Tensor coefficients, Tensor advantage
 def row_loss(call: RowCall, backend: str) -> RowResult:
     """Run a call through its operator; the loss carries the gradient if `call.want_gradient`."""
     derivatives.refuse_others(call.logits_STV)
-    arguments = _pack(call, backend)
     if call.want_gradient and call.inplace:
-        outputs = _InPlace.apply(call.logits_STV, *arguments)
-        return _result(call, outputs, gradient=None)
-    *outputs, _gradient = torch.ops.gft.row_loss(call.logits_STV, *arguments)
-    return _result(call, outputs, gradient=None)
+        outputs = _InPlace.apply(call.logits_STV, *_pack(call, backend))
+    elif call.want_gradient and not torch.compiler.is_compiling():
+        outputs = _OutOfPlace.apply(call.logits_STV, call, backend)
+    else:
+        *outputs, _gradient = torch.ops.gft.row_loss(call.logits_STV, *_pack(call, backend))
+    return _result(call, outputs)
 
 
 def _pack(call: RowCall, backend: str) -> tuple:
@@ -66,31 +66,26 @@ def _pack(call: RowCall, backend: str) -> tuple:
 
 def pack_shared(credit: Credit, objective: Objective) -> list:
     """What calls of every loss share, as an operator's arguments; `unpack_shared` is the way back."""
-    given = {GIVEN + name: value for name, value in vars(objective.given).items()}
-    values = {**vars(credit), **vars(objective), **given}
-    return [values[name] for name in SHARED]
+    parts = (credit, _OF_CREDIT), (objective, _OF_OBJECTIVE), (objective.given, _OF_RULE)
+    return [getattr(part, name) for part, names in parts for name in names]
 
 
 def unpack_shared(arguments: Sequence) -> dict[str, Any]:
     """`credit` and `objective` of a call, from `pack_shared`."""
-    given = dict(zip(SHARED, arguments, strict=True))
-    rule = Rule(**{field.name: given[GIVEN + field.name] for field in fields(Rule)})
-    of_all = {field.name: given[field.name] for field in fields(Objective) if field.name != "given"}
-    return {
-        "credit": Credit(**{field.name: given[field.name] for field in fields(Credit)}),
-        "objective": Objective(**of_all, given=rule),
-    }
+    at, rule_at = len(_OF_CREDIT), len(_OF_CREDIT) + len(_OF_OBJECTIVE)
+    of_all = dict(zip(_OF_OBJECTIVE, arguments[at:rule_at], strict=True))
+    return {"credit": Credit(*arguments[:at]), "objective": Objective(**of_all, given=Rule(*arguments[rule_at:]))}
 
 
 def _unpack(logits: Tensor, arguments: tuple) -> tuple[RowCall, str]:
     *packed, backend = arguments
     options = dict(zip(_OPTIONS, packed[len(SHARED) :], strict=True))
-    return RowCall(logits_STV=logits, **unpack_shared(packed[: len(SHARED)]), **options), backend
+    return RowCall(logits, **unpack_shared(packed[: len(SHARED)]), **options), backend
 
 
-def _result(call: RowCall, outputs: tuple, gradient: Tensor | None) -> RowResult:
+def _result(call: RowCall, outputs: Sequence[Tensor]) -> RowResult:
     loss, log_probs, coefficients, advantages, _row_scale, entropy = outputs
-    return RowResult(loss, log_probs, coefficients, advantages, gradient, None, entropy if call.want_entropy else None)
+    return RowResult(loss, log_probs, coefficients, advantages, entropy_R=entropy if call.want_entropy else None)
 
 
 def _compute(logits: Tensor, arguments: tuple) -> tuple[RowResult, tuple[Tensor, ...]]:
@@ -144,27 +139,39 @@ def _fake(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    _loss, *others, row_scale, _entropy, gradient = output
-    ctx.mark_non_differentiable(*others, row_scale, _entropy, gradient)
+    logits, *arguments = inputs
+    *per_row, gradient = output
+    ctx.mark_non_differentiable(gradient)
+    _keep(ctx, logits, arguments, per_row, gradient)
+
+
+def _keep(ctx, logits: Tensor, arguments: Sequence, per_row: Sequence[Tensor], gradient: Tensor) -> None:
+    """What a backward needs of a forward; the last argument is the backend."""
+    _loss, *others, row_scale, _entropy = per_row
+    ctx.mark_non_differentiable(*others, row_scale, _entropy)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(gradient, row_scale)
-    derivatives.keep_path(ctx, inputs[0])
-    ctx.backend, ctx.arguments = inputs[-1], len(inputs) - 1
+    derivatives.keep_path(ctx, logits)
+    ctx.backend, ctx.nothing = arguments[-1], (None,) * len(arguments)
 
 
 @derivatives.first_only
 def _backward(ctx, upstream: Tensor | None, *_non_differentiable) -> tuple:
-    nothing = (None,) * ctx.arguments
     if upstream is None:
-        return None, *nothing
-    gradient, row_scale = ctx.saved_tensors
-    if not row_scale.numel() and derivatives.graph_is_dropped() and _is_one(upstream):
-        return gradient.detach(), *nothing
-    return torch.ops.gft.scale(gradient, row_scale, upstream, ctx.backend), *nothing
+        return None, *ctx.nothing
+    return torch.ops.gft.scale(*ctx.saved_tensors, upstream, ctx.backend), *ctx.nothing
+
+
+def _scaled_itself(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str) -> Tensor:
+    """The gradient, scaled where it lies; at factor 1 nothing is touched."""
+    if row_scale.numel() or not _is_one(upstream):
+        torch.ops.gft.scale_(gradient, row_scale, upstream, backend)
+    return gradient.detach()
 
 
 def _is_one(upstream: Tensor) -> bool:
-    """Whether scaling can be left out, where looking is free: an untraced scalar on the CPU."""
+    """Whether scaling can be left out, where looking is free: an untraced scalar on the CPU. Kernels look for
+    themselves."""
     if torch.compiler.is_compiling() or type(upstream) is not Tensor or derivatives.is_batched(upstream):
         return False
     return upstream.device.type == "cpu" and upstream.dim() == 0 and float(upstream) == 1.0
@@ -186,27 +193,46 @@ def _scale_with(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: 
     return module.scale(gradient, row_scale if row_scale.numel() else None, upstream.contiguous(), inplace)
 
 
+class _OutOfPlace(torch.autograd.Function):
+    """`gft::row_loss` for calls that are not traced. Nobody but this graph ever holds the gradient: what walks it last
+    scales it where it lies.
+
+    It spares a small call half of its time too: torch's way from an operator to the backward it is registered with
+    fetches the whole schema once for each argument.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, call, backend):
+        *per_row, gradient = torch.ops.gft.row_loss(logits, *_pack(call, backend))
+        _keep(ctx, logits, (call, backend), per_row, gradient)
+        return tuple(per_row)
+
+    @staticmethod
+    @derivatives.first_only
+    def backward(ctx, upstream, *_non_differentiable):
+        if upstream is None:
+            return None, *ctx.nothing
+        gradient, row_scale = ctx.saved_tensors
+        last = derivatives.may_overwrite(gradient, upstream)
+        scale = _scaled_itself if last else torch.ops.gft.scale
+        return scale(gradient, row_scale, upstream, ctx.backend), *ctx.nothing
+
+
 class _InPlace(torch.autograd.Function):
     """`gft::row_loss_` with the logits' storage as the saved gradient (a mutating operator cannot carry autograd)."""
 
     @staticmethod
     def forward(ctx, logits, *arguments):
-        derivatives.keep_path(ctx, logits)
-        outputs = torch.ops.gft.row_loss_(logits, *arguments)
-        _loss, *others, row_scale, _entropy = outputs
-        ctx.mark_non_differentiable(*others, row_scale, _entropy)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, row_scale)
-        ctx.backend, ctx.arguments = arguments[-1], len(arguments)
+        per_row = _overwrite(logits, *arguments)
+        _keep(ctx, logits, arguments, per_row, logits)
         ctx.spent = False
-        return outputs
+        return per_row
 
     @staticmethod
     @derivatives.first_only
     def backward(ctx, upstream, *_non_differentiable):
-        nothing = (None,) * ctx.arguments
         if upstream is None:
-            return None, *nothing
+            return None, *ctx.nothing
         if ctx.spent:
             raise RuntimeError(
                 "inplace must be False for a graph walked backward more than once, got a second backward; "
@@ -214,9 +240,16 @@ class _InPlace(torch.autograd.Function):
             )
         ctx.spent = True
         gradient, row_scale = ctx.saved_tensors
-        if row_scale.numel() or not _is_one(upstream):
-            torch.ops.gft.scale_(gradient, row_scale, upstream, ctx.backend)
-        return gradient.detach(), *nothing
+        return _scaled_itself(gradient, row_scale, upstream, ctx.backend), *ctx.nothing
+
+
+def _overwrite(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
+    """`gft::row_loss_`. Untraced, the logits' new version is counted here, for the reason `_OutOfPlace` gives."""
+    if torch.compiler.is_compiling():
+        return torch.ops.gft.row_loss_(logits, *arguments)
+    torch.autograd.graph.increment_version(logits)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return torch.ops.gft.row_loss_(logits, *arguments)
 
 
 _FUNCTIONAL = torch.library.custom_op(

@@ -26,7 +26,14 @@ def say(text: str, file=None, write=print) -> None:
 
 
 class RunLog(TrainerCallback):
-    """Appends every log line of the Trainer to metrics.jsonl in the output directory; `gft plot` reads it."""
+    """Appends every log line of the Trainer to metrics.jsonl in the output directory; `gft plot` reads it.
+
+    A run that does not say how often it logs has ten lines at least, if it has ten steps.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if getattr(args, "few_log_lines", False):
+            state.logging_steps = max(1, min(int(args.logging_steps), state.max_steps // 10))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
@@ -47,8 +54,10 @@ LINE = {
     "rectified": "rectified",
     "entropy": "entropy",
     "grad_norm": "gradient",
-    "tokens_per_second": "tokens/s",
+    "tokens_per_second/sampling": "sampled/s",
+    "tokens_per_second/training": "trained/s",
     "eval_reward": "held-out reward",
+    "eval_reward_greedy": "greedy",
     "eval_expert_log_likelihood": "held-out expert log-likelihood",
 }
 

@@ -1,14 +1,8 @@
-"""Checkpoints to rely on: a manifest, written last, of all files of one, and the newest checkpoint that is whole.
-
-A file's mark is the hash of its bytes, or for a large file of 16 blocks spread over it: that shows a file that was cut,
-emptied or exchanged, at a cost that does not grow with the model.
-"""
+"""Checkpoints to rely on: a manifest, written last, of all files of one, and the newest checkpoint that is whole."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import zipfile
 from pathlib import Path
 
@@ -16,8 +10,9 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
-MANIFEST, STATE = "manifest.json", "trainer_state.json"
-BLOCK, BLOCKS = 1 << 20, 16
+from gft_kernels.data.manifests import MANIFEST, differs, files_of, read_manifest, write_manifest
+
+STATE = "trainer_state.json"
 # Under which names Trainer, FSDP and DeepSpeed (global_step*) write each part.
 WEIGHTS = ("model*.safetensors", "pytorch_model*", "adapter_model*", "global_step*")
 PROGRESS = {"optimizer": ("optimizer*", "global_step*"), "scheduler": ("scheduler.pt", "global_step*")}
@@ -33,35 +28,7 @@ class Manifests(TrainerCallback):
         PartialState().wait_for_everyone()
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if args.should_save and checkpoint.is_dir():
-            write_manifest(checkpoint, self.run)
-
-
-def write_manifest(checkpoint: Path, run: dict | None = None) -> None:
-    """Size and mark of every file in a checkpoint, and what is to be known of its run; the file appears whole."""
-    files = {str(path.relative_to(checkpoint)): [path.stat().st_size, mark(path)] for path in files_of(checkpoint)}
-    unfinished = checkpoint / f".{MANIFEST}"
-    unfinished.write_text(json.dumps({"files": files, "run": run}, indent=1), encoding="utf-8")
-    os.replace(unfinished, checkpoint / MANIFEST)
-
-
-def read_manifest(checkpoint: Path) -> dict | None:
-    """What `write_manifest` wrote, or None where it did not. Raises ValueError if it cannot be read."""
-    path = checkpoint / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def files_of(checkpoint: Path) -> list[Path]:
-    return sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name not in (MANIFEST, f".{MANIFEST}"))
-
-
-def mark(path: Path) -> str:
-    size, found = path.stat().st_size, hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        for i in range(BLOCKS):
-            if size > BLOCK * BLOCKS:
-                file.seek((size - BLOCK) * i // (BLOCKS - 1))
-            found.update(file.read(BLOCK))
-    return found.hexdigest()
+            write_manifest(checkpoint, run=self.run)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -97,18 +64,6 @@ def fault_of(checkpoint: Path, world_size: int = 1, weights_suffice: bool = Fals
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} cannot be read"
     return fault or missing_part(checkpoint, world_size, weights_suffice)
-
-
-def differs(checkpoint: Path, files: dict[str, list]) -> str | None:
-    for name, (size, expected) in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if mark(path) != expected:
-            return f"{name} is not the file that was saved"
-    return None
 
 
 def missing_part(checkpoint: Path, world_size: int, weights_suffice: bool) -> str | None:

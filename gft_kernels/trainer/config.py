@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from gft_kernels import checks
 from gft_kernels.model.loss_options import GroupLossOptions, at_least, option, settle_means
 from gft_kernels.objectives import PRESETS, RECTIFIES, objective_of
-from gft_kernels.options import SINGLETON
+from gft_kernels.options import NORMALIZE, SINGLETON, SPLIT
 
 OLDEST = "5.6"
 if Version(transformers.__version__) < Version(OLDEST):
@@ -33,9 +33,9 @@ POSITIVE, NOT_NEGATIVE = lambda x: 0 < x < math.inf, lambda x: 0 <= x < math.inf
 NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("temperature", "repetition_penalty"), (POSITIVE, "be positive and finite")),
     "given_weight": (NOT_NEGATIVE, "be 0 or positive and finite"),
-    "eval_temperature": (NOT_NEGATIVE, "be 0 (greedy) or positive and finite"),
     "top_p": (lambda x: 0 < x <= 1, "lie above 0 and at most at 1"),
     "min_p": (lambda x: 0 <= x <= 1, "lie in [0, 1]"),
+    "imitation": (NOT_NEGATIVE, "be 0 or positive and finite"),
     "vllm_memory": (lambda x: 0 < x < 1, "lie between 0 and 1"),
     # What TrainingArguments leaves to the optimizer, or to nobody.
     **dict.fromkeys(
@@ -53,6 +53,7 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 SHAPES = ("gamma", "gate_positive", "gate_negative", "entropy_power")
 CHOSEN = ("tau", "rectify", "clip_low", "clip_high", "delta", *SHAPES)  # options that only some objectives take
+LOGGING_STEPS = 10  # that a long run has between its log lines
 CLIP = 0.2  # PPO's range, in which to count the ratios of an objective that does not clip
 
 
@@ -61,24 +62,28 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     """How groups are built, sampled and weighted; every other option is transformers.TrainingArguments'.
 
     `per_device_train_batch_size` counts prompts, each with its whole group of responses; the gradient of a step
-    depends on the prompts of the step only, not on how they are cut into micro-batches.
+    depends on the prompts of the step only, not on how they are cut into micro-batches. Within a micro-batch a group's
+    prompt is computed once where `share_prompts` allows it and the model can.
 
     Raises: ValueError, TypeError, one sentence, for a value out of range or two options that contradict each other.
     Source: docs/training.md.
     """
 
     rectifies: ClassVar[Sequence[str]] = RECTIFIES
+    NORMALIZATIONS: ClassVar[tuple[str, ...]] = (*NORMALIZE, SPLIT)
 
-    # The group of a prompt
-    num_demonstrations: int = option(4, "Demonstrations taken from each row: the expert's first, then teachers'.")
+    num_demonstrations: int = option(
+        4, "Demonstrations taken from each row: the expert's first, then teachers'.", section="Groups"
+    )
     num_generations: int = option(4, "Responses sampled from the current policy for each prompt.")
     advantages: str = option("group", "'group': F5 from the rewards; 'ones': A = 1, so tau 0 is SFT and tau 1 is DFT.")
     reward_weights: list[float] | None = option(None, "One weight per reward function; None: all 1.")  # noqa: RUF009
     overlong: str = option("error", "Rows beyond a length limit below: 'error', 'drop', or 'truncate' responses.")
     max_prompt_length: int | None = option(None, "Longest prompt allowed, in tokens; None: the model's context.")
 
-    # Sampling, and the one temperature of sampling and loss alike
-    max_completion_length: int = option(256, "Longest response, in tokens; demonstrations must fit too.")
+    max_completion_length: int = option(
+        256, "Longest response, in tokens; demonstrations must fit too.", section="Sampling"
+    )
     temperature: float = option(1.0, "Divides the logits when sampling and in the loss.")
     top_p: float = option(1.0, "Samples come from the likeliest tokens that together have this probability.")
     top_k: int = option(0, "Samples come from this many likeliest tokens; 0: all.")
@@ -93,10 +98,9 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     rollout_order: str = option("groups", "'paper': a rollout's first steps take all samples, its last the given ones.")
     skip_special_tokens: bool = option(False, "Leave special tokens out of the text that reward functions read.")
     eval_num_generations: int = option(1, "Responses per prompt in evaluation.")
-    eval_temperature: float = option(0.0, "Temperature in evaluation; 0: greedy.")
+    eval_temperature: float | list[float] = option(0.0, "Temperature in evaluation, or several; 0: greedy.")  # noqa: RUF009
 
-    # The loss
-    objective: str = option("gft", "'gft', 'sft', 'dapo', 'cispo' or another of docs/objectives.md.")
+    objective: str = option("gft", "'gft', 'sft', 'dapo', 'cispo' or another of docs/objectives.md.", section="Loss")
     given_objective: str | None = option(None, "That of demonstrations, where it is another: 'luffy', 'chord', ...")
     given_weight: float = option(1.0, "What a demonstration's token weighs, a sample's being 1.")
     clip_low: float | None = option(None, "grpo and its kin: ratios below 1 - this are clipped; cispo: held there.")
@@ -109,24 +113,35 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     beta: float = option(0.0, "Weight of the KL to the starting weights; above 0 a frozen copy of them is kept.")
     kl_cap: float | None = option(None, "With beta: beyond this log(pi_start / pi), in nats, the penalty is linear.")
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
-    singleton: str = option("reward", "A of a group of one: 'reward' or 'zero'.")
+    singleton: str = option("reward", "A of a group of one, with 'split' of one sample: 'reward' or 'zero'.")
+    imitation: float = option(1.0, "normalize 'split': weight of the demonstrations against the samples.")
+    share_prompts: bool | str = option(
+        "auto", "A group's prompt computed once: True, False; auto: where it can and pays."
+    )
 
-    # What is logged
-    log_kl: bool = option(False, "Log the KL to the starting weights; keeps a frozen copy of them.")
+    log_kl: bool = option(False, "Log the KL to the starting weights; keeps a frozen copy of them.", section="Logging")
     log_completions_steps: int = option(50, "Print one group and append it to completions.jsonl every N steps; 0: off.")
 
-    # TrainingArguments with another default
-    learning_rate: float = option(1e-6, "Peak learning rate (the paper's).")
-    logging_steps: float = option(10, "Optimizer steps between log lines.")
+    learning_rate: float = option(1e-6, "Peak learning rate (the paper's).", section="Training")
+    logging_steps: float | None = option(None, "Steps between log lines; None: 10, fewer in a short run.")  # type: ignore[assignment]
     remove_unused_columns: bool = option(False, "Must stay False: reward functions need the other columns.")
     dataloader_pin_memory: bool = option(False, "Rows are text until the groups are built: nothing to pin.")
 
     def __post_init__(self):
         check_groups(self)
         check_numbers(self)
+        check_eval_temperatures(self)
         settle(self)
         check_training_arguments(self)
+        self.few_log_lines = self.logging_steps is None
+        self.logging_steps = LOGGING_STEPS if self.logging_steps is None else self.logging_steps
         super().__post_init__()
+
+    @property
+    def eval_temperatures(self) -> list[float]:
+        """Those of evaluation, the one first whose metrics have no name behind theirs."""
+        given = self.eval_temperature
+        return given if isinstance(given, list) else [given]
 
 
 def check_groups(config: GFTConfig) -> None:
@@ -135,10 +150,16 @@ def check_groups(config: GFTConfig) -> None:
     at_least(config, 1, *(n for n in ("max_prompt_length", "generation_batch_size") if getattr(config, n) is not None))
     for name, choices in CHOICES.items():
         checks.one_of(name, getattr(config, name), choices)
+    if not isinstance(config.share_prompts, bool) and config.share_prompts != "auto":
+        raise ValueError(f"share_prompts must be True, False or 'auto', got {config.share_prompts!r}.")
     if config.advantages == "ones" and config.num_generations:
         raise ValueError(
             f"num_generations must be 0 when advantages is 'ones', got {config.num_generations}; "
             "imitating the policy's own samples teaches nothing."
+        )
+    if config.imitation != 1.0 and config.normalize != SPLIT:
+        raise ValueError(
+            f"imitation must be 1.0 without normalize 'split', got {config.imitation!r}; nothing else weighs by it."
         )
     if config.rollout_order == "paper" and config.steps_per_rollout == 1:
         raise ValueError(
@@ -154,10 +175,20 @@ def check_groups(config: GFTConfig) -> None:
 def check_numbers(config: GFTConfig) -> None:
     for name, (holds, condition) in NUMBERS.items():
         value = getattr(config, name)
-        if value is None and name not in GFTConfig.__annotations__:
-            continue  # transformers' own default
+        if value is None and (name == "logging_steps" or name not in GFTConfig.__annotations__):
+            continue  # what short runs have, or transformers' own default
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
             raise ValueError(f"{name} must {condition}, got {value!r}.")
+
+
+def check_eval_temperatures(config: GFTConfig) -> None:
+    given = config.eval_temperatures
+    numbers = all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t < math.inf for t in given)
+    if not given or not numbers or len(set(given)) < len(given):
+        raise ValueError(
+            "eval_temperature must be 0 (greedy) or positive and finite, or a list of such numbers, each once, "
+            f"got {config.eval_temperature!r}."
+        )
 
 
 def check_training_arguments(config: GFTConfig) -> None:

@@ -40,9 +40,10 @@ class Rollout:
     `spent`: the tokens sampled on this rank so far, and the seconds it took.
     """
 
-    def __init__(self, config: GFTConfig, model, given: Callable | None, tokenizer):
+    def __init__(self, config: GFTConfig, model, given: Callable | None, tokenizer, share_prompts: bool = False):
         self.engine = engine_of(config, model, given)
-        self.shape = {name: getattr(config, name) for name in SHAPING} | {"tokenizer": tokenizer}
+        self.shape = {name: getattr(config, name) for name in SHAPING}
+        self.shape |= {"tokenizer": tokenizer, "share_prompts": share_prompts}
         self.shape["stop_strings"] = tuple(config.stop_strings or ())
         self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self.spent = (0, 0.0)

@@ -1,6 +1,7 @@
 """Hybrid groups: given responses and samples of the policy, rewarded, weighted against each other, made tensors.
 
-Sizes: S responses of a micro-batch, L tokens of the longest prompt and response, T positions the loss reads.
+Sizes: S responses of a micro-batch, L tokens of the longest prompt and response, T positions the loss reads, R tokens
+of the longest response.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from gft_kernels.advantages import group_advantages
 from gft_kernels.data.rows import Response, Row, Rows
 from gft_kernels.data.text import decode
+from gft_kernels.model.shared_prompts import layout
 from gft_kernels.objectives import PRESETS
+from gft_kernels.options import SPLIT
 from gft_kernels.trainer.config import GFTConfig, tells_given
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import Sampling, forward_is_collective, seeded
@@ -95,22 +99,28 @@ class GroupBuilder:
 def weigh(groups: Sequence[Group], config: GFTConfig) -> None:
     """F5 within each group."""
     responses = [r for g in groups for r in g.responses]
+    split: dict[str, Any] = {}
+    if config.normalize == SPLIT:
+        given_S = torch.tensor([r.source != "sampled" for r in responses], dtype=torch.bool)
+        split = {"given": given_S, "imitation": config.imitation}
     advantages_S = group_advantages(
         torch.tensor([r.reward for r in responses], dtype=torch.float64),
         group_ids=torch.tensor([i for i, g in enumerate(groups) for _ in g.responses], dtype=torch.int64),
         normalize=str(config.normalize),
         eps=config.advantage_eps,
         singleton=config.singleton,
+        **split,
     )
     for response, advantage in zip(responses, advantages_S.tolist(), strict=True):
         response.advantage = advantage
 
 
-def collate(groups: Sequence[Group], pad_id: int) -> dict[str, Tensor]:
-    """Tensors of one micro-batch of whole groups, right-padded, so that positions count from 0 in every row.
+def collate(groups: Sequence[Group], pad_id: int, shares: bool = False) -> dict[str, Tensor]:
+    """Tensors of one micro-batch of groups, right-padded, so that positions count from 0 in every row.
 
     input_ids, attention_mask (S, L); targets (S, T), aligned with the last T + 1 logits but the very last: position
     t predicts targets[:, t], IGNORE on prompt and padding; advantages (S,) float32; sources (S,) index SOURCES.
+    With `shares`, each prompt once: the tensors of shared_prompts.layout, and targets (S, R) of the responses alone.
     Groups without responses give one row without a target: its loss is 0, and every rank has a forward to take.
     Raises: ValueError for a prompt of no tokens.
     """
@@ -119,14 +129,13 @@ def collate(groups: Sequence[Group], pad_id: int) -> dict[str, Tensor]:
         return collate_nothing(pad_id)
     if not all(prompt for prompt, _ in pairs):
         raise ValueError("every prompt must have at least one token, got one of none; nothing predicts its response.")
-    # The first position any row's loss reads is its last prompt token's.
-    first = min(len(prompt) for prompt, _ in pairs) - 1
-    texts = [torch.tensor([*prompt, *r.ids]) for prompt, r in pairs]
-    behind = [torch.tensor([IGNORE] * (len(prompt) - 1 - first) + r.ids) for prompt, r in pairs]
+    if shares:
+        texts, targets_ST = layout([(g.row.prompt_ids, [r.ids for r in g.responses]) for g in groups], pad_id)
+    else:
+        texts, targets_ST = whole_rows([(prompt, r.ids) for prompt, r in pairs], pad_id)
     return {
-        "input_ids": pad_sequence(texts, True, pad_id),
-        "attention_mask": pad_sequence([torch.ones_like(text) for text in texts], True),
-        "targets": pad_sequence(behind, True, IGNORE),
+        **texts,
+        "targets": targets_ST,
         "advantages": torch.tensor([r.advantage for _, r in pairs], dtype=torch.float32),
         "sources": torch.tensor([SOURCES.index(r.source) for _, r in pairs]),
     }
@@ -144,6 +153,16 @@ def row_options(inputs: dict[str, Tensor], config: GFTConfig) -> dict[str, Tenso
     if config.given_weight != 1.0:
         found["gft_weights"] = torch.where(given_S, config.given_weight, 1.0)
     return found
+
+
+def whole_rows(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Prompts with their responses as (input_ids and attention_mask (S, L), targets (S, T))."""
+    # The first position any row's loss reads is its last prompt token's.
+    first = min(len(prompt) for prompt, _ in pairs) - 1
+    texts = [torch.tensor([*prompt, *ids]) for prompt, ids in pairs]
+    behind = [torch.tensor([IGNORE] * (len(prompt) - 1 - first) + [*ids]) for prompt, ids in pairs]
+    mask = pad_sequence([torch.ones_like(text) for text in texts], True)
+    return {"input_ids": pad_sequence(texts, True, pad_id), "attention_mask": mask}, pad_sequence(behind, True, IGNORE)
 
 
 def collate_nothing(pad_id: int) -> dict[str, Tensor]:
@@ -179,6 +198,11 @@ def check_sources(args: GFTConfig, rows: Rows, rewards: Rewards) -> None:
             raise ValueError(
                 f"num_generations must be 0 where rows bring `responses` and `rewards`, got {args.num_generations}; "
                 "nothing says that samples would be rewarded alike."
+            )
+        if args.normalize == SPLIT:
+            raise ValueError(
+                "normalize must not be 'split' where rows bring `responses`, got 'split'; "
+                "nothing says which of them the policy sampled."
             )
         return
     if args.num_demonstrations + args.num_generations == 0:

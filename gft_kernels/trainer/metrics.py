@@ -195,24 +195,44 @@ def applicable(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def heldout_summary(names: Sequence[str]):
-    """compute_metrics for evaluation: from a line per row (GFTTrainer.prediction_step) to named means."""
+def heldout_summary(names: Sequence[str], temperatures: Sequence[float] = (0.0,)):
+    """compute_metrics for evaluation: from a line per row (GFTTrainer.prediction_step) to named means.
+
+    The metrics of every temperature but the first have it behind their names: "reward_greedy", "reward_at_0.7".
+    """
 
     def summarise(prediction) -> dict[str, float]:
-        lines = np.asarray(prediction.predictions, dtype=np.float64)
-        log_prob, tokens, truncated, length, reward, *parts, rewarded = lines.T
-        summary = {"truncated": truncated.mean(), "completion_length": length.mean()}
+        (log_prob, tokens), *sampled = np.split(
+            np.asarray(prediction.predictions, dtype=np.float64).T, heldout_places(len(names), len(temperatures))
+        )
+        summary = {}
         if tokens.sum() > 0:
             summary["expert_log_likelihood"] = log_prob.sum() / tokens.sum()
             summary["loss"] = -summary["expert_log_likelihood"]
-        if rewarded.sum() > 0:
-            summary["reward"] = np.nansum(reward * rewarded) / rewarded.sum()
-        for name, total, count in zip(names, parts[::2], parts[1::2], strict=True) if len(names) > 1 else ():
-            if count.sum() > 0:  # over the responses it applies to
-                summary[f"reward_{name}"] = total.sum() / count.sum()
+        for place, (temperature, columns) in enumerate(zip(temperatures, sampled, strict=True)):
+            behind = "" if place == 0 else f"_at_{temperature:g}" if temperature else "_greedy"
+            summary |= {name + behind: value for name, value in sampled_summary(names, columns).items()}
         return {name: float(value) for name, value in summary.items()}
 
     return summarise
+
+
+def heldout_places(functions: int, temperatures: int) -> list[int]:
+    """Where in a row's line the numbers of each temperature begin, behind the two of the expert."""
+    width = 4 + 2 * functions
+    return [2 + width * i for i in range(temperatures)]
+
+
+def sampled_summary(names: Sequence[str], columns: np.ndarray) -> dict[str, float]:
+    """Named means of the responses of one temperature; columns: of `heldout_lines`, a row each."""
+    truncated, length, reward, *parts, rewarded = columns
+    summary = {"truncated": truncated.mean(), "completion_length": length.mean()}
+    if rewarded.sum() > 0:
+        summary["reward"] = np.nansum(reward * rewarded) / rewarded.sum()
+    for name, total, count in zip(names, parts[::2], parts[1::2], strict=True) if len(names) > 1 else ():
+        if count.sum() > 0:  # over the responses it applies to
+            summary[f"reward_{name}"] = total.sum() / count.sum()
+    return summary
 
 
 # Completions

@@ -18,11 +18,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from gft_kernels.data.answers import NO_MATH_VERIFY, boxed_answer, last_number, math_verify
+from gft_kernels.data.answers import (
+    NO_MATH_VERIFY,
+    boxed_answer,
+    exact_answer,
+    json_answer,
+    last_number,
+    math_verify,
+)
 from gft_kernels.data.rows import OWN_FIELDS, Row
 
 LARGEST = torch.finfo(torch.float32).max
-READY: dict[str, Callable] = {f.__name__: f for f in (last_number, boxed_answer, math_verify)}
+ANSWERS = (last_number, boxed_answer, exact_answer, json_answer, math_verify)
+READY: dict[str, Callable] = {f.__name__: f for f in ANSWERS}
 WRAPPER = """
     def reward(prompts, completions, **columns):
         texts = tokenizer([p + c for p, c in zip(prompts, completions)], padding=True, return_tensors="pt")

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StoppingCriteria
 
 from gft_kernels.data import text
+from gft_kernels.model.patch import unwrapped
+from gft_kernels.model.shared_prompts import prompts_cache
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop_strings: tuple[str, ...] = ()  # a response ends with the token that completes one
     tokenizer: Any = field(default=None, repr=False, compare=False)  # reads them
+    share_prompts: bool = field(default=False, compare=False)  # `generate` computes a prompt once for its responses
 
 
 def generate(model, prompts_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
@@ -40,19 +43,37 @@ def generate(model, prompts_ids: Sequence[Sequence[int]], sampling: Sampling) ->
 
     This is the default rollout function and the signature of any other. Nothing but `sampling` shapes the
     distribution: the model's own generation defaults (top-k, penalties) are set aside, or the samples would not
-    come from the policy whose log-probabilities the loss takes.
+    come from the policy whose log-probabilities the loss takes. With `share_prompts` a prompt is computed once.
     """
     width = max(map(len, prompts_ids))
-    # Left padding: the last prompt token is the one generation goes on from.
-    texts = [torch.tensor(ids, device=model.device) for ids in prompts_ids for _ in range(sampling.num_generations)]
+    texts = [torch.tensor(ids, device=model.device) for ids in prompts_ids]
     with plain_generation(model, generation_config(sampling)):
+        started = prefilled if sampling.share_prompts and sampling.num_generations > 1 and width > 1 else padded
         out = model.generate(
-            input_ids=pad_sequence(texts, True, sampling.pad_id, "left"),
-            attention_mask=pad_sequence([torch.ones_like(text) for text in texts], True, 0, "left"),
+            **started(model, texts, sampling),
             synced_gpus=forward_is_collective(model),  # a rank that has finished goes on until all have
             stopping_criteria=[Stops(sampling, width)] if sampling.stop_strings else None,
         )
     return [cut(ids, sampling.eos_ids) for ids in out[:, width:].tolist()]
+
+
+def padded(model, texts: Sequence[Tensor], sampling: Sampling) -> dict[str, Any]:
+    """Every response's prompt. Left padding: the last prompt token is the one generation goes on from."""
+    texts = [text for text in texts for _ in range(sampling.num_generations)]
+    mask = pad_sequence([torch.ones_like(text) for text in texts], True, 0, "left")
+    return {"input_ids": pad_sequence(texts, True, sampling.pad_id, "left"), "attention_mask": mask}
+
+
+def prefilled(model, texts: Sequence[Tensor], sampling: Sampling) -> dict[str, Any]:
+    """The same with keys and values of all but each prompt's last token, computed once; padding before that token."""
+    last = torch.stack([text[-1:] for text in texts])
+    before = pad_sequence([text[:-1] for text in texts], True, sampling.pad_id)
+    mask = pad_sequence([torch.ones_like(text[:-1]) for text in texts], True)
+    cache = prompts_cache(unwrapped(model), before)
+    cache.batch_repeat_interleave(sampling.num_generations)
+    whole = {"input_ids": torch.cat([before, last], 1), "attention_mask": torch.cat([mask, torch.ones_like(last)], 1)}
+    repeated = {name: value.repeat_interleave(sampling.num_generations, 0) for name, value in whole.items()}
+    return {**repeated, "past_key_values": cache}
 
 
 def cut(ids: list[int], eos_ids: Sequence[int]) -> list[int]:

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from gft_kernels.data import pretrained
 from gft_kernels.data.rows import Limits, Response, Row, Rows
 from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.trainer import windows
@@ -31,6 +32,7 @@ from gft_kernels.trainer.groups import IGNORE, GroupBuilder, check_sources, deno
 from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, show_completions, signs_of_collapse
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import end_tokens, is_complete, refuse_virtual_tokens
+from gft_kernels.trainer.sharing import Sharing
 
 TRAINING, EVALUATION = 0, 1  # what random numbers are for
 LOADER = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
@@ -39,9 +41,10 @@ LOADER = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefe
 class GFTTrainer(Trainer):
     """Group Fine-Tuning of a causal language model.
 
-    model: a transformers model, or the name or path of one, then loaded in float32. train_dataset, eval_dataset: lists
-    of rows or datasets.Dataset (docs/training.md#rows). reward_funcs: functions, ready names or dotted paths.
-    rollout_fn: `f(model, prompts_ids, sampling) -> token ids`, instead of what `args.rollout` names.
+    model: a transformers model, or the name or path of one (also "smollm2", or a GGUF file), then loaded in float32.
+    train_dataset, eval_dataset: lists of rows or datasets.Dataset (docs/training.md#rows).
+    reward_funcs: functions, ready names or dotted paths. rollout_fn: `f(model, prompts_ids, sampling) -> token ids`,
+    instead of what `args.rollout` names.
     Raises: ValueError or RowError before training for what cannot work, RewardError when a reward function fails.
     """
 
@@ -68,6 +71,7 @@ class GFTTrainer(Trainer):
                 f"args must be a GFTConfig, got {type(args).__name__}; it takes every option of TrainingArguments."
             )
         if isinstance(model, str):
+            model = pretrained.located(model)
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             # An AdamW step of 1e-6 is less than half the last bit of most bfloat16 weights: it would be lost.
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -92,16 +96,18 @@ class GFTTrainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=self.rows_of(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
-            compute_metrics=heldout_summary(rewards.names),
+            compute_metrics=heldout_summary(rewards.names, args.eval_temperatures),
             callbacks=[RunLog(), Manifests(), *(callbacks or [])],
             optimizers=optimizers,
         )
         windows.refuse_layouts(args, self.accelerator)
         # Read by transformers before 5.19, where loss_is_scaled_for_ga does not exist yet.
         self.model_accepts_loss_kwargs = True
-        self.rollout = Rollout(args, self.model, rollout_fn, processing_class)
+        language_model = unwrapped(self.accelerator.unwrap_model(self.model))
+        self.sharing = Sharing(args, language_model, self.accelerator)
+        self.rollout = Rollout(args, self.model, rollout_fn, processing_class, self.sharing.samples)
         self.builder = GroupBuilder(args, processing_class, rewards, self.rollout, end_tokens(model, processing_class))
-        self._patch(unwrapped(self.accelerator.unwrap_model(self.model)))
+        self._patch(language_model)
         self.start_model = windows.start_model(model, args.device) if args.log_kl or args.beta else None
         self.queue, self.means = windows.Queue(), Means(args.device)
         self._last_log, self._aside = time.perf_counter(), 0.0  # seconds since then that were not training
@@ -172,7 +178,8 @@ class GFTTrainer(Trainer):
         parts = iter(windows.micro_batches_of(groups, [*itertools.chain(*steps_batches)], self.args.rollout_order))
         left_out = self.is_truncated if self.args.mask_truncated_completions else None
         pad_id = self.builder.pad_id
-        cut = [windows.window_of([next(parts) for _ in some], pad_id, left_out) for some in steps_batches if some]
+        steps_parts = [[next(parts) for _ in some] for some in steps_batches if some]
+        cut = [windows.window_of(some, pad_id, left_out, self.sharing.applies) for some in steps_parts]
         for inputs in (inputs for window in cut for inputs in window.micro_batches):
             if self._remembers:
                 inputs["old_log_probs"] = self.ask.log_probs(self.model, inputs)
@@ -226,10 +233,12 @@ class GFTTrainer(Trainer):
         args, builder = self.args, self.builder
         entropy = (args.seed, EVALUATION, self._eval_batches, args.process_index)
         self._eval_batches += 1
-        sampled = builder.sample(self.model, inputs, args.eval_num_generations, args.eval_temperature, entropy)
-        lines = heldout_lines(inputs, sampled, builder.rewards, self.is_truncated)
-        experts_B2 = self.ask.experts(model, inputs, builder.pad_id)
-        lines_BX = torch.cat([experts_B2, torch.tensor(lines, device=args.device)], 1)
+        columns = [self.ask.experts(model, inputs, builder.pad_id)]
+        for temperature in args.eval_temperatures:
+            sampled = builder.sample(self.model, inputs, args.eval_num_generations, temperature, entropy)
+            lines = heldout_lines(inputs, sampled, builder.rewards, self.is_truncated)
+            columns.append(torch.tensor(lines, device=args.device))
+        lines_BX = torch.cat(columns, 1)
         return None, lines_BX, torch.zeros(len(inputs), device=args.device)
 
     # Reporting

@@ -19,8 +19,11 @@ from torch.nn import functional
 from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 
 from gft_kernels.data.rows import Response, Row
+from gft_kernels.model.shared_prompts import ARGUMENTS, PROMPT_IDS
 from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.groups import IGNORE, Group, collate
+
+TEXTS = ("input_ids", "attention_mask")
 
 
 @dataclass
@@ -52,9 +55,17 @@ def same_row(pairs: Sequence[tuple[Row, Response]]) -> list[list[tuple[Row, Resp
     return [list(some) for _, some in itertools.groupby(pairs, key=lambda pair: id(pair[0]))]
 
 
-def window_of(parts: Sequence[Sequence[Group]], pad_id: int, left_out: Callable[[Response], bool] | None) -> Window:
-    """The window of these micro-batches; responses `left_out` keep no target there, so no loss."""
-    micro_batches = [collate(part, pad_id) for part in parts]
+def window_of(
+    parts: Sequence[Sequence[Group]],
+    pad_id: int,
+    left_out: Callable[[Response], bool] | None,
+    shares: Callable[[Sequence[Group]], bool],
+) -> Window:
+    """The window of these micro-batches; responses `left_out` keep no target there, so no loss.
+
+    A micro-batch that `shares` holds each prompt once.
+    """
+    micro_batches = [collate(part, pad_id, shares(part)) for part in parts]
     for part, inputs in zip(parts, micro_batches, strict=True):
         for s, response in enumerate(r for g in part for r in g.responses):
             if left_out is not None and left_out(response):
@@ -85,11 +96,14 @@ class Forward:
 
     def __call__(self, model: Any, inputs, **options) -> tuple[Any, Tensor]:
         """The output for the responses' tokens, and the targets (S, T) its statistics have the shape of."""
+        if f"gft_{PROMPT_IDS}" in inputs:
+            texts = {name: inputs[name] for name in (*TEXTS, *(f"gft_{name}" for name in ARGUMENTS))}
+            return model(**texts, shift_labels=inputs["targets"], **options), inputs["targets"]
         length, behind = inputs["input_ids"].shape[1], inputs["targets"].shape[1] + 1
         selection = {"logits_to_keep": behind} if self.keeps_logits else {}
         before = 0 if selection else length - behind
         targets_ST = functional.pad(inputs["targets"], (before, 1), value=IGNORE)
-        texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        texts = {name: inputs[name] for name in TEXTS}
         return model(**texts, **selection, shift_labels=targets_ST, **options), targets_ST
 
     @torch.no_grad()

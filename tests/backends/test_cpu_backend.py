@@ -387,6 +387,14 @@ def test_scale_is_one_product_and_one_rounding(name):
 
 
 @pytest.mark.parametrize("name", SETS)
+def test_scale_in_place_touches_no_row_whose_factor_is_1(name):
+    """A product with 1 would make a signalling NaN a quiet one."""
+    gradient = torch.full((1, 3, 40), 0x7F800001, dtype=torch.int32).view(torch.float32)
+    cpu.scale(gradient, torch.tensor([2.0, 1.0, 0.5]), torch.tensor([0.5, 3.0, 1.0]), True, name)
+    assert gradient.view(torch.int32).eq(0x7F800001).all(-1).tolist() == [[True, False, False]]
+
+
+@pytest.mark.parametrize("name", SETS)
 def test_an_index_out_of_range_spoils_its_row_only(name):
     """As on a GPU, where nobody looks first. Nothing is read out of bounds; before a call gets here, checks name it."""
     logits, ids = torch.randn(1, 5, 33), torch.tensor([0, 5, 1, -1, 1])

@@ -1,24 +1,18 @@
-"""The Triton kernels without a GPU: `policy_loss` over them and the operators around them, interpreted."""
+"""The Triton kernels without a GPU: `policy_loss` over them, interpreted."""
 
 from __future__ import annotations
 
 import pytest
-from interpreter.process import LEFT_OUT, assert_passes, needs_triton
+from interpreter.process import assert_passes, needs_triton
 
 POLICY = (  # each of these reads two dozen rows: some for all objectives, the edges for those that have them
     "float32 and (every_objective and (penalties or eaft) or within_bounds and dapo) or edge or overflows or banned"
     " or scaler and 0.5 or own_numbers and gft or given_rows and (luffy or rectified) or row_weights and token-mean"
     " or bad_live and old or lengths and cispo or (masked or without) and dapo or 200_nats or peaked_rows or negative"
 )
-PARTS = {
-    "policy": ["loss/test_policy.py", "-k", POLICY],
-    # The interpreter itself keeps a launch's tensors alive: what a graph holds shows elsewhere.
-    "autograd": ["loss/test_autograd.py", "-k", " and ".join(f"not {name}" for name in (*LEFT_OUT, "holds_no_logits"))],
-}
 
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize("part", PARTS)
-def test_under_the_interpreter(part):
-    assert_passes(*PARTS[part])
+def test_the_objectives_under_the_interpreter():
+    assert_passes("loss/test_policy.py", names=POLICY)

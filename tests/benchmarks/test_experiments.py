@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 
 import pytest
 import torch
 
-from benchmarks.experiments import claims, jobs, settings
+from benchmarks.experiments import jobs, settings, statistics
 from benchmarks.experiments.evaluation import pass_at, sample_groups
 from benchmarks.experiments.methods import METHODS
 from benchmarks.experiments.rollouts import sample_gpt2
 from benchmarks.experiments.scoring import demonstration, entropy_and_kl, log_probs
-from benchmarks.experiments.statistics import Difference, mean, paired
+from benchmarks.experiments.statistics import OverUnits, holm, mean, over_seeds_and_prompts, p_value, paired
 from benchmarks.experiments.training import Stage, train
 from benchmarks.experiments.work import KINDS
 from gft_kernels.data import digit_sum
@@ -124,8 +125,10 @@ def test_kernels_and_reference_give_the_same_training_curve(task, method):
 
     def curve(backend):
         options = {"max_steps": 8, "per_device_train_batch_size": 4, "max_completion_length": 34, "learning_rate": 1e-3}
-        options |= {"logging_steps": 1, "backend": backend, **METHODS[method].options}
-        history = train(rough(task, factor=2.0), task, Stage(options, task.train_rows("leap", 0, 1), None, 0, "cpu"))
+        options |= {"logging_steps": 1, "backend": backend, "num_generations": 4, **METHODS[method].options}
+        stage = Stage(options, task.train_rows("leap", 0, 1), None, 0, "cpu")
+        history, tokens = train(rough(task, factor=2.0), task, stage)
+        assert (tokens["generated"] > 0) == (method == "gft") and tokens["trained"] > tokens["generated"]
         return [[line["loss"], line["grad_norm"], line["entropy"], line["pi"]] for line in history if "loss" in line]
 
     kernels, reference = torch.tensor(curve("cpu")), torch.tensor(curve("reference"))
@@ -146,24 +149,54 @@ def test_mean_and_standard_error():
     assert mean([2.0]).error != mean([2.0]).error and mean([]).n == 0
 
 
-def test_pairs_share_base_and_seed_and_the_interval_is_students():
+def test_a_base_is_one_observation_however_many_seeds_it_has():
     others = [run(0, 0, 1.0), run(0, 1, 5.0), run(1, 0, 2.0), run(1, 1, 0.0), run(2, 0, 3.0)]
-    ours = [run(1, 1, 1.5), run(0, 1, 6.0), run(0, 0, 3.0), run(1, 0, 1.5), run(9, 9, 99.0)]
+    ours = [run(1, 1, 1.5), run(0, 1, 6.0), run(0, 0, 3.0), run(1, 0, 1.5), run(2, 0, 7.0), run(9, 9, 99.0)]
     random.Random(0).shuffle(others)
-    found = paired(ours, others, lambda record: record["value"])  # differences 2, 1, -0.5, 1.5
-    assert found.value == pytest.approx(1.0)
-    assert (found.low, found.high) == (pytest.approx(1.0 - 3.182 * 0.5400617), pytest.approx(1.0 + 3.182 * 0.5400617))
-    assert (found.n, found.bases, found.agreeing) == (4, 2, 2)
+    found = paired(ours, others, lambda record: record["value"])  # differences 2, 1 | -0.5, 1.5 | 4: bases 1.5, 0.5, 4
+    assert (found.value, found.units, found.pairs) == (pytest.approx(2.0), 3, 5)
+    error = 1.0408330
+    assert found.interval() == (pytest.approx(2.0 - 4.302653 * error), pytest.approx(2.0 + 4.302653 * error))
+    assert found.detectable() == pytest.approx((4.302653 + 1.060660) * error, rel=1e-6)
+    as_runs = paired(ours, others, lambda record: record["value"], runs=True)
+    assert (as_runs.value, as_runs.units) == (pytest.approx(1.6), 5)
+
+
+def test_two_way_bootstrap_keeps_the_pairs_and_knows_both_sources_of_chance():
+    """Differences that are seed effects plus prompt effects: the variance of their mean is the sum of the two."""
+    seeds, prompts = [0.3, -0.1, 0.2, 0.4, 0.2], [0.5, -0.5, 0.1, 0.3, -0.2, 0.4, 0.0, 0.2]
+    ours = [{"base": 0, "seed": s, "each": [e + p for p in prompts]} for s, e in enumerate(seeds)]
+    others = [{"base": 0, "seed": s, "each": [0.0] * len(prompts)} for s in reversed(range(len(seeds)))]
+    found = over_seeds_and_prompts(ours, others, lambda record: record["each"])
+    truth = torch.tensor(seeds).var(correction=0) / 5 + torch.tensor(prompts).var(correction=0) / 8
+    assert found.value == pytest.approx(0.3) and (found.units, found.pairs) == (5, 5)
+    assert found.draws.std() == pytest.approx(float(truth.sqrt()), rel=0.03)
+    low, high = found.interval()
+    assert low < 0.1 < 0.5 < high
+    with pytest.raises(ValueError, match="two seeds"):
+        over_seeds_and_prompts(ours[:1], others, lambda record: record["each"])
 
 
 @pytest.mark.parametrize(
-    "low, high, sign, said",
-    [(0.1, 0.3, 1, "held"), (0.1, 0.3, -1, "did not hold: the opposite"),
-     (-0.1, 0.3, 1, "not shown"), (-0.3, -0.1, -1, "held"),
-     (float("nan"), float("nan"), 1, "not testable here")],
+    "value, expect, margin, said",
+    [(0.3, "more", 0.0, "held"), (-0.3, "more", 0.0, "did not hold: the opposite"), (0.1, "more", 0.0, "not shown"),
+     (-0.3, "less", 0.0, "held"), (-0.05, "not-inferior", 0.25, "held"), (-0.05, "not-inferior", 0.1, "not shown"),
+     (-0.5, "not-inferior", 0.1, "did not hold: the opposite"), (0.02, "equal", 0.2, "held"),
+     (0.02, "equal", 0.1, "not shown"), (0.5, "equal", 0.2, "not shown")],
 )  # fmt: skip
-def test_verdicts(low, high, sign, said):
-    assert claims.verdict(Difference((low + high) / 2, low, high, 9, 3, 3), sign) == said
+def test_verdicts(value, expect, margin, said):
+    found = OverUnits(value, 0.07, 8, 16)  # the 97.5 % quantile of t with 7 degrees of freedom is 2.365
+    assert statistics.verdict(found, expect, margin, p_value(found, expect, margin)) == said
+
+
+def test_without_a_second_base_or_any_spread_nothing_is_said():
+    for found in (OverUnits(0.3, math.nan, 1, 2), OverUnits(0.3, 0.0, 3, 3)):
+        assert statistics.verdict(found, "more", 0.0, p_value(found, "more", 0.0)) == "not testable here"
+
+
+def test_holm_steps_down_and_leaves_out_what_was_not_tested():
+    assert holm([0.04, math.nan, 0.01, 0.03]) == pytest.approx([0.06, math.nan, 0.03, 0.06], nan_ok=True)
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 # --- studies and their plans ------------------------------------------------------------------------------------------
@@ -198,6 +231,17 @@ def test_a_study_that_cannot_run_is_refused_by_name(change, message):
     values = settings.load("quick").as_dict() | change
     with pytest.raises(ValueError, match=message):
         settings.from_dict({key: value for key, value in values.items() if value is not None})
+
+
+def test_settings_are_changed_by_key():
+    study = settings.load("bases", ["stage.max_steps=3", "name=other", "evaluation.samples=2"])
+    assert (study.name, study.stage["max_steps"], study.evaluation.samples) == ("other", 3, 2)
+    assert study.stage["warmup_steps"] == settings.load("bases").stage["warmup_steps"]
+    for wrong in ("stage.max_steps", "nothing.max_steps=3", "name.first=x"):
+        with pytest.raises(ValueError, match="--set must be KEY=VALUE"):
+            settings.load("bases", [wrong])
+    with pytest.raises(ValueError, match="nonsense"):
+        settings.load("bases", ["nonsense=3"])
 
 
 def test_the_chosen_rate_is_the_best_on_the_development_split_and_of_equals_the_smallest():

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
-from benchmarks.experiments import report, results, runner, settings
+from benchmarks.experiments import jobs, report, results, runner, settings, verdicts
 from benchmarks.experiments.__main__ import BAD_INPUT, DONE, main
 from benchmarks.experiments.jobs import Folder
+from benchmarks.experiments.methods import stages
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -38,6 +40,32 @@ def finished(tmp_path_factory) -> tuple[Folder, list[str]]:
     return folder, lines
 
 
+class InThisProcess:
+    """Stands in for the pool of workers, of which each imports transformers before its first job."""
+
+    def __init__(self, *options, **more):
+        self.shutdown = lambda **how: None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def submit(self, function, *arguments) -> Future:
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def no_workers(monkeypatch):
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", InThisProcess)
+
+
 def test_every_job_leaves_a_result_and_a_line_with_the_time_left(finished):
     folder, lines = finished
     assert lines[0] == "7 jobs, 0 already finished"
@@ -50,7 +78,7 @@ def test_every_job_leaves_a_result_and_a_line_with_the_time_left(finished):
     assert set(record["metrics"]["pass_at"]) == {"1", "2", "4"} and record["cpu_seconds"] > 0
 
 
-def test_an_interrupted_study_repeats_the_missing_run_alone_and_to_the_same_numbers(finished):
+def test_an_interrupted_study_repeats_the_missing_run_alone_and_to_the_same_numbers(finished, no_workers):
     folder, _ = finished
     before, name = folder.read("run_gft_leap_b0_s1"), "run_gft_leap_b0_s1"
     folder.result(name).unlink()
@@ -69,14 +97,15 @@ def test_a_folder_takes_a_larger_grid_but_no_other_settings(finished):
         runner.keep_settings(settings.from_dict({**TINY, "follow_steps": 3}), folder)
 
 
-def test_a_failed_job_names_itself(tmp_path):
+def test_a_failed_job_names_itself(tmp_path, no_workers):
     broken = settings.from_dict({**TINY, "base": {**TINY["base"], "max_completion_length": 2}})
     with pytest.raises(runner.StudyError, match=r"base_b0: .*max_completion_length"):
         runner.run(broken, Folder(tmp_path), 1, "cpu", lambda line: None)
 
 
-def test_the_report_follows_from_the_packed_results_alone(finished, tmp_path):
+def test_the_report_follows_from_the_packed_results_alone(finished, tmp_path, monkeypatch):
     folder, _ = finished
+    monkeypatch.setattr(results, "USABLE", 0.0)
     packed = results.pack(settings.from_dict(TINY), folder, "cpu")
     found = results.read(packed)
     assert (
@@ -103,12 +132,17 @@ def test_bad_input_is_one_sentence(capsys, tmp_path):
     assert main(["run", "quick", "--jobs", "0"]) == BAD_INPUT
     assert main(["report", str(tmp_path / "none.jsonl")]) == BAD_INPUT
     errors = capsys.readouterr().err
-    assert "must be a YAML file or one of digits, digits7" in errors and "none.jsonl" in errors and "--jobs" in errors
+    assert (
+        "must be a YAML file or one of bases, digits, digits7" in errors
+        and "none.jsonl" in errors
+        and "--jobs" in errors
+    )
     assert errors.count("\n") == 3
 
 
-def test_report_from_the_command_line(finished, tmp_path):
+def test_report_from_the_command_line(finished, tmp_path, monkeypatch):
     folder, _ = finished
+    monkeypatch.setattr(results, "USABLE", 0.0)
     packed = results.pack(settings.from_dict(TINY), folder, "cpu")
     assert main(["report", str(packed), "--out", str(tmp_path / "page.md")]) == DONE
     page = (tmp_path / "page.md").read_text()
@@ -117,16 +151,71 @@ def test_report_from_the_command_line(finished, tmp_path):
     assert f"| SFT | 2 | 0.0001 | {sum(shown) / 2:.3f}" in page
 
 
-def test_a_base_that_cannot_solve_the_task_counts_in_no_mean_and_is_reported_apart(finished, tmp_path):
+def test_a_weak_base_counts_in_no_mean_and_is_reported_apart(finished, tmp_path):
     folder, _ = finished
-    larger = {**TINY, "least_base": 0.5, "grid": [{**TINY["grid"][0], "bases": [0, 1]}]}
+    larger = {**TINY, "grid": [{**TINY["grid"][0], "bases": [0, 1]}]}
     found = results.read(results.pack(settings.from_dict(larger), folder, "cpu"))
     records = [*found.records, *({**r, "base": 1} for r in found.records)]
     for record in (r for r in records if r["kind"] == "base" and r["base"] == 1):
-        record["metrics"] = {**record["metrics"], "pass_at": {**record["metrics"]["pass_at"], "1": 0.75}}
+        record["metrics"] = {**record["metrics"], "pass_at": {**record["metrics"]["pass_at"], "1": results.USABLE}}
     both = dataclasses.replace(found, records=records)
-    assert {r["base"] for r in both.of("sft", "leap")} == {1} and {
-        r["base"] for r in both.of("sft", "leap", able=False)
-    } == {0}
+    assert {r["base"] for r in both.of("sft", "leap")} == {1}
+    assert {r["base"] for r in both.of("sft", "leap", both.weak)} == {0}
     page = report.write([both], tmp_path / "page.md").read_text()
-    assert "0.750 (base 1)" in page and "base 0 (0.000)" in page and "### A base that cannot solve" in page
+    assert "0.010 (base 1)" in page and "base 0 (0.000)" in page and "### Weak bases" in page
+
+
+def test_what_was_planned_and_is_missing_is_said(finished):
+    folder, _ = finished
+    found = results.read(results.pack(settings.from_dict(TINY), folder, "cpu"))
+    entry = {
+        "claim": "c",
+        "origin": "paper",
+        "measure": "kl",
+        "expect": "more",
+        "pairs": [["gft", "sft"], ["gft", "dft"]],
+    }
+    some = [r for r in found.records if not (r["chain"] == "gft" and r["seed"] == 1)]
+    less = dataclasses.replace(found, records=some, entries=[entry])
+    first, second = verdicts.findings(less, "leap", less.bases)
+    assert (first.difference.pairs, first.missing) == (1, 1) and second.said == "not testable here"
+    decided = dataclasses.replace(first, said="held")
+    assert verdicts.short([decided, second]) == "**held**; compared with 1 of 2 planned"
+
+
+def test_a_registered_study_runs_from_a_commit_and_keeps_its_claims(tmp_path, monkeypatch):
+    study = settings.from_dict({**TINY, "claims": "bases"})
+    monkeypatch.setattr(runner.provenance, "commit", lambda: {"revision": "0" * 40, "dirty": True})
+    with pytest.raises(ValueError, match="must run from a commit"):
+        runner.keep_settings(study, Folder(tmp_path))
+    monkeypatch.setattr(runner.provenance, "commit", lambda: {"revision": "0" * 40, "dirty": False})
+    runner.keep_settings(study, Folder(tmp_path))
+    entries = runner.claims.read("bases")
+    monkeypatch.setattr(runner.claims, "read", lambda name: entries[1:])
+    with pytest.raises(ValueError, match="another `entries`"):
+        runner.keep_settings(study, Folder(tmp_path))
+
+
+def test_methods_are_left_for_later_with_all_that_needs_them(tmp_path):
+    planned = jobs.plan(settings.load("bases"))
+    left = runner._not_left(planned, ["gft"])
+    assert left and not any("gft" in stages(job.chain) for job in left)
+    assert not any(job.chain == "gft-mean" for job in left), "its rate is tuned as gft's"
+    assert any(job.chain == "gft-split" for job in left)
+
+
+def test_a_stage_that_follows_another_is_tuned_after_it():
+    tuning = {
+        "methods": ["sft>grpo", "sft", "grpo"],
+        "experts": ["leap"],
+        "rates": [1e-4, 1e-3],
+        "bases": [9],
+        "seeds": [7],
+    }
+    study = settings.from_dict({**TINY, "rates": {}, "tuning": tuning,
+                                "grid": [{**TINY["grid"][0], "chains": ["sft>grpo"]}]})  # fmt: skip
+    planned = {job.name: job for job in jobs.plan(study)}
+    job = planned["tuning_sft--grpo_leap_b9_s7_0.001"]
+    assert job.needs == ("base_b9", "run_sft_leap_b9_s7")
+    assert {name for name in planned["run_sft--grpo_leap_b0_s0"].needs if name.startswith("tuning")} == {
+        "tuning_sft--grpo_leap_b9_s7_0.001", "tuning_sft--grpo_leap_b9_s7_0.0001"}  # fmt: skip

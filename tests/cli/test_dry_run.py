@@ -8,10 +8,12 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 import trainer_rig as rig
 import yaml
+from transformers import AutoModelForCausalLM
 
-from gft_kernels.cli import main, plan
+from gft_kernels.cli import activations, main, plan
 from gft_kernels.cli.dry_run import Unread
 from gft_kernels.trainer import GFTConfig
 
@@ -36,7 +38,6 @@ def numina(**changes) -> dict:
 @pytest.fixture
 def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)  # the preset names the configuration beside it
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def test_the_papers_preset(tmp_path, in_the_repository, capsys):
@@ -106,11 +107,11 @@ def test_what_is_on_disk_is_read(tmp_path, capsys):
     assert "5 of 10 rows, columns checked; longest prompt 4 tokens" in shown  # the even ones have 8
     assert "2 ranks × 2 prompts × 1 micro-batches = 4 prompts" in shown and "3 steps in all" in shown
     assert "copy of the starting weights" in shown and "not on disk" not in shown
+    assert "activations of a micro-batch, every response at full length" in shown
     assert not (tmp_path / "run").exists()
 
 
-def test_without_any_configuration_there_is_no_estimate(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_without_any_configuration_there_is_no_estimate(tmp_path, capsys):
     config = config_file(tmp_path, model="nobody/nothing")
     assert main(["train", "--config", config, "--dry-run"]) == 0
     assert "nobody/nothing is not on disk and model_config is not given: no estimate" in capsys.readouterr().out
@@ -149,3 +150,30 @@ def test_the_shape_is_that_of_the_model():
     assert (shape.vocabulary, shape.hidden, shape.layers, shape.kv_heads, shape.head_dim) == (20, 32, 1, 2, 16)
     assert Unread()("any text") == {"input_ids": [0]}
     assert GFTConfig(output_dir="x").steps_per_rollout == 1
+
+
+@pytest.mark.parametrize("family", [rig.llama, rig.gpt2], ids=["llama", "gpt2"])
+def test_what_layers_keep_is_counted_without_memory(family):
+    """Beside what real tensors keep in this model's forward, for twice the depth and another length."""
+    config = family(**({"dropout": 0.0} if family is rig.gpt2 else {})).config
+    beside, layer = activations.saved_by_token(config, autocast=False)
+    config.get_text_config().num_hidden_layers = 4
+    model = AutoModelForCausalLM.from_config(config).train()
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    ids = torch.ones(1, 48, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    real = sum(storage.nbytes() for place, storage in kept.items() if place not in own)
+    assert 48 * (beside + 4 * layer) == pytest.approx(real, rel=0.25)
+    del output
+    args = rig.config("x", gradient_checkpointing=True)
+    shape, found = plan.shape_of(config), plan.batches(args, 10, 1, 4)
+    checkpointed = activations.activation_memory(args, config, shape, found, 8)
+    assert checkpointed == found.rows_per_micro_batch * 18 * (beside + layer + 4 * 32 * 4)
+    args.gradient_checkpointing = False
+    assert activations.activation_memory(args, config, shape, found, 8) > 1.5 * checkpointed

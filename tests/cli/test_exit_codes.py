@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import resource
 import subprocess
 import sys
@@ -31,7 +32,6 @@ def run(tmp_path, model_path, monkeypatch):
         sys.modules.pop(name, None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return lambda data=None, **options: write_run(tmp_path, model_path, data, **options)
 
 
@@ -212,45 +212,54 @@ def test_a_failing_reward_names_the_row_and_keeps_the_checkpoint(run, tmp_path, 
 
 
 @pytest.mark.parametrize("limit", [12_000, 80_000], ids=["the model", "the optimizer"])
-def test_a_full_disk_while_saving_is_a_sentence(run, tmp_path, model_path, limit):
+def test_a_full_disk_while_saving_is_a_sentence(run, model_path, capsys, limit):
     """A limit on the size of a file stands in for the disk: the model has 62 KB, its optimizer twice that."""
     assert 20_000 < (model_path / "model.safetensors").stat().st_size < 80_000
-    process = gft(
-        "train", "--config", run(), "--log_completions_steps", "0", stdout=subprocess.DEVNULL, cwd=tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
-    _, error = process.communicate(timeout=90)
-    assert process.returncode == 1, error
+    config, before = run(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        assert main(["train", "--config", config, "--log_completions_steps", "0"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
     assert "Traceback" not in error and "no checkpoint was saved" in error, error
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_console_that_is_not_utf_8_ends_nothing(run, tmp_path, encoding):
-    """The completions hold a line break, shown as a sign no such console has, and rows an emoji; no terminal."""
-    data = rig.rows()
-    for row in data:
-        row["note"] = "\N{ROCKET}"
-    config = run(data, max_steps=1, log_completions_steps=1, disable_tqdm=False, rewards=["shows:reward"])
-    (tmp_path / "shows.py").write_text(
-        "def reward(prompts, completions, note, **columns):\n"
-        "    print('scored', note[0], '\\u23ce')\n"
-        "    return [float(len(text)) for text in completions]\n"
-    )
-    environment = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C"}
-    process = gft("train", "--config", config, stdout=subprocess.PIPE, cwd=tmp_path, env=environment, text=False)
+SHOWS = """
+def reward(prompts, completions, note, **columns):
+    print('scored', note[0], '\\u23ce')
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.fixture
+def run_that_shows(run, tmp_path):
+    """Completions that hold a line break, shown as a sign no narrow console has, and rows with an emoji."""
+    (tmp_path / "shows.py").write_text(SHOWS)
+    data = [row | {"note": "\N{ROCKET}"} for row in rig.rows()]
+    return run(data, max_steps=1, log_completions_steps=1, disable_tqdm=False, rewards=["shows:reward"])
+
+
+def test_a_process_of_its_own_with_modules_beside_it_and_a_console_of_ascii(run_that_shows, tmp_path):
+    """No terminal. The folder holds a matplotlib.py of the user's, who draws no curves: the real one does."""
+    (tmp_path / "matplotlib.py").write_text("raise RuntimeError('shadow')\n")
+    environment = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    options = {"stdout": subprocess.PIPE, "cwd": tmp_path, "env": environment, "text": False}
+    process = gft("train", "--config", run_that_shows, **options)
     shown, error = process.communicate(timeout=90)
     assert process.returncode == 0, error.decode()
     assert rb"scored \U0001f680 \u23ce" in shown and b"step     1  loss" in shown
-
-
-def test_a_reward_beside_the_configuration_is_found_and_shadows_nothing(run, tmp_path):
-    """A folder may hold a matplotlib.py of the user's: the curves are drawn by the real one."""
-    (tmp_path / "own.py").write_text("from trainer_rig import digit_count\n")
-    (tmp_path / "matplotlib.py").write_text("raise RuntimeError('shadow')\n")
-    process = gft("train", "--config", run(rewards=["own:digit_count"]), stdout=subprocess.DEVNULL, cwd=tmp_path)
-    _, error = process.communicate(timeout=90)
-    assert process.returncode == 0, error
     assert (tmp_path / "run" / "curves.png").is_file()
+
+
+def test_a_console_of_one_byte_a_character_ends_nothing(run_that_shows, monkeypatch):
+    shown, error = io.BytesIO(), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="cp1252"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(error, encoding="cp1252"))
+    code = main(["train", "--config", run_that_shows])
+    sys.stdout.flush()
+    assert code == 0, error.getvalue()
+    assert rb"scored \U0001f680 \u23ce" in shown.getvalue() and b"step     1  loss" in shown.getvalue()
 
 
 def test_a_token_is_in_no_file_of_the_run(run, tmp_path):

@@ -17,8 +17,9 @@ import trainer_rig as rig
 from cli_rig import gft, wait_for_steps, write_run
 
 from gft_kernels.cli import folder, main
+from gft_kernels.data.manifests import MANIFEST, mark
 from gft_kernels.trainer import SaveOnInterrupt
-from gft_kernels.trainer.checkpoints import MANIFEST, mark, newest_whole
+from gft_kernels.trainer.checkpoints import newest_whole
 
 
 @pytest.fixture(scope="module")

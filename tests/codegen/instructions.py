@@ -1,7 +1,8 @@
-"""Instructions an element of the CPU row kernels, counted under callgrind and held to limits.
+"""Instructions an element of the CPU row kernels, counted and held to limits.
 
-Callgrind knows no AVX-512, so the portable and the AVX2 kernels are counted; the others share their text
-(csrc/cpu/row_kernel.cpp).
+On x86 callgrind counts; it knows no AVX-512, so the portable and the AVX2 kernels are counted, and the AVX-512 ones
+share their text (csrc/cpu/row_kernel.cpp). NEON's are built by a cross compiler and counted by qemu, which logs a line
+for every instruction it steps over.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-SETS, DTYPES = ("portable", "avx2"), ("float32", "bfloat16", "float16")
+from tests import native_build
+
+SETS, ARM_SETS, DTYPES = ("portable", "avx2"), ("neon", "neonbf16"), ("float32", "bfloat16", "float16")
 PASSES = ("statistics", "gradient", "tilted", "scale")  # tilted: the gradient with an entropy bonus
 VOCAB = 20011  # odd, so that tails are walked; long enough that a call's own cost is lost in it
 
@@ -30,34 +31,21 @@ LIMITS = {  # instructions an element, in the order of PASSES
     "avx2 float32": (3.47, 3.16, 3.86, 0.48),
     "avx2 bfloat16": (3.53, 4.13, 4.52, 1.78),
     "avx2 float16": (3.25, 3.11, 3.86, 0.81),
+    "neon float32": (7.44, 6.97, 7.91, 0.938),
+    "neon bfloat16": (7.29, 8.15, 8.92, 3.21),
+    "neon float16": (7.18, 6.9, 7.84, 1.5),
+    "neonbf16 float32": (7.44, 6.97, 7.91, 0.938),
+    "neonbf16 bfloat16": (7.29, 6.27, 7.21, 1.49),
+    "neonbf16 float16": (7.18, 6.9, 7.84, 1.5),
 }
 
 
 def absent() -> str | None:
-    """Why this machine cannot count, as a sentence; None if it can."""
-    for tool in ("valgrind", "c++"):
-        if shutil.which(tool) is None:
-            return f"{tool} is not on the PATH"
-    return None
+    """Why this machine cannot count x86's, as a sentence; None if it can."""
+    return native_build.absent() or (None if shutil.which("valgrind") else "valgrind is not on the PATH")
 
 
-def build(folder: Path) -> Path:
-    """The driver, by the project's own CMake file and flags."""
-    import pybind11
-
-    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{Path('/usr/bin')}") or "cmake"
-    options = [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}", "-DGFT_TESTS=ON"]
-    for command in (
-        [cmake, "-S", ROOT, "-B", folder, *options],
-        [cmake, "--build", folder, "--target", "gft_instructions"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"building the driver must succeed, got:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return folder / "gft_instructions"
-
-
-def count(driver: Path, instruction_set: str, dtype: str, walk: str) -> int | None:
+def count_by_callgrind(driver: Path, instruction_set: str, dtype: str, walk: str) -> int | None:
     """Instructions of one pass over VOCAB logits; None where the emulated processor lacks the set."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--toggle-collect=gft_counted_pass", "--collect-atstart=no", f"--callgrind-out-file={folder}/out"]
@@ -71,12 +59,27 @@ def count(driver: Path, instruction_set: str, dtype: str, walk: str) -> int | No
     return int(found[1])
 
 
-def measure(driver: Path) -> Iterator[tuple[str, float]]:
+def count_by_qemu(driver: Path, instruction_set: str, dtype: str, walk: str) -> int | None:
+    """The same on AArch64: the instructions of the driver's run, less those of a run that makes no pass."""
+    stepping = native_build.arm_command("-singlestep", "-d", "exec,nochain", "-D", "/dev/stdout")
+    steps = []
+    for what in (walk, "none"):
+        command = [*stepping, str(driver), instruction_set, dtype, what, str(VOCAB)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"qemu must count {instruction_set} {dtype} {what}, got:\n{done.stderr[-2000:]}")
+        steps.append(done.stdout.count("Trace "))
+    return steps[0] - steps[1]
+
+
+def measure(count: Callable[..., int | None], sets: tuple[str, ...], arm: bool) -> Iterator[tuple[str, float]]:
     """Every pass's name and its instructions an element."""
-    for instruction_set, dtype, walk in product(SETS, DTYPES, PASSES):
-        counted = count(driver, instruction_set, dtype, walk)
-        if counted is not None:
-            yield f"{instruction_set} {dtype} {walk}", counted / VOCAB
+    with tempfile.TemporaryDirectory() as folder:
+        driver = native_build.build(Path(folder), "gft_instructions", arm)
+        for instruction_set, dtype, walk in product(sets, DTYPES, PASSES):
+            counted = count(driver, instruction_set, dtype, walk)
+            if counted is not None:
+                yield f"{instruction_set} {dtype} {walk}", counted / VOCAB
 
 
 def limit_of(name: str) -> float:
@@ -95,11 +98,15 @@ def broken_by(counts: dict[str, float]) -> list[str]:
 
 def check() -> bool:
     """Count every pass and print the table and each broken limit; True if all hold, or this machine cannot count."""
-    if (reason := absent()) is not None:
-        print(f"instruction counts skipped: {reason}")
-        return True
-    with tempfile.TemporaryDirectory() as folder:
-        counts = dict(measure(build(Path(folder))))
+    counts = {}
+    for reason, counter in (
+        (absent(), (count_by_callgrind, SETS, False)),
+        (native_build.absent(arm=True), (count_by_qemu, ARM_SETS, True)),
+    ):
+        if reason is None:
+            counts.update(measure(*counter))
+        else:
+            print(f"instruction counts of {', '.join(counter[1])} skipped: {reason}")
     for name, number in counts.items():
         print(f"{name:<28}{number:8.3f} of {limit_of(name):g} instructions an element")
     broken = broken_by(counts)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import product
 
 import pytest
 
 from tests.codegen import instructions
 
-EVERY = [" ".join(parts) for parts in product(instructions.SETS, instructions.DTYPES, instructions.PASSES)]
+EVERY = [
+    " ".join(parts)
+    for parts in product(instructions.SETS + instructions.ARM_SETS, instructions.DTYPES, instructions.PASSES)
+]
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -20,11 +24,15 @@ def test_a_pass_beyond_its_limit_is_named(name):
 
 
 def test_vectors_are_cheaper_than_elements():
-    for dtype, walk in product(instructions.DTYPES, instructions.PASSES):
-        assert instructions.limit_of(f"avx2 {dtype} {walk}") < instructions.limit_of(f"portable {dtype} {walk}")
+    for name, dtype, walk in product(("avx2", "neon", "neonbf16"), instructions.DTYPES, instructions.PASSES):
+        vectors, elements = (instructions.limit_of(f"{one} {dtype} {walk}") for one in (name, "portable"))
+        assert vectors < elements, name
 
 
-def test_without_valgrind_it_says_so_and_passes(monkeypatch, capsys):
-    monkeypatch.setattr(instructions.shutil, "which", lambda *_args, **_kwargs: None)
+def test_without_its_tools_it_says_so_and_passes(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda tool, **_kwargs: None if "a" in tool else tool)
     assert instructions.check()
-    assert capsys.readouterr().out == "instruction counts skipped: valgrind is not on the PATH\n"
+    assert capsys.readouterr().out == (
+        "instruction counts of portable, avx2 skipped: valgrind is not on the PATH\n"
+        "instruction counts of neon, neonbf16 skipped: aarch64-linux-gnu-g++ is not on the PATH\n"
+    )

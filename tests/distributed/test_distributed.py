@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 import vocabulary_ranks as ranks
+from ranks import start_ranks
 
 from gft_kernels import distributed, formulas, registry
 from gft_kernels.advantages import credit_rows
@@ -23,7 +24,7 @@ def said(tmp_path_factory):
     with contextlib.suppress(
         torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException
     ):
-        torch.multiprocessing.spawn(ranks.work, args=(str(folder),), nprocs=4, join=True)
+        start_ranks(ranks.work, (str(folder),), 4)
     return [torch.load(path) if (path := folder / f"rank{rank}.pt").exists() else {} for rank in range(4)]
 
 
@@ -33,8 +34,8 @@ def test_sharded_vocabulary(said, size, backend, check):
     reason = registry.backend(backend).absent()
     if reason is not None:
         pytest.skip(f"backend {backend}: {reason}")
-    for rank, results in enumerate(said):
-        result = results.get(
+    for rank in ranks.members(size, backend, check):
+        result = said[rank].get(
             ranks.name_of(size, backend, check), "not reached: a check before this one failed on some rank"
         )
         assert not result, f"rank {rank}: {result}"

@@ -39,7 +39,7 @@ def launch(host: str, folder: Path) -> host_rig.Gradients:
 
 def llamafactory(folder: Path, seen: host_rig.Gradients) -> None:
     from llamafactory.train.tuner import run_exp
-    from test_integration_llamafactory import settings
+    from test_llamafactory import settings
 
     from gft_kernels.integrations.llamafactory import GFTCallback
 
@@ -52,14 +52,14 @@ def llamafactory(folder: Path, seen: host_rig.Gradients) -> None:
 
 
 def swift(folder: Path, seen: host_rig.Gradients) -> None:
-    from test_integration_swift import command_line, trained
+    from test_swift import command_line, trained
 
     cut = f"--per_device_train_batch_size {MICRO_BATCH} --gradient_accumulation_steps {ACCUMULATION} --ddp_backend gloo"
     trained([*command_line(folder), *cut.split(), "--use_cpu", "true"], seen)
 
 
 def axolotl(folder: Path, seen: host_rig.Gradients) -> None:
-    from test_integration_axolotl import configuration, trained
+    from test_axolotl import configuration, trained
 
     cut = {"micro_batch_size": MICRO_BATCH, "gradient_accumulation_steps": ACCUMULATION}
     cfg = configuration(folder, **cut)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import trainer_rig as rig
 from datasets import Dataset
 from launched_run import Gradients, shard_on_a_cpu
+from ranks import start_ranks
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'gft-kernels[trl]'")
 
@@ -81,7 +81,7 @@ def ranks(tmp_path_factory) -> list[dict[str, list[torch.Tensor]]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(run_rank, args=(port, str(folder)), nprocs=WORLD)
+    start_ranks(run_rank, (port, str(folder)), WORLD)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

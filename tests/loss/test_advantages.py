@@ -34,6 +34,34 @@ def test_matches_the_oracle_for_any_ids(responses, normalize, singleton):
     torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=1e-9)
 
 
+@settings(max_examples=100, deadline=None)
+@given(groupings, st.lists(st.booleans(), min_size=24, max_size=24), st.sampled_from(["reward", "zero"]))
+def test_split_weighs_samples_among_themselves_and_what_is_given_against_them(responses, kinds, singleton):
+    ids, rewards = zip(*responses, strict=True)
+    kinds, truth = kinds[: len(ids)], []
+    for s, (group, reward) in enumerate(responses):
+        samples = [k for k, other in enumerate(ids) if other == group and not kinds[k]]
+        others = [rewards[k] for k in samples if k != s]
+        if kinds[s]:
+            truth.append(0.3 * (reward - (sum(others) / len(others) if others else 0.0)))
+        else:
+            truth.append(reward - sum(others) / len(others) if others else reward * (singleton == "reward"))
+    how = {"normalize": "split", "given": torch.tensor(kinds), "imitation": 0.3, "singleton": singleton}
+    ours = group_advantages(torch.tensor(rewards, dtype=torch.float64), group_ids=torch.tensor(ids), **how)
+    torch.testing.assert_close(ours.double(), torch.tensor(truth).double(), rtol=1e-6, atol=1e-8)
+
+
+def test_split_is_exactly_zero_where_samples_are_equal():
+    """Whatever is given first, or between them: samples are compared with a sample."""
+    for size in range(3, 40):
+        given = torch.arange(2 * size) % size == 0
+        rewards = torch.full((2 * size,), 0.1, dtype=torch.float64).masked_fill(given, 1.0)
+        for groups in ({"group_size": size}, {"group_ids": torch.arange(2 * size) // size}):
+            ours = group_advantages(rewards, normalize="split", given=given, **groups)
+            assert ours[~given].eq(0.0).all(), size
+            assert ours[given].tolist() == pytest.approx([0.9, 0.9])
+
+
 @settings(max_examples=50, deadline=None)
 @given(groupings, st.randoms(use_true_random=False))
 def test_does_not_depend_on_the_order_of_responses(responses, random):

@@ -248,6 +248,51 @@ def test_what_backward_hands_out_is_the_callers_own(backend, device, loss):
     torch.testing.assert_close(leaf.grad, 5.0 * once)
 
 
+def saved_by(loss):
+    """The gradient that a loss's graph holds."""
+    node = loss.grad_fn
+    while not hasattr(node, "saved_tensors"):
+        node = node.next_functions[0][0]
+    return node.saved_tensors[0]
+
+
+WALKED_ONCE = {
+    "plain": {},
+    "half precision": {"dtype": torch.float16},
+    "per row": {"reduction": "none"},
+}
+
+
+@pytest.mark.parametrize("options", WALKED_ONCE.values(), ids=WALKED_ONCE)
+@pytest.mark.parametrize("upstream", [1.0, UPSTREAM])
+def test_a_dropped_graph_hands_out_its_gradient_where_it_lies(backend, device, options, upstream):
+    """No second tensor of the logits' size; a graph that is kept is walked first, and has its own left alone."""
+    options = dict(options)
+    case = problem(dtype=options.pop("dtype", torch.float32))
+    leaf = case.logits.to(device).requires_grad_(True)
+    loss = bound(case, backend, device, **options)(leaf)
+    storage, gradients = saved_by(loss).data_ptr(), torch.full_like(loss, upstream)
+    (kept,) = torch.autograd.grad(loss, leaf, gradients, retain_graph=True)
+    loss.backward(gradients)
+    assert leaf.grad.data_ptr() == storage != kept.data_ptr()
+    assert torch.equal(leaf.grad, kept)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward(gradients)
+
+
+def test_a_dropped_graph_adds_to_what_is_there(backend, device):
+    """Gradients of a leaf and of a value between that has two consumers, over two batches."""
+    leaf = problem().logits.to(device).requires_grad_(True)
+    (alone,) = torch.autograd.grad(bound(problem(), backend, device)(leaf), leaf)
+    for _ in range(2):
+        logits = leaf * 2
+        logits.retain_grad()
+        loss = bound(problem(), backend, device)(logits / 2)
+        (UPSTREAM * loss + 0.5 * loss + logits.sum()).backward()
+        torch.testing.assert_close(logits.grad, (UPSTREAM + 0.5) / 2 * alone + 1)
+    torch.testing.assert_close(leaf.grad, 2 * (UPSTREAM + 0.5) * alone + 4)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_checkpointing(backend, device, inplace):
     case = problem()

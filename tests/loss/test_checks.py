@@ -248,3 +248,9 @@ def test_group_advantages_checks_its_arguments():
         group_advantages(torch.tensor([1.0, float("inf")]), group_size=2)
     with pytest.raises(ValueError, match="got neither"):
         group_advantages(torch.ones(2))
+    with pytest.raises(ValueError, match="given must be left out with normalize 'std', got a tensor; it belongs to"):
+        group_advantages(torch.ones(2), group_size=2, given=torch.ones(2, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"given must be a torch.Tensor, got NoneType; pass one bool per response"):
+        group_advantages(torch.ones(2), group_size=2, normalize="split")
+    with pytest.raises(ValueError, match="normalize must be one of std, mean, leave-one-out, got 'split'"):
+        gft_loss(LOGITS, TARGETS, rewards=torch.ones(len(LOGITS)), group_size=1, normalize="split")

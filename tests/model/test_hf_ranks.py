@@ -14,13 +14,14 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import start_ranks
 from test_hf import S, batch, gradients
 from tiny_families import tiny
 from torch.nn.parallel import DistributedDataParallel
 
 from gft_kernels import gft_loss
 from gft_kernels.model.patch import patch_model
+from gft_kernels.model.shared_prompts import layout
 
 WORLD = 2
 ADVANTAGES = torch.linspace(-0.8, 1.9, WORLD * S)
@@ -29,6 +30,8 @@ ADVANTAGES = torch.linspace(-0.8, 1.9, WORLD * S)
 def joined(silent_rank: bool) -> dict:
     """Every rank's rows; with a silent rank, the last rank's have no label."""
     parts = [batch("right", seed=7 + rank) for rank in range(WORLD)]
+    for part in parts:
+        part["input_ids"][1, :2] = part["input_ids"][0, :2]  # two responses to one prompt
     if silent_rank:
         parts[-1]["labels"].fill_(-100)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {"gft_advantages": ADVANTAGES}
@@ -59,14 +62,24 @@ def made(family: str):
     return model
 
 
-def backward(model, rank: int, silent_rank: bool = False, micro_batches: int = 1) -> None:
+def with_shared_prompts(rows: dict) -> dict:
+    """A rank's rows with each prompt once."""
+    texts = [ids[mask.bool()].tolist() for ids, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True)]
+    first, *rest = texts
+    groups = [(first[:2], [first[2:], rest.pop(0)[2:]]), *((text[:2], [text[2:]]) for text in rest)]
+    inputs, targets = layout(groups, pad_id=0)
+    return {**inputs, "shift_labels": targets, "gft_advantages": rows["gft_advantages"]}
+
+
+def backward(model, rank: int, silent_rank: bool = False, micro_batches: int = 1, shares: bool = False) -> None:
     """This rank's rows, cut into micro-batches; the denominator counts all rows of all ranks."""
     inputs = joined(silent_rank)
     items = live_tokens(inputs)
     rows = torch.arange(rank * S, (rank + 1) * S).chunk(micro_batches)
     for i, part in enumerate(rows):
         with contextlib.nullcontext() if i == len(rows) - 1 else model.no_sync():
-            output = model(**{name: value[part] for name, value in inputs.items()}, num_items_in_batch=items)
+            some = {name: value[part] for name, value in inputs.items()}
+            output = model(**(with_shared_prompts(some) if shares else some), num_items_in_batch=items)
             (output.loss * WORLD).backward()  # both wrappers average over the ranks
 
 
@@ -109,6 +122,8 @@ def fsdp2(rank: int, groups, family: str = "llama", silent_rank: bool = False) -
         backward(model, rank, silent_rank)
     assert model.forward.refusal is None and model.forward.transform is not None
     found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"gft_prompt_ids must be left out, .* lie in parts"):
+        backward(model, rank, shares=True)
     assert refused(model, model)
     return found
 
@@ -123,6 +138,7 @@ CHECKS = {
         functools.partial(ddp, family="mixtral", silent_rank=True), "mixtral", True),
     "ddp, 2 micro-batches": (functools.partial(ddp, micro_batches=2), "gemma2", False),
     "ddp, 4 micro-batches": (functools.partial(ddp, micro_batches=4), "gemma2", False),
+    "ddp, each prompt once": (functools.partial(ddp, family="qwen2", shares=True), "qwen2", False),
     "fsdp2, head in the root": (functools.partial(fsdp2, groups=[]), "llama", False),
     "fsdp2, head in its own group": (functools.partial(fsdp2, groups=[["lm_head"]]), "llama", False),
     "fsdp2, head with the norm": (functools.partial(fsdp2, groups=[["model.norm", "lm_head"]]), "llama", False),
@@ -148,7 +164,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(run_rank, args=(port, str(path)), nprocs=WORLD)
+    start_ranks(run_rank, (port, str(path)), WORLD)
     return [torch.load(path / f"{rank}.pt") for rank in range(WORLD)]
 
 

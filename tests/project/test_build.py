@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import native_build
+
 ROOT = Path(__file__).parents[2]
 FLAGS = {
     "portable": [],
@@ -71,6 +73,19 @@ def test_the_extension_is_optional():
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "the C++ kernels are not built or do not load" in run.stdout
+
+
+@pytest.mark.parametrize("arm", [False, True], ids=["here", "AArch64"])
+def test_the_tests_in_cpp_pass(tmp_path, arm):
+    """Formulas, credit and every instruction set the processor has, each against plain double arithmetic."""
+    if reason := native_build.absent(arm):
+        pytest.skip(reason)
+    program = native_build.build(tmp_path, "gft_test", arm)
+    run = subprocess.run([*(native_build.arm_command() if arm else ()), program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:]
+    assert "all C++ tests passed" in run.stdout
+    if arm:
+        assert "neonbf16\nrow kernels: neon\n" in run.stdout  # both ran
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one instruction set on this architecture")

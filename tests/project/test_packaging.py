@@ -23,6 +23,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import gft_kernels
+from gft_kernels import __main__ as report
+from gft_kernels import registry
 
 tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
 ROOT = Path(__file__).parents[2]
@@ -97,7 +99,8 @@ def test_the_source_distribution_holds_every_source(sources, folder):
 
 
 @pytest.mark.parametrize("name", ["CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile", "requirements.lock",
-                                  "LICENSE", "README.md", "CITATION.cff", "mkdocs.yml"])  # fmt: skip
+                                  "requirements-demo.lock", "LICENSE", "README.md", "CITATION.cff",
+                                  "mkdocs.yml"])  # fmt: skip
 def test_the_source_distribution_builds_and_is_complete(sources, name):
     assert (sources / name).read_text() == (ROOT / name).read_text()
 
@@ -141,13 +144,14 @@ def test_the_wheel_with_kernels_holds_the_compiled_module_and_no_sources_of_it(s
 
 
 def locked() -> dict[str, Version]:
-    """The versions of requirements.lock; of a range, its lower end."""
+    """The versions of the two lock files; of a range, its lower end."""
     pins = {}
-    for line in (ROOT / "requirements.lock").read_text().splitlines():
-        if line and not line.startswith("#"):
-            need = Requirement(line)
-            lowest = min(Version(clause.version) for clause in need.specifier if clause.operator in ("==", ">="))
-            pins[canonicalize_name(need.name)] = lowest
+    for name in ("requirements.lock", "requirements-demo.lock"):
+        for line in (ROOT / name).read_text().splitlines():
+            if line and not line.startswith("#"):
+                need = Requirement(line)
+                lowest = min(Version(clause.version) for clause in need.specifier if clause.operator in ("==", ">="))
+                pins[canonicalize_name(need.name)] = lowest
     return pins
 
 
@@ -202,3 +206,13 @@ def test_one_version_everywhere():
     cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)
     assert gft_kernels.__version__ == version == cited[1]
     assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "absent, required, code", [(None, ["cpu"], 0), ("no compiler", [], 0), ("no compiler", ["reference", "cpu"], 1)]
+)
+def test_a_backend_that_is_required_and_absent_fails_the_report(absent, required, code, monkeypatch, capsys):
+    monkeypatch.setattr(registry.backend("cpu"), "absent", lambda: absent)
+    monkeypatch.setattr(report, "parity", lambda name: 0.0)
+    assert report.main(["--require", *required] if required else []) == code
+    assert f"cpu        {'ready' if absent is None else 'absent: no compiler'}" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""docs/formulas.md, sections 2, 3, 5 and 10: SFT, the group advantage, mixed groups and reductions as policy gradients.
+"""docs/formulas.md, sections 2, 3 and 10: SFT, the group advantage and reductions as policy gradients.
 
 Checked by enumerating all 9 responses of a 3-token policy. Advantages are float32, hence tolerances near 1e-6.
 """
@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_policy import (
+    EXPERT,
     PROBS_Q,
     RESPONSES,
     REWARDS_Q,
@@ -16,6 +17,7 @@ from tiny_policy import (
     THETA_P,
     TOKEN_PROBS_QT,
     TOKEN_SCORES_QTP,
+    closed_scale,
     cosine,
     expected_advantages,
     expected_gradient,
@@ -33,7 +35,6 @@ from gft_kernels.options import Credit
 
 BINARY = "0 / 1"
 GRADED = [name for name in REWARDS_Q if name != BINARY]
-EXPERT = 5  # a correct response the policy gives 1.5 % of its mass
 EVERY_K = range(2, 17)
 
 
@@ -72,6 +73,37 @@ def test_variance_of_the_one_sample_estimator_grows_as_one_over_pi(response):
     estimates_QP[response] = score_P / pi
     variance = PROBS_Q @ (estimates_QP - PROBS_Q @ estimates_QP).square().sum(1)
     close(variance, (1.0 / pi - 1.0) * score_P.square().sum(), 1e-9)
+
+
+def test_the_average_over_a_dataset_has_reward_q_over_pi():
+    """Demonstrations drawn from q: E over q of the SFT gradient is the policy gradient of the reward q(o) / pi(o)."""
+    q_Q = torch.softmax(f64([0.3, -1.0, 2.0, 0.1, 0.0, 1.2, -0.4, 0.9, -2.0]), 0)
+    expected_P = sum(q_Q[o] * sft_gradient(o) for o in range(len(RESPONSES)))
+    close(true_gradient(q_Q / PROBS_Q), expected_P, 1e-12)
+
+
+@pytest.mark.parametrize("response", [0, 5])
+def test_the_reward_one_over_pi_must_be_held_constant(response):
+    """Differentiated as well it is worth 1 whatever the policy does: there is nothing to climb."""
+
+    def value(theta):
+        pi = token_log_probs(theta)[response].sum().exp()
+        return pi * (1.0 / pi)
+
+    close(jacobian(value), torch.zeros(12).double(), 1e-12)
+    assert sft_gradient(response).norm() > 0.3
+
+
+def test_the_token_identity_stands_on_the_experts_prefix():
+    """Token by token the expectation is over the next token alone; before it stands what the expert wrote."""
+    first, second = RESPONSES[EXPERT]
+    here = [q for q, (a, _) in enumerate(RESPONSES) if a == first]
+    probs_V = TOKEN_PROBS_QT[here, 1]
+    reward_V = f64([float(b == second) for b in range(3)]) / probs_V
+    close((probs_V * reward_V) @ TOKEN_SCORES_QTP[here, 1], TOKEN_SCORES_QTP[EXPERT, 1], 1e-12)
+    on_policy = sum(PROBS_Q[q] * (RESPONSES[q][1] == second) / TOKEN_PROBS_QT[q, 1] * TOKEN_SCORES_QTP[q, 1]
+                    for q in range(len(RESPONSES)))  # fmt: skip
+    assert cosine(on_policy, TOKEN_SCORES_QTP[EXPERT, 1]) < 0.5, "on the policy's own prefixes it is another gradient"
 
 
 # --- section 3: the group advantage, F5 ------------------------------------------------------------------------------
@@ -115,6 +147,14 @@ def test_std_scale_depends_on_the_query(success):
     assert std_scale(success, 2) == pytest.approx(math.sqrt(0.5), rel=1e-5)
     gaps = [abs(std_scale(success, k) - 1.0 / math.sqrt(success * (1.0 - success))) for k in (2, 16, 128)]
     assert gaps == sorted(gaps, reverse=True)
+
+
+@pytest.mark.parametrize("success", [0.01, 0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("k", [2, 3, 8, 16])
+def test_std_scale_has_a_closed_form(success, k):
+    """sqrt((K-1)/K)·E[sqrt(h (K-h))] / (K p (1-p)), h of K solved; at K = 2 it is 1/sqrt 2 whatever p is."""
+    assert std_scale(success, k) == pytest.approx(closed_scale(k, success), rel=2e-5)
+    assert closed_scale(2, success) == pytest.approx(math.sqrt(0.5), rel=1e-12)
 
 
 def test_std_scale_reaches_its_limit():
@@ -178,36 +218,6 @@ def test_equal_rewards_give_exactly_zero_where_the_formula_gives_noise():
 def test_a_group_of_one():
     close(group_advantages(torch.tensor([0.3, 1.0]), group_size=1), torch.tensor([0.3, 1.0]), 0.0)
     close(group_advantages(torch.tensor([0.3, 1.0]), group_size=1, singleton="zero"), torch.zeros(2), 0.0)
-
-
-# --- section 5: what is no policy gradient ---------------------------------------------------------------------------
-
-
-MIXTURES = [([EXPERT], 3), ([EXPERT], 4), ([EXPERT, 1], 4), ([EXPERT, 1, 6, EXPERT], 1), ([EXPERT, 1, 6, 0], 4)]
-
-
-@pytest.mark.parametrize(("offline", "sampled"), MIXTURES)
-@pytest.mark.parametrize("normalize", ["std", "mean", "leave-one-out"])
-def test_mixed_groups_are_no_policy_gradient(offline, sampled, normalize):
-    """Not even up to scale, whichever baseline: the expert is always there, however rarely the policy says it."""
-    rewards_Q = REWARDS_Q[BINARY]
-    assert 0.3 < cosine(mixed_gradient(rewards_Q, offline, sampled, normalize), true_gradient(rewards_Q)) < 0.95
-
-
-@pytest.mark.parametrize("tau", [0.3, 0.7, 1.0])
-def test_the_coefficient_turns_the_on_policy_gradient(tau):
-    truth_P = true_gradient(REWARDS_Q[BINARY])
-    assert cosine(mixed_gradient(REWARDS_Q[BINARY], [], 4, tau=0.0), truth_P) == pytest.approx(1.0, abs=1e-9)
-    assert 0.9 < cosine(mixed_gradient(REWARDS_Q[BINARY], [], 4, tau=tau), truth_P) < 0.999
-
-
-def test_under_the_coefficient_a_baseline_is_no_longer_free():
-    """E[grad log pi] = 0 hides a baseline; E[C·grad log pi] is not 0. For DFT it is the gradient of sum pi^2 / 2."""
-    first = TOKEN_SCORES_QTP[:, 0]
-    close(PROBS_Q @ first, torch.zeros(12).double(), 1e-12)
-    half_collision_P = jacobian(lambda theta: torch.softmax(theta[:3], 0).square().sum() / 2)
-    close((PROBS_Q * TOKEN_PROBS_QT[:, 0]) @ first, half_collision_P, 1e-12)
-    assert half_collision_P.norm() > 0.1
 
 
 # --- section 10: reductions ------------------------------------------------------------------------------------------

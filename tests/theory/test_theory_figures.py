@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from tiny_policy import (
+    EXPERT,
     PROBS_Q,
     REWARDS_Q,
+    closed_mixture,
     cosine,
     expected_advantages,
     expected_gradient,
@@ -67,10 +69,10 @@ def group_mixtures():
     truth_P = true_gradient(REWARDS_Q[BINARY])
     kinds = {
         "4 sampled": ([], 4),
-        "expert + 3 sampled": ([5], 3),
-        "expert + 4 sampled": ([5], 4),
-        "expert + 3 teacher + 1 sampled": ([5, 1, 6, 5], 1),
-        "expert + 3 teacher (one wrong) + 4 sampled": ([5, 1, 6, 0], 4),
+        "expert + 3 sampled": ([EXPERT], 3),
+        "expert + 4 sampled": ([EXPERT], 4),
+        "expert + 3 teacher + 1 sampled": ([EXPERT, 1, 6, EXPERT], 1),
+        "expert + 3 teacher (one wrong) + 4 sampled": ([EXPERT, 1, 6, 0], 4),
     }
     rows = [
         [kind, *(cosine(mixed_gradient(REWARDS_Q[BINARY], *group, tau=tau), truth_P) for tau in TAUS)]
@@ -79,7 +81,16 @@ def group_mixtures():
     return table(["group", *(f"τ = {tau:g}" for tau in TAUS)], rows)
 
 
-TABLES = [baselines, query_weights, graded_directions, group_mixtures]
+def mixed_weights():
+    """What multiplies grad J and the mean score of the given ones, 4 given and right, 4 sampled, by p."""
+    rows = []
+    for p in (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99):
+        slope, gate, _ = closed_mixture(4, 0, 4, p)
+        rows.append([f"p = {p:g}", 4 / 8, 4 * 4 / 7 * (1.0 - p) / 8, 4 * slope / 8, 4 * gate / 8])
+    return table(["", "∇J", "imitation", "∇J, `std`", "imitation, `std`"], rows)
+
+
+TABLES = [baselines, query_weights, graded_directions, mixed_weights, group_mixtures]
 
 
 @pytest.mark.parametrize("make", TABLES, ids=lambda make: make.__name__)
@@ -90,13 +101,13 @@ def test_the_document_prints_this_table(make):
 def test_the_document_describes_the_policy_it_measures():
     text = " ".join(DOCUMENT.read_text(encoding="utf-8").split())
     assert f"success probability {float(PROBS_Q @ REWARDS_Q[BINARY]):.3f}" in text
-    assert f"expert's response has probability {float(PROBS_Q[5]):.3f}" in text
+    assert f"expert's response has probability {float(PROBS_Q[EXPERT]):.3f}" in text
 
 
 def test_every_claim_names_a_test_that_exists_and_every_test_is_named():
     named = set(re.findall(r"`(test_\w+)`", DOCUMENT.read_text(encoding="utf-8")))
     defined = set()
-    for name in ("test_theory.py", "test_theory_rows.py", "test_theory_family.py"):
+    for name in ("test_theory.py", "test_theory_mixed.py", "test_theory_rows.py", "test_theory_family.py"):
         defined |= set(re.findall(r"^def (test_\w+)", (TESTS / name).read_text(encoding="utf-8"), re.MULTILINE))
     assert named - defined == set(), "named in the document, not defined"
     assert defined - named == set(), "defined, not named in the document"

@@ -22,6 +22,8 @@ TOKENS = 3
 RESPONSES = list(itertools.product(range(TOKENS), repeat=2))
 THETA_P = f64([1.541, -0.293, -2.179, 0.568, -1.084, -1.399, 0.403, 0.838, -0.719, -0.403, -0.597, 0.182])
 
+EXPERT = 5  # a correct response the policy gives 1.5 % of its mass
+
 REWARDS_Q = {
     "0 / 1": f64([0.0, 1, 0, 0, 0, 1, 1, 0, 0]),
     "0 / .1 / 1": f64([0.0, 0.1, 1, 0, 0.1, 1, 0, 0, 0.1]),
@@ -86,22 +88,61 @@ def expected_gradient(rewards_Q, k, normalize):
     return (PROBS_Q * expected_advantages(levels_L, probs_L, k, normalize)[level_Q]) @ SCORES_QP
 
 
-def mixed_gradient(rewards_Q, offline, sampled, normalize="std", tau=0.0):
-    """The same expectation for groups of fixed `offline` responses and `sampled` responses, group by group.
+def mixed_credit(rewards_Q, offline, sampled, normalize="std", **split):
+    """(2, 2, Q): E[sum of A / K] of each response, given ones [0] and sampled ones [1], A > 0 [0] and A < 0 [1] apart.
 
-    tau > 0 puts F4's coefficient on every token. Cost: 9^sampled groups.
+    A group is the fixed `offline` responses and `sampled` draws from the policy. Cost: 9^sampled groups.
     """
     drawn_GN = torch.tensor(list(itertools.product(range(len(RESPONSES)), repeat=sampled)), dtype=torch.long)
     fixed_GF = torch.tensor(offline, dtype=torch.long).expand(len(drawn_GN), len(offline))
     groups_GK = torch.cat([fixed_GF, drawn_GN], 1)
     k = groups_GK.shape[1]
     rewards = rewards_Q[groups_GK].flatten().float()
-    advantages_GK = group_advantages(rewards, group_size=k, normalize=normalize).view(-1, k).double()
-    probs_G = PROBS_Q[drawn_GN].prod(1)
-    credit_Q = torch.zeros(len(RESPONSES)).double()
-    credit_Q.scatter_add_(0, groups_GK.flatten(), (probs_G[:, None] * advantages_GK / k).flatten())
-    coefficients_QT = torch.where(TOKEN_PROBS_QT.lt(tau), TOKEN_PROBS_QT, 1.0)
+    if normalize == "split":
+        split["given"] = (torch.arange(k) < len(offline)).repeat(len(drawn_GN))
+    advantages_GK = group_advantages(rewards, group_size=k, normalize=normalize, **split).view(-1, k).double()
+    credit_GK = PROBS_Q[drawn_GN].prod(1)[:, None] * advantages_GK / k
+    where_K = (torch.arange(k) >= len(offline)).long() * 2
+    slots_GK = (where_K + advantages_GK.lt(0.0)) * len(RESPONSES) + groups_GK
+    total = torch.zeros(4 * len(RESPONSES)).double().scatter_add_(0, slots_GK.flatten(), credit_GK.flatten())
+    return total.view(2, 2, len(RESPONSES))
+
+
+def mixed_gradient(rewards_Q, offline, sampled, normalize="std", tau=0.0):
+    """The expectation of `mixed_credit`'s groups as a gradient; tau > 0 puts F4's coefficient on every token."""
+    return weighted_scores(mixed_credit(rewards_Q, offline, sampled, normalize).sum((0, 1)), rectified(tau))
+
+
+def rectified(tau):
+    """(Q, T): F4's coefficient of each token."""
+    return torch.where(TOKEN_PROBS_QT.lt(tau), TOKEN_PROBS_QT, 1.0)
+
+
+def weighted_scores(credit_Q, coefficients_QT):
+    """Sum over responses and tokens of credit, coefficient and score."""
     return torch.einsum("q,qt,qtp->p", credit_Q, coefficients_QT, TOKEN_SCORES_QTP)
+
+
+def binomial(n, p):
+    """(n + 1,): the probability of each number of successes."""
+    return f64([math.comb(n, h) * p**h * (1.0 - p) ** (n - h) for h in range(n + 1)])
+
+
+def closed_scale(k, success):
+    """c(K, p) of section 3: what division by the std makes of one prompt's gradient, binary rewards, eps = 0."""
+    h = torch.arange(k + 1).double()
+    expected = binomial(k, success) @ torch.sqrt(h * (k - h))
+    return float(math.sqrt((k - 1) / k) * expected / (k * success * (1.0 - success)))
+
+
+def closed_mixture(right, wrong, sampled, success, eps=1e-6):
+    """Section 5, binary rewards: c_mix, and the expected advantages of a right and of a wrong given response."""
+    k, h = right + wrong + sampled, torch.arange(sampled + 1).double()
+    share = (h + right) / k
+    std = torch.sqrt(k / (k - 1) * share * (1.0 - share)) + eps
+    high, low, chance = (1.0 - share) / std, -share / std, binomial(sampled, success)
+    slope = h / (sampled * success) * high - (sampled - h) / (sampled * (1.0 - success)) * low
+    return tuple(float(chance @ part) for part in (slope, high, low))
 
 
 def cosine(a_P, b_P):

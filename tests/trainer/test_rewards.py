@@ -77,7 +77,7 @@ def test_a_reward_is_found_by_name_or_path():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("lastnumber", "must be one of last_number, boxed_answer, math_verify or a dotted path, got 'lastnumber'"),
+        ("lastnumber", "must be one of last_number, boxed_answer, exact_answer, json_answer, math_verify or a dotted"),
         ("no.such.module:f", "must be importable"),
         ("gft_kernels.data.digit_sum:nothing", "module gft_kernels.data.digit_sum has no 'nothing'"),
         ("gft_kernels.data.digit_sum:DIGITS", "must be callable"),
@@ -288,7 +288,7 @@ def test_weights_match_functions():
 
 
 def test_every_ready_reward_is_listed():
-    assert set(rewards.READY) == {"last_number", "boxed_answer", "math_verify"}
+    assert set(rewards.READY) == {"last_number", "boxed_answer", "exact_answer", "json_answer", "math_verify"}
 
 
 # The tasks' own verifiers

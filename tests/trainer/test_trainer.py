@@ -135,7 +135,8 @@ def test_groups_of_equal_rewards_dilute_the_step_and_nothing_else(tmp_path):
 
 def test_sft_is_the_models_own_loss(tmp_path):
     """advantages='ones' at tau 0: transformers' cross-entropy over the response tokens."""
-    trainer = rig.trainer(tmp_path, train=rig.rows(3), advantages="ones", num_generations=0, tau=0.0, reward_funcs=())
+    options = {"advantages": "ones", "num_generations": 0, "tau": 0.0, "share_prompts": False}
+    trainer = rig.trainer(tmp_path, train=rig.rows(3), reward_funcs=(), **options)
     micro_batches, num_items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, torch.device("cpu"))
     ours = sum(trainer.compute_loss(trainer.model, b, num_items_in_batch=num_items).item() for b in micro_batches)
     theirs = 0.0

@@ -122,3 +122,36 @@ def test_time_is_told_for_sampling_and_training(tmp_path, monkeypatch):
         assert line["tokens_per_second/sampling"] == pytest.approx(4 * 2 * 4 / 3)
         assert line["tokens_per_second/training"] == pytest.approx((given + 4 * 2 * 4) / 10)
         assert line["tokens_per_second"] == pytest.approx((given + 4 * 2 * 4) / (13 + 3 * (step > 0)))
+
+
+def test_several_temperatures_are_evaluated_at_once(tmp_path):
+    """Each as alone, with the same random numbers; the first one's metrics keep their names."""
+    held_out, functions = rig.rows(4), [rig.digit_count, always]
+    options = {"reward_funcs": functions, "per_device_eval_batch_size": 3}
+    together = rig.trainer(tmp_path, eval_temperature=[1.0, 0.0, 0.7], **options)
+    metrics, predictions = together.evaluate(held_out), together.predict(held_out).predictions
+    assert predictions.shape == (4, 2 + 3 * 8)
+    for place, (temperature, behind) in enumerate([(1.0, ""), (0.0, "_greedy"), (0.7, "_at_0.7")]):
+        alone = rig.trainer(tmp_path, eval_temperature=temperature, **options)
+        found = alone.evaluate(held_out)
+        for name in ("reward", "reward_digit_count", "truncated", "completion_length"):
+            assert metrics[f"eval_{name}{behind}"] == found[f"eval_{name}"], (name, temperature)
+        assert metrics["eval_loss"] == found["eval_loss"]
+        numpy.testing.assert_array_equal(
+            predictions[:, 2 + 8 * place : 10 + 8 * place], alone.predict(held_out).predictions[:, 2:]
+        )
+    assert metrics["eval_reward"] != metrics["eval_reward_greedy"]
+
+
+@pytest.mark.parametrize("given", [-0.5, [], [0.0, 0.0], [1.0, "0"], [True]])
+def test_temperatures_that_cannot_be_are_refused(tmp_path, given):
+    with pytest.raises(ValueError, match=r"eval_temperature must be 0 \(greedy\) or positive and finite, or a list"):
+        rig.config(tmp_path, eval_temperature=given)
+
+
+@pytest.mark.parametrize(("steps", "given", "lines"), [(4, {}, 4), (24, {}, 12), (4, {"logging_steps": 2}, 2)])
+def test_a_short_run_logs_often_enough_to_be_seen(tmp_path, steps, given, lines):
+    options = {"num_generations": 0, "max_steps": steps, "per_device_train_batch_size": 1, "token_metrics": False}
+    trainer = rig.trainer(tmp_path, **options, **{"logging_steps": None, **given})
+    trainer.train()
+    assert len([line for line in trainer.state.log_history if "loss" in line]) == lines

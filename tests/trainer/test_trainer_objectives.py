@@ -14,7 +14,7 @@ from gft_kernels import policy_loss
 from gft_kernels.trainer import GFTConfig, GFTTrainer
 from gft_kernels.trainer.groups import IGNORE, SOURCES
 
-OFFLINE = {"train": rig.offline_rows(6), "reward_funcs": (), "num_generations": 0}
+OFFLINE = {"train": rig.offline_rows(6), "reward_funcs": (), "num_generations": 0, "share_prompts": False}
 
 
 def log_pi(model, trainer, inputs):
@@ -271,7 +271,9 @@ MIXED = {
 @pytest.mark.parametrize("mixture", MIXED)
 def test_demonstrations_have_their_own_objective_and_weight(tmp_path, mixture):
     options = dict(MIXED[mixture])
-    trainer = rig.trainer(tmp_path, rig.gpt2(dropout=0.0), num_generations=2, max_steps=1, **options)
+    trainer = rig.trainer(
+        tmp_path, rig.gpt2(dropout=0.0), num_generations=2, max_steps=1, share_prompts=False, **options
+    )
     trainer.state.max_steps = 1
     (inputs, *_), _ = window(trainer)
     given = inputs["sources"] != SOURCES.index("sampled")

@@ -38,7 +38,8 @@ def gradients(model):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_step_is_that_of_the_logits(tmp_path, place):
-    trainer = rig.trainer(tmp_path, adapted(place), num_generations=3, tau=0.05, temperature=1.1)
+    options = {"num_generations": 3, "tau": 0.05, "temperature": 1.1, "share_prompts": False}
+    trainer = rig.trainer(tmp_path, adapted(place), **options)
     micro_batches, num_items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
     inputs = micro_batches[0]
     with warnings.catch_warnings(record=True) as caught:

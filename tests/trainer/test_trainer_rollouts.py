@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 
@@ -28,6 +29,24 @@ def test_continuous_batching_takes_the_tokens_of_generate():
     assert len({len(ids) for ids in theirs}) > 1 and len({tuple(ids) for ids in theirs}) == 3
     assert model.generation_config is own and model.training
     assert model.config._attn_implementation == rig.untied_llama().config._attn_implementation
+
+
+@pytest.mark.parametrize("model", [rig.untied_llama, rig.gpt2], ids=["rotary", "absolute positions"])
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_prompts_computed_once_are_gone_on_with_as_before(model, temperature):
+    """Token for token, greedy and drawn, so from the same distribution; prompts of 6, 1 and 2 tokens."""
+    model, tokens = model(), []
+    sampling = Sampling(num_generations=20, max_new_tokens=7, temperature=temperature, eos_ids=(1, 4, 9), pad_id=0)
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda module, args: tokens.append(args[0].numel()))
+    drawn = []
+    for shares in (False, True):
+        with seeded(3, device=CPU):
+            drawn.append(generate(model, PROMPTS, dataclasses.replace(sampling, share_prompts=shares)))
+        tokens.append(0)
+    assert drawn[0] == drawn[1] and len({tuple(ids) for ids in drawn[0]}) >= 3
+    assert tokens[: tokens.index(0)][0] == 60 * 6  # every response's prompt, padded
+    assert tokens[tokens.index(0) + 1 :][:2] == [3 * 5, 60]  # every prompt but its last token, then these
 
 
 @needs_continuous

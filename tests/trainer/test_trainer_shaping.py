@@ -251,3 +251,31 @@ def test_end_tokens_are_the_tokenizers_and_the_models(own):
     model.generation_config.eos_token_id = own
     expected = {None: (1,), 4: (1, 4)}.get(own if isinstance(own, int) else None) if not own or own == 4 else (1, 4, 5)
     assert end_tokens(model, rig.tokenizer()) == expected
+
+
+# Who is weighed against whom
+
+
+def test_split_weighs_what_is_given_against_the_samples(tmp_path):
+    trainer = rig.trainer(tmp_path, rig.untied_llama(), normalize="split", imitation=0.25)
+    window = trainer._roll_out(iter(trainer.get_train_dataloader()), 1, CPU)[0]
+    for responses in (group.responses for group in window.groups):
+        rewards = torch.tensor([r.reward for r in responses]).double()
+        assert [r.source for r in responses] == ["expert", "teacher", "sampled", "sampled"]
+        given = 0.25 * (rewards[:2] - rewards[2:].mean())
+        expected = torch.cat([given, rewards[2:] - rewards[2:].flip(0)])
+        torch.testing.assert_close(torch.tensor([r.advantage for r in responses]).double(), expected)
+    assert any(r.advantage for group in window.groups for r in group.responses if r.source == "sampled")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"imitation": 0.5}, "imitation must be 1.0 without normalize 'split', got 0.5"),
+        ({"normalize": "split", "imitation": -1.0}, "imitation must be 0 or positive and finite, got -1.0"),
+        ({"normalize": "split", "train": rig.offline_rows(), "num_generations": 0}, "must not be 'split' where rows"),
+    ],
+)
+def test_split_where_it_cannot_be_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        rig.trainer(tmp_path, **options)

@@ -27,9 +27,10 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def assert_passes(where: str, *selection: str) -> None:
-    """`where` is a file under tests/."""
-    command = [sys.executable, "-m", "pytest", "-x", str(ROOT / "tests" / where), "--device", "interpreter", *selection]
+def assert_passes(*where: str, names: str = "") -> None:
+    """`where` are files under tests/, or one test of them; `names` is pytest's -k."""
+    paths = [str(ROOT / "tests" / path) for path in where]
+    command = [sys.executable, "-m", "pytest", "-x", "--device", "interpreter", "-k", names, *paths]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]

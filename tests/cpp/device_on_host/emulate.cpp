@@ -32,7 +32,7 @@ static bool run_logits(const RowTask& task, Choice choice) {
         return simple(choice.grid, choice.threads, sizeof(TwoPassShared), choice.seed,
                       [&] { two_pass_row<T, kEntropy>(task); });
     const int capacity = slice_capacity(task.logits.V, sizeof(T), choice.blocks);
-    const int shared = static_cast<int>(sizeof(ClusterShared)) + capacity * kVectorBytes;
+    const int shared = static_cast<int>(sizeof(ClusterShared<T>)) + capacity * kVectorBytes;
     return device_on_host::run_grid(
         {static_cast<long long>(choice.grid) * choice.blocks, choice.threads, shared, choice.blocks}, choice.seed,
         [&] { cluster_row<T, kEntropy>(task, capacity); });
@@ -113,7 +113,7 @@ bool emulate_shade_shard(const Shard* shard, const AgreedRows* agreed, const Log
 // ---- plan.h ----
 
 ClusterPlan plan_cluster(const Machine* machine, std::int64_t rows, std::int64_t V, int element_bytes, int choice) {
-    return cluster_plan(*machine, rows, V, element_bytes, sizeof(ClusterShared), choice);
+    return cluster_plan(*machine, rows, V, element_bytes, sizeof(ClusterShared<float>), choice);
 }
 
 // How often each element of a row is looked after, by some thread of some block as vector or edge element: all 1.

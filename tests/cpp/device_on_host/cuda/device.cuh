@@ -31,6 +31,9 @@ GFT_DEVICE long long block_index() { return me().block->index; }
 GFT_DEVICE long long block_count() { return current->grid; }
 
 GFT_DEVICE void block_barrier() { device_on_host::wait_at(me().block->barrier); }
+GFT_DEVICE void warp_barrier() {
+    device_on_host::wait_at(me().block->warps[static_cast<std::size_t>(me().thread / 32)].barrier);
+}
 GFT_DEVICE int cluster_blocks() { return static_cast<int>(current->blocks.size()); }
 GFT_DEVICE int cluster_rank() { return me().block->rank; }
 GFT_DEVICE void cluster_barrier() { device_on_host::wait_at(current->barrier); }
@@ -40,10 +43,43 @@ GFT_DEVICE unsigned char* shared_of(device_on_host::Block& block) {
     return block.shared.data() + (16 - address % 16) % 16;
 }
 
-template <class Value>
-GFT_DEVICE Value* in_block(Value* mine, int rank) {
-    const auto offset = reinterpret_cast<unsigned char*>(mine) - shared_of(*me().block);
-    return reinterpret_cast<Value*>(shared_of(current->blocks[static_cast<std::size_t>(rank)]) + offset);
+// Its bytes as of the device's barrier: what is missing still, and how often it has closed.
+struct Mailbox {
+    std::int32_t missing;
+    std::uint16_t expecting, closed;
+};
+
+GFT_DEVICE void close_if_complete(Mailbox& mailbox) {
+    if (mailbox.expecting == 0 || mailbox.missing != 0) return;
+    mailbox.expecting = 0;
+    ++mailbox.closed;
+}
+
+GFT_DEVICE void open_mailbox(Mailbox* mailbox) { *mailbox = {0, 0, 0}; }
+
+GFT_DEVICE void expect_letters(Mailbox* mailbox, int letters) {
+    if (mailbox->expecting != 0) __builtin_trap();  // it has not closed since the last time
+    mailbox->expecting = 1;
+    mailbox->missing += letters;
+    close_if_complete(*mailbox);
+}
+
+GFT_DEVICE void send_letter(uint4 letter, uint4* to, Mailbox* mailbox, int rank) {
+    device_on_host::Block& other = current->blocks[static_cast<std::size_t>(rank)];
+    const auto there = [&](auto* mine) {
+        const auto offset = reinterpret_cast<unsigned char*>(mine) - shared_of(*me().block);
+        return reinterpret_cast<decltype(mine)>(shared_of(other) + offset);
+    };
+    std::memset(there(to), 0xff, sizeof letter);  // until it lands
+    device_on_host::post(other, [letter, to = there(to), mailbox = there(mailbox)] {
+        *to = letter;
+        --mailbox->missing;
+        close_if_complete(*mailbox);
+    });
+}
+
+GFT_DEVICE void await_letters(const Mailbox* mailbox, int parity) {
+    device_on_host::wait_until([=] { return mailbox->closed % 2 != parity; });
 }
 
 GFT_DEVICE unsigned char* shared_memory() { return shared_of(*me().block); }
@@ -66,6 +102,12 @@ GFT_DEVICE Value shuffle_xor(Value value, int lanes) {
 template <class Value>
 GFT_DEVICE Value shuffle_first(Value value) {
     return exchange(value, 0);
+}
+
+GFT_DEVICE int first_lane(bool here) {
+    int lane = here ? me().thread % 32 : 32;
+    for (int lanes = 16; lanes > 0; lanes /= 2) lane = std::min(lane, shuffle_xor(lane, lanes));
+    return lane;
 }
 
 GFT_DEVICE void land(const device_on_host::Copy& copy) { std::memcpy(copy.to, copy.from, 16); }
@@ -108,6 +150,14 @@ GFT_DEVICE void add_count(int* counter, int n) { *counter += n; }
 GFT_DEVICE float exp2_fast(float x) { return std::exp2(x); }
 GFT_DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
 
+struct Pair {
+    float x, y;
+};
+
+GFT_DEVICE Pair fma_pair(Pair a, Pair b, Pair c) { return {std::fma(a.x, b.x, c.x), std::fma(a.y, b.y, c.y)}; }
+GFT_DEVICE Pair add_pair(Pair a, Pair b) { return {a.x + b.x, a.y + b.y}; }
+GFT_DEVICE Pair multiply_pair(Pair a, Pair b) { return {a.x * b.x, a.y * b.y}; }
+
 GFT_DEVICE float float_of_bits(unsigned bits) { return gft::cpu::float_of(bits); }
 GFT_DEVICE unsigned bits_of_float(float value) { return gft::cpu::bits_of(value); }
 
@@ -126,5 +176,16 @@ GFT_DEVICE float2 unpack_f16(unsigned bits) {
     return {gft::cpu::widen(gft::cpu::Float16{static_cast<std::uint16_t>(bits & 0xffffu)}),
             gft::cpu::widen(gft::cpu::Float16{static_cast<std::uint16_t>(bits >> 16)})};
 }
+
+template <class Half>
+GFT_DEVICE unsigned larger_pair(unsigned a, unsigned b) {
+    const auto half = [](unsigned pair, int k) {
+        return gft::cpu::widen(Half{static_cast<std::uint16_t>(pair >> (16 * k))});
+    };
+    return pack_pair<Half>(std::fmax(half(a, 0), half(b, 0)), std::fmax(half(a, 1), half(b, 1)));
+}
+
+GFT_DEVICE unsigned larger_bf16(unsigned a, unsigned b) { return larger_pair<gft::cpu::BFloat16>(a, b); }
+GFT_DEVICE unsigned larger_f16(unsigned a, unsigned b) { return larger_pair<gft::cpu::Float16>(a, b); }
 
 }  // namespace gft::cuda

@@ -1,0 +1,178 @@
+"""A prompt computed once for all of its responses: what a patched model does with `gft_prompt_ids`, and who may ask.
+
+The trunk runs on the prompts without their last tokens and keeps keys and values with their graph; the model then runs
+on the responses, each behind the last token of its prompt, which predicts the first of it. Every layer reads the keys
+and values of its row's prompt, so their gradients, summed over the responses, flow back through the prompt. Loss and
+gradients are those of whole rows but for rounding (prefix sharing, arXiv 2506.05433, by a cache instead of a kernel).
+
+Sizes: G prompts, S responses, P tokens of the longest prompt but its last, R tokens of the longest response.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+PROMPT_IDS, PROMPT_OF = ARGUMENTS = ("prompt_ids", "prompt_of")
+NOISE = ("drop", "jitter", "noise")  # in the names of what layers draw at random in training
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}  # of logits, relative; of smaller types ROUNDED
+ROUNDED = 5e-2
+
+
+Ids = Sequence[int]
+
+
+def layout(groups: Sequence[tuple[Ids, Sequence[Ids]]], pad_id: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Prompts (none empty), each with its responses, as (inputs of a patched model, targets (S, R)).
+
+    input_ids (S, R): the prompt's last token and the response without its own; attention_mask (S, P + R);
+    gft_prompt_ids (G, P), right-padded; gft_prompt_of (S,): the row of gft_prompt_ids behind each response. targets:
+    the responses, -100 on padding; what the model takes as shift_labels. Groups without responses are left out.
+    """
+    groups = [(prompt, responses) for prompt, responses in groups if responses]
+    pairs = [(g, prompt, response) for g, (prompt, responses) in enumerate(groups) for response in responses]
+    longest = max(len(prompt) for prompt, _ in groups) - 1
+    before = [torch.tensor(prompt[:-1], dtype=torch.int64) for prompt, _ in groups]
+    before.append(torch.zeros(max(longest, 1), dtype=torch.int64))  # left out again: P is at least 1
+    length_S = torch.tensor([len(prompt) - 1 for _, prompt, _ in pairs])
+    prompt_ids = pad_sequence(before, True, pad_id)[:-1]
+    on_prompt = torch.arange(prompt_ids.shape[1]) < length_S[:, None]
+    texts = [torch.tensor([prompt[-1], *response[:-1]]) for _, prompt, response in pairs]
+    on_text = pad_sequence([torch.ones_like(text) for text in texts], True)
+    inputs = {
+        "input_ids": pad_sequence(texts, True, pad_id),
+        "attention_mask": torch.cat([on_prompt.long(), on_text], 1),
+        f"gft_{PROMPT_IDS}": prompt_ids,
+        f"gft_{PROMPT_OF}": torch.tensor([g for g, _, _ in pairs]),
+    }
+    return inputs, pad_sequence([torch.tensor([*response]) for _, _, response in pairs], True, -100)
+
+
+def taken(named: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Takes the prompts out of a call's `gft_` arguments. Raises ValueError for one of the two without the other."""
+    prompt_ids, prompt_of = (named.pop(name, None) for name in ARGUMENTS)
+    if (prompt_ids is None) != (prompt_of is None):
+        absent = PROMPT_IDS if prompt_ids is None else PROMPT_OF
+        raise ValueError(f"gft_{absent} must be given where the other of the two is, got None; layout() makes both")
+    return None if prompt_ids is None or prompt_of is None else (prompt_ids, prompt_of)
+
+
+def behind_prompts(model: Any, kwargs: dict[str, Any], prompt_ids_GP: Tensor, prompt_of_S: Tensor) -> dict[str, Any]:
+    """A call's arguments with the prompts' keys and values in them.
+
+    Raises: ValueError for tensors that do not fit each other, and for a model that cannot, with the reason.
+    """
+    reason = refusal_of_cache(model) or refusal_of_loss(model, model.training)
+    if reason is not None:
+        raise ValueError(f"gft_prompt_ids must be left out, got a value; {reason}: pass whole rows")
+    mask, (S, R), P = kwargs.get("attention_mask"), kwargs["input_ids"].shape, prompt_ids_GP.shape[1]
+    if mask is None or mask.shape != (S, P + R) or prompt_of_S.shape != (S,):
+        raise ValueError(
+            f"attention_mask must be ({S}, {P + R}) and gft_prompt_of ({S},) with gft_prompt_ids of width {P}, got "
+            f"{None if mask is None else tuple(mask.shape)} and {tuple(prompt_of_S.shape)}; layout() makes them"
+        )
+    kwargs = {**kwargs, "past_key_values": expanded(prompts_cache(model, prompt_ids_GP), prompt_of_S)}
+    kwargs["use_cache"] = True  # some families do not look at a cache otherwise
+    if "position_ids" in inspect.signature(type(model).forward).parameters:
+        # Padding repeats the position before it: one of its own might lie beyond a table of positions.
+        kwargs.setdefault("position_ids", (mask.long().cumsum(1) - 1).clamp(min=0)[:, P:])
+    return kwargs
+
+
+def prompts_cache(model: Any, prompt_ids_GP: Tensor) -> Any:
+    """Keys and values of right-padded prompts. No mask: under a causal one no token sees the padding behind it."""
+    return model.base_model(input_ids=prompt_ids_GP, use_cache=True, return_dict=True).past_key_values
+
+
+def expanded(cache: Any, prompt_of_S: Tensor) -> Any:
+    """The cache of G prompts as one of S responses, which keeps nothing of these and may be read again."""
+    for layer in cache.layers:
+        layer.update = functools.partial(joined, layer, prompt_of_S)
+    return cache
+
+
+def joined(layer: Any, prompt_of_S: Tensor, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    """Keys and values of each row's prompt and response; instead of a cache layer's `update`."""
+    pairs = ((layer.keys, keys), (layer.values, values))
+    before, after = (torch.cat([old.index_select(0, prompt_of_S), new], -2) for old, new in pairs)
+    return before, after
+
+
+# Who may ask
+
+
+def refusal_of_cache(model: Any) -> str | None:
+    """Why the model's keys and values cannot be those of another call's prompt, as far as can be read off it."""
+    from transformers import DynamicCache
+
+    kind, config = type(model).__name__, model.config.get_text_config(decoder=True)
+    if any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters()):
+        return f"the weights of {kind} lie in parts on all ranks, gathered for one call of a layer"
+    if getattr(model, "base_model", model) is model:
+        return f"{kind} has no trunk that could be run without its head"
+    layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {"DynamicLayer"}
+    if layers:
+        return f"{kind} has layers other than full attention ({', '.join(sorted(layers))})"
+    return None
+
+
+def refusal_of_loss(model: Any, training: bool) -> str | None:
+    """Why the loss of whole rows, in training or not, would be another than that of shared prompts."""
+    if training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return "gradient checkpointing runs layers again without their cache"
+    if training and (noise := next(noises(model), None)):
+        return f"{type(model).__name__} draws at random for each row in training ({noise})"
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    if any(getattr(config, "output_router_logits", False) for config in configs):
+        return "the router's loss counts the tokens of whole rows (output_router_logits)"
+    return None
+
+
+def noises(model: nn.Module) -> Iterator[str]:
+    """What layers draw at random in training: dropout, as modules or as numbers, jitter, noise."""
+    for path, module in model.named_modules():
+        named = {f"{path}.p" if path else "p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else {}
+        named |= {f"{path}.{name}": value for name, value in vars(module).items() if any(n in name for n in NOISE)}
+        yield from (f"{name} = {value}" for name, value in named.items() if isinstance(value, float) and value > 0)
+
+
+@torch.no_grad()
+def refusal_of_trial(model: Any) -> str | None:
+    """Why two prompts of different lengths, two responses each, differ from whole rows by more than rounding."""
+    kind, training = type(model).__name__, model.training
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = [(7 * i + 3) % vocabulary for i in range(40)]
+    groups = [(ids[:4], (ids[13:17], ids[17:23])), (ids[1:13], (ids[23:29], ids[29:31]))]
+    model.eval()
+    try:
+        apart = relative_difference(model, groups)
+    except Exception as error:  # how a family that knows no such cache fails is its own matter
+        return f"{kind} cannot go on from the cache of a prompt ({type(error).__name__}: {str(error)[:80]})"
+    finally:
+        model.train(training)
+    if not apart <= ROUNDING.get(next(model.parameters()).dtype, ROUNDED):
+        return f"{kind} computes other numbers from the cache of a prompt (logits differ by {apart:.0e})"
+    return None
+
+
+def relative_difference(model: Any, groups: Sequence[tuple[Ids, Sequence[Ids]]]) -> float:
+    """Of the logits around their mean, between shared prompts and rows that stand alone without padding."""
+    device = next(model.parameters()).device
+    inputs, _ = layout(groups, pad_id=0)
+    inputs = {name.removeprefix("gft_"): value.to(device) for name, value in inputs.items()}
+    prompt_ids, prompt_of = (inputs.pop(name) for name in ARGUMENTS)
+    shared = model(**behind_prompts(model, inputs, prompt_ids, prompt_of), return_dict=True).logits
+    pairs = [(prompt, response) for prompt, responses in groups for response in responses]
+    worst = 0.0
+    for mine, (prompt, response) in zip(shared, pairs, strict=True):
+        row = torch.tensor([[*prompt, *response[:-1]]], device=device)
+        theirs = model(input_ids=row, use_cache=False, return_dict=True).logits[0, len(prompt) - 1 :]
+        mine, theirs = (logits.float() - logits.float().mean(-1, True) for logits in (mine[: len(response)], theirs))
+        worst = max(worst, float((mine - theirs).norm() / theirs.norm()))
+    return worst

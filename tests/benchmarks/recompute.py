@@ -1,0 +1,133 @@
+"""Every verdict of docs/experiments.md once more, from the raw results alone: `python tests/benchmarks/recompute.py`.
+
+Imports nothing of this project. Pairs and base means are pandas', Student's t is mpmath's incomplete beta function, and
+Holm's correction is the closed test it is a shortcut of: a hypothesis falls when every intersection that holds it does.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from pathlib import Path
+
+import mpmath
+import pandas
+import yaml
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "experiments"
+CLAIMS = ROOT / "benchmarks" / "experiments" / "claims"
+USABLE = 0.01
+
+MEASURES = {
+    "pass1": lambda r: r["metrics"]["pass_at"]["1"],
+    "distinct": lambda r: r["metrics"]["distinct"],
+    "kl": lambda r: r["metrics"]["kl"],
+    "retention": lambda r: r["metrics"]["retention"],
+    "grad_max": lambda r: max(r["training"]["grad_norm"]) if "training" in r else math.nan,
+}
+
+
+def tail(t: float, df: int) -> float:
+    """P(T > t), Student's t."""
+    half = mpmath.betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True) / 2
+    return float(half if t > 0 else 1 - half)
+
+
+@functools.lru_cache
+def quantile(level: float, df: int) -> float:
+    low, high = 0.0, 100.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tail(middle, df) > 1 - level else (low, middle)
+    return low
+
+
+def closed_holm(ps: list[float]) -> list[float]:
+    """Adjusted p: the largest Bonferroni p of any intersection that holds the hypothesis.
+
+    Of the intersections of one size the worst has the largest p among its members: the p and those above it.
+    """
+    adjusted = []
+    for p in ps:
+        above = sorted(other for other in ps if other >= p)
+        below = sorted((other for other in ps if other < p), reverse=True)
+        members = [above + below[:size] for size in range(len(below) + 1)]
+        adjusted.append(min(1.0, max(len(some) * min(some) for some in members)))
+    return adjusted
+
+
+def table_of(path: Path) -> tuple[dict, pandas.DataFrame]:
+    head, *records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return head, pandas.DataFrame([{**{k: r[k] for k in ("kind", "chain", "expert", "base", "seed")}, "record": r}
+                                   for r in records])  # fmt: skip
+
+
+def test_of(found: pandas.DataFrame, better: str, other: str, expert: str, measure: str, runs: bool):
+    """Mean, standard error and number of units, and the number of pairs."""
+    arms = []
+    for chain in (better, other):
+        arm = found[(found.chain == chain) & (found.expert.isna() | (found.expert == expert))]
+        arms.append(arm.assign(value=arm.record.map(MEASURES[measure]))[["base", "seed", "value"]])
+    both = arms[0].merge(arms[1], on=["base", "seed"], suffixes=("_a", "_b"))
+    both["d"] = both.value_a - both.value_b
+    units = both.d if runs else both.groupby("base").d.mean()
+    return units.mean(), units.sem(), len(units), len(both)
+
+
+def p_of(value: float, error: float, n: int, expect: str, margin: float) -> float:
+    if not error > 0:
+        return math.nan
+    at = {"more": [0.0], "less": [0.0], "not-inferior": [-margin], "equal": [-margin, margin]}[expect]
+    tails = [tail((value - bound) / error, n - 1) for bound in at]
+    return max(tails[0], 1 - tails[1]) if expect == "equal" else 2 * min(tails[0], 1 - tails[0])
+
+
+def word(p: float, value: float, expect: str, margin: float) -> str:
+    if math.isnan(p):
+        return "not testable here"
+    if p >= 0.05:
+        return "not shown"
+    rises = expect == "equal" or (value < 0 if expect == "less" else value + margin > 0)
+    return "held" if rises else "did not hold: the opposite"
+
+
+def verdicts(path: Path, expert: str, weak: bool = False, first: bool = False) -> list[dict]:
+    """One row a comparison, in the order of the page. weak: over every base. first: as the study was read at first."""
+    head, found = table_of(path)
+    entries = (
+        head["claims"]["entries"] if "claims" in head else yaml.safe_load((CLAIMS / "exploratory.yaml").read_text())
+    )
+    grid = set(itertools.chain(*(cells["bases"] for cells in head["study"]["grid"])))
+    bases = found[(found.kind == "base") & found.base.isin(grid)]
+    limit = head["study"]["least_base"] if first else USABLE
+    kept = bases[[weak or r["metrics"]["pass_at"]["1"] >= limit for r in bases.record]].base
+    runs = found[(found.kind == "run") & found.base.isin(kept)]
+    rows = []
+    for entry in entries:
+        for better, other in entry.get("pairs", []):
+            expect, margin = entry["expect"], entry.get("margin", 0.0)
+            if first and margin:
+                continue
+            value, error, n, pairs = test_of(runs, better, other, expert, entry["measure"], first)
+            rows.append({"claim": entry["claim"], "value": value, "error": error, "bases": n, "pairs": pairs,
+                         "expect": expect, "margin": margin, "p": p_of(value, error, n, expect, margin)})  # fmt: skip
+    tested = [row for row in rows if not math.isnan(row["p"])]
+    if not first:
+        for row, p in zip(tested, closed_holm([row["p"] for row in tested]), strict=True):
+            row["p"] = p
+    for row in rows:
+        half = quantile(0.975, row["bases"] - 1) * row["error"] if row["bases"] > 1 else math.nan
+        row |= {"low": row["value"] - half, "high": row["value"] + half}
+        row["said"] = word(row["p"], row["value"], row["expect"], row["margin"])
+    return rows
+
+
+if __name__ == "__main__":
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        head, found = table_of(path)
+        for expert in sorted(found.expert.dropna().unique()):
+            print(f"\n{path.stem}, {expert}")
+            print(pandas.DataFrame(verdicts(path, expert)).to_string(float_format="{:+.4f}".format))

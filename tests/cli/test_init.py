@@ -1,0 +1,91 @@
+"""`gft init` and `gft train --help`: every key once, with the default it has, in a file that trains as it stands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+import trainer_rig as rig
+import yaml
+
+from gft_kernels.cli import main
+from gft_kernels.cli.keys import TRAINING, sections
+from gft_kernels.cli.settings import UNREAD, RunSettings, load
+from gft_kernels.trainer import GFTConfig
+
+KEYS = [key for keys in sections().values() for key in keys]
+OFFLINE = {"prompt": "2 + 3 =", "responses": ["5", "6"], "rewards": [1.0, 0.0]}
+GIVEN = {"prompt": "2 + 3 =", "demonstrations": ["5", "It is 5", "five"], "answer": "5"}
+
+
+def test_every_key_is_listed_once_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    listed = re.findall(r"^  --(\w+) \S+  \[(.*)\]\n      (\S.*)$", shown, re.MULTILINE)
+    fields = [f for f in dataclasses.fields(GFTConfig) if f.init and f.name not in UNREAD]
+    assert sorted(name for name, *_ in listed) == sorted(f.name for f in [*fields, *dataclasses.fields(RunSettings)])
+    defaults = {name: yaml.safe_load(default) for name, default, _ in listed}
+    for field in fields:
+        if field.default is not dataclasses.MISSING:
+            assert defaults[field.name] == getattr(field.default, "value", field.default), field.name
+    assert "\nLoss:\n  --objective str  [gft]\n" in shown and "rectify" not in shown[shown.index("\nTraining:") :]
+
+
+def start(tmp_path, row, model) -> str:
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for _ in range(3)))
+    out = str(tmp_path / "gft.yaml")
+    assert main(["init", str(tmp_path / "rows.jsonl"), "--model", str(model), "--out", out]) == 0
+    return out
+
+
+def test_the_file_trains_as_it_stands(tmp_path, model_path, capsys):
+    out = start(tmp_path, GIVEN, model_path)
+    assert f"gft train --config {out} --dry-run" in capsys.readouterr().out
+    settings, options = load(out, [], None)
+    assert settings.rewards == ["last_number"] and options["num_demonstrations"] == 3
+    longest = len(rig.tokenizer()("It is 5")["input_ids"]) + 1
+    assert options["max_completion_length"] >= longest and options["max_completion_length"] % 32 == 0
+    changes = ["--max_steps", "1", "--use_cpu", "true", "--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true"]
+    assert main(["train", "--config", out, *changes]) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        (OFFLINE, {"num_generations": 0, "rewards": None}),
+        (GIVEN | {"demonstrations": ["\\boxed{5}"]}, {"rewards": ["boxed_answer"], "num_demonstrations": 1}),
+        ({"prompt": "2 + 3 ="}, {"rewards": ["rewards_of_mine:reward"], "num_demonstrations": 0}),
+    ],
+    ids=["offline", "boxed", "prompts"],
+)
+def test_the_rows_decide(tmp_path, model_path, row, expected, capsys):
+    settings, options = load(start(tmp_path, row, model_path), [], None)
+    for name, value in expected.items():
+        assert {**vars(settings), **options}[name] == value, name
+    assert ("rewards_of_mine.py" in capsys.readouterr().out) == (expected["rewards"] == ["rewards_of_mine:reward"])
+
+
+def test_what_is_commented_out_is_the_default(tmp_path, model_path):
+    out = start(tmp_path, GIVEN, model_path)
+    text = (tmp_path / "gft.yaml").read_text()
+    (tmp_path / "gft.yaml").write_text(re.sub(r"^# (\w+: )", r"\1", text, flags=re.MULTILINE))
+    settings, options = load(out, [], None)
+    given = {**vars(settings), **options}
+    assert set(given) >= {key.name for keys in list(sections().values())[:-1] for key in keys}
+    assert list(sections())[-1] == TRAINING
+    for key in KEYS:
+        if re.search(rf"^# {key.name}: ", text, re.MULTILINE):
+            assert given[key.name] == yaml.safe_load(key.default), key.name
+
+
+def test_no_file_is_written_over(tmp_path, model_path, capsys):
+    out = start(tmp_path, GIVEN, model_path)
+    before = (tmp_path / "gft.yaml").read_bytes()
+    assert main(["init", str(tmp_path / "rows.jsonl"), "--model", str(model_path), "--out", out]) == 2
+    assert f"--out must be a new file, got {out!r}, which exists; name another." in capsys.readouterr().err
+    assert (tmp_path / "gft.yaml").read_bytes() == before
