@@ -17,7 +17,7 @@ import gft_kernels
 from gft_kernels import arguments
 
 PAGE = Path(__file__).parent / "api.md"
-LOSSES = ("gft_loss", "gft_linear_loss", "policy_loss", "group_advantages", "token_log_probs")
+LOSSES = ("gft_loss", "gft_linear_loss", "policy_loss", "group_advantages", "importance_weights", "token_log_probs")
 MODULES = ("GFTLoss", "GFTLinearLoss")
 SECTIONS = ("Args", "Returns", "Raises", "Source")
 

@@ -5,6 +5,7 @@ The extension is optional: an install without a compiler has none. It is looked 
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import lru_cache
 from types import ModuleType
 
@@ -18,6 +19,7 @@ from gft_kernels.options import (
     Objective,
     RowCall,
     RowResult,
+    Rule,
     ShardStatistics,
     gradient_for,
 )
@@ -96,8 +98,8 @@ def native_call(call: RowCall, result: RowResult) -> object:
             **{**_native_fields(call.credit), "tokens_per_response": max(call.credit.tokens_per_response, 1)},
         ),
         transform=_transform(call),
-        objective=kernels().Objective(**_native_fields(call.objective)),
-        read_zero_advantage=call.reads_every_live_row,
+        objective=_objective(call.objective),
+        read_every_row=call.reads_every_live_row,
         loss=address(result.loss),
         log_probs_R=address(result.log_probs_R),
         coefficients_R=address(result.coefficients_R),
@@ -158,6 +160,15 @@ def misaligned(call: RowCall) -> str | None:
 
 def _transform(call: RowCall) -> object:
     return kernels().Transform(logit_scale=call.logit_scale, softcap=call.softcap, temperature=call.temperature)
+
+
+def _objective(objective: Objective) -> object:
+    own = _native_fields(objective)
+    rules = {"rule": objective, "given": objective.given}
+    native = {place: {f.name: getattr(rule, f.name) for f in fields(Rule)} for place, rule in rules.items()}
+    elsewhere = {*native["rule"], "given", "over_sequence"}  # the last is settled before a backend is asked
+    rest = {name: value for name, value in own.items() if name not in elsewhere}
+    return kernels().Objective(**{place: kernels().Rule(**given) for place, given in native.items()}, **rest)
 
 
 def _native_fields(part: Credit | Objective) -> dict[str, object]:

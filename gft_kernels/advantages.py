@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gft_kernels import _extension, checks, formulas
-from gft_kernels.options import SPLIT, Credit
+from gft_kernels.options import SPLIT, Credit, Objective
 
 
 def group_advantages(
@@ -70,6 +70,74 @@ def _is_a_constant(rewards: Tensor) -> bool:
     if rewards.requires_grad and torch.is_grad_enabled():
         return False
     return forward_ad._current_level < 0 and not checks.is_watched()
+
+
+IMPORTANCE_LEVELS = ("token", "sequence")
+IMPORTANCE_BOUNDS = ("truncate", "mask")
+
+
+def importance_weights(
+    log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    *,
+    mask: Tensor | None = None,
+    level: str = "token",
+    bound: str = "truncate",
+    high: float | None = 2.0,
+    low: float | None = None,
+    sequence_ids: Tensor | None = None,
+) -> Tensor:
+    """Weights for samples of an engine whose numbers are not the trainer's: w = pi / pi_rollout, within bounds.
+
+    Pass them as `weights`; to leave rejected rows out of the denominator too, `mask=mask & (w > 0)`.
+
+    Args:
+        log_probs: log pi of each token under the policy that was meant to sample, in nats: (S, T), or packed (R,).
+        rollout_log_probs: log pi of the same tokens as the engine had it.
+        mask: bool of the same shape: the tokens that count; others get weight 0. None: all.
+        level: "token", or "sequence": the product over the response's tokens, on each of them.
+        bound: "truncate" holds w in [low, high]; "mask" makes it 0 outside.
+        high: the upper bound; None: none.
+        low: the lower bound; None: none.
+        sequence_ids: of packed rows, for level "sequence": the response of each.
+
+    Returns: float32 of the shape of log_probs.
+    Raises: ValueError, TypeError.
+    Source: truncated importance sampling, fengyao.notion.site/off-policy-rl; TRL's
+        vllm_importance_sampling_mode (token_truncate, token_mask, sequence_truncate, sequence_mask).
+    """
+    device, remedy = getattr(log_probs, "device", None), "pass one log-probability per token, in nats"
+    checks.check_tensor("log_probs", log_probs, checks.LOG_PROB_DTYPES, None, None, remedy)
+    shape = tuple(log_probs.shape)
+    checks.check_tensor("rollout_log_probs", rollout_log_probs, checks.LOG_PROB_DTYPES, shape, device, remedy)
+    checks.one_of("level", level, IMPORTANCE_LEVELS)
+    checks.one_of("bound", bound, IMPORTANCE_BOUNDS)
+    low = 0.0 if low is None else checks.not_negative("low", low, "None is no bound")
+    high = math.inf if high is None else checks.positive("high", high, "None is no bound")
+    live = torch.ones(shape, dtype=torch.bool, device=device)
+    if mask is not None:
+        checks.check_tensor("mask", mask, (torch.bool,), shape, device, "pass True where a token counts")
+        live = mask
+    apart = torch.where(live, log_probs.detach().double() - rollout_log_probs.detach().double(), 0.0)
+    if level == "sequence":
+        apart = _of_response(apart, sequence_ids)
+    weights = torch.exp(apart)
+    if bound == "truncate":
+        weights = weights.clamp(low, high)
+    else:
+        weights = torch.where((weights < low) | (weights > high), 0.0, weights)
+    return torch.where(live, weights, 0.0).float()
+
+
+def _of_response(values: Tensor, sequence_ids: Tensor | None) -> Tensor:
+    """The sum over each response on each of its tokens: rows of (S, T), or equal ids of packed rows."""
+    if values.dim() == 2 and sequence_ids is None:
+        return values.sum(1, keepdim=True).expand_as(values)
+    remedy = "pass the response id of each row, 0 to S - 1"
+    checks.check_tensor("sequence_ids", sequence_ids, checks.INDEX_DTYPES, tuple(values.shape), values.device, remedy)
+    assert sequence_ids is not None
+    _, of_row = torch.unique(sequence_ids, return_inverse=True)
+    return torch.zeros_like(values).index_add_(0, of_row, values)[of_row]
 
 
 class RowCredit(NamedTuple):
@@ -180,6 +248,14 @@ def credit_rows(credit: Credit) -> RowCredit:
     return RowCredit(live_R, advantages_R, weights_R)
 
 
+def rows_read(credit: RowCredit, objective: Objective, every: bool) -> Tensor:
+    """(R,) bool: live rows that have a loss or a gradient; `every`: all live rows, for their statistics."""
+    if every:
+        return credit.live_R
+    acts_R = (credit.advantages_R != 0.0) | objective.acts_without_advantage
+    return credit.live_R & acts_R & (credit.weights_R != 0.0)
+
+
 def _advantages(credit: Credit, live_R: Tensor) -> Tensor:
     if credit.advantages_R is not None:
         return credit.advantages_R
@@ -192,16 +268,14 @@ def _advantages(credit: Credit, live_R: Tensor) -> Tensor:
 
 
 def _weights(credit: Credit, live_R: Tensor) -> Tensor:
-    if credit.weights_R is not None:
-        return credit.weights_R
+    given_R = torch.ones(live_R.shape, device=live_R.device) if credit.weights_R is None else credit.weights_R
     if credit.reduction in ("sum", "none"):
-        return torch.ones(live_R.shape, device=live_R.device)
+        return given_R
     if credit.reduction == "token-mean":
-        tokens = live_R.sum().clamp(min=1).float() if credit.num_items is None else credit.num_items
-        return (1.0 / tokens).expand(live_R.shape)
+        return given_R / (live_R.sum().clamp(min=1).float() if credit.num_items is None else credit.num_items)
     live_tokens_S = _live_tokens(credit, live_R)
     responses = (live_tokens_S > 0).sum().clamp(min=1).float() if credit.num_items is None else credit.num_items
-    return _on_rows(1.0 / (live_tokens_S.clamp(min=1) * responses), credit)
+    return given_R * _on_rows(1.0 / (live_tokens_S.clamp(min=1) * responses), credit)
 
 
 def _live_tokens(credit: Credit, live_R: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def gft_loss(logits: Tensor, targets: Tensor, **options: Unpack[RowOptions]) -> 
     """The GFT loss, -A·C(pi)·log pi per token (F6), with its gradient computed in the same pass.
 
     Sizes: S responses, T positions, V vocabulary; packed: R rows. A row is live if its target is not `ignore_index`
-    and `mask` allows it. Rows that are masked, or whose advantage is 0, cost nothing and have gradient exactly 0.
+    and `mask` allows it. Rows that are masked, or of advantage or weight 0, cost nothing and have gradient exactly 0.
     There is one derivative, the first, in reverse mode; asking for another raises, but for a second one of a
     loss that torch.compile compiled with its backward: there it is 0, as of every constant a compiled graph keeps.
 
@@ -84,13 +84,13 @@ def gft_linear_loss(
 def policy_loss(
     inputs: Tensor, targets: Tensor, **options: Unpack[PolicyOptions]
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """GFT, SFT, DFT, GRPO, DAPO, Dr. GRPO or CISPO by name, with a KL penalty and an entropy bonus if asked for.
+    """GFT or another objective of its family by name, or two; with a KL penalty and an entropy bonus if asked for.
 
     All have the gradient of `gft_loss` with another number per row, so they run on the same kernels; with `weight` the
     logits never exist all at once, as in `gft_linear_loss`. The loss is the surrogate's own value. Rows that are
-    masked, or whose advantage is 0 while beta and entropy_coef are 0, are not read and have gradient exactly 0; what
-    else a masked row holds (NaN in old_log_probs, say) does not matter. An option that an objective does not use is
-    refused.
+    masked, of weight 0, or whose advantage is 0 while beta and entropy_coef are 0, are not read and have gradient
+    exactly 0; what else a masked row holds (NaN in old_log_probs, say) does not matter. An option that an objective
+    does not use is refused.
     Sizes: S responses, T positions, V vocabulary, D hidden size; packed: R rows.
 
     Args:
@@ -104,8 +104,7 @@ def policy_loss(
         ValueError, TypeError: an argument is wrong or not the objective's; the sentence names it.
         BackendUnavailable: the named backend cannot serve this call.
 
-    Source: docs/objectives.md; docs/formulas.md; GRPO, arXiv 2402.03300; DAPO, 2503.14476; Dr. GRPO, 2503.20783;
-        CISPO, 2506.13585; DFT, 2508.05629; GFT, 2604.14258.
+    Source: docs/objectives.md, with the paper of each; docs/formulas.md; GFT, arXiv 2604.14258.
     """
     return _loss("inputs", inputs, targets, completed(policy_loss, options))
 

@@ -103,6 +103,15 @@ class _Credit(TypedDict, total=False):
             "(S,) needs `sequence_ids`; a length equal to R is always read as one per row.",
         ),
     ]
+    weights: Annotated[
+        Tensor | None,
+        Option(
+            None,
+            "one per response (S,) or per row, not negative, detached: multiplies what the reduction weighs a row by, "
+            "penalties included. A row of weight 0 costs nothing; it counts in the denominator unless `mask` takes it "
+            "out. See `importance_weights`.",
+        ),
+    ]
     group_size: Annotated[int | None, Option(None, "number of consecutive responses that share a prompt.")]
     group_ids: Annotated[
         Tensor | None,
@@ -156,8 +165,21 @@ class _GFT(TypedDict, total=False):
         str | None,
         Option(
             None,
-            'of gft: "all" (the paper) or "positive": C only where A > 0, which keeps the full push away from bad '
-            'tokens. None: "all".',
+            'of gft: "all" (the paper); "positive": C only where A > 0, which keeps the full push away from bad '
+            'tokens; "bounded": the same, with pi / (pi + gamma) for the push; "given": C only on rows that are '
+            '`given`. None: "all".',
+        ),
+    ]
+    gamma: Annotated[
+        float | None,
+        Option(None, 'of luffy, and of gft with rectify="bounded": of pi / (pi + gamma). None: 0.1.'),
+    ]
+    given: Annotated[
+        Tensor | None,
+        Option(
+            None,
+            "bool, one per response (S,) or per row: those that were not sampled from the policy, for "
+            '`given_objective` and rectify="given".',
         ),
     ]
 
@@ -177,14 +199,26 @@ class _InPlace(TypedDict, total=False):
 class _Policy(TypedDict, total=False):
     weight: Annotated[Tensor | None, Option(None, "(V, D), the output head; None: inputs are logits.")]
     objective: Annotated[
-        str, Option("gft", '"gft", "sft", "dft", "grpo", "dapo", "dr_grpo" or "cispo"; docs/objectives.md.')
+        str,
+        Option(
+            "gft",
+            '"gft"; of imitation "sft", "dft", "eaft", "psft", "luffy", "chord"; of sampling "grpo", "bnpo", "dapo", '
+            '"dr_grpo", "gspo", "gmpo", "cispo", "sapo"; docs/objectives.md.',
+        ),
+    ]
+    given_objective: Annotated[
+        str | None,
+        Option(
+            None,
+            "the objective of the rows that are `given`, where it is another; an option that both take is one number.",
+        ),
     ]
     old_log_probs: Annotated[
         Tensor | None,
         Option(
             None,
-            "log pi_old of each target, shape of targets, in nats, detached; for the ratio rho = pi / pi_old of grpo, "
-            "dapo, dr_grpo and cispo. None: on-policy, rho = 1, while its gradient still flows.",
+            "log pi_old of each target, shape of targets, in nats, detached; for the ratio rho = pi / pi_old. "
+            "None: on-policy, rho = 1, while its gradient still flows.",
         ),
     ]
     ref_log_probs: Annotated[
@@ -195,21 +229,30 @@ class _Policy(TypedDict, total=False):
         float | None,
         Option(
             None,
-            "with clip_high the clip range of rho, [1 - clip_low, 1 + clip_high]; of grpo 0.2 and 0.2, of dapo 0.2 "
-            "and 0.28, of dr_grpo 0.2 and 0.2.",
+            "with clip_high the clip range of rho, [1 - clip_low, 1 + clip_high]; of grpo, bnpo and dr_grpo 0.2 and "
+            "0.2, of dapo 0.2 and 0.28, of gspo 3e-4 and 4e-4. cispo holds rho in it, by default [0, 5]; gmpo holds "
+            "log rho in [-clip_low, clip_high], by default 0.4 each.",
         ),
     ]
     clip_high: Annotated[
         float | None,
-        Option(None, "see clip_low; cispo caps rho at 1 + clip_high, by default 5, without a lower bound."),
+        Option(None, "see clip_low; psft has this bound alone, by default 0.28."),
     ]
     delta: Annotated[
         float | None,
         Option(
             None,
-            "of grpo, dapo and dr_grpo: the dual clip; where A < 0, a rho beyond it is held there, with gradient 0. "
-            "Above 1 + clip_high. None: no such bound.",
+            "of grpo, bnpo, dapo and dr_grpo: the dual clip; where A < 0, a rho beyond it is held there, with "
+            "gradient 0. Above 1 + clip_high. None: no such bound.",
         ),
+    ]
+    gate_positive: Annotated[
+        float | None,
+        Option(None, "of sapo: how steep its gate is where A > 0, the paper's temperature. None: 1."),
+    ]
+    gate_negative: Annotated[float | None, Option(None, "of sapo: the same where A < 0. None: 1.05.")]
+    entropy_power: Annotated[
+        float | None, Option(None, "of eaft: the power of the entropy a token is weighed by. None: 1.")
     ]
     beta: Annotated[float, Option(0.0, "weight of the k3 estimate of KL(pi, pi_ref) added to each token's loss.")]
     kl_cap: Annotated[

@@ -126,6 +126,7 @@ def row_credit(
         rewards_S=None if rewards is None else _flat(rewards, torch.float64),
         advantages_S=advantages_S,
         advantages_R=advantages_R,
+        weights_R=_weights(given["weights"], rows_shape, device, sequence_ids),
         group_size=group_size,
         group_ids_S=None if group_ids is None else _flat(group_ids, torch.int64),
         sequence_ids_R=None if sequence_ids is None else _flat(sequence_ids, torch.int64),
@@ -165,15 +166,36 @@ def _advantages(
     if advantages is None:
         return None, None
     checks.check_tensor("advantages", advantages, None, None, device, "pass one per response or one per row")
-    if tuple(advantages.shape) == rows_shape:
-        return None, _flat(advantages, torch.float32)
-    padded_S = len(rows_shape) == 2 and tuple(advantages.shape) == rows_shape[:1]
-    packed_S = sequence_ids is not None and advantages.dim() == 1
-    if padded_S or packed_S:
-        return _flat(advantages, torch.float32), None
+    per_row = _is_per_row("advantages", advantages, rows_shape, sequence_ids)
+    flat = _flat(advantages, torch.float32)
+    return (None, flat) if per_row else (flat, None)
+
+
+def _weights(
+    weights: Tensor | None, rows_shape: tuple[int, ...], device: torch.device, sequence_ids: Tensor | None
+) -> Tensor | None:
+    """(R,) float32, from one per row or per response."""
+    if weights is None:
+        return None
+    checks.check_tensor("weights", weights, None, None, device, "pass one per response or one per row")
+    flat = _flat(weights, torch.float32)
+    if _is_per_row("weights", weights, rows_shape, sequence_ids):
+        return flat
+    if sequence_ids is None:
+        return flat[:, None].expand(rows_shape).reshape(-1)
+    return flat[_flat(sequence_ids, torch.int64).clamp(0, max(flat.numel() - 1, 0))]
+
+
+def _is_per_row(name: str, value: Tensor, rows_shape: tuple[int, ...], sequence_ids: Tensor | None) -> bool:
+    """Whether a tensor holds one number per row, else one per response. Raises ValueError where it holds neither."""
+    if tuple(value.shape) == rows_shape:
+        return True
+    padded_S = len(rows_shape) == 2 and tuple(value.shape) == rows_shape[:1]
+    if padded_S or (sequence_ids is not None and value.dim() == 1):
+        return False
     per_response = f" or {rows_shape[:1]}" if len(rows_shape) == 2 else ""
     raise ValueError(
-        f"advantages must have shape {rows_shape}{per_response}, got {tuple(advantages.shape)}; "
+        f"{name} must have shape {rows_shape}{per_response}, got {tuple(value.shape)}; "
         + ("pass one per row or per response" if per_response else "or pass sequence_ids with one per response")
     )
 

@@ -22,6 +22,7 @@ from gft_kernels.layout import shares_memory
 from gft_kernels.options import NORMALIZE, RECTIFY, SINGLETON, SPLIT, Credit, Objective
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOG_PROB_DTYPES = (*LOGIT_DTYPES, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
 INT64 = 2**63
 FLOAT32 = torch.finfo(torch.float32)
@@ -145,9 +146,9 @@ def known_options(function: Callable, options: dict) -> None:
             )
 
 
-def check_coefficient(tau: Any, rectify: Any) -> float:
+def check_coefficient(tau: Any, rectify: Any, choices: Sequence[str] = RECTIFY) -> float:
     """F4's options; tau as a float. Raises ValueError, TypeError."""
-    one_of("rectify", rectify, RECTIFY)
+    one_of("rectify", rectify, choices)
     remedy = "0 is SFT, 1 is DFT, the paper's best is 0.7"
     return real("tau", tau, lambda x: 0.0 <= x <= 1.0, "lie in [0, 1]", remedy)
 
@@ -308,6 +309,7 @@ def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
     if credit.advantages_S is not None and not _largest(credit.advantages_S) < math.inf:
         check_finite("advantages", credit.advantages_S, _has_live_row(credit, live_R), "drop or score that response")
     weighed_R = live_R if credit.advantages_R is None else live_R & (credit.advantages_R != 0.0)
+    weighed_R = weighed_R if credit.weights_R is None else weighed_R & (credit.weights_R != 0.0)
     for name, values_R, where_R in (
         ("advantages", credit.advantages_R, live_R),
         ("old_log_probs", objective.old_log_probs_R, weighed_R),  # A = 0 decides before the ratio is looked at
@@ -315,6 +317,15 @@ def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
     ):
         if values_R is not None:
             check_finite(name, values_R, where_R, "mask rows that do not count with mask=False")
+    if credit.weights_R is not None:
+        check_finite("weights", credit.weights_R, live_R, "mask rows that do not count with mask=False")
+        negative_R = live_R & (credit.weights_R < 0.0)
+        if bool(negative_R.any()):
+            at = int(negative_R.nonzero()[0])
+            raise ValueError(
+                f"weights must not be negative, got {float(credit.weights_R[at]):g} at position {at}; "
+                "a row that is to be pushed away from has a negative advantage"
+            )
     if credit.num_items is not None:
         items = "pass the count of the whole batch, or None to count this call's"
         number = positive("num_items_in_batch", float(credit.num_items), items)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gft_kernels import checks, formulas
-from gft_kernels.advantages import credit_rows
+from gft_kernels.advantages import credit_rows, rows_read
 from gft_kernels.backends import reference
 from gft_kernels.options import AgreedRows, RowCall, RowResult
 
@@ -94,15 +94,13 @@ class VocabularyParallel:
         if logits.device.type == "cpu":
             checks.check_values(call.credit, call.objective, int(shard.widths_W.sum()))
         credit = credit_rows(call.credit)
-        read_R = credit.live_R
-        if not call.reads_every_live_row:
-            read_R = read_R & (credit.advantages_R != 0.0)
+        read_R = rows_read(credit, call.objective, call.reads_every_live_row)
         columns_R = call.credit.targets_R - shard.offset
         row = self._observe(call, columns_R, read_R)
         log_pi_R = torch.where(read_R, row.log_pi_R, 0.0).float()
         entropy_R = torch.where(read_R, row.entropy_R, 0.0).float()
         terms = reference.row_terms(call.objective, log_pi_R, credit.advantages_R, entropy_R)
-        loss_R = torch.where(read_R, credit.weights_R * terms.loss, 0.0).float()
+        loss_R = torch.where(read_R, formulas.weighed(credit.weights_R, terms.loss), 0.0).float()
         scales, unit_R = reference.row_scales(call, credit.weights_R, terms.kappa, entropy_R, read_R)
         return RowResult(
             loss=loss_R if call.credit.reduction == "none" else loss_R.double().sum().float(),

@@ -70,6 +70,39 @@ def coefficient(log_pi, tau):
     return where(log_pi >= log(tau), 1.0, exp(log_pi))
 
 
+def shaped_prob(log_pi, gamma):
+    """pi / (pi + gamma), which bounds a push away from rare tokens: 1 where gamma = 0, and else 0 where pi = 0.
+
+    Formed from e^-log pi, of which float32 holds 85 nats.
+    """
+    shaped = 1.0 / (1.0 + gamma * exp(where(log_pi < -85.0, 85.0, -log_pi)))
+    return where((log_pi == NEG_INF) & (gamma > 0.0), 0.0, shaped)
+
+
+def rectified_coefficient(log_pi, advantage, tau, rectify_all, gamma):
+    """F4 of gft with its choices: C(pi) where A > 0, or everywhere; elsewhere 1 (gamma = 0), or pi / (pi + gamma)."""
+    bounded = where((advantage > 0.0) | rectify_all, 0.0, gamma)
+    c = coefficient(log_pi, row_tau(advantage, tau, rectify_all))
+    return where(bounded > 0.0, shaped_prob(log_pi, bounded), c)
+
+
+def shaped_coefficient(log_pi, gamma):
+    """F4 of luffy, the slope of pi / (pi + gamma) by log pi: gamma·pi / (pi + gamma)^2."""
+    shaped = shaped_prob(log_pi, gamma)
+    return shaped * (1.0 - shaped)
+
+
+def uncertainty(log_pi):
+    """F4 of chord: phi = pi·(1 - pi), the variance of the token."""
+    return -exp(log_pi) * expm1(log_pi)
+
+
+def entropy_coefficient(entropy, power):
+    """F4 of eaft: (H / log 20)^power, at most 1. log 20 is the entropy of 20 tokens alike, the paper's measure."""
+    share = entropy / 2.995732273553991
+    return where(share > 1.0, 1.0, exp(power * log(share)))
+
+
 def group_advantage(reward, mean, std, eps):
     """F5: A = (R - mean) / (std + eps), exactly 0 where the reward equals its group's mean."""
     return where(reward == mean, 0.0, (reward - mean) / (std + eps))
@@ -101,9 +134,25 @@ def clipped_loss(ratio, advantage, clip_low, clip_high, delta):
     return where(advantage == 0.0, 0.0, -advantage * bounded)
 
 
-def capped_coefficient(ratio, clip_high):
-    """F4 of cispo: min(rho, 1 + clip_high); a NaN stays a NaN."""
-    return where(ratio > 1.0 + clip_high, 1.0 + clip_high, ratio)
+def capped_coefficient(ratio, clip_low, clip_high):
+    """F4 of cispo: rho held in [1 - clip_low, 1 + clip_high]; a NaN stays a NaN."""
+    capped = where(ratio > 1.0 + clip_high, 1.0 + clip_high, ratio)
+    return where(capped < 1.0 - clip_low, 1.0 - clip_low, capped)
+
+
+def gated_coefficient(ratio, advantage, gate_positive, gate_negative):
+    """F4 of sapo: rho·4s(1 - s), s = 1 / (1 + e^-x), x = gate·(rho - 1); 0 where the gate is shut, at rho = inf too."""
+    apart = ratio - 1.0
+    decay = exp(-abs(where(advantage > 0.0, gate_positive * apart, gate_negative * apart)))
+    return where(decay == 0.0, 0.0, ratio * (4.0 * decay / ((1.0 + decay) * (1.0 + decay))))
+
+
+def gated_loss(ratio, advantage, gate_positive, gate_negative):
+    """F6 of sapo: -A·(4 / gate)·s, exactly 0 where A = 0."""
+    apart = ratio - 1.0
+    per_gate = where(advantage > 0.0, advantage / gate_positive, advantage / gate_negative)
+    rest = exp(where(advantage > 0.0, -gate_positive * apart, -gate_negative * apart))
+    return where(advantage == 0.0, 0.0, -4.0 * per_gate / (1.0 + rest))
 
 
 def kl_loss(u, kl_cap):
@@ -130,6 +179,11 @@ def kappa(advantage, coefficient):
 def token_loss(log_pi, kappa):
     """F6: loss = -kappa·log pi, 0 where kappa = 0 (the limit of pi·log pi, never 0·inf)."""
     return where(kappa == 0.0, 0.0, -kappa * log_pi)
+
+
+def weighed(weight, value):
+    """value times weight; 0 where the weight is, whatever the value: a row that is out cannot spoil the sum."""
+    return where(weight == 0.0, 0.0, weight * value)
 
 
 def dlogit_other(log_pi_v, scale):

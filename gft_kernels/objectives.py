@@ -6,15 +6,15 @@ An option that an objective does not use is an error that names it: ignored in s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gft_kernels import checks, formulas
+from gft_kernels import checks, family, formulas, sequences
 from gft_kernels.arguments import PolicyOptions
-from gft_kernels.options import REDUCTIONS, LinearCall, Objective, RowCall, RowResult
+from gft_kernels.options import REDUCTIONS, LinearCall, Objective, RowCall, RowResult, Rule
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,12 @@ class Preset:
     weighs: bool = True  # by an advantage; False: A = 1
     constant_denominator: bool = False  # num_items_in_batch must be given
     tau: float = 0.7  # what it is of gft
+    over_sequence: str = ""  # how its ratio is a response's (options.SEQUENCE_RATIOS); "": a token's
+
+
+def _of_responses(how: str, clip_low: float, clip_high: float) -> Preset:
+    options = {"clip_low": clip_low, "clip_high": clip_high, "old_log_probs": None}
+    return Preset("grpo", "sequence-mean", options, over_sequence=how)
 
 
 def _clipped(reduction: str, clip_high: float, **rest: Any) -> Preset:
@@ -35,15 +41,26 @@ def _clipped(reduction: str, clip_high: float, **rest: Any) -> Preset:
 
 
 PRESETS = {
-    "gft": Preset("gft", "token-mean", {"tau": 0.7, "rectify": "all"}),
+    "gft": Preset("gft", "token-mean", {"tau": 0.7, "rectify": "all", "gamma": 0.1}),
     "sft": Preset("gft", "token-mean", {}, weighs=False, tau=0.0),
     "dft": Preset("gft", "token-mean", {}, weighs=False, tau=1.0),
+    "eaft": Preset("eaft", "token-mean", {"entropy_power": 1.0}, weighs=False),
+    "psft": Preset("grpo", "token-mean", {"clip_high": 0.28, "old_log_probs": None}, weighs=False),
+    "luffy": Preset("luffy", "token-mean", {"gamma": 0.1}),
+    "chord": Preset("chord", "token-mean", {}, weighs=False),
     "grpo": _clipped("sequence-mean", 0.2),
+    "bnpo": _clipped("token-mean", 0.2),
     "dapo": _clipped("token-mean", 0.28),
     "dr_grpo": _clipped("token-mean", 0.2, constant_denominator=True),
-    "cispo": Preset("cispo", "token-mean", {"clip_high": 4.0, "old_log_probs": None}),
+    "gspo": _of_responses("mean", 3e-4, 4e-4),
+    "gmpo": _of_responses("geometric", 0.4, 0.4),
+    "cispo": Preset("cispo", "token-mean", {"clip_low": 1.0, "clip_high": 4.0, "old_log_probs": None}),
+    "sapo": Preset("sapo", "sequence-mean", {"gate_positive": 1.0, "gate_negative": 1.05, "old_log_probs": None}),
 }
-_OWN = ("tau", "rectify", "clip_low", "clip_high", "delta", "old_log_probs")  # options that only some objectives take
+RECTIFIES = ("all", "positive", "bounded", "given")
+"""Where gft's C acts; the last two are rules of the first two with a gamma, or on some rows alone."""
+OWN = tuple(dict.fromkeys(name for preset in PRESETS.values() for name in preset.options))
+"""Options that only some objectives take."""
 
 
 def resolve(given: PolicyOptions, targets: Any) -> tuple[Objective, str]:
@@ -52,13 +69,16 @@ def resolve(given: PolicyOptions, targets: Any) -> tuple[Objective, str]:
     checks.flag("return_stats", given["return_stats"])
     chosen = objective_of(
         name,
-        {option: given[option] for option in _OWN},  # type: ignore[literal-required]
+        {option: given[option] for option in OWN},  # type: ignore[literal-required]
         beta=given["beta"],
         entropy_coef=given["entropy_coef"],
         ref_log_probs=given["ref_log_probs"],
         kl_cap=given["kl_cap"],
         return_stats=given["return_stats"],
         targets=targets,
+        given_objective=given["given_objective"],
+        given=given["given"],
+        sequence_ids=given["sequence_ids"],
     )
     preset = PRESETS[name]
     if not preset.weighs:
@@ -68,6 +88,7 @@ def resolve(given: PolicyOptions, targets: Any) -> tuple[Objective, str]:
                     f"{argument} must be left out with objective={name!r}, got {checks.shown(value)}; A = 1 there, "
                     f"and objective='gft' with tau={preset.tau:g} weighs the same loss by an advantage"
                 )
+    _check_given_credit(given)
     reduction = preset.reduction if reduction is None else reduction
     checks.one_of("reduction", reduction, REDUCTIONS)
     if preset.constant_denominator and reduction in ("token-mean", "sequence-mean") and items is None:
@@ -76,6 +97,18 @@ def resolve(given: PolicyOptions, targets: Any) -> tuple[Objective, str]:
             "such as responses in the batch times the longest response allowed"
         )
     return chosen, reduction
+
+
+def _check_given_credit(given: PolicyOptions) -> None:
+    """Rewards would weigh what an imitation weighs by 1. Raises ValueError."""
+    name = given["given_objective"]
+    if name is None or PRESETS[name].weighs or given["advantages"] is not None:
+        return
+    got = "rewards" if given["rewards"] is not None else "neither them nor rewards"
+    raise ValueError(
+        f"advantages must be given with given_objective={name!r}, got {got}; every row is weighed by its advantage, so "
+        "pass group_advantages(rewards) with 1 in place of those of the given responses"
+    )
 
 
 def objective_of(
@@ -88,39 +121,119 @@ def objective_of(
     return_stats: bool,
     targets: Tensor,
     kl_cap: float | None = None,
+    given_objective: str | None = None,
+    given: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
 ) -> Objective:
     """The objective of that name; `options`: those that only some objectives take. Raises ValueError, TypeError."""
     checks.one_of("objective", name, tuple(PRESETS))
+    names = [name]
+    if given_objective is not None:
+        checks.one_of("given_objective", given_objective, tuple(PRESETS))
+        names.append(given_objective)
     checks.check_tensor("targets", targets, checks.INDEX_DTYPES, None, None, "pass one token id per row")
-    preset, remedy = PRESETS[name], "0 is none"
-    for argument, value in options.items():
-        if value is not None and argument not in preset.options:
-            takers = ", ".join(other for other, known in PRESETS.items() if argument in known.options)
-            raise ValueError(
-                f"{argument} must be left out with objective={name!r}, got {checks.shown(value)}; {takers} use it"
-            )
-    given = {**preset.options, **{argument: value for argument, value in options.items() if value is not None}}
+    _refuse_foreign(names, options)
+    _check_sequences(names, targets, sequence_ids)
+    rule, other = _rule(name, options), _rule(given_objective or name, options)
+    if options.get("rectify") == "given":
+        rule, other = replace(rule, rectify="all", tau=0.0), replace(other, rectify="all")
+    wants = given_objective is not None or options.get("rectify") == "given"
+    remedy = "0 is none"
     beta = checks.fits_float32("beta", checks.not_negative("beta", beta, f"{remedy}: no penalty"), "pass a smaller one")
     bonus = checks.real("entropy_coef", entropy_coef, checks.is_finite, "be finite", f"{remedy}: no bonus")
-    clip_low, clip_high, delta = _bounds(given)
     return Objective(
-        surrogate=preset.surrogate,
-        tau=checks.check_coefficient(given.get("tau", preset.tau), given.get("rectify", "all")),
-        rectify=given.get("rectify", "all"),
-        clip_low=clip_low,
-        clip_high=clip_high,
+        **vars(rule),
+        over_sequence=PRESETS[name].over_sequence,
+        given=other,
+        given_R=_given_rows(given, wants, targets, sequence_ids),
         beta=beta,
         entropy_coef=checks.fits_float32("entropy_coef", bonus, "pass a smaller one"),
-        delta=delta,
         kl_cap=_kl_cap(kl_cap, beta, ref_log_probs, return_stats),
-        old_log_probs_R=_log_probs("old_log_probs", given.get("old_log_probs"), targets),
+        old_log_probs_R=_log_probs("old_log_probs", options.get("old_log_probs"), targets),
         ref_log_probs_R=_log_probs("ref_log_probs", ref_log_probs, targets),
+    )
+
+
+def _refuse_foreign(names: list[str], options: dict[str, Any]) -> None:
+    """Options that no objective of the call takes. Raises ValueError."""
+    for argument, value in options.items():
+        if value is None or any(argument in PRESETS[name].options for name in names):
+            continue
+        takers = ", ".join(other for other, known in PRESETS.items() if argument in known.options)
+        of_call = " and ".join(f"{place}={name!r}" for place, name in zip(("objective", "given_objective"), names))  # noqa: B905
+        raise ValueError(f"{argument} must be left out with {of_call}, got {checks.shown(value)}; {takers} use it")
+
+
+def _check_sequences(names: list[str], targets: Tensor, sequence_ids: Any) -> None:
+    """A response's ratio needs to know its rows, and leaves pi_old to no one else. Raises ValueError."""
+    name, given = names[0], names[-1]
+    with_ratio = "old_log_probs" in PRESETS[given].options
+    if len(names) > 1 and (PRESETS[given].over_sequence or (PRESETS[name].over_sequence and with_ratio)):
+        raise ValueError(
+            f"given_objective must have no ratio beside objective={name!r}, got {given!r}; where the ratio is a "
+            "response's, given rows can be under gft, sft, dft, eaft, luffy or chord"
+        )
+    if PRESETS[name].over_sequence and targets.dim() == 1 and sequence_ids is None:
+        raise ValueError(
+            f"sequence_ids must be given for packed rows with objective={name!r}, got None; "
+            "pass the response id of each row"
+        )
+
+
+def _rule(name: str, options: dict[str, Any]) -> Rule:
+    """The rule of that name with what it takes of the options. Raises ValueError, TypeError."""
+    preset = PRESETS[name]
+    chosen = {option: value for option, value in options.items() if value is not None and option in preset.options}
+    given = {**preset.options, **chosen}
+    rectify = given.get("rectify", "all")
+    tau = checks.check_coefficient(given.get("tau", preset.tau), rectify, RECTIFIES)
+    clip_low, clip_high, delta = _bounds(given)
+    positive, negative, power = (
+        _positive(option, given.get(option, 1.0)) for option in ("gate_positive", "gate_negative", "entropy_power")
+    )
+    gamma = _positive("gamma", given["gamma"]) if "gamma" in given else 0.0
+    if preset.surrogate == "gft":
+        if options.get("gamma") is not None and "gamma" in given and rectify != "bounded":
+            raise ValueError(
+                f"gamma must be left out with rectify={rectify!r}, got {gamma:g}; rectify='bounded' pushes by it"
+            )
+        gamma = gamma if rectify == "bounded" else 0.0
+        rectify = "positive" if rectify == "bounded" else rectify
+    return Rule(preset.surrogate, tau, rectify, clip_low, clip_high, delta, gamma, positive, negative, power)
+
+
+def _positive(name: str, value: Any) -> float:
+    remedy = "leave it out for the default"
+    return checks.fits_float32(name, checks.positive(name, value, remedy), remedy, smallest=checks.FLOAT32.tiny)
+
+
+def _given_rows(given: Any, wanted: bool, targets: Tensor, sequence_ids: Any) -> Tensor | None:
+    """(R,) bool of rows that are given, from one per row or per response. Raises ValueError, TypeError."""
+    remedy = "pass True for the responses (S,), or the rows, that were not sampled"
+    if not wanted:
+        if given is None:
+            return None
+        raise ValueError(
+            f"given must be left out without given_objective, got {checks.shown(given)}; name the objective of those "
+            "rows, or pass rectify='given'"
+        )
+    if given is None:
+        raise ValueError(f"given must be given with given_objective or rectify='given', got None; {remedy}")
+    checks.check_tensor("given", given, (torch.bool,), None, targets.device, remedy)
+    if given.shape == targets.shape:
+        return given.detach().reshape(-1).contiguous()
+    if targets.dim() == 2 and given.shape == targets.shape[:1]:
+        return given.detach()[:, None].expand(targets.shape).reshape(-1)
+    if isinstance(sequence_ids, Tensor) and sequence_ids.shape == targets.shape and given.dim() == 1 and given.numel():
+        return given.detach()[sequence_ids.detach().clamp(0, given.numel() - 1).long()]
+    raise ValueError(
+        f"given must have shape {tuple(targets.shape)} or one entry per response, got {tuple(given.shape)}; {remedy}"
     )
 
 
 def _bounds(given: dict[str, Any]) -> tuple[float, float, float]:
     """clip_low, clip_high and delta, inf for none."""
-    low, high, delta = given.get("clip_low", 0.0), given.get("clip_high", 0.0), given.get("delta")
+    low, high, delta = given.get("clip_low", 1.0), given.get("clip_high", 0.0), given.get("delta")
     below, above = "ratios are clipped below 1 - clip_low", "ratios are clipped above 1 + clip_high"
     low = checks.real("clip_low", low, lambda x: 0.0 <= x <= 1.0, "lie in [0, 1]", below)
     high = checks.fits_float32("clip_high", checks.not_negative("clip_high", high, above), above)
@@ -167,13 +280,18 @@ def _log_probs(name: str, value: Tensor | None, targets: Tensor) -> Tensor | Non
 def ratios(result: RowResult, call: RowCall | LinearCall, shape: torch.Size) -> dict[str, Tensor]:
     """ratios, clipped and kl of `TokenStats`, where the call's objective has them."""
     o, live_R, log_probs_R, added = call.objective, call.credit.live_R, result.log_probs_R, {}
-    if o.surrogate != "gft":
+    held_R = torch.zeros_like(live_R)
+    if o.over_sequence:  # of the response, as the loss has it
+        o, held_R, _ = sequences.settle(o, call.credit, log_probs_R, result.advantages_R)
+    if any(rule.surrogate in family.WITH_RATIO for rule in o.rules):
         old_R = log_probs_R if o.old_log_probs_R is None else o.old_log_probs_R
         ratios_R = torch.exp(formulas.log_ratio(log_probs_R, old_R))
-        over_R = ratios_R > 1.0 + o.clip_high
-        if o.surrogate == "grpo":
-            over_R = formulas.is_clipped(ratios_R, result.advantages_R, o.clip_low, o.clip_high, o.delta)
-        added = {"ratios": torch.where(live_R, ratios_R, 0.0), "clipped": live_R & over_R}
+        over_R, has_R = held_R, torch.zeros_like(live_R)
+        for i, rule in enumerate(o.rules):
+            under_R = live_R if o.given_R is None else live_R & (o.given_R if i else ~o.given_R)
+            over_R = over_R | (under_R & family.is_bounded(ratios_R, result.advantages_R, rule))
+            has_R = has_R | (under_R & (rule.surrogate in family.WITH_RATIO))
+        added = {"ratios": torch.where(has_R, ratios_R, 0.0), "clipped": has_R & over_R}
     if o.ref_log_probs_R is not None:
         kl_R = formulas.kl_loss(formulas.log_ratio(o.ref_log_probs_R, log_probs_R), o.kl_cap)
         added["kl"] = torch.where(live_R, kl_R, 0.0)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-RECTIFY = ("all", "positive")
+RECTIFY = ("all", "positive")  # of a rule; what a caller may ask for is made of them (objectives.RECTIFIES)
 REDUCTIONS = ("token-mean", "sequence-mean", "sum", "none")
 NORMALIZE = ("std", "mean", "leave-one-out")
 SPLIT = "split"  # of group_advantages and the trainer, which know what was given; a loss is told advantages
 SINGLETON = ("reward", "zero")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-SURROGATES = ("gft", "grpo", "cispo")  # what kappa and the loss are of; sft and dft are gft at tau = 0 and 1
+SURROGATES = ("gft", "grpo", "cispo", "sapo", "luffy", "chord", "eaft")  # what kappa and the loss are of
+
+SEQUENCE_RATIOS = ("mean", "geometric")  # how a response's ratio is made of its tokens' (sequences.py)
 
 FP16_PEAK = 16384.0
 """The size an fp16 gradient row is stored at before its row scale; half the range is left free."""
@@ -42,7 +44,7 @@ class Credit:
     rewards_S: Tensor | None = None  # (S,) float64: 1e8 + 1 is a reward, and no float32
     advantages_S: Tensor | None = None  # (S,) float32
     advantages_R: Tensor | None = None  # (R,) float32
-    weights_R: Tensor | None = None  # (R,) float32: decided already; the loss is then the sum of w·loss
+    weights_R: Tensor | None = None  # (R,) float32: multiplied into the reduction's weight; 0: the row is out
     group_size: int = 0  # consecutive responses per group; 0: group_ids_S decide
     group_ids_S: Tensor | None = None  # (S,) int64
     sequence_ids_R: Tensor | None = None  # (R,) int64: the response of a row; None: r // tokens_per_response
@@ -62,37 +64,59 @@ class Credit:
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What tells one token-level objective from another: how kappa and the loss follow from log pi and A. No logits.
+class Rule:
+    """What tells one surrogate from another: how kappa and the loss follow from log pi and A (family.py).
 
-    Sections 4 and 8 of docs/formulas.md. Tensors are contiguous and on the logits' device; masked rows may hold NaN.
+    A field that the surrogate does not use is not read.
     """
 
     surrogate: str = "gft"
     tau: float = 0.7  # gft: F4
     rectify: str = "all"
-    clip_low: float = 0.0  # grpo: rho below 1 - clip_low is clipped where A < 0
+    clip_low: float = 0.0  # grpo: rho below 1 - clip_low is clipped where A < 0; cispo: the floor of rho
     clip_high: float = 0.0  # grpo: rho above 1 + clip_high where A > 0; cispo: the cap of rho
+    delta: float = math.inf  # grpo: rho above it is held there where A < 0 (dual clip); inf: no such bound
+    gamma: float = 0.0  # luffy, and gft where it does not rectify: of pi / (pi + gamma)
+    gate_positive: float = 1.0  # sapo: how steep its gate is where A > 0
+    gate_negative: float = 1.0  # and elsewhere
+    entropy_power: float = 1.0  # eaft
+
+
+@dataclass(frozen=True)
+class Objective(Rule):
+    """The objective of a call: its rule, perhaps another for the rows that are given, and the penalties of all.
+
+    Sections 4 and 8 of docs/formulas.md. No logits. Tensors are contiguous and on the logits' device; masked rows may
+    hold NaN.
+    """
+
+    over_sequence: str = ""  # one of SEQUENCE_RATIOS: rho is a response's, and no backend sees it yet; "": a token's
+    given: Rule = field(default_factory=Rule)
+    given_R: Tensor | None = None  # (R,) bool: the rows under the rule `given`; None: none
     beta: float = 0.0  # weight of the k3 penalty
     entropy_coef: float = 0.0  # lambda of -lambda·H
-    delta: float = math.inf  # grpo: rho above it is held there where A < 0 (dual clip); inf: no such bound
     kl_cap: float = math.inf  # k3: beyond this log(pi_ref / pi), in nats, the penalty goes on in a straight line
     old_log_probs_R: Tensor | None = None  # (R,) float32, of rho; None: on-policy, rho = 1
     ref_log_probs_R: Tensor | None = None  # (R,) float32, of k3; given where beta is not 0
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Those that some row may be under."""
+        return (self,) if self.given_R is None else (self, self.given)
 
     @property
     def acts_without_advantage(self) -> bool:
         """Whether a live row with A = 0 still has a loss and a gradient."""
         return self.beta != 0.0 or self.entropy_coef != 0.0
 
+    @property
+    def needs_entropy(self) -> bool:
+        return self.entropy_coef != 0.0 or any(rule.surrogate == "eaft" for rule in self.rules)
+
     def of_rows(self, rows: Tensor) -> Objective:
         """The same objective for some of the rows."""
-        old_R, ref_R = self.old_log_probs_R, self.ref_log_probs_R
-        return replace(
-            self,
-            old_log_probs_R=None if old_R is None else old_R[rows],
-            ref_log_probs_R=None if ref_R is None else ref_R[rows],
-        )
+        per_row: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **per_row)
 
 
 @dataclass(frozen=True)
@@ -114,13 +138,13 @@ class RowCall:
 
     @property
     def reads_every_live_row(self) -> bool:
-        """Whether live rows with A = 0 are read as well: for their statistics, or because they have a loss."""
-        return self.want_stats or self.want_entropy or self.objective.acts_without_advantage
+        """Whether rows the loss has no use for are read as well, for their statistics."""
+        return self.want_stats or self.want_entropy
 
     @property
     def needs_entropy(self) -> bool:
         """Whether H is needed, for the caller or for the loss."""
-        return self.want_entropy or self.objective.entropy_coef != 0.0
+        return self.want_entropy or self.objective.needs_entropy
 
 
 @dataclass(frozen=True)
@@ -146,6 +170,7 @@ class LinearCall:
     want_hidden: bool = False  # which gradients: a product each
     want_weight: bool = False
     want_bias: bool = False
+    upstream_R: Tensor | None = None  # (R,) float32: multiplied into the weights, where backward brings it
 
     @property
     def want_gradient(self) -> bool:

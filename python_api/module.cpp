@@ -33,7 +33,8 @@ constexpr std::array<const char*, 4> kReductions{"token-mean", "sequence-mean", 
 constexpr std::array<const char*, 3> kNormalize{"std", "mean", "leave-one-out"};
 constexpr std::array<const char*, 2> kSingleton{"reward", "zero"};
 constexpr std::array<const char*, 2> kRectify{"all", "positive"};
-constexpr std::array<const char*, 3> kSurrogates{"gft", "grpo", "cispo"};
+constexpr std::array<const char*, 7> kSurrogates{"gft", "grpo", "cispo", "sapo", "luffy", "chord", "eaft"};
+static_assert(static_cast<std::size_t>(Surrogate::eaft) + 1 == kSurrogates.size());
 
 LogitRows make_rows(Address data, const std::string& dtype, std::array<std::int64_t, 3> shape,
                     std::array<std::int64_t, 2> strides) {
@@ -68,29 +69,33 @@ Credit make_credit(std::int64_t S, std::int64_t R, Address targets_R, Address ma
     return credit;
 }
 
-Objective make_objective(const std::string& surrogate, double tau, const std::string& rectify, double clip_low,
-                         double clip_high, double beta, double entropy_coef, double delta, double kl_cap,
-                         Address old_log_probs_R, Address ref_log_probs_R) {
-    return {tau,
+Rule make_rule(const std::string& surrogate, double tau, const std::string& rectify, double clip_low, double clip_high,
+               double delta, double gamma, double gate_positive, double gate_negative, double entropy_power) {
+    return {parse<Surrogate>(surrogate, "surrogate", kSurrogates),
             parse<Rectify>(rectify, "rectify", kRectify),
-            parse<Surrogate>(surrogate, "surrogate", kSurrogates),
+            tau,
             clip_low,
             clip_high,
-            beta,
-            entropy_coef,
             delta,
-            kl_cap,
-            to<const float>(old_log_probs_R),
-            to<const float>(ref_log_probs_R)};
+            gamma,
+            gate_positive,
+            gate_negative,
+            entropy_power};
+}
+
+Objective make_objective(const Rule& rule, const Rule& given, Address given_R, double beta, double entropy_coef,
+                         double kl_cap, Address old_log_probs_R, Address ref_log_probs_R) {
+    return {rule,         given,  to<const std::uint8_t>(given_R),  beta,
+            entropy_coef, kl_cap, to<const float>(old_log_probs_R), to<const float>(ref_log_probs_R)};
 }
 
 RowCall make_call(const LogitRows& logits, const Credit& credit, const Transform& transform, const Objective& objective,
-                  bool read_zero_advantage, Address loss, Address log_probs_R, Address coefficients_R,
-                  Address advantages_R, Address entropy_R, Address row_scale_R, std::optional<LogitRows> gradient) {
+                  bool read_every_row, Address loss, Address log_probs_R, Address coefficients_R, Address advantages_R,
+                  Address entropy_R, Address row_scale_R, std::optional<LogitRows> gradient) {
     const RowResults out{
         to<float>(loss),      to<float>(log_probs_R), to<float>(coefficients_R),     to<float>(advantages_R),
         to<float>(entropy_R), to<float>(row_scale_R), gradient.value_or(LogitRows{})};
-    return {logits, credit, transform, objective, read_zero_advantage, out};
+    return {logits, credit, transform, objective, read_every_row, out};
 }
 
 AgreedRows make_agreed(Address log_pi_R, Address top_R, Address log_mass_R, Address scale_R, Address tilt_R,
@@ -112,12 +117,15 @@ void bind_arguments(py::module_& m) {
              "advantages_S"_a, "advantages_R"_a, "weights_R"_a, "group_size"_a, "group_ids_S"_a, "sequence_ids_R"_a,
              "tokens_per_response"_a, "num_items"_a, "reduction"_a, "ignore_index"_a, "normalize"_a, "eps"_a,
              "singleton"_a);
+    py::class_<Rule>(m, "Rule").def(py::init(&make_rule), py::kw_only(), "surrogate"_a, "tau"_a, "rectify"_a,
+                                    "clip_low"_a, "clip_high"_a, "delta"_a, "gamma"_a, "gate_positive"_a,
+                                    "gate_negative"_a, "entropy_power"_a);
     py::class_<Objective>(m, "Objective")
-        .def(py::init(&make_objective), py::kw_only(), "surrogate"_a, "tau"_a, "rectify"_a, "clip_low"_a, "clip_high"_a,
-             "beta"_a, "entropy_coef"_a, "delta"_a, "kl_cap"_a, "old_log_probs_R"_a, "ref_log_probs_R"_a);
+        .def(py::init(&make_objective), py::kw_only(), "rule"_a, "given"_a, "given_R"_a, "beta"_a, "entropy_coef"_a,
+             "kl_cap"_a, "old_log_probs_R"_a, "ref_log_probs_R"_a);
     py::class_<RowCall>(m, "RowCall")
         .def(py::init(&make_call), py::kw_only(), "logits"_a, "credit"_a, "transform"_a, "objective"_a,
-             "read_zero_advantage"_a, "loss"_a, "log_probs_R"_a, "coefficients_R"_a, "advantages_R"_a, "entropy_R"_a,
+             "read_every_row"_a, "loss"_a, "log_probs_R"_a, "coefficients_R"_a, "advantages_R"_a, "entropy_R"_a,
              "row_scale_R"_a, "gradient"_a);
     py::class_<Shard>(m, "Shard")
         .def(py::init([](const LogitRows& logits, Address columns_R, const Transform& transform) {

@@ -88,16 +88,32 @@ def token_losses(
     return tuple(torch.stack(x) for x in (losses, log_probs, coefficients, entropies))
 
 
-def surrogate(objective, log_pi, advantage, old, clip_low, clip_high, tau, rectify, delta=None):
-    """One token's loss, differentiable in log_pi, as the papers write it. old None: the policy itself."""
+def surrogate(
+    objective, log_pi, advantage, old, entropy, *, clip_low=0.2, clip_high=0.2, tau=0.7, rectify="all", delta=None,
+    gamma=0.1, gate_positive=1.0, gate_negative=1.05, entropy_power=1.0,
+):  # fmt: skip
+    """One token's loss, differentiable in log_pi, as the papers write it. old None: the policy itself; entropy H."""
     pi = math.exp(float(log_pi.detach()))
     if objective in ("sft", "dft", "gft"):
         tau = {"sft": 0.0, "dft": 1.0, "gft": tau}[objective]
-        c = pi if pi < tau and (rectify == "all" or advantage > 0) else 1.0
+        c = pi if pi < tau else 1.0
+        if rectify != "all" and advantage <= 0:
+            c = pi / (pi + gamma) if rectify == "bounded" else 1.0
         return log_pi * 0.0 if advantage * c == 0 else -advantage * c * log_pi
+    if objective == "luffy":
+        return -advantage * log_pi.exp() / (log_pi.exp() + gamma)
+    if objective == "chord":
+        return -advantage * pi * (1 - pi) * log_pi
+    if objective == "eaft":
+        return -advantage * min(float(entropy) / math.log(20), 1.0) ** entropy_power * log_pi
     ratio = torch.exp(log_pi - (log_pi.detach() if old is None else old))
     if objective == "cispo":
-        return -advantage * ratio.clamp(max=1 + clip_high).detach() * log_pi
+        return -advantage * ratio.clamp(1 - clip_low, 1 + clip_high).detach() * log_pi
+    if objective == "sapo":
+        gate = gate_positive if advantage > 0 else gate_negative
+        return -advantage * 4 / gate * torch.sigmoid(gate * (ratio - 1))
+    if objective == "psft":
+        return -torch.minimum(ratio * advantage, ratio.clamp(max=1 + clip_high) * advantage)
     outer = ratio if delta is None else ratio.clamp(max=delta)
     return -torch.minimum(outer * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
@@ -110,26 +126,51 @@ def k3(u, cap=None):
 
 
 def policy_losses(
-    logits, targets, live, advantage, *, objective, old=None, ref=None, clip_low=0.2, clip_high=0.2, beta=0.0,
-    entropy_coef=0.0, tau=0.7, rectify="all", delta=None, kl_cap=None, **transform,
+    logits, targets, live, advantage, *, objective, old=None, ref=None, beta=0.0, entropy_coef=0.0, kl_cap=None,
+    temperature=1.0, softcap=None, logit_scale=1.0, given=None, given_objective=None, given_terms=None, **terms,
 ):  # fmt: skip
-    """Per-row loss (R,) in float64 of a named objective, differentiable in `logits` (R, V); `advantage`, `old`, `ref`
-    are (R,) or, the last two, None."""
+    """Per-row loss (R,) in float64 of a named objective, differentiable in `logits` (R, V).
+
+    `advantage`, `old`, `ref` are (R,) or, the last two, None. terms: of `surrogate`; where `given` (R,) is true the
+    objective is `given_objective` with `given_terms`.
+    """
     losses = []
     for r in range(len(targets)):
         if not bool(live[r]):
             losses.append(torch.zeros((), dtype=torch.float64))
             continue
-        log_pi = log_softmax(logits[r], **transform)
+        log_pi = log_softmax(logits[r], temperature, softcap, logit_scale)
         chosen = log_pi[int(targets[r])]
+        possible = log_pi[log_pi > -math.inf]
+        entropy = -(possible.exp() * possible).sum()
         before = None if old is None else old[r].double()
-        loss = surrogate(objective, chosen, float(advantage[r]), before, clip_low, clip_high, tau, rectify, delta)
+        of_row = given is not None and bool(given[r])
+        name, numbers = (given_objective, given_terms) if of_row else (objective, terms)
+        loss = surrogate(name, chosen, float(advantage[r]), before, entropy.detach(), **numbers)
         if beta:
             loss = loss + beta * k3(ref[r].double() - chosen, kl_cap)
-        if entropy_coef:
-            possible = log_pi[log_pi > -math.inf]
-            loss = loss + entropy_coef * (possible.exp() * possible).sum()
-        losses.append(loss)
+        losses.append(loss - entropy_coef * entropy if entropy_coef else loss)
+    return torch.stack(losses)
+
+
+def sequence_losses(logits, targets, live, advantage, old, responses, objective, clip_low, clip_high):
+    """The loss of each response in float64 as GSPO and GMPO write it, differentiable in `logits` (R, V).
+
+    `advantage` is (R,), the same on the rows of a response; `responses` a list of R labels.
+    """
+    losses = []
+    for label in sorted(set(responses)):
+        rows = [r for r in range(len(targets)) if responses[r] == label and bool(live[r])]
+        if not rows:
+            continue
+        a = float(advantage[rows[0]])
+        apart = torch.stack([log_softmax(logits[r])[int(targets[r])] - old[r].double() for r in rows])
+        if objective == "gmpo":
+            sign = (a > 0) - (a < 0)
+            apart = sign * torch.minimum(sign * apart, sign * apart.clamp(-clip_low, clip_high))
+        s = apart.mean().exp()
+        held = s if objective == "gmpo" else s.clamp(1 - clip_low, 1 + clip_high)
+        losses.append(-torch.minimum(s * a, held * a))
     return torch.stack(losses)
 
 

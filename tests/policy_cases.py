@@ -9,12 +9,18 @@ import torch
 from cases import UPSTREAM, assert_loss
 
 from gft_kernels import policy_loss
+from gft_kernels.objectives import PRESETS
 from gft_kernels.options import Credit, Objective, RowCall
 
-OBJECTIVES = ("gft", "sft", "dft", "grpo", "dapo", "dr_grpo", "cispo")
-WITH_RATIO = ("grpo", "dapo", "dr_grpo", "cispo")
-IMITATION = ("sft", "dft")
-CLIPS = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "dr_grpo": (0.2, 0.2), "cispo": (0.0, 0.25)}
+OF_RESPONSES = ("gspo", "gmpo")  # theirs is another oracle
+OBJECTIVES = tuple(name for name in PRESETS if name not in OF_RESPONSES)
+WITH_RATIO = ("grpo", "dapo", "dr_grpo", "cispo", "sapo")  # and an advantage
+IMITATION = ("sft", "dft", "eaft", "psft", "chord")
+CLIPS = {
+    "grpo": (0.2, 0.2), "bnpo": (0.2, 0.2), "dapo": (0.2, 0.28), "dr_grpo": (0.2, 0.2), "cispo": (0.3, 0.25),
+    "psft": (1.0, 0.1), "sapo": (0.2, 0.2),
+}  # fmt: skip
+"""Of psft the upper one counts; sapo has none, and its rows lie on both sides of these."""
 PENALTIES = {"beta": 0.3, "entropy_coef": 0.2}
 CLIPPED = ("grpo", "dapo", "dr_grpo")
 BOUNDS = {"delta": 1.5, "beta": 0.3, "kl_cap": 0.4}  # each holds some rows of every problem
@@ -32,17 +38,17 @@ class PolicyProblem:
     old: torch.Tensor | None
     ref: torch.Tensor
     options: dict = field(default_factory=dict)  # of the oracle and of the loss alike
+    weights: torch.Tensor | None = None  # (S, T)
 
     def arguments(self) -> dict:
         """What `policy_loss` is given beside inputs, targets and backend."""
-        given = {"objective": self.objective, "mask": self.mask, **self.options}
+        given = {"objective": self.objective, "mask": self.mask, "weights": self.weights, **self.options}
         if self.objective not in IMITATION:
             given["advantages"] = self.advantages
-        if self.objective in WITH_RATIO:
+        if self.objective in CLIPS:
             given["old_log_probs"] = self.old
-            given["clip_high"] = CLIPS[self.objective][1]
-        if self.objective in WITH_RATIO and self.objective != "cispo":
-            given["clip_low"] = CLIPS[self.objective][0]
+            clips = dict(zip(("clip_low", "clip_high"), CLIPS[self.objective], strict=True))
+            given |= {name: value for name, value in clips.items() if name in PRESETS[self.objective].options}
         if self.options.get("beta"):
             given["ref_log_probs"] = self.ref
         return {"reduction": "token-mean", "num_items_in_batch": 17, **given}
@@ -74,11 +80,13 @@ class PolicyProblem:
         advantages = torch.ones_like(self.advantages) if self.objective in IMITATION else self.advantages
         low, high = CLIPS.get(self.objective, (0.0, 0.0))
         live = self.mask.flatten()
+        weights = live.double() / 17 if weights is None else weights
+        if self.weights is not None:
+            weights = weights * self.weights.flatten().double()
         losses, gradient = oracle.loss_and_gradient(
-            self.logits.flatten(0, 1), self.targets.flatten(), live, advantages.flatten(),
-            live.double() / 17 if weights is None else weights, upstream, objective=self.objective,
-            old=None if self.old is None else self.old.flatten(), ref=self.ref.flatten(), clip_low=low, clip_high=high,
-            **self.options,
+            self.logits.flatten(0, 1), self.targets.flatten(), live, advantages.flatten(), weights, upstream,
+            objective=self.objective, old=None if self.old is None else self.old.flatten(), ref=self.ref.flatten(),
+            **{"clip_low": low, "clip_high": high, **self.options},
         )  # fmt: skip
         return losses, gradient.view(self.logits.shape)
 

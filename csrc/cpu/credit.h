@@ -74,7 +74,7 @@ inline void weigh_by_token(const Credit& credit, std::vector<RowCredit>& rows) {
     const auto live = std::count_if(rows.begin(), rows.end(), [](const RowCredit& row) { return row.live; });
     const double items =
         credit.num_items != nullptr ? *credit.num_items : static_cast<double>(std::max<std::int64_t>(live, 1));
-    for (RowCredit& row : rows) row.weight = 1.0 / items;
+    for (RowCredit& row : rows) row.weight /= items;
 }
 
 // A row weighs 1/(live rows of its response * n), with n responses that have a live row.
@@ -90,7 +90,7 @@ inline void weigh_by_response(const Credit& credit, std::vector<RowCredit>& rows
     for (std::int64_t r = 0; r < credit.R; ++r) {
         if (!rows[r].live) continue;
         const std::int64_t response = response_of(credit, r);
-        rows[r].weight = response < 0 ? double{NAN} : 1.0 / (static_cast<double>(live_S[response]) * items);
+        rows[r].weight = response < 0 ? double{NAN} : rows[r].weight / (static_cast<double>(live_S[response]) * items);
     }
 }
 
@@ -109,7 +109,6 @@ inline std::vector<RowCredit> credit_rows(const Credit& credit) {
     for (std::int64_t r = 0; r < credit.R; ++r) {
         if (is_live(credit, r)) rows[r] = {true, advantage_of(r), credit.weights_R ? credit.weights_R[r] : 1.0};
     }
-    if (credit.weights_R != nullptr) return rows;
     if (credit.reduction == Reduction::token_mean) weigh_by_token(credit, rows);
     if (credit.reduction == Reduction::sequence_mean) weigh_by_response(credit, rows);
     return rows;

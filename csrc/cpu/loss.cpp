@@ -124,7 +124,7 @@ void write_gradient(const void* row, void* out, const LogitRows& logits, std::in
 // Writes everything about row r; the row's loss in double is returned, for a sum that does not depend on threads.
 double run_row(const RowCall& call, const RowCredit& credit, std::int64_t r, const RowKernels& kernels) {
     const RowResults& out = call.out;
-    const bool read = credit.live && (credit.advantage != 0.0f || call.read_zero_advantage);
+    const bool read = credit.live && is_read(credit.advantage, credit.weight, call.objective, call.read_every_row);
     RowView view{};
     RowTerms<double> row{};
     RowScales<double> scales{};
@@ -132,7 +132,7 @@ double run_row(const RowCall& call, const RowCredit& credit, std::int64_t r, con
     if (read) {
         view = view_row(call, r, kernels);
         row = row_terms(view.log_pi, view.entropy, static_cast<double>(credit.advantage), r, call.objective);
-        scales = {credit.weight * row.kappa, credit.weight * call.objective.entropy_coef, view.entropy};
+        scales = {weighed(credit.weight, row.kappa), credit.weight * call.objective.entropy_coef, view.entropy};
     }
     out.log_probs_R[r] = static_cast<float>(view.log_pi);
     out.coefficients_R[r] = static_cast<float>(row.coefficient);
@@ -147,7 +147,7 @@ double run_row(const RowCall& call, const RowCredit& credit, std::int64_t r, con
                            call.transform, kernels);
         }
     }
-    return credit.weight * row.loss;
+    return weighed(credit.weight, row.loss);
 }
 
 }  // namespace

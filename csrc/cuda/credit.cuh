@@ -104,12 +104,12 @@ GFT_DEVICE float advantage_of_row(const CreditTask& task, std::int64_t r) {
 
 GFT_DEVICE float weight_of_row(const CreditTask& task, std::int64_t r) {
     const Credit& credit = task.credit;
-    if (credit.weights_R != nullptr) return credit.weights_R[r];
-    if (credit.reduction == Reduction::sum || credit.reduction == Reduction::none) return 1.0f;
+    const float given = credit.weights_R != nullptr ? credit.weights_R[r] : 1.0f;
+    if (credit.reduction == Reduction::sum || credit.reduction == Reduction::none) return given;
     const float items = credit.num_items != nullptr ? *credit.num_items : *task.items;
-    if (credit.reduction == Reduction::token_mean) return 1.0f / items;
+    if (credit.reduction == Reduction::token_mean) return given / items;
     const std::int64_t s = response_of(credit, r);
-    return s >= 0 && s < credit.S ? 1.0f / (static_cast<float>(task.live_S[s]) * items) : NAN;
+    return s >= 0 && s < credit.S ? given / (static_cast<float>(task.live_S[s]) * items) : NAN;
 }
 
 // A[r] and w[r]; both 0 on masked rows.

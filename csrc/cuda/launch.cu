@@ -103,9 +103,7 @@ struct Workspace {
     std::size_t bytes;
 };
 
-bool counts_responses(const Credit& credit) {
-    return credit.weights_R == nullptr && credit.reduction == Reduction::sequence_mean;
-}
+bool counts_responses(const Credit& credit) { return credit.reduction == Reduction::sequence_mean; }
 
 Workspace carve(const RowCall& call, void* base) {
     Workspace space{};
@@ -141,7 +139,7 @@ Outcome assign_credit(const CreditTask& task, Place place) {
                           task);
     }
     const bool divides = credit.reduction == Reduction::token_mean || credit.reduction == Reduction::sequence_mean;
-    if (done.code == 0 && divides && credit.weights_R == nullptr && credit.num_items == nullptr)
+    if (done.code == 0 && divides && credit.num_items == nullptr)
         done = launch("launching count_items", count_items, {1, kSumThreads, kMaxWarps * sizeof(int), 1}, place, task);
     if (done.code != 0) return done;
     return launch("launching credit_rows", credit_rows, blocks_for(credit.R), place, task);
@@ -196,7 +194,7 @@ Outcome run_rows(const RowCall& call, void* workspace, Place place) {
     task.weights_R = space.weights_R;
     task.view = view_of(call.transform);
     task.objective = call.objective;
-    task.read_zero_advantage = call.read_zero_advantage;
+    task.read_every_row = call.read_every_row;
     task.loss_R = per_row ? call.out.loss : space.loss_R;
     task.log_probs_R = call.out.log_probs_R;
     task.coefficients_R = call.out.coefficients_R;

@@ -14,7 +14,7 @@ struct RowTask {
     const float* weights_R;
     View view;
     Objective objective;
-    bool read_zero_advantage;
+    bool read_every_row;
     float* loss_R;
     float* log_probs_R;
     float* coefficients_R;
@@ -40,7 +40,7 @@ struct Part {
     Edge edge;   // this thread's
     float target_logit;
     float advantage, weight;
-    bool read;     // the logits matter: live, and A != 0 or statistics wanted
+    bool read;     // the logits matter
     bool aligned;  // the gradient starts as far past a 16-byte boundary as the logits do
 };
 
@@ -80,7 +80,8 @@ GFT_DEVICE Part<T> locate_part(const LogitRows& from, const LogitRows& to, long 
 
 // Whether the logits of a row have to be read.
 GFT_DEVICE bool row_matters(const RowTask& task, long long row) {
-    return is_live(task.credit, row) && (task.advantages_R[row] != 0.0f || task.read_zero_advantage);
+    return is_live(task.credit, row) &&
+           is_read(task.advantages_R[row], task.weights_R[row], task.objective, task.read_every_row);
 }
 
 template <class T>
@@ -178,12 +179,12 @@ GFT_DEVICE Verdict settle(const RowTask& task, const Part<T>& part, Softmax othe
     RowScales<float> scales{};
     if (kEntropy) scales.entropy = entropy(logf(all.mass), mean_gap);
     const RowTerms<float> row = row_terms(log_pi, scales.entropy, part.advantage, part.row, task.objective);
-    scales.scale = part.weight * row.kappa * task.view.chain;
+    scales.scale = weighed(part.weight, row.kappa) * task.view.chain;
     if (kEntropy) scales.tilt = part.weight * static_cast<float>(task.objective.entropy_coef) * task.view.chain;
     const bool silent = scales.scale == 0.0f && scales.tilt == 0.0f;
     const float size = row_size(scales.scale, scales.tilt, scales.entropy);
     if (leader) {
-        task.loss_R[part.row] = part.weight * row.loss;
+        task.loss_R[part.row] = weighed(part.weight, row.loss);
         task.log_probs_R[part.row] = log_pi;
         task.coefficients_R[part.row] = row.coefficient;
         if (kEntropy && task.entropy_R != nullptr) task.entropy_R[part.row] = scales.entropy;

@@ -22,7 +22,7 @@ enum class Reduction : int { token_mean, sequence_mean, sum, none };
 enum class Normalize : int { std, mean, leave_one_out };
 enum class Singleton : int { reward, zero };
 enum class Rectify : int { all, positive };
-enum class Surrogate : int { gft, grpo, cispo };
+enum class Surrogate : int { gft, grpo, cispo, sapo, luffy, chord, eaft };
 
 // An fp16 gradient row is stored at this size before its row scale; half the range (65504) is left free.
 constexpr float kFp16Peak = 16384.0f;
@@ -51,7 +51,7 @@ struct Credit {
     const double* rewards_S;     // need group_size or group_ids_S; doubles, for 1e8 + 1 is not a float
     const float* advantages_S;
     const float* advantages_R;
-    const float* weights_R;              // decided already: the loss is then the plain sum of w*loss
+    const float* weights_R;              // multiplied into the reduction's weight; 0: the row is out; null: 1
     const std::int64_t* group_ids_S;     // any values, any order; read where group_size is 0
     std::int64_t group_size;             // consecutive responses per group; 0: group_ids_S decide
     const std::int64_t* sequence_ids_R;  // the response of a row; null: r / tokens_per_response
@@ -69,14 +69,24 @@ struct Transform {
     double logit_scale, softcap, temperature;
 };
 
-// What tells one token-level objective from another: how kappa and the loss follow from log pi and A.
-struct Objective {
-    double tau;  // gft
-    Rectify rectify;
+// What tells one surrogate from another: how kappa and the loss follow from log pi and A. A field that a surrogate does
+// not use is not read.
+struct Rule {
     Surrogate surrogate;
-    double clip_low, clip_high;    // of rho: grpo; cispo has the upper one
+    Rectify rectify;
+    double tau;                           // gft
+    double clip_low, clip_high;           // of rho: grpo, cispo
+    double delta;                         // grpo: rho above it is held there where A < 0; inf: no such bound
+    double gamma;                         // luffy, and gft where it does not rectify: of pi / (pi + gamma)
+    double gate_positive, gate_negative;  // sapo: how steep its gate is where A > 0, and elsewhere
+    double entropy_power;                 // eaft
+};
+
+// The objective of a call: the rule of each row, and the penalties of all.
+struct Objective {
+    Rule rule, given;              // given: of the rows that given_R names
+    const std::uint8_t* given_R;   // bool; null: no row is
     double beta, entropy_coef;     // weights of the k3 penalty and of the entropy bonus
-    double delta;                  // grpo: rho above it is held there where A < 0; inf: no such bound
     double kl_cap;                 // k3: beyond this log(pi_ref / pi) it goes on in a straight line; inf: nowhere
     const float* old_log_probs_R;  // of rho; null: on-policy, rho = 1
     const float* ref_log_probs_R;  // of k3; read where beta is not 0
@@ -95,7 +105,16 @@ struct RowResults {
 
 // Whether a row's entropy is needed, for the caller or for the loss.
 GFT_HD bool needs_entropy(const Objective& objective, const float* entropy_R) {
-    return entropy_R != nullptr || objective.entropy_coef != 0.0;
+    const bool of_rule = objective.rule.surrogate == Surrogate::eaft ||
+                         (objective.given_R != nullptr && objective.given.surrogate == Surrogate::eaft);
+    return entropy_R != nullptr || objective.entropy_coef != 0.0 || of_rule;
+}
+
+// Whether a live row's logits matter: to the caller, or to the loss.
+template <class Real>
+GFT_HD bool is_read(float advantage, Real weight, const Objective& objective, bool read_every_row) {
+    const bool acts = advantage != 0.0f || objective.beta != 0.0 || objective.entropy_coef != 0.0;
+    return read_every_row || (weight != Real(0) && acts);
 }
 
 // What F7 multiplies the parts of a row by; where scale and tilt are 0 the gradient is exactly 0.
@@ -135,7 +154,7 @@ struct RowCall {
     Credit credit;
     Transform transform;
     Objective objective;
-    bool read_zero_advantage;  // live rows with A = 0 are read as well: for their statistics, or for a penalty
+    bool read_every_row;  // live rows that the loss has no use for are read as well, for their statistics
     RowResults out;
 };
 

@@ -103,6 +103,41 @@ GFT_HD Real coefficient(Real log_pi, Real tau) {
     return log_pi >= std::log(tau) ? Real(1) : std::exp(log_pi);
 }
 
+// pi / (pi + gamma), which bounds a push away from rare tokens: 1 where gamma = 0, and else 0 where pi = 0. Formed from
+// e^-log pi, of which float32 holds 85 nats.
+template <class Real>
+GFT_HD Real shaped_prob(Real log_pi, Real gamma) {
+    if (log_pi == neg_inf<Real>() && gamma > Real(0)) return Real(0);
+    return Real(1) / (Real(1) + gamma * std::exp(log_pi < Real(-85) ? Real(85) : -log_pi));
+}
+
+// F4 of gft with its choices: C(pi) where A > 0, or everywhere; elsewhere 1 (gamma = 0), or pi / (pi + gamma).
+template <class Real>
+GFT_HD Real rectified_coefficient(Real log_pi, Real advantage, Real tau, bool rectify_all, Real gamma) {
+    if (gamma > Real(0) && !(advantage > Real(0) || rectify_all)) return shaped_prob(log_pi, gamma);
+    return coefficient(log_pi, row_tau(advantage, tau, rectify_all));
+}
+
+// F4 of luffy, the slope of pi / (pi + gamma) by log pi: gamma*pi / (pi + gamma)^2.
+template <class Real>
+GFT_HD Real shaped_coefficient(Real log_pi, Real gamma) {
+    const Real shaped = shaped_prob(log_pi, gamma);
+    return shaped * (Real(1) - shaped);
+}
+
+// F4 of chord: phi = pi*(1 - pi), the variance of the token.
+template <class Real>
+GFT_HD Real uncertainty(Real log_pi) {
+    return -std::exp(log_pi) * std::expm1(log_pi);
+}
+
+// F4 of eaft: (H / log 20)^power, at most 1. log 20 is the entropy of 20 tokens alike, which the paper measures by.
+template <class Real>
+GFT_HD Real entropy_coefficient(Real entropy, Real power) {
+    const Real share = entropy / Real(2.995732273553991);
+    return share > Real(1) ? Real(1) : std::exp(power * std::log(share));
+}
+
 // F5: A = (R - mean) / (std + eps), exactly 0 where the reward equals its group's mean.
 template <class Real>
 GFT_HD Real group_advantage(Real reward, Real mean, Real std, Real eps) {
@@ -150,10 +185,27 @@ GFT_HD Real clipped_loss(Real ratio, Real advantage, Real clip_low, Real clip_hi
     return -advantage * (ratio > Real(1) ? delta : Real(1) - clip_low);
 }
 
-// F4 of cispo: min(rho, 1 + clip_high); a NaN stays a NaN.
+// F4 of cispo: rho held in [1 - clip_low, 1 + clip_high]; a NaN stays a NaN.
 template <class Real>
-GFT_HD Real capped_coefficient(Real ratio, Real clip_high) {
-    return ratio > Real(1) + clip_high ? Real(1) + clip_high : ratio;
+GFT_HD Real capped_coefficient(Real ratio, Real clip_low, Real clip_high) {
+    const Real capped = ratio > Real(1) + clip_high ? Real(1) + clip_high : ratio;
+    return capped < Real(1) - clip_low ? Real(1) - clip_low : capped;
+}
+
+// F4 of sapo: rho*4s(1 - s), s = 1 / (1 + e^-x), x = gate*(rho - 1); 0 where the gate is shut, also at rho = inf.
+template <class Real>
+GFT_HD Real gated_coefficient(Real ratio, Real advantage, Real gate_positive, Real gate_negative) {
+    const Real gate = advantage > Real(0) ? gate_positive : gate_negative;
+    const Real decay = std::exp(-std::fabs(gate * (ratio - Real(1))));
+    return decay == Real(0) ? Real(0) : ratio * (Real(4) * decay / ((Real(1) + decay) * (Real(1) + decay)));
+}
+
+// F6 of sapo: -A*(4 / gate)*s, exactly 0 where A = 0.
+template <class Real>
+GFT_HD Real gated_loss(Real ratio, Real advantage, Real gate_positive, Real gate_negative) {
+    const Real gate = advantage > Real(0) ? gate_positive : gate_negative;
+    if (advantage == Real(0)) return Real(0);
+    return Real(-4) * (advantage / gate) / (Real(1) + std::exp(-gate * (ratio - Real(1))));
 }
 
 // What the k3 estimate adds to kappa, per unit of its weight: its slope, e^u - 1 with u = log pi_ref - log pi, which
@@ -184,25 +236,56 @@ GFT_HD Real token_loss(Real log_pi, Real kappa) {
     return kappa == Real(0) ? Real(0) : -kappa * log_pi;
 }
 
-// F4, kappa and F6 of row r: the only place that knows one objective from another.
+// value times weight; 0 where the weight is, whatever the value: a row that is out cannot spoil the sum.
+template <class Real>
+GFT_HD Real weighed(Real weight, Real value) {
+    return weight == Real(0) ? Real(0) : weight * value;
+}
+
+// F4, kappa and F6 under one rule, without the penalties: the only place that knows one surrogate from another.
+template <class Real>
+GFT_HD RowTerms<Real> surrogate_terms(Real log_pi, Real old_log_pi, Real entropy, Real advantage, const Rule& rule) {
+    const Real low = Real(rule.clip_low), high = Real(rule.clip_high), delta = Real(rule.delta);
+    const Real gamma = Real(rule.gamma);
+    const Real positive = Real(rule.gate_positive), negative = Real(rule.gate_negative);
+    const auto ratio = [&] { return std::exp(log_ratio(log_pi, old_log_pi)); };
+    const auto with_slope = [&](Real c) {  // -A*sg(c)*log pi
+        const Real k = kappa(advantage, c);
+        return RowTerms<Real>{c, k, token_loss(log_pi, k)};
+    };
+    const auto with_value = [&](Real c, Real loss) { return RowTerms<Real>{c, kappa(advantage, c), loss}; };
+    switch (rule.surrogate) {
+        case Surrogate::gft:
+            return with_slope(
+                rectified_coefficient(log_pi, advantage, Real(rule.tau), rule.rectify == Rectify::all, gamma));
+        case Surrogate::grpo: {
+            const Real rho = ratio();
+            return with_value(clipped_coefficient(rho, advantage, low, high, delta),
+                              clipped_loss(rho, advantage, low, high, delta));
+        }
+        case Surrogate::cispo:
+            return with_slope(capped_coefficient(ratio(), low, high));
+        case Surrogate::sapo: {
+            const Real rho = ratio();
+            return with_value(gated_coefficient(rho, advantage, positive, negative),
+                              gated_loss(rho, advantage, positive, negative));
+        }
+        case Surrogate::luffy:
+            return with_value(shaped_coefficient(log_pi, gamma), -kappa(advantage, shaped_prob(log_pi, gamma)));
+        case Surrogate::chord:
+            return with_slope(uncertainty(log_pi));
+        case Surrogate::eaft:
+            return with_slope(entropy_coefficient(entropy, Real(rule.entropy_power)));
+    }
+    return {Real(NAN), Real(NAN), Real(NAN)};  // no surrogate has this number
+}
+
+// F4, kappa and F6 of row r under its rule, with the penalties.
 template <class Real>
 GFT_HD RowTerms<Real> row_terms(Real log_pi, Real entropy, Real advantage, std::int64_t r, const Objective& o) {
-    RowTerms<Real> row{};
-    if (o.surrogate == Surrogate::gft) {
-        row.coefficient = coefficient(log_pi, row_tau(advantage, Real(o.tau), o.rectify == Rectify::all));
-    } else {
-        const Real low = Real(o.clip_low), high = Real(o.clip_high), delta = Real(o.delta);
-        const Real old_log_pi = o.old_log_probs_R == nullptr ? log_pi : Real(o.old_log_probs_R[r]);
-        const Real ratio = std::exp(log_ratio(log_pi, old_log_pi));
-        if (o.surrogate == Surrogate::grpo) {
-            row.coefficient = clipped_coefficient(ratio, advantage, low, high, delta);
-            row.loss = clipped_loss(ratio, advantage, low, high, delta);
-        } else {
-            row.coefficient = capped_coefficient(ratio, high);
-        }
-    }
-    row.kappa = kappa(advantage, row.coefficient);
-    if (o.surrogate != Surrogate::grpo) row.loss = token_loss(log_pi, row.kappa);
+    const bool given = o.given_R != nullptr && o.given_R[r] != 0;
+    const Real old_log_pi = o.old_log_probs_R == nullptr ? log_pi : Real(o.old_log_probs_R[r]);
+    RowTerms<Real> row = surrogate_terms(log_pi, old_log_pi, entropy, advantage, given ? o.given : o.rule);
     if (o.beta != 0.0) {
         const Real u = log_ratio(Real(o.ref_log_probs_R[r]), log_pi);
         row.kappa += Real(o.beta) * kl_kappa(u, Real(o.kl_cap));

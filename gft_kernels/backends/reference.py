@@ -7,13 +7,14 @@ Sizes: C rows of a block, V vocabulary; S, T, R as in options.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gft_kernels import formulas
-from gft_kernels.advantages import RowCredit, credit_rows
+from gft_kernels import family, formulas
+from gft_kernels.advantages import RowCredit, credit_rows, rows_read
 from gft_kernels.options import FP16_PEAK, AgreedRows, Objective, RowCall, RowResult, ShardStatistics, gradient_for
 
 BLOCK_BYTES = 64 << 20
@@ -57,10 +58,10 @@ def run(call: RowCall) -> RowResult:
     for chosen, where in _row_blocks(logits, torch.arange(rows, device=logits.device)):
         part = RowCredit(*(column[chosen] for column in credit))
         block = statistics(call, logits[where], call.credit.targets_R[chosen])
-        read_C = part.live_R if call.reads_every_live_row else part.live_R & (part.advantages_R != 0.0)
+        read_C = rows_read(part, call.objective, call.reads_every_live_row)
         entropy_C = entropy(block) if call.needs_entropy else torch.zeros_like(block.log_pi_C)
         row = row_terms(call.objective.of_rows(chosen), block.log_pi_C, part.advantages_R, entropy_C)
-        out["loss"][chosen] = torch.where(read_C, part.weights_R * row.loss, 0.0).float()
+        out["loss"][chosen] = torch.where(read_C, formulas.weighed(part.weights_R, row.loss), 0.0).float()
         out["log_prob"][chosen] = torch.where(read_C, block.log_pi_C, 0.0).float()
         out["coefficient"][chosen] = torch.where(read_C, row.coefficient, 0.0).float()
         out["entropy"][chosen] = torch.where(read_C, entropy_C, 0.0).float()
@@ -160,21 +161,13 @@ class RowTerms(NamedTuple):
 
 
 def row_terms(objective: Objective, log_pi: Tensor, advantages: Tensor, entropy: Tensor) -> RowTerms:
-    """F4, kappa and F6 of each row under the objective: the only place here that knows one from another."""
+    """F4, kappa and F6 of each row under its rule (family.py), with the penalties."""
     o, log_pi, entropy = objective, log_pi.double(), entropy.double()
-    if o.surrogate == "gft":
-        coefficient = formulas.coefficient(log_pi, formulas.row_tau(advantages, o.tau, o.rectify == "all"))
-    else:
-        ratio = torch.exp(formulas.log_ratio(log_pi, log_pi if o.old_log_probs_R is None else o.old_log_probs_R))
-        if o.surrogate == "grpo":
-            coefficient = formulas.clipped_coefficient(ratio, advantages, o.clip_low, o.clip_high, o.delta)
-        else:
-            coefficient = formulas.capped_coefficient(ratio, o.clip_high)
-    kappa = formulas.kappa(advantages, coefficient)
-    if o.surrogate == "grpo":
-        loss = formulas.clipped_loss(ratio, advantages, o.clip_low, o.clip_high, o.delta)
-    else:
-        loss = formulas.token_loss(log_pi, kappa)
+    old_log_pi = log_pi if o.old_log_probs_R is None else o.old_log_probs_R
+    coefficient, kappa, loss = family.surrogate_terms(log_pi, old_log_pi, entropy, advantages, o)
+    if o.given_R is not None:
+        given = family.surrogate_terms(log_pi, old_log_pi, entropy, advantages, o.given)
+        coefficient, kappa, loss = map(partial(torch.where, o.given_R), given, (coefficient, kappa, loss))
     if o.beta != 0.0:
         log_ratio = formulas.log_ratio(o.ref_log_probs_R, log_pi)
         kappa = kappa + o.beta * formulas.kl_kappa(log_ratio, o.kl_cap)
@@ -206,7 +199,7 @@ def row_scales(
 
     Without `defer_scale` that is 1; with it the stored row is as large as FP16_PEAK lets it be.
     """
-    scale = torch.where(read, weights * kappa, 0.0)
+    scale = torch.where(read, formulas.weighed(weights, kappa), 0.0)
     tilt = torch.where(read, weights * call.objective.entropy_coef, 0.0)
     if not call.defer_scale:
         return RowScales(scale, tilt, entropy), torch.ones_like(scale, dtype=torch.float32)

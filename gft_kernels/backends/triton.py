@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from functools import cache
 
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor
 from gft_kernels.advantages import credit_rows
 from gft_kernels.options import (
     FP16_PEAK,
+    RECTIFY,
     SURROGATES,
     AgreedRows,
     Objective,
     RowCall,
     RowResult,
+    Rule,
     ShardStatistics,
     gradient_for,
 )
@@ -65,7 +68,7 @@ def run(call: RowCall) -> RowResult:
     """Loss, statistics and, if wanted, the gradient of a call; see `RowResult`."""
     from gft_kernels.triton_kernels.row_loss import row_loss_kernel
 
-    logits, rows = call.logits_STV.detach(), call.credit.targets_R.numel()
+    logits, rows, objective = call.logits_STV.detach(), call.credit.targets_R.numel(), call.objective
     with _on(logits.device):
         credit = credit_rows(call.credit)
         gradient = gradient_for(logits, call.inplace) if call.want_gradient else None
@@ -85,12 +88,13 @@ def run(call: RowCall) -> RowResult:
             coefficient_R,
             loss_R if entropy_R is None else entropy_R,
             loss_R if row_scale_R is None else row_scale_R,
-            loss_R if call.objective.old_log_probs_R is None else call.objective.old_log_probs_R,
-            loss_R if call.objective.ref_log_probs_R is None else call.objective.ref_log_probs_R,
+            credit.live_R.view(torch.uint8) if objective.given_R is None else objective.given_R.view(torch.uint8),
+            loss_R if objective.old_log_probs_R is None else objective.old_log_probs_R,
+            loss_R if objective.ref_log_probs_R is None else objective.ref_log_probs_R,
             *_shape(logits),
             *_outer_strides(logits),
             *_outer_strides(logits if gradient is None else gradient),
-            **_objective(call.objective),
+            **_objective(objective),
             **_transform(call),
             peak=0.0 if row_scale_R is None else FP16_PEAK,
             read_all=int(call.reads_every_live_row),
@@ -211,17 +215,21 @@ def _float32(like: Tensor, rows: int) -> Tensor:
 def _objective(objective: Objective) -> dict[str, float]:
     """The numbers of an objective, as the row kernel takes them."""
     return {
-        "tau": objective.tau,
-        "rectify_all": int(objective.rectify == "all"),
-        "surrogate": SURROGATES.index(objective.surrogate),
-        "has_old": int(objective.old_log_probs_R is not None),
-        "clip_low": objective.clip_low,
-        "clip_high": objective.clip_high,
-        "delta": objective.delta,
+        **_rule("", objective),
+        **_rule("given_", objective.given),
         "beta": objective.beta,
         "kl_cap": objective.kl_cap,
         "entropy_coef": objective.entropy_coef,
+        "has_given": int(objective.given_R is not None),
+        "has_old": int(objective.old_log_probs_R is not None),
     }
+
+
+def _rule(prefix: str, rule: Rule) -> dict[str, float]:
+    """A rule's numbers, and its names by their place."""
+    numbers = {prefix + field.name: getattr(rule, field.name) for field in fields(Rule)}
+    surrogate, rectify = SURROGATES.index(rule.surrogate), RECTIFY.index(rule.rectify)
+    return {**numbers, f"{prefix}surrogate": surrogate, f"{prefix}rectify": rectify}
 
 
 def _transform(call: RowCall) -> dict[str, float]:

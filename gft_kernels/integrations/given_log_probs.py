@@ -26,8 +26,8 @@ def token_losses(log_probs_ST: Tensor, advantages_ST: Tensor, live_ST: Tensor, t
     log_pi_ST = torch.where(live_ST, log_probs_ST, 0.0)
     advantages_ST = torch.where(live_ST, advantages_ST, 0.0)
     with torch.no_grad():
-        threshold = torch.as_tensor(float(tau), device=log_pi_ST.device)
-        coefficients_ST = formulas.coefficient(log_pi_ST, formulas.row_tau(advantages_ST, threshold, rectify == "all"))
+        threshold, free = (torch.as_tensor(float(x), device=log_pi_ST.device) for x in (tau, 0.0))
+        coefficients_ST = formulas.rectified_coefficient(log_pi_ST, advantages_ST, threshold, rectify == "all", free)
         kappa_ST = formulas.kappa(advantages_ST, coefficients_ST)
     losses_ST = formulas.token_loss(log_pi_ST, kappa_ST)
     return TokenLosses(losses_ST, log_pi_ST.detach(), (coefficients_ST < 1) & live_ST)

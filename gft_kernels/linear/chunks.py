@@ -10,18 +10,18 @@ Sizes: L rows chosen, C rows of a chunk, D hidden size; S, T, R, V as in options
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gft_kernels import checks, distributed, formulas, registry
-from gft_kernels.advantages import RowCredit, credit_rows
+from gft_kernels import checks, distributed, family, formulas, registry, sequences
+from gft_kernels.advantages import RowCredit, credit_rows, rows_read
 from gft_kernels.linear import sparse
 from gft_kernels.linear.products import Head, multiply, precision_of
-from gft_kernels.options import FP16_PEAK, Credit, LinearCall, LinearResult, RowCall, RowResult
+from gft_kernels.options import FP16_PEAK, Credit, LinearCall, LinearResult, Objective, RowCall, RowResult
 
 _ROW_OPTIONS = [
     f.name for f in fields(RowCall) if f.name in {g.name for g in fields(LinearCall)} - {"credit", "objective"}
@@ -61,13 +61,18 @@ class Chosen(NamedTuple):
     """The rows the products run over, in ascending order, and how many at a time."""
 
     with_gradient_L: Tensor
-    statistics_only_L: Tensor  # A = 0, read for their log-probabilities
+    statistics_only_L: Tensor  # of A = 0 or weight 0, read for their log-probabilities
     chunk: int
 
 
 def run(call: LinearCall, backend: str) -> LinearResult:
     """Loss, statistics and the wanted gradients of a call; see `LinearResult`."""
+    if call.objective.over_sequence:
+        return _of_responses(call, backend)
     credit = credit_rows(call.credit)
+    if call.upstream_R is not None:
+        weights_R = torch.where(credit.live_R, credit.weights_R * call.upstream_R, 0.0)
+        credit = credit._replace(weights_R=weights_R)
     shard = None
     if call.process_group:
         shard = distributed.meet(call.process_group, call.weight_VD.shape[0], call.weight_VD.device)
@@ -83,9 +88,18 @@ def run(call: LinearCall, backend: str) -> LinearResult:
     return chunked.result()
 
 
+def _of_responses(call: LinearCall, backend: str) -> LinearResult:
+    """Where a response's ratio is wanted: the logits once for log pi, and a second time for the loss."""
+    unwanted: dict[str, Any] = dict.fromkeys(("want_hidden", "want_weight", "want_bias", "want_entropy"), False)
+    seen = run(replace(call, objective=Objective(), want_stats=True, upstream_R=None, **unwanted), backend)
+    settled = sequences.settle(call.objective, call.credit, seen.log_probs_R, seen.advantages_R)
+    result = run(replace(call, objective=settled.objective), backend)
+    return replace(result, loss=result.loss + sequences.lacking(settled, call.credit))
+
+
 def choose_rows(call: LinearCall, credit: RowCredit, shard: distributed.Shard | None) -> Chosen:
-    """Leave out rows that are masked or have A = 0. On a GPU this waits once: for how many rows are left."""
-    counts = credit.live_R & ((credit.advantages_R != 0.0) | call.objective.acts_without_advantage)
+    """Leave out rows the loss has no use for: masked, A = 0, weight 0. On a GPU this waits once, for their number."""
+    counts = rows_read(credit, call.objective, every=False)
     kind_R = torch.where(counts, 0, torch.where(credit.live_R, 1, 2))
     order = torch.argsort(kind_R, stable=True)
     here = torch.full((1,), call.weight_VD.shape[0], device=order.device)
@@ -240,8 +254,7 @@ def _gradient_unit(call: LinearCall, credit: RowCredit) -> tuple[Tensor | None, 
     if not scales_gradient(call):
         return None, credit.weights_R
     o = call.objective
-    highest = 1.0 + o.clip_high
-    ratio = {"gft": 1.0, "grpo": min(max(highest, o.delta), RATIO_ROOM * highest), "cispo": highest}[o.surrogate]
+    ratio = max(family.largest_coefficient(rule, RATIO_ROOM) for rule in o.rules)
     pull = max(1.0, math.expm1(min(o.kl_cap, math.log1p(RATIO_ROOM))))
     kappa_R = credit.advantages_R.abs() * ratio + o.beta * pull
     row_size_R = formulas.row_size(kappa_R, torch.full_like(kappa_R, o.entropy_coef), MAX_ENTROPY)

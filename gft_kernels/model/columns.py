@@ -13,7 +13,7 @@ from torch import Tensor
 from gft_kernels.model import extra_terms
 
 IGNORE = -100  # the label of a token that does not count, where no other is asked for
-PER_TOKEN = ("advantages", "mask", "sequence_ids", "old_log_probs", "ref_log_probs")
+PER_TOKEN = ("advantages", "weights", "given", "mask", "sequence_ids", "old_log_probs", "ref_log_probs")
 PER_CALL = ("rewards", "group_ids", "num_items_in_batch", *PER_TOKEN)
 
 

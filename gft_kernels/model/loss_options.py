@@ -6,6 +6,7 @@ Each is a mixin before the host's own arguments: `class GFTConfig(GroupLossOptio
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ import torch
 
 from gft_kernels import checks, linear_checks
 from gft_kernels.objectives import PRESETS
-from gft_kernels.options import BACKENDS, NORMALIZE
+from gft_kernels.options import BACKENDS, NORMALIZE, RECTIFY
 
 MEAN_REDUCTIONS = ("token-mean", "sequence-mean")
 
@@ -44,6 +45,8 @@ class TokenLossOptions:
     )
     token_metrics: bool = option(True, "Log mean pi, entropy and rectified fraction (reads zero-advantage rows too).")
 
+    rectifies: ClassVar[Sequence[str]] = RECTIFY  # of what a host says of its rows, none is "given"
+
     def __post_init__(self):
         self.check_loss()
         order_liger(self)
@@ -52,10 +55,10 @@ class TokenLossOptions:
     def check_loss(self) -> None:
         """Fills in gft's defaults. Raises ValueError, one sentence, for a value out of range."""
         if getattr(self, "objective", "gft") == "gft":
-            for name, default in PRESETS["gft"].options.items():
-                if getattr(self, name, default) is None:
-                    setattr(self, name, default)
-            self.tau = checks.check_coefficient(self.tau, getattr(self, "rectify", "all"))
+            for name in ("tau", "rectify"):
+                if getattr(self, name, "") is None:
+                    setattr(self, name, PRESETS["gft"].options[name])
+            self.tau = checks.check_coefficient(self.tau, getattr(self, "rectify", "all"), self.rectifies)
         if isinstance(self.filter_eps, str) and self.filter_eps != "auto":  # a command line brings text
             with contextlib.suppress(ValueError):
                 self.filter_eps = float(self.filter_eps)

@@ -123,7 +123,8 @@ def _recomputed(ctx, upstream: Tensor) -> list[Tensor | None]:
     wanted = ctx.needs_input_grad[: len(_TENSORS)]
     call = replace(
         call,
-        credit=replace(call.credit, reduction="sum", weights_R=upstream.float().contiguous()),
+        credit=replace(call.credit, reduction="sum"),
+        upstream_R=upstream.float().contiguous(),
         want_stats=False,
         want_entropy=False,
         want_hidden=wanted[0],

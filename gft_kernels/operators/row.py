@@ -12,16 +12,16 @@ storage, and a second walk is refused.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gft_kernels import checks, distributed, registry
+from gft_kernels import checks, distributed, registry, sequences
 from gft_kernels.operators import derivatives
-from gft_kernels.options import Credit, Objective, RowCall, RowResult
+from gft_kernels.options import Credit, Objective, RowCall, RowResult, Rule
 
 SCHEMA_TYPES = {
     "Tensor": "Tensor",
@@ -31,10 +31,16 @@ SCHEMA_TYPES = {
     "str": "str",
     "bool": "bool",
 }
-SHARED = {  # of every loss's operator: the fields of its Credit, then those of its Objective
-    field.name: SCHEMA_TYPES[str(field.type)] for part in (Credit, Objective) for field in fields(part)
+GIVEN = "given_"  # before the names of the fields of an objective's second rule
+_OF_CREDIT, _OF_OBJECTIVE, _OF_RULE = (
+    tuple(field.name for field in fields(part) if field.name != "given") for part in (Credit, Objective, Rule)
+)
+SHARED = {  # of every loss's operator: the fields of its Credit, those of its Objective, those of the second rule
+    prefix + field.name: SCHEMA_TYPES[str(field.type)]
+    for part, prefix in ((Credit, ""), (Objective, ""), (Rule, GIVEN))
+    for field in fields(part)
+    if field.name != "given"
 }
-_OF_CREDIT, _OF_OBJECTIVE = (tuple(field.name for field in fields(part)) for part in (Credit, Objective))
 _OPTIONS = {
     f.name: SCHEMA_TYPES[str(f.type)] for f in fields(RowCall) if f.name not in ("logits_STV", "credit", "objective")
 }
@@ -61,14 +67,15 @@ def _pack(call: RowCall, backend: str) -> tuple:
 
 def pack_shared(credit: Credit, objective: Objective) -> list:
     """What calls of every loss share, as an operator's arguments; `unpack_shared` is the way back."""
-    parts = (credit, _OF_CREDIT), (objective, _OF_OBJECTIVE)
+    parts = (credit, _OF_CREDIT), (objective, _OF_OBJECTIVE), (objective.given, _OF_RULE)
     return [getattr(part, name) for part, names in parts for name in names]
 
 
 def unpack_shared(arguments: Sequence) -> dict[str, Any]:
     """`credit` and `objective` of a call, from `pack_shared`."""
-    at = len(_OF_CREDIT)
-    return {"credit": Credit(*arguments[:at]), "objective": Objective(*arguments[at:])}
+    at, rule_at = len(_OF_CREDIT), len(_OF_CREDIT) + len(_OF_OBJECTIVE)
+    of_all = dict(zip(_OF_OBJECTIVE, arguments[at:rule_at], strict=True))
+    return {"credit": Credit(*arguments[:at]), "objective": Objective(**of_all, given=Rule(*arguments[rule_at:]))}
 
 
 def _unpack(logits: Tensor, arguments: tuple) -> tuple[RowCall, str]:
@@ -88,12 +95,23 @@ def _compute(call: RowCall, backend: str) -> tuple[Tensor, ...]:
     if not call.process_group:  # else the vocabulary's size is known once the ranks have met
         checks.check_values(call.credit, call.objective, logits.shape[-1])
     module = registry.choose(backend, call)
-    result = (distributed.VocabularyParallel(module) if call.process_group else module).run(call)
+    result = _run(distributed.VocabularyParallel(module) if call.process_group else module, call)
     empty = [
         logits.new_empty(0, dtype=torch.float32) if x is None else x for x in (result.row_scale_R, result.entropy_R)
     ]
     gradient = logits.new_empty(0) if result.gradient_STV is None else result.gradient_STV
     return result.loss, result.log_probs_R, result.coefficients_R, result.advantages_R, *empty, gradient
+
+
+def _run(module: Any, call: RowCall) -> RowResult:
+    """One pass, or where a response's ratio is wanted a first one for log pi."""
+    if not call.objective.over_sequence:
+        return module.run(call)
+    unwanted: dict[str, Any] = dict.fromkeys(("want_gradient", "inplace", "want_entropy", "defer_scale"), False)
+    seen = module.run(replace(call, objective=Objective(), want_stats=True, **unwanted))
+    settled = sequences.settle(call.objective, call.credit, seen.log_probs_R, seen.advantages_R)
+    result = module.run(replace(call, objective=settled.objective))
+    return replace(result, loss=result.loss + sequences.lacking(settled, call.credit))
 
 
 def _row_loss(logits: Tensor, *arguments) -> tuple[Tensor, ...]:

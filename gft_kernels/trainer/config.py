@@ -1,7 +1,7 @@
 """GFTConfig: transformers.TrainingArguments plus what a group, a rollout and the loss need, and which loss that is."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from gft_kernels import checks
 from gft_kernels.model.loss_options import GroupLossOptions, at_least, option, settle_means
-from gft_kernels.objectives import PRESETS, objective_of
+from gft_kernels.objectives import PRESETS, RECTIFIES, objective_of
 from gft_kernels.options import NORMALIZE, SINGLETON, SPLIT
 
 OLDEST = "5.6"
@@ -32,6 +32,7 @@ CHOICES = {
 POSITIVE, NOT_NEGATIVE = lambda x: 0 < x < math.inf, lambda x: 0 <= x < math.inf
 NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("temperature", "repetition_penalty"), (POSITIVE, "be positive and finite")),
+    "given_weight": (NOT_NEGATIVE, "be 0 or positive and finite"),
     "top_p": (lambda x: 0 < x <= 1, "lie above 0 and at most at 1"),
     "min_p": (lambda x: 0 <= x <= 1, "lie in [0, 1]"),
     "imitation": (NOT_NEGATIVE, "be 0 or positive and finite"),
@@ -50,7 +51,8 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "num_train_epochs": (POSITIVE, "be positive and finite"),
     "max_steps": (lambda x: x == -1 or x >= 1, "be at least 1, or -1 for whole epochs"),
 }
-CHOSEN = ("tau", "rectify", "clip_low", "clip_high", "delta")  # options that only some objectives take
+SHAPES = ("gamma", "gate_positive", "gate_negative", "entropy_power")
+CHOSEN = ("tau", "rectify", "clip_low", "clip_high", "delta", *SHAPES)  # options that only some objectives take
 LOGGING_STEPS = 10  # that a long run has between its log lines
 CLIP = 0.2  # PPO's range, in which to count the ratios of an objective that does not clip
 
@@ -67,6 +69,7 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     Source: docs/training.md.
     """
 
+    rectifies: ClassVar[Sequence[str]] = RECTIFIES
     NORMALIZATIONS: ClassVar[tuple[str, ...]] = (*NORMALIZE, SPLIT)
 
     num_demonstrations: int = option(
@@ -97,10 +100,16 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     eval_num_generations: int = option(1, "Responses per prompt in evaluation.")
     eval_temperature: float | list[float] = option(0.0, "Temperature in evaluation, or several; 0: greedy.")  # noqa: RUF009
 
-    objective: str = option("gft", "'gft', 'sft', 'dft', 'grpo', 'dapo', 'dr_grpo' or 'cispo'.", section="Loss")
-    clip_low: float | None = option(None, "grpo, dapo, dr_grpo: ratios below 1 - this are clipped.")
-    clip_high: float | None = option(None, "The same and cispo: ratios above 1 + this are clipped.")
-    delta: float | None = option(None, "grpo, dapo, dr_grpo: where A < 0 ratios above this are held there; None: free.")
+    objective: str = option("gft", "'gft', 'sft', 'dapo', 'cispo' or another of docs/objectives.md.", section="Loss")
+    given_objective: str | None = option(None, "That of demonstrations, where it is another: 'luffy', 'chord', ...")
+    given_weight: float = option(1.0, "What a demonstration's token weighs, a sample's being 1.")
+    clip_low: float | None = option(None, "grpo and its kin: ratios below 1 - this are clipped; cispo: held there.")
+    clip_high: float | None = option(None, "The same and psft: ratios above 1 + this.")
+    delta: float | None = option(None, "grpo and its kin: where A < 0 ratios above this are held there; None: free.")
+    gamma: float | None = option(None, "luffy, and gft with rectify 'bounded': of pi / (pi + gamma); None: 0.1.")
+    gate_positive: float | None = option(None, "sapo: how steep its gate is where A > 0; None: 1.")
+    gate_negative: float | None = option(None, "sapo: the same where A < 0; None: 1.05.")
+    entropy_power: float | None = option(None, "eaft: of the entropy a token is weighed by; None: 1.")
     beta: float = option(0.0, "Weight of the KL to the starting weights; above 0 a frozen copy of them is kept.")
     kl_cap: float | None = option(None, "With beta: beyond this log(pi_start / pi), in nats, the penalty is linear.")
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
@@ -204,7 +213,7 @@ def check_training_arguments(config: GFTConfig) -> None:
 
 def settle(config: GFTConfig) -> None:
     """Fill in the objective's defaults. Raises ValueError, naming it, for an option the objective does not use."""
-    one_row = torch.zeros(1)
+    one_row = torch.zeros(1, 1)
     objective_of(  # refuses as policy_loss does
         config.objective,
         {name: getattr(config, name) for name in CHOSEN},
@@ -214,6 +223,8 @@ def settle(config: GFTConfig) -> None:
         kl_cap=config.kl_cap,
         return_stats=True,
         targets=one_row.long(),
+        given_objective=config.given_objective,
+        given=one_row.bool() if tells_given(config) else None,
     )
     preset = PRESETS[config.objective]
     if not preset.weighs and config.advantages != "ones":
@@ -227,20 +238,30 @@ def settle(config: GFTConfig) -> None:
             "its denominator is the same for every response."
         )
     settle_means(config)
-    for name in CHOSEN:
-        if getattr(config, name) is None:
+    for name in CHOSEN:  # where there are two objectives each has its own default
+        if getattr(config, name) is None and name not in SHAPES and config.given_objective is None:
             setattr(config, name, preset.options.get(name))
+
+
+def tells_given(config: GFTConfig) -> bool:
+    """Whether the loss must know which rows are demonstrations."""
+    return config.given_objective is not None or config.rectify == "given"
 
 
 def described(config: GFTConfig) -> str:
     """The objective and its options, for a line of text."""
-    given = [f"{name} {getattr(config, name)}" for name in (*CHOSEN, "kl_cap") if getattr(config, name) is not None]
+    given = [
+        f"{name} {getattr(config, name)}"
+        for name in ("given_objective", *CHOSEN, "kl_cap")
+        if getattr(config, name) is not None
+    ]
     return ", ".join([config.objective, *given])
 
 
 def has_ratio(config: GFTConfig) -> bool:
     """Whether the objective compares the policy with the one that sampled."""
-    return PRESETS[config.objective].surrogate != "gft"
+    names = (config.objective, config.given_objective or config.objective)
+    return any("old_log_probs" in PRESETS[name].options for name in names)
 
 
 def clip_range(config: GFTConfig) -> tuple[float, float]:
@@ -248,10 +269,10 @@ def clip_range(config: GFTConfig) -> tuple[float, float]:
     low, high = config.clip_low, config.clip_high
     if not has_ratio(config):
         low = high = CLIP
-    return 0.0 if low is None else 1.0 - low, 1.0 + (high or 0.0)  # cispo has no lower bound
+    return 0.0 if low is None else 1.0 - low, 1.0 + (high or 0.0)  # psft has no lower bound
 
 
 def call_options(config: GFTConfig) -> dict[str, Any]:
     """What a training forward of the patched model is given beside its tensors."""
-    names = ("objective", "beta", "entropy_coef", "kl_cap", "reduction", *CHOSEN)
+    names = ("objective", "given_objective", "beta", "entropy_coef", "kl_cap", "reduction", *CHOSEN)
     return {f"gft_{name}": getattr(config, name) for name in names}

@@ -28,7 +28,7 @@ from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt
 from gft_kernels.trainer.checkpoints import Manifests
 from gft_kernels.trainer.config import GFTConfig, call_options, clip_range, has_ratio
 from gft_kernels.trainer.engines import Rollout
-from gft_kernels.trainer.groups import IGNORE, GroupBuilder, check_sources, denominator
+from gft_kernels.trainer.groups import IGNORE, GroupBuilder, check_sources, denominator, row_options
 from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, show_completions, signs_of_collapse
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import end_tokens, is_complete, refuse_virtual_tokens
@@ -193,7 +193,7 @@ class GFTTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the step's loss. `model` is the wrapped one: its hooks average gradients."""
-        given = {"gft_advantages": inputs["advantages"]} if self.args.advantages == "group" else {}
+        given = row_options(inputs, self.args)
         if "old_log_probs" in inputs and has_ratio(self.args):
             given["gft_old_log_probs"] = inputs["old_log_probs"]
         if "ref_log_probs" in inputs:

@@ -1,4 +1,4 @@
-"""F1 to F7 as Triton functions: the text of gft_kernels/formulas.py, compiled a second time.
+"""F1 to F7 and the family as Triton functions: the text of formulas.py and family.py, compiled a second time.
 
 Those functions use a handful of free names (exp, log, where, ...). Here the same code objects get a dictionary that
 binds the names to Triton's operations, so there is no second copy of the mathematics to keep in step.
@@ -10,7 +10,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from gft_kernels import formulas
+from gft_kernels import family, formulas
+from gft_kernels.options import RECTIFY, SURROGATES
 
 NEG_INF = tl.constexpr(float("-inf"))
 # Triton offers expm1, log1p and tanh only in a vendor's library, so they are formed here from exp and log.
@@ -85,11 +86,15 @@ def tanh(x):
     return tl.where(tl.abs(x) < 0.625, series, tl.where(x < 0.0, -size, size))
 
 
+# Surrogates by their place, as the kernels are given them: run-time values, so none is compiled of its own.
+_PLACES = {name.upper(): tl.constexpr(place) for names in (SURROGATES, RECTIFY) for place, name in enumerate(names)}
 # tl: Triton's interpreter looks it up in every function's globals.
 _NAMES = {
     "__name__": __name__,
     "tl": tl,
     "NEG_INF": NEG_INF,
+    "NAN": tl.constexpr(float("nan")),
+    **_PLACES,
     **{f.__name__: f for f in (abs, exp, expm1, log, log1p, maximum, tanh, where)},
 }
 
@@ -109,16 +114,25 @@ observe = _in_triton(formulas.observe)  # F1
 log_prob = _in_triton(formulas.log_prob)  # F3
 row_tau = _in_triton(formulas.row_tau)
 coefficient = _in_triton(formulas.coefficient)  # F4
+shaped_prob = _in_triton(formulas.shaped_prob)
+rectified_coefficient = _in_triton(formulas.rectified_coefficient)
+shaped_coefficient = _in_triton(formulas.shaped_coefficient)
+uncertainty = _in_triton(formulas.uncertainty)
+entropy_coefficient = _in_triton(formulas.entropy_coefficient)
 group_advantage = _in_triton(formulas.group_advantage)  # F5
 log_ratio = _in_triton(formulas.log_ratio)
 is_clipped = _in_triton(formulas.is_clipped)
 clipped_coefficient = _in_triton(formulas.clipped_coefficient)
 clipped_loss = _in_triton(formulas.clipped_loss)
 capped_coefficient = _in_triton(formulas.capped_coefficient)
+gated_coefficient = _in_triton(formulas.gated_coefficient)
+gated_loss = _in_triton(formulas.gated_loss)
 kl_loss = _in_triton(formulas.kl_loss)
 kl_kappa = _in_triton(formulas.kl_kappa)
 kappa = _in_triton(formulas.kappa)
 token_loss = _in_triton(formulas.token_loss)  # F6
+surrogate_terms = _in_triton(family.surrogate_terms)
+weighed = _in_triton(formulas.weighed)
 dlogit_other = _in_triton(formulas.dlogit_other)  # F7
 dlogit_target = _in_triton(formulas.dlogit_target)  # F7
 dlogit_tilted = _in_triton(formulas.dlogit_tilted)

@@ -14,25 +14,28 @@ from gft_kernels.triton_kernels.formulas import Transform, seen, seen_slope
 from gft_kernels.triton_kernels.launch import compiled_once
 from gft_kernels.triton_kernels.walks import clear_row, map_row, row_start, row_statistics
 
-# Surrogates by their place in options.SURROGATES; run-time values, so that no objective is compiled of its own.
-GFT = tl.constexpr(0)
-GRPO = tl.constexpr(1)
 
-
-class Objective(NamedTuple):
-    """options.Objective, as run-time values."""
+class Rule(NamedTuple):
+    """options.Rule, as run-time values; names by their place in options.SURROGATES and RECTIFY."""
 
     surrogate: tl.tensor
     tau: tl.tensor
-    rectify_all: tl.tensor
+    rectify: tl.tensor
     clip_low: tl.tensor
     clip_high: tl.tensor
     delta: tl.tensor
+    gamma: tl.tensor
+    gate_positive: tl.tensor
+    gate_negative: tl.tensor
+    entropy_power: tl.tensor
+
+
+class Penalties(NamedTuple):
+    """What options.Objective adds to every row's rule."""
+
     beta: tl.tensor
     kl_cap: tl.tensor
     entropy_coef: tl.tensor
-    old_log_probs_R: tl.tensor
-    has_old: tl.tensor  # 0: on-policy
     ref_log_probs_R: tl.tensor
 
 
@@ -85,32 +88,15 @@ def row_entropy(z_y, others_top, others_mass, others_gap, top, mass, log_mass):
 
 
 @triton.jit
-def row_terms(r, log_pi, h, advantage, o, ENTROPY: tl.constexpr):
-    """F4, kappa and F6 of row r under o, an `Objective`: the only place here that knows one from another."""
-    if o.surrogate == GFT:
-        c = formulas.coefficient(log_pi, formulas.row_tau(advantage, o.tau, o.rectify_all != 0))
-        k = formulas.kappa(advantage, c)
-        loss = formulas.token_loss(log_pi, k)
-    else:
-        old_log_pi = log_pi
-        if o.has_old != 0:
-            old_log_pi = tl.load(o.old_log_probs_R + r)
-        ratio = formulas.exp(formulas.log_ratio(log_pi, old_log_pi))
-        if o.surrogate == GRPO:
-            c = formulas.clipped_coefficient(ratio, advantage, o.clip_low, o.clip_high, o.delta)
-            k = formulas.kappa(advantage, c)
-            loss = formulas.clipped_loss(ratio, advantage, o.clip_low, o.clip_high, o.delta)
-        else:
-            c = formulas.capped_coefficient(ratio, o.clip_high)
-            k = formulas.kappa(advantage, c)
-            loss = formulas.token_loss(log_pi, k)
+def penalised(r, log_pi, h, k, loss, o, ENTROPY: tl.constexpr):
+    """kappa and loss of row r with what o, `Penalties`, adds to them."""
     if o.beta != 0.0:
         u = formulas.log_ratio(tl.load(o.ref_log_probs_R + r), log_pi)
         k += o.beta * formulas.kl_kappa(u, o.kl_cap)
         loss += o.beta * formulas.kl_loss(u, o.kl_cap)
     if ENTROPY:
         loss -= tl.where(o.entropy_coef == 0.0, 0.0, o.entropy_coef * h)
-    return c, k, loss
+    return k, loss
 
 
 @triton.jit
@@ -136,6 +122,7 @@ def row_loss_kernel(
     coefficient_R,
     entropy_R,
     row_scale_R,
+    given_R,  # uint8
     old_log_probs_R,
     ref_log_probs_R,
     tokens: tl.int64,
@@ -146,18 +133,33 @@ def row_loss_kernel(
     gradient_inner_stride: tl.int64,
     surrogate: tl.int32,
     tau: tl.float32,
-    rectify_all: tl.int32,
+    rectify: tl.int32,
     clip_low: tl.float32,
     clip_high: tl.float32,
     delta: tl.float32,
+    gamma: tl.float32,
+    gate_positive: tl.float32,
+    gate_negative: tl.float32,
+    entropy_power: tl.float32,
+    given_surrogate: tl.int32,
+    given_tau: tl.float32,
+    given_rectify: tl.int32,
+    given_clip_low: tl.float32,
+    given_clip_high: tl.float32,
+    given_delta: tl.float32,
+    given_gamma: tl.float32,
+    given_gate_positive: tl.float32,
+    given_gate_negative: tl.float32,
+    given_entropy_power: tl.float32,
     beta: tl.float32,
     kl_cap: tl.float32,
     entropy_coef: tl.float32,
-    has_old: tl.int32,
+    has_given: tl.int32,  # 0: no row is under the given rule
+    has_old: tl.int32,  # 0: on-policy
     logit_scale: tl.float32,
     temperature: tl.float32,
     peak: tl.float32,  # 0: the gradient is stored as it is
-    read_all: tl.int32,  # live rows with A = 0 are read as well
+    read_all: tl.int32,  # live rows that the loss has no use for are read as well
     want_gradient: tl.int32,
     SOFTCAP: tl.constexpr,  # a property of the model, so compiled in; 0: none
     ENTROPY: tl.constexpr,
@@ -167,11 +169,12 @@ def row_loss_kernel(
     row = row_start(logits, r, tokens, outer_stride, inner_stride)
     into = row_start(gradient, r, tokens, gradient_outer_stride, gradient_inner_stride)
     width = V.to(tl.int32)
-    advantage = tl.load(advantages_R + r)
+    advantage, weight = tl.load(advantages_R + r), tl.load(weights_R + r)
+    acts = (weight != 0.0) & ((advantage != 0.0) | (beta != 0.0) | (entropy_coef != 0.0))
     # zeros for a row that is not read; the branch below overwrites them
     loss, log_pi, c, h, scale, tilt = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     top, log_mass, y = 0.0, 0.0, -1
-    if (tl.load(live_R + r) != 0) & ((advantage != 0.0) | (read_all != 0)):
+    if (tl.load(live_R + r) != 0) & (acts | (read_all != 0)):
         z_y, y = target_logit(row, tl.load(targets_R + r), V, Transform(logit_scale, temperature, SOFTCAP))
         others_top, others_mass, others_gap = row_statistics(
             row, width, y, Transform(logit_scale, temperature, SOFTCAP), ENTROPY, BLOCK
@@ -184,14 +187,28 @@ def row_loss_kernel(
             # Of a certain target: log pi has digits that the sum lost, and F7 adds it to an H made of this.
             log_mass = tl.where(z_y == top, -log_pi, log_mass)
             h = row_entropy(z_y, others_top, others_mass, others_gap, top, mass, log_mass)
-        c, k, loss = row_terms(
-            r, log_pi, h, advantage,
-            Objective(surrogate, tau, rectify_all, clip_low, clip_high, delta, beta, kl_cap, entropy_coef,
-                      old_log_probs_R, has_old, ref_log_probs_R), ENTROPY,
+        given, old_log_pi = has_given != 0, log_pi
+        if given:
+            given = tl.load(given_R + r) != 0
+        if has_old != 0:
+            old_log_pi = tl.load(old_log_probs_R + r)
+        c, k, loss = formulas.surrogate_terms(
+            log_pi, old_log_pi, h, advantage,
+            Rule(
+                tl.where(given, given_surrogate, surrogate),
+                tl.where(given, given_tau, tau),
+                tl.where(given, given_rectify, rectify),
+                tl.where(given, given_clip_low, clip_low),
+                tl.where(given, given_clip_high, clip_high),
+                tl.where(given, given_delta, delta),
+                tl.where(given, given_gamma, gamma),
+                tl.where(given, given_gate_positive, gate_positive),
+                tl.where(given, given_gate_negative, gate_negative),
+                tl.where(given, given_entropy_power, entropy_power),
+            ),
         )  # fmt: skip
-        weight = tl.load(weights_R + r)
-        loss = tl.where(loss == 0.0, 0.0, weight * loss)
-        scale = tl.where(k == 0.0, 0.0, weight * k)
+        k, loss = penalised(r, log_pi, h, k, loss, Penalties(beta, kl_cap, entropy_coef, ref_log_probs_R), ENTROPY)
+        loss, scale = formulas.weighed(weight, loss), formulas.weighed(weight, k)
         if ENTROPY:
             tilt = weight * entropy_coef
         if peak > 0.0:

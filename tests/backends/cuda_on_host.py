@@ -38,9 +38,13 @@ Credit = structure(
     tokens_per_response=i64, num_items=pointer, reduction=i32, normalize=i32, singleton=i32, eps=f64, ignore_index=i64,
 )  # fmt: skip
 Transform = structure("Transform", logit_scale=f64, softcap=f64, temperature=f64)
+Rule = structure(
+    "Rule", surrogate=i32, rectify=i32, tau=f64, clip_low=f64, clip_high=f64, delta=f64, gamma=f64, gate_positive=f64,
+    gate_negative=f64, entropy_power=f64,
+)  # fmt: skip
 Objective = structure(
-    "Objective", tau=f64, rectify=i32, surrogate=i32, clip_low=f64, clip_high=f64, beta=f64, entropy_coef=f64,
-    delta=f64, kl_cap=f64, old_log_probs_R=pointer, ref_log_probs_R=pointer,
+    "Objective", rule=Rule, given=Rule, given_R=pointer, beta=f64, entropy_coef=f64, kl_cap=f64,
+    old_log_probs_R=pointer, ref_log_probs_R=pointer,
 )  # fmt: skip
 RowResults = structure(
     "RowResults", loss=pointer, log_probs_R=pointer, coefficients_R=pointer, advantages_R=pointer, entropy_R=pointer,
@@ -48,7 +52,7 @@ RowResults = structure(
 )  # fmt: skip
 NativeCall = structure(
     "NativeCall", logits=LogitRows, credit=Credit, transform=Transform, objective=Objective,
-    read_zero_advantage=c.c_bool, out=RowResults,
+    read_every_row=c.c_bool, out=RowResults,
 )  # fmt: skip
 ScaleTask = structure(
     "ScaleTask", gradient=LogitRows, scaled=LogitRows, row_scale_R=pointer, upstream=pointer, per_row=c.c_bool
@@ -175,10 +179,15 @@ class Backend:
         return Shard(rows(call.logits_STV, call.logits_STV), at(columns_R), self.transform(call))
 
     @staticmethod
-    def objective(o) -> Objective:
+    def rule(o) -> Rule:
+        numbers = (getattr(o, name) for name, _ in Rule._fields_[2:])
+        return Rule(SURROGATES.index(o.surrogate), o.rectify != "all", *numbers)
+
+    @classmethod
+    def objective(cls, o) -> Objective:
         return Objective(
-            o.tau, o.rectify != "all", SURROGATES.index(o.surrogate), o.clip_low, o.clip_high, o.beta, o.entropy_coef,
-            o.delta, o.kl_cap, at(o.old_log_probs_R), at(o.ref_log_probs_R),
+            cls.rule(o), cls.rule(o.given), at(o.given_R), o.beta, o.entropy_coef, o.kl_cap, at(o.old_log_probs_R),
+            at(o.ref_log_probs_R),
         )  # fmt: skip
 
     @staticmethod

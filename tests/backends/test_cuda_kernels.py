@@ -105,10 +105,26 @@ def test_statistics(launch, want_gradient):
 @pytest.mark.parametrize("penalties", [{}, PENALTIES], ids=["plain", "penalties"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_objectives(launch, objective, penalties):
-    policy.test_every_objective("cuda", objective, penalties, torch.float32)
-    if objective in ("gft", "grpo"):
-        for dtype in (torch.bfloat16, torch.float16):
-            policy.test_every_objective("cuda", objective, penalties, dtype)
+    for dtype in DTYPES:
+        policy.test_every_objective("cuda", objective, dtype, penalties)
+
+
+@pytest.mark.parametrize("launch", ["two blocks"], indirect=True)  # what a row's terms are, no launch shape decides
+@pytest.mark.parametrize("objective", sorted({*OBJECTIVES} - {"gft", "grpo"}))
+def test_every_objective(launch, objective):
+    for penalties in ({}, PENALTIES):
+        policy.test_every_objective("cuda", objective, torch.float32, penalties)
+
+
+@pytest.mark.parametrize("launch", ["two blocks"], indirect=True)
+def test_rules_and_weights_of_rows(launch):
+    for mixture in policy.MIXTURES:
+        policy.test_given_rows_have_their_own_objective("cuda", mixture)
+    for objective in policy.OWN_NUMBERS:
+        policy.test_an_objectives_own_numbers("cuda", objective)
+    for reduction in ("token-mean", "sequence-mean"):
+        policy.test_row_weights("cuda", reduction, "grpo")
+    policy.test_row_weights("cuda", "none", "gft")
 
 
 @pytest.mark.parametrize(

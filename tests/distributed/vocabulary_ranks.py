@@ -196,8 +196,10 @@ def each_shard_leaves_out_its_own_columns(ranks: Ranks):
 
 def every_objective_matches_the_oracle(ranks: Ranks):
     """Penalties on, A = 0 in some rows, NaN where rows are masked; the second row's targets lie on the last rank."""
-    for objective, dtype in [("grpo", torch.float32), ("cispo", torch.float32), ("gft", torch.float16)]:
+    of_float32 = [(name, torch.float32) for name in ("grpo", "cispo", "sapo", "luffy", "eaft")]
+    for objective, dtype in [*of_float32, ("gft", torch.float16)]:
         case = policy_cases.problem(objective, 3, 3, VOCABULARY, dtype, **policy_cases.PENALTIES, softcap=20.0)
+        case.weights = torch.tensor([[1.0, 0.0, 2.0], [0.5, 1.0, 1.0], [0.0, 3.0, 1.0]])
         case.old = torch.where(case.mask, case.old, float("nan"))
         losses, truth = case.truth(UPSTREAM)
         whole_stats = case.loss(return_stats=True, return_entropy=True, backend="reference")[1]
@@ -219,17 +221,19 @@ def every_objective_matches_the_oracle(ranks: Ranks):
 def a_linear_objective_matches_the_whole_head(ranks: Ranks):
     _, *tensors = linear_case()
     case = policy_cases.problem("dapo", 6, 3, VOCABULARY, **policy_cases.PENALTIES)
-    whole = leaves(*tensors)
-    expected = case.loss(whole[0], weight=whole[1], bias=whole[2], backend="reference")
-    (expected * UPSTREAM).backward()
-    for mine in ranks.splits():
-        x, w, b = leaves(tensors[0], tensors[1][mine], tensors[2][mine])
-        loss = case.loss(x, weight=w, bias=b, chunk_rows=5, **ranks.shared())
-        (loss * UPSTREAM).backward()
-        ranks.same_everywhere(x.grad)
-        close(loss, expected)
-        for leaf, truth in zip((x, w, b), (whole[0].grad, whole[1].grad[mine], whole[2].grad[mine]), strict=True):
-            close(leaf.grad, truth, 1e-5)
+    rows = {"given": torch.arange(6) % 3 == 0, "given_objective": "chord", "weights": torch.arange(6) % 4 / 2}
+    for options in (rows, {"objective": "gspo", "advantages": case.advantages[:, 0]}):
+        whole = leaves(*tensors)
+        expected = case.loss(whole[0], weight=whole[1], bias=whole[2], backend="reference", **options)
+        (expected * UPSTREAM).backward()
+        for mine in ranks.splits():
+            x, w, b = leaves(tensors[0], tensors[1][mine], tensors[2][mine])
+            loss = case.loss(x, weight=w, bias=b, chunk_rows=5, **options, **ranks.shared())
+            (loss * UPSTREAM).backward()
+            ranks.same_everywhere(x.grad)
+            close(loss, expected)
+            for leaf, truth in zip((x, w, b), (whole[0].grad, whole[1].grad[mine], whole[2].grad[mine]), strict=True):
+                close(leaf.grad, truth, 1e-5)
 
 
 def nothing_live_does_not_hang(ranks: Ranks):

@@ -20,10 +20,12 @@ LOW, HIGH, TEMPERATURE, UPSTREAM = 0.2, 0.3, 0.8, 1.7
 ACCUMULATION, PER_GENERATION = 2, 4  # half of the generation batch's micro-batches make a step
 COUNTERPART = {
     "grpo": ("grpo", "sequence-mean"),
-    "bnpo": ("grpo", "token-mean"),
+    "bnpo": ("bnpo", "token-mean"),
     "dapo": ("dapo", "token-mean"),
     "dr_grpo": ("dr_grpo", "token-mean"),
     "cispo": ("cispo", "token-mean"),
+    "sapo": ("sapo", "sequence-mean"),
+    "grpo, by sequence": ("gspo", "sequence-mean"),
 }
 
 
@@ -71,7 +73,7 @@ def denominator(loss_type: str, inputs) -> float:
     """What TRL divides a micro-batch by, on one process."""
     responses, tokens = len(inputs["completion_ids"]), inputs["completion_mask"].sum().item()
     return {
-        "grpo": responses * ACCUMULATION,
+        **dict.fromkeys(("grpo", "sapo", "grpo, by sequence"), responses * ACCUMULATION),
         "bnpo": tokens * ACCUMULATION,
         "dr_grpo": responses * 10 * ACCUMULATION,  # max_completion_length
         "dapo": inputs["num_items_in_batch"].item() * ACCUMULATION / PER_GENERATION,
@@ -83,10 +85,15 @@ def of_trl(folder, inputs, loss_type, beta, **options):
     # TRL caps the ratio of cispo at epsilon_high itself, not at 1 + epsilon_high.
     high = 1 + HIGH if loss_type == "cispo" else HIGH
     # By default TRL multiplies the KL by the ratio, which policy_loss does not.
+    loss_type, *by_sequence = loss_type.split(", ")
+    if by_sequence:
+        options["importance_sampling_level"] = "sequence"
     trainer = grpo(folder, loss_type, epsilon=LOW, epsilon_high=high, use_bias_correction_kl=False, **options)
     trainer.beta = beta  # given to the config, it would load a second model by the name of the first
     trainer.args.steps_per_generation, trainer.current_gradient_accumulation_steps = PER_GENERATION, ACCUMULATION
     trainer.model.train()
+    if "importance_sampling_ratio" in inputs:
+        trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
     loss = trainer._compute_loss(trainer.model, inputs)
     (UPSTREAM * loss).backward()
     return loss.item(), trainer.model, trainer._metrics["train"]
@@ -96,7 +103,9 @@ def of_policy_loss(inputs, loss_type, beta, linear, **options):
     model = rig.llama()
     states, targets = hidden_and_targets(model, inputs)
     objective, reduction = COUNTERPART[loss_type]
-    clip = {"clip_high": HIGH} if objective == "cispo" else {"clip_low": LOW, "clip_high": HIGH}
+    clip = {"clip_high": HIGH, "clip_low": LOW}
+    if objective in ("cispo", "sapo"):
+        clip = {"clip_high": HIGH} if objective == "cispo" else {}
     if linear:
         given, weight = states, {"weight": model.lm_head.weight, "chunk_rows": 32}
     else:
@@ -124,13 +133,27 @@ def test_loss_and_gradients_are_trls(tmp_path, micro_batch, loss_type, beta, lin
         assert (mine.grad - its.grad).norm() <= 1e-5 * (its.grad.norm() + 0.05 * largest), name
 
     live = micro_batch["completion_mask"].bool()
+    by_token = loss_type != "grpo, by sequence"  # a mean varies less
     for side in (stats.ratios[live] < 1 - LOW, stats.ratios[live] > 1 + HIGH):
-        assert 0.1 < side.float().mean() < 0.6  # on both sides of the clip
+        assert 0.1 * by_token <= side.float().mean() < 0.6  # on both sides of the clip
+    if loss_type == "sapo":
+        assert not stats.clipped.any()
+        return
     assert 0.05 < stats.clipped[live].float().mean() < 0.9
-    if loss_type != "cispo":
+    if loss_type != "cispo" and by_token:
         assert stats.clipped[live].float().mean().item() == pytest.approx(metrics["clip_ratio/region_mean"][0])
     if beta:
         assert stats.kl[live].mean().item() == pytest.approx(metrics["kl"][0], rel=1e-4)
+
+
+def test_row_weights_are_trls_importance_sampling_correction(tmp_path, micro_batch):
+    weights = torch.rand(micro_batch["completion_ids"].shape, generator=torch.Generator().manual_seed(3)) * 2
+    weights[weights < 0.4] = 0.0
+    expected, theirs, _ = of_trl(tmp_path, {**micro_batch, "importance_sampling_ratio": weights}, "dapo", 0.0)
+    loss, ours, _ = of_policy_loss(micro_batch, "dapo", 0.0, linear=True, weights=weights)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for (name, mine), its in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (mine.grad - its.grad).norm() <= 1e-5 * max(its.grad.norm(), 1e-2), name
 
 
 def test_the_entropy_bonus_is_trls_where_the_token_mean_is(tmp_path, micro_batch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import oracle
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gft_kernels import gft_loss, group_advantages
+from gft_kernels import gft_loss, group_advantages, importance_weights
 from gft_kernels.advantages import credit_rows
 from gft_kernels.options import Credit
 
@@ -223,3 +225,51 @@ def test_consecutive_groups_are_ids_counted_up():
 
 def test_no_responses():
     assert group_advantages(torch.empty(0), group_size=2).shape == (0,)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights(level):
+    """Against a loop over the responses; what is rejected or does not count weighs 0."""
+    generator = torch.Generator().manual_seed(0)
+    rollout = -torch.rand(5, 7, generator=generator) * 4
+    ours = rollout + torch.randn(5, 7, generator=generator) * 0.1
+    mask = torch.rand(5, 7, generator=generator) < 0.8
+    ours[~mask] = math.nan
+    expected = torch.zeros(5, 7, dtype=torch.float64)
+    for s in range(5):
+        apart = (ours[s] - rollout[s]).double()
+        for t in range(7):
+            if mask[s, t]:
+                expected[s, t] = math.exp(apart[mask[s]].sum() if level == "sequence" else apart[t])
+    options = {"mask": mask, "level": level, "high": 1.2, "low": 0.9}
+    outside = (expected < 0.9) | (expected > 1.2)
+    assert outside[mask].any() and not outside[mask].all()
+    for bound, truth in (
+        ("truncate", torch.where(mask, expected.clamp(0.9, 1.2), 0.0)),
+        ("mask", torch.where(outside, 0.0, expected)),
+    ):
+        found = importance_weights(ours, rollout, bound=bound, **options)
+        torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=1e-7)
+        packed = {**options, "mask": mask.flatten(), "sequence_ids": torch.arange(35) // 7}
+        rows = importance_weights(ours.flatten(), rollout.flatten(), bound=bound, **packed)
+        torch.testing.assert_close(rows, found.flatten())
+    free = importance_weights(ours, rollout, mask=mask, level=level, high=None)
+    torch.testing.assert_close(free.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"level": "word"}, "level must be one of token, sequence, got 'word'"),
+        ({"bound": "clip"}, "bound must be one of truncate, mask, got 'clip'"),
+        ({"high": 0.0}, "high must be finite and positive, got 0.0"),
+        ({"low": -1.0}, "low must be finite and not negative, got -1.0"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, r"mask must have shape \(4,\), got \(3,\)"),
+        ({"level": "sequence"}, "sequence_ids must be a torch.Tensor, got NoneType"),
+        ({"rollout_log_probs": torch.zeros(3)}, r"rollout_log_probs must have shape \(4,\), got \(3,\)"),
+    ],
+)
+def test_importance_weights_refuse_what_they_cannot_take(wrong, sentence):
+    call = {"log_probs": torch.zeros(4), "rollout_log_probs": torch.zeros(4), **wrong}
+    with pytest.raises((TypeError, ValueError), match=rf"^{sentence}; "):
+        importance_weights(**call)

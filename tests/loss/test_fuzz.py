@@ -100,29 +100,31 @@ class Draw:
         ):
             self.options["num_items_in_batch"] = items = self.one_of(3, 17.5, torch.tensor(29))
         responses = [r // self.length for r in range(self.rows)]
-        return oracle.row_weights(self.live.flatten(), responses, reduction, items)
+        weights = oracle.row_weights(self.live.flatten(), responses, reduction, items)
+        if self.one_of(False, False, True):
+            given = self.normal(self.responses, self.length).clamp(min=0.0)
+            self.options["weights"] = given = self.one_of(given, given[:, :1].squeeze(1))
+            weights = weights * (given.flatten() if given.dim() == 2 else given.repeat_interleave(self.length)).double()
+        return weights
 
     def objective(self, log_pi: torch.Tensor) -> dict:
         """The oracle's objective; the options that say so."""
-        name = self.one_of("gft", "gft", "grpo", "dapo", "dr_grpo", "cispo")
+        name = self.one_of("gft", "gft", "grpo", "dapo", "dr_grpo", "cispo", "sapo", "luffy")
         self.options["objective"] = name
         if name == "gft":
             of_oracle = {"tau": self.one_of(0.0, 0.3, 0.7, 1.0), "rectify": self.one_of("all", "positive")}
             self.options |= of_oracle
             of_oracle["objective"] = name
+        elif name == "luffy":
+            of_oracle = {"objective": name}
         else:
             old = log_pi + self.normal(self.rows, size=0.5)
             self.options["old_log_probs"] = old.view(self.targets.shape)
-            high = self.one_of(0.2, 0.5)
-            of_oracle = {
-                "objective": "cispo" if name == "cispo" else "grpo",
-                "old": old,
-                "clip_low": 0.0,
-                "clip_high": high,
-            }
-            self.options["clip_high"] = high
-            if name != "cispo":
+            of_oracle = {"objective": name if name in ("cispo", "sapo") else "grpo", "old": old}
+            if name != "sapo":
+                self.options["clip_high"] = of_oracle["clip_high"] = self.one_of(0.2, 0.5)
                 self.options["clip_low"] = of_oracle["clip_low"] = self.one_of(0.1, 0.3)
+            if of_oracle["objective"] == "grpo":
                 delta = self.one_of(None, 1.8)
                 if delta is not None:
                     self.options["delta"] = of_oracle["delta"] = delta
@@ -144,9 +146,10 @@ class Draw:
             for name in ("mask", "old_log_probs", "ref_log_probs"):
                 if options.get(name) is not None:
                     options[name] = options[name].flatten()
-            if options.get("advantages") is not None and options["advantages"].dim() == 2:
-                options["advantages"] = options["advantages"].flatten()
-            elif options.get("advantages") is not None and self.length == 1:
+            for name in ("advantages", "weights"):
+                if options.get(name) is not None and options[name].dim() == 2:
+                    options[name] = options[name].flatten()
+            if options.get("advantages") is not None and self.length == 1 and options["advantages"].dim() == 1:
                 options.pop("sequence_ids") if self.options["reduction"] != "sequence-mean" else None
         return options
 

@@ -8,7 +8,18 @@ import oracle
 import pytest
 import torch
 from cases import DTYPES
-from policy_cases import BOUNDS, CLIPPED, CLIPS, OBJECTIVES, PENALTIES, UPSTREAM, WITH_RATIO, assert_right, problem
+from policy_cases import (
+    BOUNDS,
+    CLIPPED,
+    CLIPS,
+    OBJECTIVES,
+    OF_RESPONSES,
+    PENALTIES,
+    UPSTREAM,
+    WITH_RATIO,
+    assert_right,
+    problem,
+)
 
 from gft_kernels import gft_loss, objectives, policy_loss
 from gft_kernels.advantages import RowCredit
@@ -18,13 +29,189 @@ from gft_kernels.options import Credit, LinearCall, Objective
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("objective", "dtype"),
+    [(name, torch.float32) for name in OBJECTIVES]
+    + [(name, dtype) for name in ("gft", "grpo", "cispo", "sapo", "luffy") for dtype in DTYPES[1:]],
+    ids=str,
+)
 @pytest.mark.parametrize("penalties", [{}, PENALTIES], ids=["plain", "penalties"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective(backend, objective, penalties, dtype):
+def test_every_objective(backend, objective, dtype, penalties):
     case = problem(objective, dtype=dtype, **penalties)
     loss, gradient = case.run(backend=backend)
     assert_right(case, loss, gradient)
+
+
+OWN_NUMBERS = {
+    "gft": {"rectify": "bounded", "gamma": 0.3, "tau": 0.4},
+    "luffy": {"gamma": 1.5},
+    "eaft": {"entropy_power": 0.5},
+    "sapo": {"gate_positive": 0.4, "gate_negative": 3.0},
+}
+
+
+@pytest.mark.parametrize("objective", OWN_NUMBERS)
+def test_an_objectives_own_numbers(backend, objective):
+    case = problem(objective, **OWN_NUMBERS[objective])
+    assert_right(case, *case.run(backend=backend))
+
+
+MIXTURES = {  # options of the loss; the oracle's objective and numbers of the samples; and of the given rows
+    "luffy": (dict(objective="grpo", given_objective="luffy", gamma=0.2), ("grpo", {}), ("luffy", {"gamma": 0.2})),
+    "chord": (dict(objective="dapo", given_objective="chord"), ("dapo", {"clip_high": 0.28}), ("chord", {})),
+    "imitation": (dict(objective="sapo", given_objective="sft"), ("sapo", {}), ("sft", {})),
+    "entropy": (
+        dict(objective="cispo", given_objective="eaft", clip_low=0.3, clip_high=0.2),
+        ("cispo", {"clip_low": 0.3}),
+        ("eaft", {}),
+    ),
+    "two defaults of one option": (
+        dict(objective="grpo", given_objective="psft"), ("grpo", {}), ("psft", {"clip_high": 0.28}),
+    ),
+    "rectified": (dict(objective="gft", tau=0.6, rectify="given"), ("gft", {"tau": 0.0}), ("gft", {"tau": 0.6})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_given_rows_have_their_own_objective(backend, mixture):
+    """Two responses of six; over logits and over a head, given by response or by row."""
+    options, (samples, numbers), (demonstrations, own) = MIXTURES[mixture]
+    case = problem("grpo")
+    given = torch.tensor([True, False, False, True, False, False])
+    call = {**options, "mask": case.mask, "advantages": case.advantages, "given": given, "reduction": "sum"}
+    if samples != "gft":
+        call["old_log_probs"] = case.old
+    leaf = case.logits.clone().requires_grad_(True)
+    loss, stats = policy_loss(leaf, case.targets, return_stats=True, backend=backend, **call)
+    (loss * UPSTREAM).backward()
+    live = case.mask.flatten()
+    losses, truth = oracle.loss_and_gradient(
+        case.logits.flatten(0, 1), case.targets.flatten(), live, case.advantages.flatten(), live, UPSTREAM,
+        objective=samples, old=case.old.flatten(), given=given.repeat_interleave(4), given_objective=demonstrations,
+        given_terms=own, **numbers,
+    )  # fmt: skip
+    torch.testing.assert_close(loss.detach().double(), losses.sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(leaf.grad.flatten(0, 1).double(), truth, rtol=2e-5, atol=2e-6)
+    if samples != "gft" and demonstrations != "psft":
+        assert stats.ratios[given].eq(0).all() and not stats.clipped[given].any()
+        assert stats.ratios[case.mask & ~given[:, None]].gt(0).all()
+    rows = {**call, "given": given[:, None].expand(6, 4), "backend": backend}
+    hidden, head = torch.randn(6, 4, 8), torch.randn(131, 8)
+    expected = policy_loss(hidden @ head.t(), case.targets, **rows)
+    over_head = policy_loss(hidden, case.targets, weight=head, chunk_rows=5, **rows)
+    torch.testing.assert_close(over_head, expected, rtol=1e-5, atol=1e-5)
+
+
+def of_responses(objective: str):
+    """A problem with an advantage a response, clipped and free responses of both signs, and its float64 truth."""
+    case = problem("grpo", responses=8)
+    case.advantages = torch.tensor([1.0, -0.7, 0.0, 2.0, -1.5, 0.4, 1.2, -0.9])[:, None].expand(8, 4)
+    options = {"clip_low": 0.05, "clip_high": 0.08} if objective == "gspo" else {"clip_low": 0.3, "clip_high": 0.2}
+    z = case.logits.flatten(0, 1).double().requires_grad_(True)
+    losses = oracle.sequence_losses(
+        z, case.targets.flatten(), case.mask.flatten(), case.advantages.flatten(), case.old.flatten(),
+        [r // 4 for r in range(32)], objective, **options,
+    )  # fmt: skip
+    loss = losses.sum() / 5
+    (gradient,) = torch.autograd.grad(loss * UPSTREAM, z)
+    call = {"objective": objective, "mask": case.mask, "advantages": case.advantages[:, 0], "num_items_in_batch": 5}
+    return case, loss.detach(), gradient, {**call, "old_log_probs": case.old, **options}
+
+
+@pytest.mark.parametrize("objective", OF_RESPONSES)
+@pytest.mark.parametrize("layout", ["padded", "in place", "packed"])
+def test_ratios_of_responses(backend, objective, layout):
+    case, expected, truth, call = of_responses(objective)
+    inputs, targets = case.logits.clone().requires_grad_(True), case.targets
+    if layout == "packed":
+        call |= {name: call[name].flatten() for name in ("mask", "old_log_probs")}
+        call["sequence_ids"] = torch.arange(32) // 4
+        targets = targets.flatten()
+    rows = inputs.flatten(0, 1) if layout == "packed" else inputs
+    loss, stats = policy_loss(
+        rows * 1, targets, return_stats=True, inplace=layout == "in place", backend=backend, **call
+    )
+    (loss * UPSTREAM).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(inputs.grad.flatten(0, 1).double(), truth, rtol=3e-5, atol=2e-6)
+    live = case.mask.flatten()
+    clipped = stats.clipped.flatten()[live]
+    assert clipped.any() and not clipped.all()
+    assert truth[live].eq(0).all(1).logical_and(case.advantages.flatten()[live] != 0).any()
+
+
+@pytest.mark.parametrize("objective", OF_RESPONSES)
+def test_ratios_of_responses_over_a_head(backend, objective):
+    """And with penalties, in pieces, per row: as over the logits."""
+    case, _, _, call = of_responses(objective)
+    hidden, head = torch.randn(8, 4, 6, requires_grad=True), torch.randn(131, 6, requires_grad=True)
+    call |= {"beta": 0.2, "ref_log_probs": case.ref, "entropy_coef": 0.1, "backend": backend}
+    for reduction, upstream in (("sequence-mean", torch.tensor(UPSTREAM)), ("none", torch.randn(8, 4))):
+        options = {**call, "reduction": reduction, "num_items_in_batch": None}
+        expected = policy_loss(hidden @ head.t(), case.targets, **options)
+        loss = policy_loss(hidden, case.targets, weight=head, chunk_rows=5, **options)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+        for found, truth in zip(
+            torch.autograd.grad(loss, (hidden, head), upstream),
+            torch.autograd.grad(expected, (hidden, head), upstream),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["gft", "grpo"])
+@pytest.mark.parametrize("reduction", ["token-mean", "sequence-mean", "none"])
+def test_row_weights(backend, reduction, objective):
+    """Weights multiply a row's share, penalties and all; a row of weight 0 is out, whatever it holds, yet counts."""
+    case = problem(objective, **PENALTIES)
+    case.weights = torch.rand(6, 4, generator=torch.Generator().manual_seed(1)) * 2
+    out = torch.rand(6, 4) < 0.3
+    case.weights[out] = 0.0
+    weights = oracle.row_weights(case.mask.flatten(), [r // 4 for r in range(24)], reduction)
+    upstream = torch.randn(6, 4) if reduction == "none" else UPSTREAM
+    flat = upstream.flatten().double() if reduction == "none" else upstream
+    losses, truth = case.truth(flat, weights)
+    spoilt = torch.where(out[..., None], NAN, case.logits)
+    case.logits, clean = spoilt, case.logits
+    options = {"reduction": reduction, "num_items_in_batch": None, "backend": backend}
+    loss, gradient = case.run(upstream, **options)
+    found = loss.detach().double().flatten() if reduction == "none" else loss.detach().double()
+    torch.testing.assert_close(found, losses if reduction == "none" else losses.sum(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), truth, rtol=2e-5, atol=1e-6)
+    assert gradient[out].eq(0).all()
+    case.logits = clean
+    _, stats = case.loss(return_stats=True, **options)
+    assert stats.log_probs[case.mask].lt(0).all(), "for its statistics such a row is read"
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_row_weights_over_a_head(backend, reduction):
+    case = problem("dapo", vocabulary=53, **PENALTIES)
+    leaves = [torch.randn(6, 4, 8, requires_grad=True), torch.randn(53, 8, requires_grad=True)]
+    upstream = torch.randn(6, 4) if reduction == "none" else torch.tensor(UPSTREAM)
+    case.weights = torch.tensor([0.0, 1.0, 0.5, 2.0])[torch.randint(4, (6, 4))]
+    options = {"reduction": reduction, "num_items_in_batch": None, "backend": backend}
+    whole = torch.autograd.grad(case.loss(leaves[0] @ leaves[1].t(), **options), leaves, upstream)
+    found = torch.autograd.grad(case.loss(leaves[0], weight=leaves[1], chunk_rows=5, **options), leaves, upstream)
+    for gradient, truth in zip(found, whole, strict=True):
+        torch.testing.assert_close(gradient, truth, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(case.loss(leaves[0], weight=leaves[1], **options).sum(), leaves[0])
+    assert torch.equal(gradient.ne(0).any(-1), case.mask & (case.weights > 0))
+
+
+def test_one_weight_a_response_is_one_for_each_of_its_rows(backend):
+    case = problem("grpo")
+    per_response = torch.tensor([0.0, 1.0, 0.5, 2.0, 0.1, 3.0])
+    case.weights = per_response
+    found = case.loss(backend=backend)
+    case.weights = per_response[:, None].expand(6, 4)
+    expected = case.loss(backend=backend)
+    assert torch.equal(found, expected)
+    packed = {"mask": case.mask.flatten(), "weights": per_response, "sequence_ids": torch.arange(24) // 4}
+    packed |= {name: case.arguments()[name].flatten() for name in ("advantages", "old_log_probs")}
+    loss = policy_loss(case.logits.flatten(0, 1), case.targets.flatten(),
+                       **{**case.arguments(), **packed, "backend": backend})  # fmt: skip
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -153,7 +340,9 @@ def test_linear_is_the_loss_over_its_logits(backend, objective, dtype):
         torch.testing.assert_close(getattr(stats, name), value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("objective", "kappa"), [("gft", 2.0), ("cispo", 10.0), ("grpo", 60.0), ("dapo", 60.0)])
+@pytest.mark.parametrize(
+    ("objective", "kappa"), [("gft", 2.0), ("cispo", 10.0), ("grpo", 60.0), ("dapo", 60.0), ("sapo", 3.2)]
+)
 def test_fp16_products_have_room_for_the_largest_kappa(objective, kappa):
     """A = -2 at rho = 30 is kappa = -60 for grpo: times the scaled weight it must stay below 65504, yet near it."""
     preset = objectives.PRESETS[objective]
@@ -190,11 +379,12 @@ def test_statistics(backend, objective):
     if objective in WITH_RATIO:
         ratio, a, (low, high) = (chosen - case.old).exp(), case.advantages, CLIPS[objective]
         clipped = ((a > 0) & (ratio > 1 + high)) | ((a < 0) & (ratio < 1 - low))
-        capped = ratio.clamp(max=1 + high)
+        capped, x = ratio.clamp(1 - low, 1 + high), torch.where(a > 0, 1.0, 1.05) * (ratio - 1)
         expected["ratios"] = ratio
-        expected["clipped"] = ratio > 1 + high if objective == "cispo" else clipped
-        expected["coefficients"] = capped if objective == "cispo" else torch.where(clipped, 0.0, ratio)
-    else:
+        expected["clipped"] = {"cispo": ratio != capped, "sapo": ratio < 0}.get(objective, clipped)
+        gated = ratio / torch.cosh(x / 2) ** 2
+        expected["coefficients"] = {"cispo": capped, "sapo": gated}.get(objective, torch.where(clipped, 0.0, ratio))
+    elif objective not in CLIPS:
         assert stats.ratios is None and stats.clipped is None
     for name, truth in expected.items():
         found = getattr(stats, name)
@@ -260,8 +450,10 @@ def test_a_banned_target(backend, objective, advantage):
     old = torch.tensor([-1.0, -1.0])
     loss = policy_loss(leaf, targets, old_log_probs=old, **options)
     loss.sum().backward()
-    low = 0.0 if objective == "cispo" else CLIPS[objective][0]
-    expected = -(1 - low) * advantage if advantage < 0 and objective != "cispo" else 0.0
+    expected = -(1 - CLIPS[objective][0]) * advantage if advantage < 0 and objective != "cispo" else 0.0
+    gate = 1.0 if advantage > 0 else 1.05
+    if objective == "sapo":
+        expected = -advantage * 4 / gate / (1 + math.exp(gate))
     assert loss[0].item() == pytest.approx(expected) and leaf.grad[0].eq(0).all()
     assert leaf.grad[1].isfinite().all() and leaf.grad[1].ne(0).any()
     leaf = logits.clone().requires_grad_(True)
@@ -269,7 +461,8 @@ def test_a_banned_target(backend, objective, advantage):
     loss[0].backward()
     expected = advantage * (torch.softmax(logits[0], 0) - torch.tensor([1.0, 0, 0]))
     torch.testing.assert_close(leaf.grad[0], expected, rtol=1e-5, atol=1e-7)
-    assert loss[0].item() == (advantage * INF if objective == "cispo" else -advantage)
+    expected = {"cispo": advantage * INF, "sapo": -2 * advantage / gate}.get(objective, -advantage)
+    assert loss[0].item() == pytest.approx(expected)
 
 
 def test_a_banned_token_has_no_entropy_gradient(backend):
@@ -284,10 +477,12 @@ def test_a_banned_token_has_no_entropy_gradient(backend):
 
 
 def test_a_ratio_that_overflows(backend):
-    """log rho = 900. A > 0, or cispo: bounded, so finite. grpo with A < 0 has no bound: reported, in its row only."""
+    """log rho = 900. A > 0, cispo or sapo: bounded, so finite. grpo with A < 0 has none: reported, in its row only."""
     logits, targets = torch.randn(3, 11), torch.tensor([3, 4, 5])
     advantages, old = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([-900.0, -900.0, -2.0])
-    for objective, expected in (("cispo", [True, True, True]), ("grpo", [True, False, True])):
+    first = {"cispo": None, "sapo": -4.0, "grpo": -1.2}  # the loss of the first row
+    for objective in first:
+        expected = [True, objective != "grpo", True]
         leaf = logits.clone().requires_grad_(True)
         loss = policy_loss(
             leaf, targets, objective=objective, advantages=advantages, old_log_probs=old, reduction="none",
@@ -296,7 +491,7 @@ def test_a_ratio_that_overflows(backend):
         loss.sum().backward()
         assert loss.isfinite().tolist() == expected
         assert leaf.grad.isfinite().all(1).tolist() == expected
-        assert objective == "cispo" or (loss[0].item() == pytest.approx(-1.2) and leaf.grad[0].eq(0).all())
+        assert objective == "cispo" or (loss[0].item() == pytest.approx(first[objective]) and leaf.grad[0].eq(0).all())
 
 
 @pytest.mark.parametrize("bounds", [{}, {"delta": 3.0, "kl_cap": 4.0}], ids=["free", "bounded"])

@@ -15,15 +15,59 @@ LOG_PROBS, ADVANTAGES = torch.zeros(4, 3), torch.ones(4)
 HEAD = {"inputs": torch.randn(4, 3, 5), "weight": torch.randn(7, 5)}
 
 REFUSED = {
-    "objective": (dict(objective="ppo"), ValueError, "objective must be one of gft, sft, dft, grpo, .*got 'ppo'"),
+    "objective": (dict(objective="ppo"), ValueError, "objective must be one of gft, sft, dft, .*, grpo, .*got 'ppo'"),
     "tau": (
         dict(objective="grpo", tau=0.5),
         ValueError,
         "tau must be left out with objective='grpo', got 0.5; gft use",
     ),
     "rectify": (dict(objective="dft", rectify="all"), ValueError, "rectify must be left out with objective='dft'"),
-    "clip_low": (dict(objective="cispo", clip_low=0.2), ValueError, "clip_low must be left out with objective='cispo'"),
-    "clip_high": (dict(clip_high=0.2), ValueError, "clip_high must be left out with objective='gft', got 0.2; grpo, "),
+    "clip_low": (dict(objective="psft", clip_low=0.2), ValueError, "clip_low must be left out with objective='psft'"),
+    "given_objective": (
+        dict(objective="grpo", given_objective="ppo"),
+        ValueError,
+        "given_objective must be one of .*got 'ppo'",
+    ),
+    "given alone": (
+        dict(given=ADVANTAGES > 0),
+        ValueError,
+        "given must be left out without given_objective, got a tensor",
+    ),
+    "given missing": (dict(rectify="given"), ValueError, "given must be given with given_objective or rectify"),
+    "given shape": (
+        dict(rectify="given", given=torch.ones(3, dtype=torch.bool)),
+        ValueError,
+        r"given must have shape \(4, 3\) or one entry per response, got \(3,\)",
+    ),
+    "given dtype": (dict(rectify="given", given=ADVANTAGES), TypeError, "given must be bool, got torch.float32"),
+    "of neither objective": (
+        dict(objective="grpo", given_objective="chord", given=ADVANTAGES > 0, gamma=0.1),
+        ValueError,
+        "gamma must be left out with objective='grpo' and given_objective='chord', got 0.1; gft, luffy use it",
+    ),
+    "imitation by rewards": (
+        dict(objective="grpo", given_objective="sft", given=ADVANTAGES > 0, rewards=ADVANTAGES, group_size=2),
+        ValueError,
+        "advantages must be given with given_objective='sft', got rewards; ",
+    ),
+    "response ids": (
+        dict(objective="gspo", inputs=LOGITS.flatten(0, 1), targets=TARGETS.flatten(), reduction="sum"),
+        ValueError,
+        "sequence_ids must be given for packed rows with objective='gspo', got None",
+    ),
+    "two ratios": (
+        dict(objective="gmpo", given_objective="psft", given=ADVANTAGES > 0, advantages=ADVANTAGES),
+        ValueError,
+        "given_objective must have no ratio beside objective='gmpo', got 'psft'",
+    ),
+    "gamma without its use": (dict(gamma=0.1), ValueError, "gamma must be left out with rectify='all', got 0.1"),
+    "gamma": (dict(objective="luffy", gamma=0.0), ValueError, "gamma must be finite and positive, got 0.0"),
+    "weights shape": (dict(weights=ADVANTAGES[:3]), ValueError, r"weights must have shape \(4, 3\) or \(4,\), got"),
+    "clip_high": (
+        dict(clip_high=0.2),
+        ValueError,
+        "clip_high must be left out with objective='gft', got 0.2; psft, grpo, ",
+    ),
     "old": (dict(old_log_probs=LOG_PROBS), ValueError, "old_log_probs must be left out .*'gft', got a tensor"),
     "sft advantages": (
         dict(objective="sft", advantages=ADVANTAGES),
@@ -41,7 +85,7 @@ REFUSED = {
     "delta of cispo": (
         dict(objective="cispo", delta=9.0),
         ValueError,
-        "delta must be left out with objective='cispo', got 9.0; grpo, dapo, dr_grpo use it",
+        "delta must be left out with objective='cispo', got 9.0; grpo, bnpo, dapo, dr_grpo use it",
     ),
     "delta within the clip": (
         dict(objective="dapo", delta=1.28),
@@ -97,7 +141,13 @@ DEFAULTS = {
     "grpo": {"clip_low": 0.2, "clip_high": 0.2, "delta": None, "reduction": "sequence-mean"},
     "dapo": {"clip_low": 0.2, "clip_high": 0.28, "reduction": "token-mean"},
     "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2, "reduction": "token-mean", "num_items_in_batch": 30},
-    "cispo": {"clip_high": 4.0, "reduction": "token-mean"},
+    "cispo": {"clip_low": 1.0, "clip_high": 4.0, "reduction": "token-mean"},
+    "bnpo": {"clip_low": 0.2, "clip_high": 0.2, "delta": None, "reduction": "token-mean"},
+    "sapo": {"gate_positive": 1.0, "gate_negative": 1.05, "reduction": "sequence-mean"},
+    "psft": {"clip_high": 0.28, "reduction": "token-mean"},
+    "luffy": {"gamma": 0.1, "reduction": "token-mean"},
+    "chord": {"reduction": "token-mean"},
+    "eaft": {"entropy_power": 1.0, "reduction": "token-mean"},
 }
 
 
@@ -110,7 +160,14 @@ def test_defaults(objective):
     needed = {k: v for k, v in DEFAULTS[objective].items() if k == "num_items_in_batch"}
     short = policy_loss(case.logits, case.targets, **given, **needed)
     assert torch.equal(short, policy_loss(case.logits, case.targets, **given, **DEFAULTS[objective]))
-    others = {"tau": 0.1, "clip_high": 0.01, "reduction": "sum"}
+    others = {
+        "tau": 0.1,
+        "clip_high": 0.01,
+        "reduction": "sum",
+        "gamma": 0.3,
+        "gate_positive": 2.0,
+        "entropy_power": 3.0,
+    }
     for name in others.keys() & DEFAULTS[objective].keys():
         changed = {**DEFAULTS[objective], name: others[name]}
         if changed["reduction"] == "sum":

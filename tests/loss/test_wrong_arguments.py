@@ -75,6 +75,9 @@ NEEDS = {  # what must be there for an argument to be looked at as itself
     "ref_log_probs": torch.zeros(4, 3)}, "chunk_rows": WITH_HEAD, "accum_dtype": WITH_HEAD, "logits_dtype": WITH_HEAD,
     "bias": WITH_HEAD, "filter_eps": WITH_HEAD, "weight": {"inputs": HIDDEN},
     "beta": {"ref_log_probs": torch.zeros(4, 3)},
+    "gamma": {"rectify": "bounded"}, "given": {"rectify": "given"}, "gate_positive": {"objective": "sapo"},
+    "gate_negative": {"objective": "sapo"}, "entropy_power": {"objective": "eaft"},
+    "given_objective": {"given": torch.ones(4, dtype=torch.bool)},
 }  # fmt: skip
 WRONG = {
     "text": "x", "text with lines": "a\nb", "bytes": b"x", "list": [1, 2], "dict": {}, "object": object(),
@@ -100,6 +103,7 @@ RIGHT = {  # what an argument takes of WRONG
     "temperature": {"half"}, "softcap": {"half", *OPTIONAL}, "eps": {"half"},
     "logit_scale": {"half", "negative", *OPTIONAL}, "beta": {"half"}, "entropy_coef": {"half", "negative"},
     "clip_high": {"half", *OPTIONAL}, "clip_low": OPTIONAL, "delta": {"half", *OPTIONAL}, "kl_cap": {"half", *OPTIONAL},
+    **{key: {"half", *OPTIONAL} for key in ("gamma", "gate_positive", "gate_negative", "entropy_power")},
     "num_items_in_batch": {"half", *OPTIONAL}, "return_stats": {"True"}, "return_entropy": {"True"},
     "inplace": {"True"}, "rewards": {"two numbers", "empty"},
     "logits": {"meta"}, "inputs": {"meta"}, "hidden": {"meta"},  # of another shape: others speak
@@ -107,7 +111,7 @@ RIGHT = {  # what an argument takes of WRONG
 NONE_IS_ABSENT = {
     "rewards", "advantages", "group_size", "group_ids", "sequence_ids", "mask", "tau", "rectify", "reduction", "bias",
     "chunk_rows", "filter_eps", "accum_dtype", "logits_dtype", "process_group", "old_log_probs", "ref_log_probs",
-    "weight",
+    "weight", "weights", "given", "given_objective",
 }  # fmt: skip
 TAKES = {
     "temperature": {"beyond int64", "beyond float32"}, "softcap": {"beyond int64", "beyond float32"},
@@ -115,6 +119,7 @@ TAKES = {
     "eps": {"beyond int64"}, "beta": {"beyond int64"}, "entropy_coef": {"beyond int64", "minus beyond"},
     "clip_high": {"beyond int64"}, "delta": {"beyond int64"}, "kl_cap": {"beyond int64"},
     "num_items_in_batch": {"beyond int64"},
+    **{key: {"beyond int64"} for key in ("gamma", "gate_positive", "gate_negative", "entropy_power")},
 }  # fmt: skip
 
 
@@ -133,7 +138,9 @@ def arguments() -> list[tuple[str, str]]:
 def test_a_wrong_kind_is_one_sentence_that_names_the_argument(name, argument):
     function, given = FUNCTIONS[name]
     needs = {
-        k: v for k, v in NEEDS.get(argument, {}).items() if name == "policy_loss" or k in ("rewards", "group_size")
+        k: v
+        for k, v in NEEDS.get(argument, {}).items()
+        if name == "policy_loss" or k in ("rewards", "group_size", "rectify")
     }
     for kind, value in WRONG.items():
         right = kind in RIGHT.get(argument, ()) or kind in TAKES.get(argument, ())
@@ -166,7 +173,7 @@ def test_rewards_are_a_real_tensor(value):
         torch.testing.assert_close(found, torch.tensor([0.5, -0.5]) / (0.5**0.5 + 1e-6))
 
 
-@pytest.mark.parametrize("argument", ["advantages", "old_log_probs", "ref_log_probs"])
+@pytest.mark.parametrize("argument", ["advantages", "weights", "old_log_probs", "ref_log_probs"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_live_numbers_must_be_finite(argument, bad):
     """On the CPU, where looking is free; on masked rows anything may stand."""
@@ -184,6 +191,13 @@ def test_live_numbers_must_be_finite(argument, bad):
     if argument == "advantages":
         with pytest.raises(ValueError, match=r"^advantages must be finite, got .* at position 2; "):
             gft_loss(LOGITS, TARGETS, advantages=torch.tensor([1.0, 0.0, bad, 0.0]))
+
+
+def test_weights_are_not_negative():
+    weights = torch.ones(4, 3)
+    weights[2, 1] = -0.5
+    with pytest.raises(ValueError, match=r"^weights must not be negative, got -0.5 at position 7; "):
+        gft_loss(LOGITS, TARGETS, weights=weights)
 
 
 def test_a_fractional_ignore_index_ignores_no_token():

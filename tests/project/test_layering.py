@@ -13,8 +13,10 @@ PACKAGE = ROOT / "gft_kernels"
 
 LAYERS = [
     {"formulas", "options", "layout"},
+    {"family"},
     {"checks", "triton_kernels", "_extension"},
     {"linear_checks", "advantages", "arguments"},
+    {"sequences"},
     {"objectives"},
     {"calls", "backends"},
     {"registry"},

@@ -35,6 +35,10 @@ def clipped(rho, advantage, delta=INF):
     return -torch.minimum(rho.clamp(max=delta) * advantage, rho.clamp(1 - LOW, 1 + HIGH) * advantage)
 
 
+def gate(advantage):
+    return torch.where(advantage > 0, f64(1.0), f64(1.05))
+
+
 def grpo_kappa(log_pi, advantage, old, delta=INF):
     return formulas.kappa(advantage, formulas.clipped_coefficient((log_pi - old).exp(), advantage, LOW, HIGH, delta))
 
@@ -57,7 +61,23 @@ FAMILY = {
     ),
     "cispo": (
         lambda lp, a, old, ref: -a * (lp - old).exp().clamp(max=1 + HIGH).detach() * lp,
-        lambda lp, a, old, ref: formulas.kappa(a, formulas.capped_coefficient((lp - old).exp(), HIGH)),
+        lambda lp, a, old, ref: formulas.kappa(a, formulas.capped_coefficient((lp - old).exp(), 1.0, HIGH)),
+    ),
+    "cispo with a floor": (
+        lambda lp, a, old, ref: -a * (lp - old).exp().clamp(1 - LOW, 1 + HIGH).detach() * lp,
+        lambda lp, a, old, ref: formulas.kappa(a, formulas.capped_coefficient((lp - old).exp(), LOW, HIGH)),
+    ),
+    "sapo": (
+        lambda lp, a, old, ref: -a * 4 / gate(a) * torch.sigmoid(gate(a) * ((lp - old).exp() - 1)),
+        lambda lp, a, old, ref: formulas.kappa(a, formulas.gated_coefficient((lp - old).exp(), a, 1.0, 1.05)),
+    ),
+    "luffy": (
+        lambda lp, a, old, ref: -a * lp.exp() / (lp.exp() + 0.1),
+        lambda lp, a, old, ref: formulas.kappa(a, formulas.shaped_coefficient(lp, 0.1)),
+    ),
+    "chord": (
+        lambda lp, a, old, ref: -a * (lp.exp() * (1 - lp.exp())).detach() * lp,
+        lambda lp, a, old, ref: formulas.kappa(a, formulas.uncertainty(lp)),
     ),
     "k3": (
         lambda lp, a, old, ref: BETA * ((ref - lp).exp() - 1.0 - (ref - lp)),

@@ -10,8 +10,9 @@ import pytest
 import torch
 import trainer_rig as rig
 
+from gft_kernels import policy_loss
 from gft_kernels.trainer import GFTConfig, GFTTrainer
-from gft_kernels.trainer.groups import IGNORE
+from gft_kernels.trainer.groups import IGNORE, SOURCES
 
 OFFLINE = {"train": rig.offline_rows(6), "reward_funcs": (), "num_generations": 0, "share_prompts": False}
 
@@ -29,7 +30,7 @@ def window(trainer, micro_batches=2):
     return trainer.get_batch_samples(iter(trainer.get_train_dataloader()), micro_batches, torch.device("cpu"))
 
 
-CLIPS = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "dr_grpo": (0.2, 0.2), "cispo": (0.0, 4.0)}
+CLIPS = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "dr_grpo": (0.2, 0.2), "cispo": (1.0, 4.0)}
 CASES = {
     "gft": {"tau": 0.3},
     "grpo": {"clip_low": 0.05, "clip_high": 0.1, "beta": 0.4, "entropy_coef": 0.02},
@@ -253,7 +254,7 @@ def test_defaults_are_those_of_policy_loss(tmp_path):
         ("gft", "token-mean", (0.7, "all", None, None)),
         ("grpo", "sequence-mean", (None, None, 0.2, 0.2)),
         ("dapo", "token-mean", (None, None, 0.2, 0.28)),
-        ("cispo", "token-mean", (None, None, None, 4.0)),
+        ("cispo", "token-mean", (None, None, 1.0, 4.0)),
     ):
         config = GFTConfig(output_dir=str(tmp_path), objective=objective)
         assert config.reduction == reduction
@@ -263,3 +264,48 @@ def test_defaults_are_those_of_policy_loss(tmp_path):
 def test_the_patched_model_leaves_out_what_it_is_told(tmp_path):
     model = rig.trainer(tmp_path, filter_eps=5e-4, backend="reference").model
     assert (model._gft_forward.options["filter_eps"], model._gft_forward.options["backend"]) == (5e-4, "reference")
+
+
+MIXED = {
+    "luffy": {"objective": "grpo", "given_objective": "luffy", "gamma": 0.3, "given_weight": 0.5},
+    "chord": {"objective": "dapo", "given_objective": "chord", "clip_high": 0.1},
+    "rectified": {"objective": "gft", "rectify": "given", "tau": 0.9},
+}
+
+
+@pytest.mark.parametrize("mixture", MIXED)
+def test_demonstrations_have_their_own_objective_and_weight(tmp_path, mixture):
+    options = dict(MIXED[mixture])
+    trainer = rig.trainer(
+        tmp_path, rig.gpt2(dropout=0.0), num_generations=2, max_steps=1, share_prompts=False, **options
+    )
+    trainer.state.max_steps = 1
+    (inputs, *_), _ = window(trainer)
+    given = inputs["sources"] != SOURCES.index("sampled")
+    assert given.any() and not given.all()
+    shaken(trainer.model)
+    trainer.model.eval()
+    loss = trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=torch.tensor(7.0))
+    logits = copy.deepcopy(trainer.model)(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    weight = options.pop("given_weight", 1.0)
+    advantages = torch.where(given, 1.0, inputs["advantages"]) if mixture == "chord" else inputs["advantages"]
+    old = {"old_log_probs": inputs["old_log_probs"]} if "old_log_probs" in inputs and mixture != "rectified" else {}
+    expected = policy_loss(
+        logits[:, -inputs["targets"].shape[1] - 1 : -1], inputs["targets"], advantages=advantages, given=given,
+        weights=torch.where(given, weight, 1.0), num_items_in_batch=7.0, **old, **options,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"given_objective": "ppo"}, "given_objective must be one of "),
+        ({"given_weight": -1.0}, "given_weight must be 0 or positive and finite, got -1.0"),
+        ({"gamma": 0.1}, "gamma must be left out with rectify='all', got 0.1"),
+        ({"objective": "sapo", "gate_positive": 0.0}, "gate_positive must be finite and positive, got 0.0"),
+    ],
+)
+def test_what_the_family_does_not_take_is_refused(tmp_path, wrong, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        GFTConfig(output_dir=str(tmp_path), **wrong)

@@ -25,6 +25,8 @@ MERGES = [(*a, *b) for a, b in itertools.product(STATES, STATES)]
 
 RATIO = [0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 1e30, INF, float("nan")]
 CLIPS = list(itertools.product(RATIO, (0.0, 2.0, -2.0, float("nan")), (0.0, 0.25), (0.0, 0.25), (1.5, INF)))
+GATED = list(itertools.product(RATIO, (0.0, 2.0, -2.0, float("nan")), (1.0, 0.1), (1.05, 9.0)))
+GAMMA = (0.0, 1e-6, 0.1, 30.0)
 LOG_RATIO = [0.0, 1e-2, -0.3, 2.0, 80.0, 200.0, -200.0, INF, -INF, float("nan")]
 CAPPED = list(itertools.product(LOG_RATIO, (2.0, 20.0, INF)))
 GRIDS = {
@@ -36,16 +38,24 @@ GRIDS = {
     "log_prob": [(z, *state) for z in LOGIT for state in STATES],
     "row_tau": [(a, t, r) for a in (-1.0, 0.0, 1.0) for t in (0.0, 0.7) for r in (0.0, 1.0)],
     "coefficient": [(x, t) for x in LOG_PI for t in (0.0, 0.5, 0.7, 1.0)],
+    "shaped_prob": list(itertools.product(LOG_PI, GAMMA)),
+    "rectified_coefficient": list(itertools.product(LOG_PI, (-1.0, 0.0, 1.0), (0.0, 0.7), (0.0, 1.0), GAMMA)),
+    "shaped_coefficient": list(itertools.product(LOG_PI, GAMMA)),
+    "uncertainty": [(x,) for x in LOG_PI],
+    "entropy_coefficient": list(itertools.product((0.0, 0.5, 2.9957, 11.9, float("nan")), (1.0, 0.5, 3.0))),
     "group_advantage": [(r, 0.5, s, 1e-6) for r in (0.5, 0.4999999, 1.0, -2.0) for s in (0.0, 0.3)],
     "log_ratio": list(itertools.product(LOG_PI, LOG_PI)),
     "is_clipped": CLIPS,
     "clipped_coefficient": CLIPS,
     "clipped_loss": CLIPS,
-    "capped_coefficient": list(itertools.product(RATIO, (0.0, 0.25, 4.0))),
+    "capped_coefficient": list(itertools.product(RATIO, (0.0, 0.25, 1.0), (0.0, 0.25, 4.0))),
+    "gated_coefficient": GATED,
+    "gated_loss": GATED,
     "kl_loss": CAPPED,
     "kl_kappa": CAPPED,
     "kappa": list(itertools.product([0.0, -1.5, 2.0, float("nan")], [0.0, 1e-38, 1.0, float("nan")])),
     "token_loss": list(itertools.product(LOG_PI, SCALE)),
+    "weighed": list(itertools.product(SCALE, (0.0, 2.0, INF, float("nan")))),
     "dlogit_other": list(itertools.product(LOG_PI, SCALE)),
     "dlogit_target": list(itertools.product(LOG_PI, SCALE)),
     "dlogit_tilted": list(itertools.product(LOG_PI, SCALE, (0.0, 0.3, float("nan")), (0.0, 11.9))),
@@ -62,7 +72,9 @@ def evaluate(inputs, first, second, function: tl.constexpr, ARITY: tl.constexpr,
     c = tl.load(inputs + 2 * N + at)
     d = tl.load(inputs + 3 * N + at)
     e = tl.load(inputs + 4 * N + at)
-    if ARITY == 2:
+    if ARITY == 1:
+        value = function(a)
+    elif ARITY == 2:
         value = function(a, b)
     elif ARITY == 3:
         value = function(a, b, c)
@@ -90,6 +102,14 @@ def evaluate_row_tau(inputs, first, function: tl.constexpr, N: tl.constexpr):
     tl.store(first + at, function(tl.load(inputs + at), tl.load(inputs + N + at), tl.load(inputs + 2 * N + at) != 0.0))
 
 
+@triton.jit
+def evaluate_rectified(inputs, first, function: tl.constexpr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    log_pi, advantage, tau = tl.load(inputs + at), tl.load(inputs + N + at), tl.load(inputs + 2 * N + at)
+    everywhere, gamma = tl.load(inputs + 3 * N + at) != 0.0, tl.load(inputs + 4 * N + at)
+    tl.store(first + at, function(log_pi, advantage, tau, everywhere, gamma))
+
+
 def in_triton(name: str, columns: torch.Tensor) -> list[torch.Tensor]:
     """A formula over padded columns (5, N), by a kernel."""
     n = columns.shape[1]
@@ -101,8 +121,9 @@ def in_triton(name: str, columns: torch.Tensor) -> list[torch.Tensor]:
             evaluate_softcap[(1,)](columns, out, function=function, SOFTCAP=cap, N=n)
             first[columns[2] == cap] = out[columns[2] == cap]
         return [first]
-    if name == "row_tau":
-        evaluate_row_tau[(1,)](columns, first, function=function, N=n)
+    of_a_flag = {"row_tau": evaluate_row_tau, "rectified_coefficient": evaluate_rectified}
+    if name in of_a_flag:
+        of_a_flag[name][(1,)](columns, first, function=function, N=n)
         return [first]
     pair = name in ("merge", "observe")
     arity = len(GRIDS[name][0])
@@ -118,8 +139,9 @@ def in_torch(name: str, columns: torch.Tensor) -> list[torch.Tensor]:
         arguments = list(point[:arity])
         if name.startswith("transform"):
             arguments[2] = float(arguments[2])
-        if name == "row_tau":
-            arguments[2] = bool(arguments[2])
+        if name in ("row_tau", "rectified_coefficient"):
+            at = {"row_tau": 2}.get(name, 3)
+            arguments[at] = bool(arguments[at])
         value = function(*arguments)
         rows.append(
             torch.stack([torch.as_tensor(v).float() for v in (value if isinstance(value, tuple) else (value,))])

@@ -51,12 +51,12 @@ bool emulate_rows(const RowCall* call, const Choice* choice, float* weights_R, f
     bool ran = true;
     if (credit.rewards_S != nullptr)
         ran &= simple(blocks(credit.S * 32), 64, 0, choice->seed, [&] { advantages_of_rewards(credits); });
-    if (credit.reduction == Reduction::sequence_mean && credit.weights_R == nullptr) {
+    if (credit.reduction == Reduction::sequence_mean) {
         std::memset(live_S, 0, static_cast<std::size_t>(credit.S) * sizeof(int));
         ran &= simple(blocks(ceil_div(credit.R, kRunRows)), 64, 0, choice->seed, [&] { count_live_rows(credits); });
     }
     const bool divides = credit.reduction == Reduction::token_mean || credit.reduction == Reduction::sequence_mean;
-    if (divides && credit.weights_R == nullptr && credit.num_items == nullptr)
+    if (divides && credit.num_items == nullptr)
         ran &= simple(1, 64, kMaxWarps * sizeof(int), choice->seed, [&] { count_items(credits); });
     ran &= simple(blocks(credit.R), 64, 0, choice->seed, [&] { credit_rows(credits); });
 
@@ -67,7 +67,7 @@ bool emulate_rows(const RowCall* call, const Choice* choice, float* weights_R, f
                        weights_R,
                        view_of(call->transform),
                        call->objective,
-                       call->read_zero_advantage,
+                       call->read_every_row,
                        per_row ? call->out.loss : loss_R,
                        call->out.log_probs_R,
                        call->out.coefficients_R,

@@ -1,0 +1,75 @@
+"""Objectives whose ratio is a response's: what its tokens' log-probabilities say of it, between two passes over them.
+
+The first pass takes log pi of every live row. A response's log ratio is the mean of its rows'. Written into pi_old, so
+that pi / pi_old is the response's ratio on each of its rows, it makes of the second pass an ordinary one: no kernel
+knows of sequences. Sizes: R rows, S responses.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gft_kernels import formulas
+from gft_kernels.advantages import credit_rows
+from gft_kernels.options import SEQUENCE_RATIOS, Credit, Objective
+
+GEOMETRIC = SEQUENCE_RATIOS[1]
+NEVER = 1e30  # a log pi_old, in nats, that makes a ratio of 0
+
+
+class Settled(NamedTuple):
+    """An objective of tokens that has the gradient of one of responses, and what its loss lacks."""
+
+    objective: Objective
+    held_R: Tensor  # (R,) bool: rows that a bound of their own leaves without gradient
+    missing_R: Tensor | None  # (R,) of each row's loss, before its weight; None: nothing
+
+
+def settle(objective: Objective, credit: Credit, log_probs_R: Tensor, advantages_R: Tensor) -> Settled:
+    """The second pass's objective, from log pi (nats) and A of every live row.
+
+    "mean" (GSPO, arXiv 2507.18071): s = e^mean(log pi - log pi_old), clipped as grpo clips rho. "geometric" (GMPO,
+    2507.20673): the mean is over log ratios held at -clip_low and clip_high, where A pushes them further; such a row
+    has no gradient, yet its response's loss.
+    """
+    live_R, old_R = credit.live_R, objective.old_log_probs_R
+    apart_R = formulas.log_ratio(log_probs_R, log_probs_R if old_R is None else old_R)
+    geometric = objective.over_sequence == GEOMETRIC
+    held_R = torch.zeros_like(live_R)
+    if geometric:
+        low, high = -objective.clip_low, objective.clip_high
+        held_R = ((advantages_R > 0.0) & (apart_R > high)) | ((advantages_R < 0.0) & (apart_R < low))
+        apart_R = torch.where(held_R, apart_R.clamp(low, high), apart_R)
+    mean_R = _of_response(torch.where(live_R, apart_R, 0.0), live_R, credit)
+    old_R = torch.where(held_R | (mean_R == formulas.NEG_INF), NEVER, log_probs_R - mean_R)
+    plain = replace(objective, over_sequence="", old_log_probs_R=old_R)
+    if not geometric:
+        return Settled(plain, held_R, None)
+    # A > 0: no mean is above clip_high. The bound is wide, so that no rounding meets it; below, A < 0, there is none.
+    plain = replace(plain, clip_low=1.0, clip_high=2.0 * math.exp(objective.clip_high))
+    return Settled(plain, held_R, torch.where(held_R & live_R, -advantages_R * torch.exp(mean_R), 0.0))
+
+
+def lacking(settled: Settled, credit: Credit) -> Tensor | float:
+    """What the second pass's loss lacks: (), or (R,) for reduction "none"."""
+    if settled.missing_R is None:
+        return 0.0
+    missing_R = credit_rows(credit).weights_R * settled.missing_R
+    return missing_R if credit.reduction == "none" else missing_R.double().sum().float()
+
+
+def _of_response(values_R: Tensor, live_R: Tensor, credit: Credit) -> Tensor:
+    """The mean over the live rows of each row's response, in float64 between."""
+    rows = values_R.numel()
+    if credit.sequence_ids_R is None:
+        ids_R = torch.arange(rows, device=values_R.device) // max(credit.tokens_per_response, 1)
+    else:
+        ids_R = credit.sequence_ids_R.clamp(0, max(rows - 1, 0))  # an id lies in [0, S), and S <= R
+    sums_S = torch.zeros(rows, dtype=torch.float64, device=values_R.device).index_add_(0, ids_R, values_R.double())
+    count_S = torch.zeros_like(sums_S).index_add_(0, ids_R, live_R.double())
+    return (sums_S / count_S.clamp(min=1.0))[ids_R].float()
