@@ -62,9 +62,8 @@ def cuda_lines(ready: bool) -> list[str]:
     lines = [f"{'':<10} CUDA {found['runtime']} linked in, {driver}"]
     if not ready:
         return lines
-    logits = torch.empty(1, 1, 151936, dtype=torch.bfloat16, device="cuda").expand(
-        1, 8192, -1
-    )  # takes one row's memory
+    one_row = torch.empty(1, 1, 151936, dtype=torch.bfloat16, device="cuda")
+    logits = one_row.expand(1, 8192, -1)  # a plan reads its shape alone
     plan = cuda.plan(RowCall(logits, Credit(torch.zeros(8192, dtype=torch.int64)), want_gradient=True))
     refused = f"; refused before: {plan['refused']}" if plan["refused"] else ""
     return [*lines, f"{'':<10} 8192 rows of 151936 in bfloat16: {plan['kernel']}, {plan['cluster']} blocks a row of "
