@@ -116,13 +116,13 @@ def check_precision(product: torch.dtype, logits_dtype: Any, accum_dtype: Any) -
 def filter_eps(value: Any, product: torch.dtype) -> float:
     """How much of the logits' gradient its products may leave out, in norm; 0: nothing. Raises ValueError, TypeError.
 
-    "auto" is a quarter of the products' unit roundoff, behind which what is left out disappears (docs/linear.md). In
+    "auto" is an eighth of the products' unit roundoff, behind which what is left out disappears (docs/linear.md). In
     float32 nothing disappears: rows and columns are summed with errors of that size.
     """
     if value is None:
         return 0.0
     if isinstance(value, str) and value == "auto":
-        return 0.0 if product == torch.float32 else torch.finfo(product).eps / 8
+        return 0.0 if product == torch.float32 else torch.finfo(product).eps / 16
     condition, remedy = 'be None, "auto" or a number in [1e-6, 1)', "None leaves nothing out"
     if isinstance(value, str):
         raise ValueError(f"filter_eps must {condition}, got {checks.shown(value)}; {remedy}")

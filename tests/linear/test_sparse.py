@@ -6,13 +6,16 @@ docs/linear.md can be looked at itself.
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from cases import DTYPES
 from linear_cases import UPSTREAM, LinearProblem, assert_right, double, here, problem, relative, truth_of
 
-from benchmarks.kinds import recorded
+from benchmarks import recorded
 from gft_kernels import GFTLinearLoss, gft_linear_loss, policy_loss
+from gft_kernels.data import pretrained
 from gft_kernels.linear import sparse
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -109,14 +112,15 @@ def test_every_dtype_and_wanted_gradient(dtype, reduction, tiles):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_auto_disappears_behind_rounding(dtype, monkeypatch):
-    """At most a quarter of the roundoff, before the gradient's own rounding; in float32 to the bit."""
+    """At most an eighth of the roundoff, before the gradient's own rounding; in float32 to the bit."""
     monkeypatch.setattr(sparse, "DENSE", 1.0)
-    case = seen_gradient(dtype=dtype)
+    case, asked = seen_gradient(dtype=dtype), []
+    monkeypatch.setattr(sparse, "tiles_of", lambda g, eps, of=sparse.tiles_of: asked.append(eps) or of(g, eps))
     (_, auto), (_, exact) = case.gradients(filter_eps="auto"), case.gradients()
     if dtype == torch.float32:
-        assert all(torch.equal(a, b) for a, b in zip(auto, exact, strict=True))
+        assert not asked and all(torch.equal(a, b) for a, b in zip(auto, exact, strict=True))
     else:
-        assert dtype == torch.float16 or relative(auto[0], exact[0]) > 0
+        assert asked == [{torch.bfloat16: 2.0**-11, torch.float16: 2.0**-14}[dtype]]
         assert relative(auto[0], exact[0]) <= 1.5 * torch.finfo(dtype).eps / 2
     assert_right(problem(4, 3, 48, 131, dtype, std=1.0), filter_eps="auto")
 
@@ -171,13 +175,13 @@ def test_the_module_and_a_compiled_call_take_it():
 @pytest.fixture(scope="module")
 def smollm2():
     """Recorded hidden states, targets, advantages, and the head."""
-    try:
-        hidden, targets, advantages, weight = recorded.smollm2()
-    except ModuleNotFoundError:
-        pytest.skip(f"needs the model: {recorded.INSTALL}")
-    return hidden[::4], targets[::4], advantages[::4], weight
+    if importlib.util.find_spec(pretrained.READY["smollm2"].module) is None:
+        pytest.skip(f"SmolLM2-135M-Instruct is not installed: {pretrained.READY['smollm2'].install}")
+    hidden, targets, responses = recorded.answers()
+    return hidden[::2].float(), targets[::2], torch.where(responses[::2] % 2 == 0, 1.0, -0.7), recorded.head()
 
 
+@pytest.mark.pretrained
 def test_on_a_real_model_auto_is_below_bfloat16_rounding(smollm2):
     """Against float64: dX, its worst row, dW, and its rows of tokens that are nobody's target."""
     hidden, targets, advantages, weight = smollm2
@@ -189,12 +193,12 @@ def test_on_a_real_model_auto_is_below_bfloat16_rounding(smollm2):
     rounded_RV = exact_RV.bfloat16().double()
     rounded = rounded_RV @ weight.double(), rounded_RV.T @ hidden.double()
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    loss = gft_linear_loss(*leaves, targets, advantages=advantages, filter_eps=ROUNDOFF / 4)
+    loss = gft_linear_loss(*leaves, targets, advantages=advantages, filter_eps=ROUNDOFF / 8)
     dx, dw = (double(x) for x in torch.autograd.grad(loss * UPSTREAM, leaves))
     assert relative(dx, truth[0]) <= relative(rounded[0], truth[0])
     assert relative(dw, truth[1]) <= relative(rounded[1], truth[1])
     worst, worst_rounded = (((x - truth[0]).norm(dim=1) / truth[0].norm(dim=1)).max() for x in (dx, rounded[0]))
-    assert worst <= 3 * worst_rounded
+    assert worst <= 2 * worst_rounded
     rare = torch.ones(len(weight), dtype=torch.bool)
     rare[targets] = False
     assert relative(dw[rare], truth[1][rare]) <= 0.02
