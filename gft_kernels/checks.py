@@ -175,12 +175,15 @@ def check_split(normalize: Any, given: Any, imitation: Any, rewards: Tensor) -> 
     """What belongs to normalize="split" and to nothing else. Raises ValueError, TypeError."""
     one_of("normalize", normalize, (*NORMALIZE, SPLIT))
     if normalize == SPLIT:
-        not_negative("imitation", imitation, "1.0 weighs what is given as a sample would be")
+        usual = "1.0 weighs what is given as a sample would be"
+        fits_float32("imitation", not_negative("imitation", imitation, usual), usual)
         remedy = "pass one bool per response, True for what was not sampled"
         check_tensor("given", given, (torch.bool,), rewards.shape, rewards.device, remedy)
     elif given is not None or imitation != 1.0:
-        name, value = ("imitation", imitation) if given is None else ("given", "a tensor")
-        raise ValueError(f"{name} must be left out with normalize {normalize!r}, got {value}; it belongs to 'split'")
+        name, value = ("imitation", imitation) if given is None else ("given", given)
+        raise ValueError(
+            f"{name} must be left out with normalize {normalize!r}, got {shown(value)}; it belongs to 'split'"
+        )
 
 
 # Tensors

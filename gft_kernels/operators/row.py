@@ -95,7 +95,7 @@ def _compute(call: RowCall, backend: str) -> tuple[Tensor, ...]:
     if not call.process_group:  # else the vocabulary's size is known once the ranks have met
         checks.check_values(call.credit, call.objective, logits.shape[-1])
     module = registry.choose(backend, call)
-    result = _run(distributed.VocabularyParallel(module) if call.process_group else module, call)
+    result = _passes(distributed.VocabularyParallel(module) if call.process_group else module, call)
     empty = [
         logits.new_empty(0, dtype=torch.float32) if x is None else x for x in (result.row_scale_R, result.entropy_R)
     ]
@@ -103,7 +103,7 @@ def _compute(call: RowCall, backend: str) -> tuple[Tensor, ...]:
     return result.loss, result.log_probs_R, result.coefficients_R, result.advantages_R, *empty, gradient
 
 
-def _run(module: Any, call: RowCall) -> RowResult:
+def _passes(module: Any, call: RowCall) -> RowResult:
     """One pass, or where a response's ratio is wanted a first one for log pi."""
     if not call.objective.over_sequence:
         return module.run(call)

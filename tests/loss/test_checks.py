@@ -93,7 +93,7 @@ BAD = {
     "tau low": (dict(tau=-0.1), ValueError, r"tau must lie in \[0, 1\], got -0.1"),
     "tau high": (dict(tau=1.5), ValueError, r"tau must lie in \[0, 1\], got 1.5"),
     "tau NaN": (dict(tau=float("nan")), ValueError, r"tau must lie in \[0, 1\], got nan"),
-    "rectify": (dict(rectify="some"), ValueError, "rectify must be one of all, positive, got 'some'"),
+    "rectify": (dict(rectify="some"), ValueError, "rectify must be one of all, positive, bounded, given, got 'some'"),
     "temperature": (dict(temperature=0.0), ValueError, "temperature must be finite and positive, got 0.0"),
     "softcap": (dict(softcap=-1.0), ValueError, "softcap must be finite and positive, got -1.0"),
     "reduction": (

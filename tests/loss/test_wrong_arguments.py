@@ -79,6 +79,8 @@ NEEDS = {  # what must be there for an argument to be looked at as itself
     "gate_negative": {"objective": "sapo"}, "entropy_power": {"objective": "eaft"},
     "given_objective": {"given": torch.ones(4, dtype=torch.bool)},
 }  # fmt: skip
+OF_SPLIT = {"given": {"normalize": "split"}}  # of group_advantages
+OF_SPLIT["imitation"] = {"normalize": "split", "given": torch.tensor([True, False] * 2)}
 WRONG = {
     "text": "x", "text with lines": "a\nb", "bytes": b"x", "list": [1, 2], "dict": {}, "object": object(),
     "complex": 1j, "huge": 10**400, "beyond int64": 2**63, "minus beyond": -(2**63) - 1, "inf": math.inf,
@@ -104,7 +106,8 @@ RIGHT = {  # what an argument takes of WRONG
     "logit_scale": {"half", "negative", *OPTIONAL}, "beta": {"half"}, "entropy_coef": {"half", "negative"},
     "clip_high": {"half", *OPTIONAL}, "clip_low": OPTIONAL, "delta": {"half", *OPTIONAL}, "kl_cap": {"half", *OPTIONAL},
     **{key: {"half", *OPTIONAL} for key in ("gamma", "gate_positive", "gate_negative", "entropy_power")},
-    "num_items_in_batch": {"half", *OPTIONAL}, "return_stats": {"True"}, "return_entropy": {"True"},
+    "num_items_in_batch": {"half", *OPTIONAL}, "imitation": {"half"}, "return_stats": {"True"},
+    "return_entropy": {"True"},
     "inplace": {"True"}, "rewards": {"two numbers", "empty"},
     "logits": {"meta"}, "inputs": {"meta"}, "hidden": {"meta"},  # of another shape: others speak
 }  # fmt: skip
@@ -116,7 +119,8 @@ NONE_IS_ABSENT = {
 TAKES = {
     "temperature": {"beyond int64", "beyond float32"}, "softcap": {"beyond int64", "beyond float32"},
     "logit_scale": {"beyond int64", "minus beyond", "beyond float32"},
-    "eps": {"beyond int64"}, "beta": {"beyond int64"}, "entropy_coef": {"beyond int64", "minus beyond"},
+    "eps": {"beyond int64"}, "imitation": {"beyond int64"}, "beta": {"beyond int64"},
+    "entropy_coef": {"beyond int64", "minus beyond"},
     "clip_high": {"beyond int64"}, "delta": {"beyond int64"}, "kl_cap": {"beyond int64"},
     "num_items_in_batch": {"beyond int64"},
     **{key: {"beyond int64"} for key in ("gamma", "gate_positive", "gate_negative", "entropy_power")},
@@ -142,6 +146,8 @@ def test_a_wrong_kind_is_one_sentence_that_names_the_argument(name, argument):
         for k, v in NEEDS.get(argument, {}).items()
         if name == "policy_loss" or k in ("rewards", "group_size", "rectify")
     }
+    if name == "group_advantages":
+        needs = OF_SPLIT.get(argument, {})
     for kind, value in WRONG.items():
         right = kind in RIGHT.get(argument, ()) or kind in TAKES.get(argument, ())
         right |= kind == "None" and argument in NONE_IS_ABSENT
