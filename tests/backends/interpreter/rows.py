@@ -49,6 +49,7 @@ def row_call(logits, targets, **options):
         advantages_R=torch.linspace(2.0, -1.5, rows),
         weights_R=torch.linspace(0.1, 1.0, rows),
         tokens_per_response=logits.shape[1],
+        reduction="sum",
     )
     return RowCall(logits, credit, **{"want_gradient": True, **options})
 

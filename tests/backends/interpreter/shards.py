@@ -23,7 +23,11 @@ def test_shards_make_the_row(softcap, entropy_coef):
         logits[0, 2, 300:] = -float("inf")
     targets = torch.tensor([0, 290, 299, -100, 600])
     credit = Credit(
-        targets, advantages_R=torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]), weights_R=torch.ones(5), tokens_per_response=5
+        targets,
+        advantages_R=torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]),
+        weights_R=torch.ones(5),
+        tokens_per_response=5,
+        reduction="sum",
     )
     call = RowCall(
         logits, credit, Objective(entropy_coef=entropy_coef), softcap=softcap, temperature=0.8, want_gradient=True,
