@@ -39,11 +39,11 @@ def main(argv: list[str] | None = None) -> int:
 def build(python: str, needed: Sequence[str] = NEEDED) -> Path:
     """The module, built in place."""
     environment = {"GFT_CUDA_ARCHITECTURES": "90-real"} | os.environ | {"GFT_BUILD": "cuda"}
-    missing = [
-        name for name in NEEDED if subprocess.run([python, "-c", f"import {name}"], capture_output=True).returncode
-    ]
+    asked = [python, "-c", MISSING, *needed]
+    missing = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
     if missing:
-        sys.exit(f"{python} must have {', '.join(needed)}, got none of {', '.join(missing)}; install with its pip")
+        has = f"{python} without {', '.join(missing)}"
+        sys.exit(f"PYTHON must have {', '.join(needed)}, got {has}; install them with its pip")
     subprocess.run([python, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environment, check=True)
     suffix = subprocess.run([python, "-c", SUFFIX], capture_output=True, text=True, check=True).stdout.strip()
     return ROOT / "gft_kernels" / f"_C{suffix}"

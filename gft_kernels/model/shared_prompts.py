@@ -154,16 +154,18 @@ def refusal_of_trial(model: Any) -> str | None:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = [(7 * i + 3) % vocabulary for i in range(40)]
     groups = [(ids[:4], (ids[13:17], ids[17:23])), (ids[1:13], (ids[23:29], ids[29:31]))]
+    weight = next(model.parameters())
+    # Under autocast numbers are those of its dtype, and who wraps a forward in it may do so again within.
+    limit = ROUNDED if torch.is_autocast_enabled(weight.device.type) else ROUNDING.get(weight.dtype, ROUNDED)
     model.eval()
     try:
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):  # ROUNDING is that of the weights
-            apart = relative_difference(model, groups)
+        apart = relative_difference(model, groups)
     except Exception as error:  # how a family that knows no such cache fails is its own matter
         return f"{kind} cannot go on from the cache of a prompt ({type(error).__name__}: {str(error)[:80]})"
     finally:
         for module, training in modes:
             module.training = training
-    if not apart <= ROUNDING.get(next(model.parameters()).dtype, ROUNDED):
+    if not apart <= limit:
         return f"{kind} computes other numbers from the cache of a prompt (logits differ by {apart:.0e})"
     return None
 
@@ -174,6 +176,8 @@ def relative_difference(model: Any, groups: Sequence[tuple[Ids, Sequence[Ids]]])
     inputs, _ = layout(groups, pad_id=0)
     inputs = {name.removeprefix("gft_"): value.to(device) for name, value in inputs.items()}
     prompt_ids, prompt_of = (inputs.pop(name) for name in ARGUMENTS)
+    if hasattr(model.config, "output_router_logits"):  # its loss, which logits do not need, counts whole rows' tokens
+        inputs["output_router_logits"] = False
     shared = model(**behind_prompts(model, inputs, prompt_ids, prompt_of), return_dict=True).logits
     pairs = [(prompt, response) for prompt, responses in groups for response in responses]
     worst = 0.0

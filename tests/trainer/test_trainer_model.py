@@ -89,8 +89,8 @@ def test_a_router_whose_load_is_balanced_is_sampled_from(tmp_path, rollout):
     model, flags = routed(0.5), []
     if rollout == "continuous" and (reason := engines.no_continuous(model)):
         pytest.skip(reason)
-    model.register_forward_pre_hook(lambda *_: flags.append(model.config.output_router_logits))
     trainer = rig.trainer(tmp_path, model, max_steps=1, num_generations=2, evaluation=rig.rows(3), rollout=rollout)
+    model.register_forward_pre_hook(lambda *_: flags.append(model.config.output_router_logits))
     trainer.train()
     assert "reward/sampled" in trainer.state.log_history[0] and "eval_reward" in trainer.evaluate()
     assert flags[0] is False and model.config.output_router_logits is True
