@@ -114,7 +114,7 @@ class PatchedForward:
         keeps_logits = self.eval_logits and not self.model.training
         dropped = {"loss"} if keeps_logits else {"loss", "logits"}
         if prompts is not None:
-            shared_prompts.refuse(self.model, self.tried_prompts)
+            shared_prompts.refuse(self.model, self.tried_prompts, lambda **kwargs: self.plain(kwargs))
             self.tried_prompts = True
             kwargs = shared_prompts.behind_prompts(self.model, kwargs, *prompts)
             dropped.add("past_key_values")  # the prompts', which nobody can go on from

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -103,11 +103,11 @@ def joined(layer: Any, prompt_of_S: Tensor, keys: Tensor, values: Tensor, *args,
 # Who may ask
 
 
-def refuse(model: Any, tried: bool) -> None:
+def refuse(model: Any, tried: bool, forward: Callable[..., Any]) -> None:
     """Raises ValueError, with the reason, for a model that cannot, or not now; tries it out where that was not done."""
     reason = refusal_of_cache(model) or refusal_of_loss(model, model.training)
     if reason is None and not tried:
-        reason = refusal_of_trial(model)
+        reason = refusal_of_trial(model, forward)
     if reason is not None:
         raise ValueError(f"gft_prompt_ids must be left out, got a value; {reason}: pass whole rows")
 
@@ -148,42 +148,44 @@ def noises(model: nn.Module) -> Iterator[str]:
 
 
 @torch.no_grad()
-def refusal_of_trial(model: Any) -> str | None:
-    """Why two prompts of different lengths, two responses each, differ from whole rows by more than rounding."""
+def refusal_of_trial(model: Any, forward: Callable[..., Any] | None = None) -> str | None:
+    """Why two prompts of different lengths, two responses each, differ from whole rows by more than rounding.
+
+    forward: called in the model's place. Within a call of the model it has to be what lies below its wrappers:
+    accelerate's enters one autocast object, which entered twice never leaves.
+    """
     kind, modes = type(model).__name__, [(module, module.training) for module in model.modules()]
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = [(7 * i + 3) % vocabulary for i in range(40)]
     groups = [(ids[:4], (ids[13:17], ids[17:23])), (ids[1:13], (ids[23:29], ids[29:31]))]
-    weight = next(model.parameters())
-    # Under autocast numbers are those of its dtype, and who wraps a forward in it may do so again within.
-    limit = ROUNDED if torch.is_autocast_enabled(weight.device.type) else ROUNDING.get(weight.dtype, ROUNDED)
     model.eval()
     try:
-        apart = relative_difference(model, groups)
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):  # ROUNDING is that of the weights
+            apart = relative_difference(model, forward or model, groups)
     except Exception as error:  # how a family that knows no such cache fails is its own matter
         return f"{kind} cannot go on from the cache of a prompt ({type(error).__name__}: {str(error)[:80]})"
     finally:
         for module, training in modes:
             module.training = training
-    if not apart <= limit:
+    if not apart <= ROUNDING.get(next(model.parameters()).dtype, ROUNDED):
         return f"{kind} computes other numbers from the cache of a prompt (logits differ by {apart:.0e})"
     return None
 
 
-def relative_difference(model: Any, groups: Sequence[tuple[Ids, Sequence[Ids]]]) -> float:
+def relative_difference(model: Any, forward: Callable[..., Any], groups: Sequence[tuple[Ids, Sequence[Ids]]]) -> float:
     """Of the logits around their mean, between shared prompts and rows that stand alone without padding."""
     device = next(model.parameters()).device
     inputs, _ = layout(groups, pad_id=0)
-    inputs = {name.removeprefix("gft_"): value.to(device) for name, value in inputs.items()}
-    prompt_ids, prompt_of = (inputs.pop(name) for name in ARGUMENTS)
+    call: dict[str, Any] = {name.removeprefix("gft_"): value.to(device) for name, value in inputs.items()}
+    prompt_ids, prompt_of = (call.pop(name) for name in ARGUMENTS)
     if hasattr(model.config, "output_router_logits"):  # its loss, which logits do not need, counts whole rows' tokens
-        inputs["output_router_logits"] = False
-    shared = model(**behind_prompts(model, inputs, prompt_ids, prompt_of), return_dict=True).logits
+        call["output_router_logits"] = False
+    shared = forward(**behind_prompts(model, call, prompt_ids, prompt_of), return_dict=True).logits
     pairs = [(prompt, response) for prompt, responses in groups for response in responses]
     worst = 0.0
     for mine, (prompt, response) in zip(shared, pairs, strict=True):
         row = torch.tensor([[*prompt, *response[:-1]]], device=device)
-        whole = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False, return_dict=True)
+        whole = forward(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False, return_dict=True)
         theirs = whole.logits[0, len(prompt) - 1 :]
         mine, theirs = (logits.double() - logits.double().mean(-1, True) for logits in (mine[: len(response)], theirs))
         worst = max(worst, float((mine - theirs).norm() / theirs.norm()))

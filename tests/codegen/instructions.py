@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tests import native_build
 SETS, ARM_SETS, DTYPES = ("portable", "avx2"), ("neon", "neonbf16"), ("float32", "bfloat16", "float16")
 PASSES = ("statistics", "gradient", "tilted", "scale")  # tilted: the gradient with an entropy bonus
 VOCAB = 20011  # odd, so that tails are walked; long enough that a call's own cost is lost in it
+ARM_VOCAB = 4001  # a line of log for each instruction takes its time; a call's own cost is up to a tenth here
 
 # A quarter above what GCC 12 makes of them: room for another compiler's order of instructions, and none for what these
 # counts have caught before. A helper that is called instead of inlined costs three times as much, a vector that is
@@ -45,8 +47,8 @@ def absent() -> str | None:
     return native_build.absent() or (None if shutil.which("valgrind") else "valgrind is not on the PATH")
 
 
-def count_by_callgrind(driver: Path, instruction_set: str, dtype: str, walk: str) -> int | None:
-    """Instructions of one pass over VOCAB logits; None where the emulated processor lacks the set."""
+def count_by_callgrind(driver: Path, instruction_set: str, dtype: str, walk: str) -> float | None:
+    """Instructions an element of one pass; None where the emulated processor lacks the set."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--toggle-collect=gft_counted_pass", "--collect-atstart=no", f"--callgrind-out-file={folder}/out"]
         command = ["valgrind", "--tool=callgrind", *options, driver, instruction_set, dtype, walk, str(VOCAB)]
@@ -56,30 +58,34 @@ def count_by_callgrind(driver: Path, instruction_set: str, dtype: str, walk: str
     found = re.search(r"Collected : (\d+)", done.stderr)
     if done.returncode or not found:
         raise RuntimeError(f"callgrind must count {instruction_set} {dtype} {walk}, got:\n{done.stderr[-2000:]}")
-    return int(found[1])
+    return int(found[1]) / VOCAB
 
 
-def count_by_qemu(driver: Path, instruction_set: str, dtype: str, walk: str) -> int | None:
+def count_by_qemu(driver: Path, instruction_set: str, dtype: str, walk: str) -> float | None:
     """The same on AArch64: the instructions of the driver's run, less those of a run that makes no pass."""
+    steps = (steps_of(driver, instruction_set, dtype, what) for what in (walk, "none"))
+    return (next(steps) - next(steps)) / ARM_VOCAB
+
+
+@cache
+def steps_of(driver: Path, instruction_set: str, dtype: str, walk: str) -> int:
+    """Instructions from the start of the driver to its end."""
     stepping = native_build.arm_command("-singlestep", "-d", "exec,nochain", "-D", "/dev/stdout")
-    steps = []
-    for what in (walk, "none"):
-        command = [*stepping, str(driver), instruction_set, dtype, what, str(VOCAB)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"qemu must count {instruction_set} {dtype} {what}, got:\n{done.stderr[-2000:]}")
-        steps.append(done.stdout.count("Trace "))
-    return steps[0] - steps[1]
+    command = [*stepping, str(driver), instruction_set, dtype, walk, str(ARM_VOCAB)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"qemu must count {instruction_set} {dtype} {walk}, got:\n{done.stderr[-2000:]}")
+    return done.stdout.count("Trace ")
 
 
-def measure(count: Callable[..., int | None], sets: tuple[str, ...], arm: bool) -> Iterator[tuple[str, float]]:
+def measure(count: Callable[..., float | None], sets: tuple[str, ...], arm: bool) -> Iterator[tuple[str, float]]:
     """Every pass's name and its instructions an element."""
     with tempfile.TemporaryDirectory() as folder:
         driver = native_build.build(Path(folder), "gft_instructions", arm)
         for instruction_set, dtype, walk in product(sets, DTYPES, PASSES):
             counted = count(driver, instruction_set, dtype, walk)
             if counted is not None:
-                yield f"{instruction_set} {dtype} {walk}", counted / VOCAB
+                yield f"{instruction_set} {dtype} {walk}", counted
 
 
 def limit_of(name: str) -> float:

@@ -116,6 +116,7 @@ def test_a_step_holds_no_logits(tmp_path, precision):
     args = rig.config(tmp_path, max_steps=1, log_kl=True, **precision)
     Watched(rig.llama(), args, rig.rows(4), None, rig.tokenizer(), reward_funcs=rig.digit_count).train()
     assert seen and all(outputs.logits is None and outputs.stats is not None for outputs in seen)
+    assert not torch.is_autocast_enabled("cpu")  # it ends with the step
 
 
 def test_groups_of_equal_rewards_dilute_the_step_and_nothing_else(tmp_path):
