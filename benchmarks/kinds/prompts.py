@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Answer, Step
+from benchmarks.harness import Step
 from benchmarks.kinds import linear
 from benchmarks.kinds.kind import ITEM_BYTES, Case, Kind, Peer, words_of
-from benchmarks.kinds.step import SHARPNESS, StepProblem
+from benchmarks.kinds.step import SHARPNESS, StepProblem, update_of
 
 
 @dataclass(frozen=True)
@@ -123,16 +123,7 @@ def build(case: PromptCase) -> PromptProblem:
 
 def step_of(layout: Callable[[PromptProblem], dict[str, Tensor]], problem: PromptProblem) -> Step:
     """Forward, backward and update of one layout."""
-
-    def step() -> Answer:
-        loss = problem.model(**layout(problem)).loss
-        loss.backward(problem.upstream.to(loss.dtype))
-        problem.optimizer.step()
-        gradients = tuple(parameter.grad for parameter in problem.parameters())
-        problem.optimizer.zero_grad(set_to_none=True)
-        return Answer(loss.detach(), gradients)
-
-    return step
+    return update_of(lambda: problem.model(**layout(problem)).loss, problem)
 
 
 def _floor(problem: PromptProblem) -> Step:

@@ -177,9 +177,14 @@ def build(case: StepCase) -> StepProblem:
 
 def step_of(loss: Callable[[Tensor, Tensor, Any], Tensor], problem: StepProblem) -> Step:
     """Forward, backward and update under a loss over hidden states and head."""
+    return update_of(lambda: loss(problem.hidden_ND(), problem.weight_VD, problem), problem)
+
+
+def update_of(loss: Callable[[], Tensor], problem: StepProblem) -> Step:
+    """A loss, its backward and the optimizer's update."""
 
     def step() -> Answer:
-        value = loss(problem.hidden_ND(), problem.weight_VD, problem)
+        value = loss()
         value.backward(problem.upstream.to(value.dtype))
         problem.optimizer.step()
         gradients = tuple(parameter.grad for parameter in problem.parameters())
