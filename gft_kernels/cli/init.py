@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoTokenizer
 
 from gft_kernels.cli.dry_run import local
 from gft_kernels.cli.inputs import rows
-from gft_kernels.cli.keys import TRAINING, Key, sections
+from gft_kernels.cli.keys import TRAINING, Key, as_yaml, sections
 
 OWN_REWARD = "rewards_of_mine:reward"
 RESPONSES = 4  # sampled for a prompt
@@ -78,8 +77,7 @@ def text_of(chosen: dict[str, Any], data: str) -> str:
 def line_of(key: Key, chosen: dict[str, Any]) -> str:
     if key.name not in chosen:
         return f"# {key.name}: {key.default}".ljust(42) + f"  # {key.meaning}"
-    value = yaml.safe_dump(chosen[key.name], default_flow_style=True).split("\n")[0]
-    return f"{key.name}: {value}".ljust(42) + f"  # {key.meaning}"
+    return f"{key.name}: {as_yaml(chosen[key.name])}".ljust(42) + f"  # {key.meaning}"
 
 
 def next_steps(path: Path, chosen: dict[str, Any]) -> list[str]:

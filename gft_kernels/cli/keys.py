@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 import typing
 from dataclasses import dataclass
@@ -48,15 +49,17 @@ def sections() -> dict[str, list[Key]]:
 def _key(field: dataclasses.Field, hint: Any) -> Key:
     kind = inspect.formatannotation(hint).replace("transformers.trainer_utils.", "").replace("typing.", "")
     if field.default is not dataclasses.MISSING:
-        default = _yaml(field.default)
+        default = as_yaml(field.default)
     else:
-        default = "required" if field.default_factory is dataclasses.MISSING else _yaml(field.default_factory())
+        default = "required" if field.default_factory is dataclasses.MISSING else as_yaml(field.default_factory())
     return Key(field.name, kind, default, _first_sentence(field.metadata.get("help", "")))
 
 
-def _yaml(value: Any) -> str:
+def as_yaml(value: Any) -> str:
+    """A value as it stands behind its key, on one line."""
     value = getattr(value, "value", value)  # of an enumeration
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _first_sentence(text: str) -> str:

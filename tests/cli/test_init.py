@@ -83,6 +83,13 @@ def test_what_is_commented_out_is_the_default(tmp_path, model_path):
             assert given[key.name] == yaml.safe_load(key.default), key.name
 
 
+def test_a_long_name_stays_whole(tmp_path, model_path):
+    folder = tmp_path / " ".join(["a folder with a long name"] * 5)
+    folder.mkdir()
+    settings, _ = load(start(folder, GIVEN, model_path), [], None)
+    assert settings.data == str(folder / "rows.jsonl")
+
+
 def test_no_file_is_written_over(tmp_path, model_path, capsys):
     out = start(tmp_path, GIVEN, model_path)
     before = (tmp_path / "gft.yaml").read_bytes()
