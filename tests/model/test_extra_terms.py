@@ -92,8 +92,10 @@ def trained(model, tmp_path, micro_batch: int, accumulation: int) -> list[tuple[
 
 
 @pytest.mark.filterwarnings("ignore:the GFT loss")  # MeanTerm reads the logits
-@pytest.mark.parametrize(("micro_batch", "accumulation"), CUTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "micro_batch", "accumulation"),
+    [(name, *cut) for name in MODELS for cut in (CUTS[1::2] if name == "qwen2_moe" else CUTS)],
+)
 def test_a_step_adds_its_micro_batches_terms_by_their_tokens(name, micro_batch, accumulation, tmp_path):
     """Exactly; so a mean does not depend on the cut, and a product of two means, as a router's is, does a little."""
     expected, whole = windows(MODELS[name](), micro_batch), windows(MODELS[name](), WINDOW)
