@@ -23,8 +23,8 @@ from torch import Tensor
 
 from gft_kernels.linear.products import Head, multiply
 
-TILE = 512  # rows that keep the same columns: fewer rows keep fewer, but the tails read head and dW once a tile
-BLOCK = 32  # rows that share a tail: two products of 1/32 the size
+TILE = 1024  # rows that keep the same columns: fewer rows keep fewer, but the tails read head and dW once a tile
+BLOCK = 64  # rows that share a tail: two products of 1/64 the size
 DENSE = 0.5  # share of the columns kept beyond which gathering them saves little
 SAMPLED = 8  # one row in so many tells whether a tile is flat
 PANEL = 8  # rows looked at at a time, which a cache still holds
@@ -80,16 +80,16 @@ def measure(dlogits_TV: Tensor) -> Sizes:
     unit_T, sum_T, equal_T, loud_T = dlogits_TV.new_empty(4, rows, dtype=torch.float32)
     energy_2V = dlogits_TV.new_zeros(2, dlogits_TV.shape[1], dtype=torch.float32)
     whole, base = unit_T.new_zeros(()), None
+    scaled_PV = torch.empty_like(dlogits_TV[:PANEL], dtype=torch.float32)
     for start in range(0, rows, PANEL):
         panel, at = dlogits_TV[start : start + PANEL], slice(start, start + PANEL)
         top_P = torch.maximum(panel.amax(1), -panel.amin(1)).float()
         if base is None:  # loudness is relative; beyond 1e19 of the first rows' it is infinite, and the tile dense
             base = top_P.amax().clamp_min(TINY)
         unit_T[at] = torch.where(top_P > 0.0, 1.0 / top_P, 0.0)
-        panel = panel * unit_T[at, None]
+        panel = torch.mul(panel, unit_T[at, None], out=scaled_PV[: len(panel)])
         torch.sum(panel, 1, out=sum_T[at])
-        panel.square_()
-        square_P = panel.sum(1)
+        square_P = panel.square_().sum(1)
         equal_T[at] = 1.0 / (rows * square_P.clamp_min(1.0))
         loud_T[at] = (top_P / base).square()
         whole += (loud_T[at] * square_P).sum()
