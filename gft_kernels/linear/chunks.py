@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -197,24 +196,26 @@ class _ChunkedLoss:
         tiles = [sparse.Tile(slice(None), None, None)]
         if self.call.filter_eps and dlogits_CV.numel():  # a shard may be empty
             tiles = sparse.tiles_of(dlogits_CV, self.call.filter_eps)
-        for tile in tiles:
-            out_TD = None if gradient_CD is None else gradient_CD[tile.rows]
-            products = self._add_whole if tile.kept_K is None else partial(sparse.add_products, self.head, tile)
-            products(dlogits_CV[tile.rows], hidden_CD[tile.rows], out_TD, self.weight_gradient_VD, add=self.started)
+        whole = [tile.rows for tile in tiles if tile.kept_K is None]
+        for rows in whole:
+            self._add_whole(dlogits_CV[rows], hidden_CD[rows], None if gradient_CD is None else gradient_CD[rows])
+        if len(whole) < len(tiles):
+            cut = [tile for tile in tiles if tile.kept_K is not None]
+            out_VD, add = self.weight_gradient_VD, self.started
+            sparse.add_products(self.head, cut, dlogits_CV, hidden_CD, gradient_CD, out_VD, add)
             self.started = True
         if self.hidden_gradient_RD is not None and gradient_CD is not None:
             self.hidden_gradient_RD[rows_C] = gradient_CD.to(self.call.accum_dtype)
 
-    def _add_whole(
-        self, dlogits_TV: Tensor, hidden_TD: Tensor, out_TD: Tensor | None, out_VD: Tensor | None, add: bool
-    ) -> None:
-        """Both products over every column; as `sparse.add_products`."""
+    def _add_whole(self, dlogits_TV: Tensor, hidden_TD: Tensor, out_TD: Tensor | None) -> None:
+        """Both products over every column."""
         if self.rounded_CV is not None:
             dlogits_TV = self.rounded_CV[: len(dlogits_TV)].copy_(dlogits_TV)
         if out_TD is not None:
             self.head.hidden_gradient(dlogits_TV, out_TD)
-        if out_VD is not None:
-            multiply(dlogits_TV.t(), hidden_TD, out_VD, add=add)
+        if self.weight_gradient_VD is not None:
+            multiply(dlogits_TV.t(), hidden_TD, self.weight_gradient_VD, add=self.started)
+        self.started = True
 
     def result(self) -> LinearResult:
         """The finished sums; where the head is sharded, the hidden gradient is added up over the ranks here, once."""
