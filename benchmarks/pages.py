@@ -57,6 +57,10 @@ def _over_floor(outcome: dict) -> str:
     return f"{outcome['over_floor']:.2f}"
 
 
+def _error(outcome: dict) -> str:
+    return f"{outcome['error']:.0e}" if outcome["error"] is not None else "–"
+
+
 def _megabytes(outcome: dict) -> str:
     if outcome["extra_bytes"] is None:
         return "–"
@@ -138,6 +142,14 @@ def _linear_words() -> str:
     )
 
 
+def _sparse() -> str:
+    columns: list[Column] = []
+    for rows in (258, 2048):
+        found = outcomes("linear-sparse-cpu.json", f"{rows} × 576 × 49152 float32, smollm2, 1 thread")
+        columns += [(f"{rows} rows", found, _duration), ("over the floor", found, _over_floor)]
+    return table([*columns, ("gradients' error", columns[-1][1], _error)])
+
+
 def _step_memory() -> str:
     found = outcomes("step-memory-cpu.json", STEP)
     found = {name: outcome for name, outcome in found.items() if outcome["objective"]}
@@ -180,6 +192,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "row-words": _row_words,
     "linear": lambda: _timed_table("linear-peers-cpu.json", f"{LINEAR}, 2 threads"),
     "linear-words": _linear_words,
+    "sparse": _sparse,
     "chunk-memory": _chunk_memory,
     "step": lambda: _timed_table("quick-cpu.json", STEP),
     "step-memory": _step_memory,
