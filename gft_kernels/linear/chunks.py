@@ -135,6 +135,7 @@ class _ChunkedLoss:
             self.rounded_CV = torch.empty(longest, stride, dtype=self.precision.operand, device=device)[:, :vocabulary]
         self.loss_R, self.log_probs_R, self.coefficients_R = (torch.zeros(rows, device=device) for _ in range(3))
         self.entropy_R = torch.zeros(rows, device=device) if call.want_entropy else None
+        self.kept_R = torch.zeros(rows, device=device) if reports_kept(call) else None
         accum = call.accum_dtype
         self.hidden_gradient_RD = None
         if call.want_hidden:
@@ -196,6 +197,10 @@ class _ChunkedLoss:
         tiles = [sparse.Tile(slice(None), None, None)]
         if self.call.filter_eps and dlogits_CV.numel():  # a shard may be empty
             tiles = sparse.tiles_of(dlogits_CV, self.call.filter_eps)
+        if self.kept_R is not None:
+            for tile in tiles:
+                columns = dlogits_CV.shape[1] if tile.kept_K is None else len(tile.kept_K)
+                self.kept_R[rows_C[tile.rows]] = columns / dlogits_CV.shape[1]
         whole = [tile.rows for tile in tiles if tile.kept_K is None]
         for rows in whole:
             self._add_whole(dlogits_CV[rows], hidden_CD[rows], None if gradient_CD is None else gradient_CD[rows])
@@ -230,11 +235,17 @@ class _ChunkedLoss:
             coefficients_R=self.coefficients_R,
             advantages_R=self.credit.advantages_R,
             entropy_R=self.entropy_R,
+            kept_R=self.kept_R,
             hidden_gradient_RD=self.hidden_gradient_RD,
             weight_gradient_VD=self.weight_gradient_VD,
             bias_gradient_V=self.bias_gradient_V,
             unit=self.unit,
         )
+
+
+def reports_kept(call: LinearCall) -> bool:
+    """Whether a run counts the columns its products keep."""
+    return call.want_stats and call.want_gradient and call.filter_eps > 0.0
 
 
 def scales_gradient(call: LinearCall) -> bool:
