@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import extraction_report, provenance
+from benchmarks.kinds import linear
 from gft_kernels.cli import extraction_demo as demo
 from gft_kernels.data import answers, pretrained, text
 from gft_kernels.model import patch_model, unpatch_model
@@ -49,6 +50,11 @@ def gft_trainer(model, tokenizer, options: Options, **changes: Any) -> None:
 
 def sft(model, tokenizer, options: Options) -> None:
     gft_trainer(model, tokenizer, options, **demo.METHODS["sft"])
+
+
+def filtered(model, tokenizer, options: Options) -> None:
+    """With the backward products cut at the error of bfloat16."""
+    gft_trainer(model, tokenizer, options, filter_eps=linear.BFLOAT16_AUTO)
 
 
 def sft_of_experts(model, tokenizer, options: Options) -> None:
@@ -116,7 +122,8 @@ def plain_loop(model, tokenizer, options: Options) -> None:
 
 
 TRAINERS: dict[str, Callable] = {
-    "GFTTrainer": gft_trainer, "TRL adapter": trl_adapter, "plain loop": plain_loop, "TRL GRPO": trl_grpo,
+    "GFTTrainer": gft_trainer, "GFTTrainer, filter_eps": filtered, "TRL adapter": trl_adapter, "plain loop": plain_loop,
+    "TRL GRPO": trl_grpo,
     "SFT, same rows": sft, "SFT, experts only": sft_of_experts,
 }  # fmt: skip
 

@@ -164,6 +164,16 @@ def _sparse() -> str:
     return table([*columns, ("gradients' error", columns[-1][1], _error)])
 
 
+def _prompts() -> str:
+    """A row a layout, a pair of columns a case: how long prompts and responses are, then time and memory."""
+    columns: list[Column] = []
+    for label, case in _cases("prompts-cpu.json").items():
+        found, shape = outcomes("prompts-cpu.json", label), case["case"]
+        found = {name: outcome for name, outcome in found.items() if outcome["objective"]}
+        columns += [(f"{shape['prompt']}:{shape['response']}", found, _duration), ("memory", found, _megabytes)]
+    return table(columns)
+
+
 def _step_memory() -> str:
     found = outcomes("step-memory-cpu.json", STEP)
     found = {name: outcome for name, outcome in found.items() if outcome["objective"]}
@@ -209,6 +219,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sparse": _sparse,
     "sparse-words": _sparse_words,
     "chunk-memory": _chunk_memory,
+    "prompts": _prompts,
     "step": lambda: _timed_table("quick-cpu.json", STEP),
     "step-memory": _step_memory,
     "log-probs": lambda: _timed_table("quick-cpu.json", "log-probs 64 × 128 × 32000 float32, 1 thread"),
