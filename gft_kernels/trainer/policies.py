@@ -78,7 +78,7 @@ class Forward:
                 stats, live_ST = self.statistics(model, inputs, gft_return_entropy=share < 1)
                 if ratios:
                     inputs["old_log_probs"] = stats.log_probs
-                if share < 1:
+                if stats.entropy is not None:
                     inputs["entropies"] = torch.where(live_ST, stats.entropy, -1.0)
             if start is not None:
                 inputs["ref_log_probs"] = self.log_probs(start, inputs)
