@@ -59,9 +59,11 @@ def test_the_file_trains_as_it_stands(tmp_path, model_path, capsys):
     [
         (OFFLINE, {"num_generations": 0, "rewards": None}),
         (GIVEN | {"demonstrations": ["\\boxed{5}"]}, {"rewards": ["boxed_answer"], "num_demonstrations": 1}),
+        (GIVEN | {"demonstrations": ['{"a": 5}', "x"], "answer": {"a": 5}}, {"rewards": ["json_answer"]}),
+        (GIVEN | {"demonstrations": ["2024-05-03", "x"], "answer": "2024-05-03"}, {"rewards": ["exact_answer"]}),
         ({"prompt": "2 + 3 ="}, {"rewards": ["rewards_of_mine:reward"], "num_demonstrations": 0}),
     ],
-    ids=["offline", "boxed", "prompts"],
+    ids=["offline", "boxed", "json", "text", "prompts"],
 )
 def test_the_rows_decide(tmp_path, model_path, row, expected, capsys):
     settings, options = load(start(tmp_path, row, model_path), [], None)
