@@ -53,7 +53,9 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 SHAPES = ("gamma", "gate_positive", "gate_negative", "entropy_power")
 CHOSEN = ("tau", "rectify", "clip_low", "clip_high", "delta", *SHAPES)  # options that only some objectives take
+LEFT_OPEN = ("logging_steps", "per_device_eval_batch_size")
 LOGGING_STEPS = 10  # that a long run has between its log lines
+EVALUATED = 8  # prompts of an evaluation's batch, TrainingArguments' own default
 CLIP = 0.2  # PPO's range, in which to count the ratios of an objective that does not clip
 
 
@@ -124,6 +126,9 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
 
     learning_rate: float = option(1e-6, "Peak learning rate (the paper's).", section="Training")
     logging_steps: float | None = option(None, "Steps between log lines; None: 10, fewer in a short run.")  # type: ignore[assignment]
+    per_device_eval_batch_size: int | None = option(  # type: ignore[assignment]
+        None, "Prompts evaluated at once; None: as many responses as a rollout samples at once, 8 prompts at least."
+    )
     remove_unused_columns: bool = option(False, "Must stay False: reward functions need the other columns.")
     dataloader_pin_memory: bool = option(False, "Rows are text until the groups are built: nothing to pin.")
 
@@ -135,6 +140,8 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
         check_training_arguments(self)
         self.few_log_lines = self.logging_steps is None
         self.logging_steps = LOGGING_STEPS if self.logging_steps is None else self.logging_steps
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = evaluation_batch(self)
         super().__post_init__()
 
     @property
@@ -175,8 +182,8 @@ def check_groups(config: GFTConfig) -> None:
 def check_numbers(config: GFTConfig) -> None:
     for name, (holds, condition) in NUMBERS.items():
         value = getattr(config, name)
-        if value is None and (name == "logging_steps" or name not in GFTConfig.__annotations__):
-            continue  # what short runs have, or transformers' own default
+        if value is None and (name in LEFT_OPEN or name not in GFTConfig.__annotations__):
+            continue  # what is settled below, or transformers' own default
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
             raise ValueError(f"{name} must {condition}, got {value!r}.")
 
@@ -189,6 +196,13 @@ def check_eval_temperatures(config: GFTConfig) -> None:
             "eval_temperature must be 0 (greedy) or positive and finite, or a list of such numbers, each once, "
             f"got {config.eval_temperature!r}."
         )
+
+
+def evaluation_batch(config: GFTConfig) -> int:
+    """The prompts whose responses are as many as those of one generate call in training, EVALUATED at least."""
+    prompts = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.steps_per_rollout
+    prompts = min(prompts, config.generation_batch_size or prompts)
+    return max(EVALUATED, prompts * config.num_generations // config.eval_num_generations)
 
 
 def check_training_arguments(config: GFTConfig) -> None:
