@@ -80,7 +80,7 @@ def _figure(found, columns: int):
                            wspace=0.15, hspace=0.4)  # fmt: skip
     for axes, (title, curves) in zip(figure.subplots(rows, columns, squeeze=False).flat, found, strict=False):
         axes.set(title=title, xlabel="optimizer step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         for label, points in curves.items():
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < FEW else None, markersize=3)
