@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-from benchmarks import extraction_report, plots, report
+from benchmarks import extraction_report, plots, report, savings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -226,6 +226,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "shards": lambda: _timed_table("quick-cpu.json", "32 × 151936 float32 peaked, 1 thread, 2 ranks"),
     "advantages": _advantages,
     "extraction": lambda: extraction_report.table(extraction_report.read()),
+    "savings": savings.table,
     "commands": _commands,
 }
 

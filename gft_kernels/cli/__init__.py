@@ -1,10 +1,11 @@
-"""The command `gft`: train, init, plot, env, demo. Exit codes: exits.py."""
+"""The command `gft`: train, init, plot, merge, env, demo. Exit codes: exits.py."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 
 from gft_kernels.cli.exits import BAD_INPUT, DONE, INTERRUPTED, one_line
 
@@ -15,10 +16,11 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     find_here_last()
-    parser = _parser()
-    options, options.overrides = parser.parse_known_args(arguments)
+    command = parser()
+    options, overrides = command.parse_known_args(arguments)
+    options.overrides = overrides
     if options.overrides and options.command != "train":
-        parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
+        command.error(f"unrecognized arguments: {' '.join(options.overrides)}")
     try:
         return options.run(options)
     except KeyboardInterrupt:
@@ -40,11 +42,10 @@ def find_here_last() -> None:
         sys.path.append(here)
 
 
-def _parser():
-    parser = argparse.ArgumentParser(
-        prog="gft", description="Group Fine-Tuning: train, look at runs, check the machine."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser(keys: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """Commands and flags; keys: of a configuration, which are flags of train as well where they are to be completed."""
+    gft = argparse.ArgumentParser(prog="gft", description="Group Fine-Tuning: train, look at runs, check the machine.")
+    commands = gft.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser(
         "train",
@@ -62,6 +63,8 @@ def _parser():
     train.add_argument("--data", help="training rows, instead of the configuration's")
     train.add_argument("--dry-run", action="store_true", help="check settings and data, count batches and memory, stop")
     train.add_argument("--ranks", type=int, help="processes to count with in a dry run (default: 1)")
+    for key in keys:
+        train.add_argument(f"--{key}")
     train.set_defaults(run=_train)
 
     init = commands.add_parser("init", help="write a commented configuration for rows of your own")
@@ -70,10 +73,15 @@ def _parser():
     init.add_argument("--out", default="gft.yaml", help="file to write (default: %(default)s)")
     init.set_defaults(run=_init)
 
-    plot = commands.add_parser("plot", help="draw reward, entropy, rectified fraction and gradient norm of a run")
+    plot = commands.add_parser("plot", help="write the page of a run: curves, before and after, completions")
     plot.add_argument("directory", metavar="RUN", help="the run's output_dir")
-    plot.add_argument("--out", help="PNG to write (default: RUN/curves.png)")
+    plot.add_argument("--out", help="one file: the page as .html, the curves as .png, .svg or .pdf (default: RUN's)")
     plot.set_defaults(run=_plot)
+
+    merge = commands.add_parser("merge", help="fold a run's adapter into the model it was trained on")
+    merge.add_argument("directory", metavar="RUN", help="a folder with adapter_config.json")
+    merge.add_argument("--out", required=True, help="new folder for the whole model and its tokenizer")
+    merge.set_defaults(run=_merge)
 
     env = commands.add_parser("env", help="versions, and each backend: ready, or the reason not")
     env.set_defaults(run=_env)
@@ -94,7 +102,14 @@ def _parser():
     demo.add_argument("--seed", type=int, help="dates, json: of rows' order and samples (default: 0)")
     demo.add_argument("--data", help="gsm8k: the full set, a directory with train.parquet, test.parquet and socratic/")
     demo.set_defaults(run=_demo)
-    return parser
+    return gft
+
+
+def completing() -> argparse.ArgumentParser:
+    """The same with every key as a flag: `shtab --prog gft gft_kernels.cli.completing` makes shell completion of it."""
+    from gft_kernels.cli.keys import sections
+
+    return parser(key.name for keys in sections().values() for key in keys if key.name != "data")
 
 
 class _TrainHelp(argparse.Action):
@@ -127,9 +142,21 @@ def _init(options):
 
 
 def _plot(options):
-    from gft_kernels.cli.plots import draw
+    from gft_kernels.cli import plots, report
 
-    print(draw(options.directory, options.out))
+    run, out = options.directory, options.out
+    if out is None:
+        written = report.write(run)
+    else:
+        written = [report.write_page(run, out) if out.endswith(".html") else plots.draw(run, out)]
+    print(*written, sep="\n")
+    return DONE
+
+
+def _merge(options):
+    from gft_kernels.cli.merge import merge
+
+    print(merge(options.directory, options.out))
     return DONE
 
 

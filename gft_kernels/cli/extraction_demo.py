@@ -23,7 +23,7 @@ from gft_kernels.cli.held_out import TEMPERATURES, draw, screen
 from gft_kernels.data import dates, extract_json, pretrained
 from gft_kernels.data.manifests import read_manifest
 from gft_kernels.trainer import GFTConfig, GFTTrainer
-from gft_kernels.trainer.callbacks import say
+from gft_kernels.trainer.callbacks import say, time_left
 
 TASKS: dict[str, tuple[Any, str, str]] = {
     "dates": (dates, "exact_answer", "the date of a sentence as YYYY-MM-DD"),
@@ -54,8 +54,7 @@ class Remaining:
 
     def after(self, responses: float) -> str:
         self.done += responses
-        left = (time.perf_counter() - self.begun) * (self.total - self.done) / self.done
-        return f"about {max(left, 0) / 60:.0f} min left" if left > 90 else f"about {max(left, 0):.0f} s left"
+        return time_left((time.perf_counter() - self.begun) * (self.total - self.done) / self.done)
 
 
 class Lines(TrainerCallback):

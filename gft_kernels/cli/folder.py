@@ -20,10 +20,11 @@ from gft_kernels.data.manifests import read_manifest
 from gft_kernels.trainer import GFTConfig
 from gft_kernels.trainer.callbacks import METRICS_FILE
 from gft_kernels.trainer.checkpoints import checkpoints, newest_whole
+from gft_kernels.trainer.completions import COMPLETIONS_FILE
 from gft_kernels.trainer.config import settle
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as launchers say
-LOCK, RECORD = ".lock", "run.yaml"
+LOCK, RECORD, README = ".lock", "run.yaml", "README.md"
 MODELS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*")
 # How options begin that a resumed run may have others of: they say what is shown and kept, not what a step is.
 FREE = ("eval_", "per_device_eval_", "log_", "logging_", "report_to", "run_name", "project", "disable_tqdm", "save_",
@@ -179,7 +180,7 @@ def _record(path: Path) -> dict | None:
 def begin(output_dir: str, settings: RunSettings, options: dict[str, Any], fresh: bool) -> list[str]:
     """Writes run.yaml, for its owner's eyes only; a fresh run sets another one's log aside, which the result says."""
     folder, notes = Path(output_dir), []
-    for name in (METRICS_FILE, "completions.jsonl"):
+    for name in (METRICS_FILE, COMPLETIONS_FILE, README):
         if fresh and (folder / name).is_file():
             os.replace(folder / name, folder / f"{name}.before")
             notes.append(f"{folder / name} is of another run and now called {name}.before")

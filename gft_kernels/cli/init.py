@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from gft_kernels.cli.dry_run import local
 from gft_kernels.cli.inputs import rows
 from gft_kernels.cli.keys import TRAINING, Key, as_yaml, sections
+from gft_kernels.data.answers import NUMBER
 
 OWN_REWARD = "rewards_of_mine:reward"
 RESPONSES = 4  # sampled for a prompt
@@ -59,8 +60,13 @@ def ready_reward(records: Sequence[dict]) -> str | None:
     """A reward that ships with the package, where the rows have the `answer` it compares with."""
     if not all("answer" in record for record in records):
         return None
-    boxed = any("\\boxed" in text for record in records for text in record.get("demonstrations") or [])
-    return "boxed_answer" if boxed else "last_number"
+    if any("\\boxed" in text for record in records for text in record.get("demonstrations") or []):
+        return "boxed_answer"
+    if any(isinstance(record["answer"], (dict, list)) for record in records):
+        return "json_answer"
+    experts = [((record.get("demonstrations") or [""])[0].strip(), str(record["answer"]).strip()) for record in records]
+    is_text = all(text == answer and not NUMBER.fullmatch(answer) for text, answer in experts)
+    return "exact_answer" if is_text else "last_number"
 
 
 def text_of(chosen: dict[str, Any], data: str) -> str:

@@ -75,3 +75,12 @@ def rows(path: str, reader: str | None, split: str) -> Sequence:
         raise
     except (Exception, SystemExit) as error:
         raise ValueError(f"reader must read {path!r}, got {blamed(error)}; see {reader}.") from None
+
+
+def spread(records: Sequence, count: int | None) -> Sequence:
+    """As many of the rows, evenly apart, for files are often sorted; None: all. Raises ValueError below 1."""
+    if count is not None and count < 1:
+        raise ValueError(f"eval_rows must be at least 1, got {count}; null takes all, no eval_data none.")
+    if count is None or count >= len(records):
+        return records
+    return [records[i * len(records) // count] for i in range(count)]

@@ -26,7 +26,10 @@ class RunSettings:
 
     model: str = option(MISSING, "The model to train: a folder, or a name on the hub.", section="Run")
     data: str = option(MISSING, "Training rows: a .jsonl, .json or .parquet file, or what `reader` takes.")
-    eval_data: str | None = option(None, "Held-out rows, evaluated before the first step and at the end.")
+    eval_data: str | None = option(
+        None, "Held-out rows, evaluated at the end; eval_on_start, eval_strategy: before, between."
+    )
+    eval_rows: int | None = option(256, "Of these as many are evaluated, spread over the file; null: all.")
     tokenizer: str | None = option(None, "The tokenizer's folder or name; null: the model's.")
     model_config: str | None = option(None, "A config.json for --dry-run where the model is not on this disk.")
     reader: str | None = option(None, "Dotted path of f(path) -> rows; null: rows as they lie in the file.")

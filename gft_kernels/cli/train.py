@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers.utils.logging import disable_progress_bar
 
-from gft_kernels.cli import folder
+from gft_kernels.cli import folder, report
 from gft_kernels.cli.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED, one_line
-from gft_kernels.cli.inputs import BAD, configuration, rows, tokenizer_of
-from gft_kernels.cli.plots import draw
+from gft_kernels.cli.inputs import BAD, configuration, rows, spread, tokenizer_of
+from gft_kernels.cli.plan import batches
 from gft_kernels.cli.settings import RunSettings, load
 from gft_kernels.trainer import GFTTrainer, RewardError, SaveOnInterrupt, adapters
-from gft_kernels.trainer.callbacks import StepLines, read_metrics, say
+from gft_kernels.trainer.callbacks import METRICS_FILE, StepLines, read_metrics, say
 from gft_kernels.trainer.checkpoints import Manifests, newest_whole
+from gft_kernels.trainer.completions import COMPLETIONS_FILE
 from gft_kernels.trainer.config import described
 from gft_kernels.trainer.rewards import find
 
@@ -47,6 +49,8 @@ def train(
 
 def run(settings: RunSettings, options: dict[str, Any], resume: bool, anyway: bool) -> int:
     """Builds the trainer (raises for bad input), trains, and says how it ended."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers' own, of weights read and written: a log would fill with them
     stop = SaveOnInterrupt()
     checkpoint, notes = folder.starting_point(options["output_dir"], resume, anyway)
     trainer = build(settings, options, checkpoint, stop, notes, anyway)
@@ -98,8 +102,8 @@ def build(
 ) -> GFTTrainer:
     """The trainer of a run, everything about it checked; what is to be said of it is added to `notes`."""
     held_out = settings.eval_data
-    given, options = options, {"eval_on_start": held_out is not None and checkpoint is None, **options}
-    if held_out is None and (options["eval_on_start"] or options.get("eval_strategy", "no") != "no"):
+    given, options = options, {**options, **({"eval_on_start": False} if checkpoint is not None else {})}
+    if held_out is None and (given.get("eval_on_start") or given.get("eval_strategy", "no") != "no"):
         raise ValueError(
             "eval_data must be given where eval_on_start or eval_strategy asks for evaluation, got nothing."
         )
@@ -108,7 +112,12 @@ def build(
     rewards = [find(name) for name in settings.rewards or ()]  # before the rows, which take longer
     rollout_fn = find(settings.rollout_fn, "rollout_fn") if settings.rollout_fn else None
     train_rows = rows(settings.data, settings.reader, "train")
-    eval_rows = None if held_out is None else rows(held_out, settings.eval_reader or settings.reader, "test")
+    eval_rows = None
+    if held_out is not None:
+        found = rows(held_out, settings.eval_reader or settings.reader, "test")
+        eval_rows = spread(found, settings.eval_rows)
+        if len(eval_rows) < len(found):
+            notes.append(f"{len(eval_rows)} of {len(found)} held-out rows are evaluated; eval_rows: null takes all")
     made_of = folder.run_of(settings, given, train_rows)
     if checkpoint is not None:
         notes += folder.changes(checkpoint, made_of, anyway)
@@ -124,8 +133,7 @@ def build(
         adapters.refuse_merging(trainer.accelerator.distributed_type)
     trainer.remove_callback(Manifests)
     trainer.add_callback(Manifests(made_of))
-    if not args.disable_tqdm:
-        StepLines.install(trainer)
+    StepLines.install(trainer)
     if args.should_save:
         notes += folder.begin(str(args.output_dir), settings, given, fresh=checkpoint is None)
     return trainer
@@ -144,12 +152,32 @@ def announce(trainer: GFTTrainer, checkpoint: Path | None, notes: list[str]) -> 
     part = "" if trained == size else f", {trained / 1e6:.2f} M of them trained"
     say(f"{size / 1e6:.1f} M parameters on {args.device}{part}, {len(train_rows)} rows, {len(held_out)} held out")
     say(f"group: {given} + {args.num_generations} sampled; {described(args)}, backend {args.backend}")
+    found = batches(args, len(train_rows), args.world_size, 1)
+    saved = when(args, "save") or "at the end only"
+    say(f"{found.steps} steps of {found.prompts_per_step} prompts, saved {saved}; {evaluations(trainer)}")
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
 
 
+def when(args, what: str) -> str:
+    """How often a run saves or evaluates, as its options say it; "" for never."""
+    often = getattr(args, f"{what}_strategy")
+    often = str(getattr(often, "value", often))  # an enumeration in some releases of transformers
+    if often == "steps":
+        return f"every {getattr(args, f'{what}_steps'):g} steps"
+    return {"epoch": "after each epoch", "no": ""}.get(often, often)
+
+
+def evaluations(trainer: GFTTrainer) -> str:
+    args, held_out = trainer.args, trainer.eval_dataset
+    if held_out is None:
+        return "no evaluation"
+    times = ["before step 1" if args.eval_on_start else "", when(args, "eval"), "at the end"]
+    return f"evaluated {', '.join(filter(None, times))}, {args.per_device_eval_batch_size} prompts at once"
+
+
 def finish(trainer: GFTTrainer, merge: bool) -> None:
-    """Saves the model, evaluates once more if the last step was not, draws the curves, prints the summary."""
+    """Saves the model, evaluates once more if the last step was not, writes the run's page, prints the summary."""
     output_dir, step = str(trainer.args.output_dir), trainer.state.global_step
     trainer.save_model(str(Path(output_dir, "adapter")) if merge else output_dir)
     evaluated = {line["step"] for line in trainer.state.log_history if "eval_runtime" in line}
@@ -159,22 +187,20 @@ def finish(trainer: GFTTrainer, merge: bool) -> None:
         adapters.save_merged(trainer.model, trainer.processing_class, output_dir)
     if trainer.is_world_process_zero():
         say(summary(output_dir))
+    if trainer.args.push_to_hub:
+        vars(trainer)["create_model_card"] = lambda **_: None  # which would write over the run's README.md
+        trainer.push_to_hub()
 
 
 def summary(run: str) -> str:
     """Held-out metrics before and after, rewards of the first and last log line, and where everything lies."""
     lines = read_metrics(run)
-    evaluations = [line for line in lines if "eval_runtime" in line]
-    steps = [line for line in lines if "loss" in line]
     text = [f"{'':32}{'first':>10}{'last':>10}"]
-    for found, prefixes in ((evaluations, ("eval_reward", "eval_expert")), (steps, ("reward/", "entropy", "kl_to"))):
-        for name in sorted({key for line in found for key in line if key.startswith(prefixes)}):
-            values = [line[name] for line in found if name in line]
-            text.append(f"{name:32}{values[0]:10.4f}{values[-1]:10.4f}")
-    if steps:
-        text.append(f"curves       {draw(run)}")
-    text += [f"model        {run}", f"metrics      {Path(run, 'metrics.jsonl')}"]
-    completions = Path(run, "completions.jsonl")
+    text += [f"{change.name:32}{change.first:10.4f}{change.last:10.4f}" for change in report.changes(lines)]
+    if any("loss" in line for line in lines):
+        text += [f"{path.name:13}{path}" for path in report.write(run)]
+    text += [f"model        {run}", f"metrics      {Path(run, METRICS_FILE)}"]
+    completions = Path(run, COMPLETIONS_FILE)
     return "\n".join(text + ([f"completions  {completions}"] if completions.is_file() else []))
 
 

@@ -23,7 +23,7 @@ from gft_kernels.options import RECTIFY
 # Arguments of OpenRLHF that its own loss would obey and this one does not.
 _REQUIRED = {
     "actor.policy_loss_type": ("ppo", "its objective is replaced"),
-    "actor.dual_clip": (None, "there is no ratio to clip"),
+    "actor.dual_clip": (None, "there is no ratio to clip; of objective grpo in GFTTrainer it is delta"),
     "algo.advantage.is_correction_level": ("off", "there is no ratio to correct"),
 }
 

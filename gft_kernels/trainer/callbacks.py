@@ -6,6 +6,7 @@ import contextlib
 import json
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -62,20 +63,39 @@ LINE = {
 }
 
 
-class StepLines(ProgressCallback):
-    """Trainer's progress bar, with one short line per log call instead of the whole dictionary."""
+class StepLines(TrainerCallback):
+    """One short line per log call instead of the whole dictionary, with the time left."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun, self.first = time.perf_counter(), state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         shown = [f"{label} {logs[name]:.4g}" for name, label in LINE.items() if name in (logs or {})]
+        done, todo = state.global_step - getattr(self, "first", 0), state.max_steps - state.global_step
+        if shown and "loss" in logs and done and todo > 0:
+            shown.append(time_left((time.perf_counter() - self.begun) / done * todo))
         if state.is_world_process_zero and shown:
             say(f"step {state.global_step:>5}  " + "  ".join(shown), write=tqdm.write)
 
     @classmethod
     def install(cls, trainer) -> None:
-        """Takes the place of the callbacks that print dictionaries."""
+        """Takes the place of the callbacks that print dictionaries; a bar is drawn on a terminal only."""
         for other in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(other)
+        if sys.stderr.isatty() and not trainer.args.disable_tqdm:
+            trainer.add_callback(Bar)
         trainer.add_callback(cls)
+
+
+class Bar(ProgressCallback):
+    """Trainer's progress bars without its dictionaries."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
+
+
+def time_left(seconds: float) -> str:
+    return f"about {max(seconds, 0) / 60:.0f} min left" if seconds > 90 else f"about {max(seconds, 0):.0f} s left"
 
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

@@ -24,6 +24,7 @@ if Version(transformers.__version__) < Version(OLDEST):
 SHAPES = ("gamma", "gate_positive", "gate_negative", "entropy_power")
 CHOSEN = ("tau", "rectify", "clip_low", "clip_high", "delta", *SHAPES)  # options that only some objectives take
 LOGGING_STEPS = 10  # that a long run has between its log lines
+EVALUATED = 8  # prompts of an evaluation's batch, TrainingArguments' own default
 CLIP = 0.2  # PPO's range, in which to count the ratios of an objective that does not clip
 
 
@@ -104,6 +105,9 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
 
     learning_rate: float = option(1e-6, "Peak learning rate (the paper's).", section="Training")
     logging_steps: float | None = option(None, "Steps between log lines; None: 10, fewer in a short run.")  # type: ignore[assignment]
+    per_device_eval_batch_size: int | None = option(  # type: ignore[assignment]
+        None, "Prompts evaluated at once; None: as many responses as a rollout samples at once, 8 prompts at least."
+    )
     remove_unused_columns: bool = option(False, "Must stay False: reward functions need the other columns.")
     dataloader_pin_memory: bool = option(False, "Rows are text until the groups are built: nothing to pin.")
 
@@ -116,6 +120,8 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
         config_checks.check_training_arguments(self)
         self.few_log_lines = self.logging_steps is None
         self.logging_steps = LOGGING_STEPS if self.logging_steps is None else self.logging_steps
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = evaluation_batch(self)
         super().__post_init__()
 
     @property
@@ -123,6 +129,13 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
         """Those of evaluation, the one first whose metrics have no name behind theirs."""
         given = self.eval_temperature
         return given if isinstance(given, list) else [given]
+
+
+def evaluation_batch(config: GFTConfig) -> int:
+    """The prompts whose responses are as many as those of one generate call in training, EVALUATED at least."""
+    prompts = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.steps_per_rollout
+    prompts = min(prompts, config.generation_batch_size or prompts)
+    return max(EVALUATED, prompts * config.num_generations // config.eval_num_generations)
 
 
 # The objective

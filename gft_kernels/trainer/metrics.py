@@ -1,12 +1,9 @@
-"""What a run reports: means between two log lines, signs of a collapse, held-out metrics, completions."""
+"""What a run reports: means between two log lines, signs of a collapse, held-out metrics."""
 
 from __future__ import annotations
 
-import json
 import math
-import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +11,6 @@ from torch import Tensor
 
 from gft_kernels.data.rows import Response, Row
 from gft_kernels.options import TokenStats
-from gft_kernels.trainer.callbacks import say
 from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.groups import SOURCES, Group, count_items
 from gft_kernels.trainer.rewards import Rewards
@@ -240,31 +236,3 @@ def sampled_summary(names: Sequence[str], columns: np.ndarray) -> dict[str, floa
         if count.sum() > 0:  # over the responses it applies to
             summary[f"reward_{name}"] = total.sum() / count.sum()
     return summary
-
-
-# Completions
-
-
-def completions_table(group: Group, step: int, width: int = 110) -> str:
-    """One group as a table: where each response comes from, its reward, its advantage, its text."""
-    prompt = group.row.prompt if isinstance(group.row.prompt, str) else group.row.prompt[-1]["content"]
-    lines = [f"step {step} · {group.row.where} · {shorten(prompt, width)}"]
-    lines.append(f"{'source':8} {'reward':>7} {'advantage':>9} {'tokens':>6}  text")
-    for r in group.responses:
-        text = shorten(r.text, width - 36)
-        lines.append(f"{r.source:8} {r.reward:7.3f} {r.advantage:+9.3f} {len(r.ids):6}  {text}")
-    return "\n".join(lines)
-
-
-def shorten(text: str, width: int) -> str:
-    return textwrap.shorten(text.replace("\n", " ⏎ "), width, placeholder=" …")
-
-
-def show_completions(groups: Sequence[Group], step: int, output_dir: str) -> None:
-    """Prints the first group, and appends one JSON line per response of all to completions.jsonl."""
-    with Path(output_dir, "completions.jsonl").open("a", encoding="utf-8") as lines:
-        for row, r in ((g.row, r) for g in groups for r in g.responses):
-            entry = {"step": step, "row": row.where, "source": r.source, "advantage": r.advantage}
-            entry |= {"reward": r.reward if r.reward == r.reward else None, "prompt": row.prompt, "text": r.text}
-            lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
-    say("\n" + completions_table(groups[0], step))

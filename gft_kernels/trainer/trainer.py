@@ -27,10 +27,11 @@ from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.trainer import adapters, windows
 from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt
 from gft_kernels.trainer.checkpoints import Manifests
+from gft_kernels.trainer.completions import show_completions
 from gft_kernels.trainer.config import GFTConfig, call_options, clip_range, has_ratio
 from gft_kernels.trainer.engines import Rollout
 from gft_kernels.trainer.groups import IGNORE, GroupBuilder, check_sources, denominator, row_options
-from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, show_completions, signs_of_collapse
+from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, signs_of_collapse
 from gft_kernels.trainer.policies import Forward
 from gft_kernels.trainer.reference import FollowsPolicy, start_model
 from gft_kernels.trainer.rewards import Rewards
@@ -177,7 +178,7 @@ class GFTTrainer(Trainer):
         self.means.add_groups(window.groups, self.is_truncated, self.args)
         every, step = self.args.log_completions_steps, self.state.global_step
         if every and step % every == 0 and window.groups and self.is_world_process_zero():
-            show_completions(window.groups, step, str(self.args.output_dir))
+            show_completions(window.groups, step, str(self.args.output_dir), self.callback_handler.callbacks)
         num_items = torch.tensor(denominator(window.groups, self.args), dtype=torch.float32, device=device)
         return window.micro_batches, self.accelerator.gather(num_items).sum().clamp(min=1)
 

@@ -9,27 +9,62 @@ import yaml
 from cli_rig import ROOT, write_run
 
 from gft_kernels.cli import main
-from gft_kernels.cli.inputs import rows
+from gft_kernels.cli.inputs import rows, spread
 from gft_kernels.cli.plots import draw
 from gft_kernels.cli.settings import load
-from gft_kernels.trainer import GFTConfig
+from gft_kernels.trainer import GFTConfig, GFTTrainer
 from gft_kernels.trainer.rewards import find
 
 
 def test_a_run_trains_evaluates_draws_and_says_where_everything_lies(tmp_path, model_path, capsys):
-    config = write_run(tmp_path, model_path, eval_data=str(tmp_path / "rows.jsonl"))
+    config = write_run(tmp_path, model_path, eval_data=str(tmp_path / "rows.jsonl"), eval_on_start=True)
     assert main(["train", "--config", config, "--tau", "0.5", "--learning-rate=1e-2"]) == 0
     shown = capsys.readouterr().out
     run = tmp_path / "run"
-    for name in ("model.safetensors", "tokenizer.json", "metrics.jsonl", "completions.jsonl", "curves.png"):
+    written = ("metrics.jsonl", "completions.jsonl", "curves.png", "README.md", "report.html")
+    for name in ("model.safetensors", "tokenizer.json", *written):
         assert (run / name).is_file(), name
-    for word in ("eval_reward", "eval_expert_log_likelihood", "reward/sampled", "curves.png", "tau 0.5"):
+    for word in ("eval_reward", "eval_expert_log_likelihood", "reward/sampled", *written, "tau 0.5"):
         assert word in shown
     assert yaml.safe_load((run / "run.yaml").read_text())["learning_rate"] == 0.01
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps if "eval_runtime" in s] == [0, 3]  # before and after
     assert main(["plot", str(run), "--out", str(tmp_path / "new" / "a.png")]) == 0
     assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluation_waits_to_be_asked_for_and_has_its_limit(tmp_path, model_path, capsys):
+    """Without a terminal: lines that end, no bars, whatever disable_tqdm says; the time left on all but the last."""
+    config = write_run(tmp_path, model_path, eval_data=str(tmp_path / "rows.jsonl"), eval_rows=3, disable_tqdm=False)
+    assert main(["train", "--config", config, "--per_device_eval_batch_size", "1"]) == 0
+    shown, error = capsys.readouterr()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    [line] = [line for line in lines if "eval_runtime" in line]
+    assert line["step"] == 3 and line["eval_samples_per_second"] == pytest.approx(3 / line["eval_runtime"], rel=0.01)
+    assert "3 of 8 held-out rows are evaluated; eval_rows: null takes all" in error and "\r" not in shown + error
+    assert "3 steps of 2 prompts, saved every 1 steps; evaluated at the end, 1 prompts at once" in shown
+    steps = [line for line in shown.splitlines() if line.startswith("step     ") and "loss" in line]
+    assert [" s left" in line for line in steps] == [True, True, False] and "{'loss'" not in shown
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(3, [0, 2, 5]), (8, [*range(8)]), (None, [*range(8)])])
+def test_rows_to_evaluate_are_spread_over_the_file(count, chosen):
+    assert [*spread(range(8), count)] == chosen
+
+
+def test_a_published_run_has_its_own_page(tmp_path, model_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(GFTTrainer, "init_hf_repo", lambda self, *given: None)
+
+    def push(self, commit_message="End of training", **options):
+        self.create_model_card()
+        pushed.append((tmp_path / "run" / "README.md").read_text())
+
+    monkeypatch.setattr(GFTTrainer, "push_to_hub", push)
+    monkeypatch.setattr(GFTTrainer, "_push_from_checkpoint", lambda self, folder: None)
+    monkeypatch.setattr(GFTTrainer, "_finish_current_push", lambda self: None)
+    assert main(["train", "--config", write_run(tmp_path, model_path, max_steps=1), "--push_to_hub", "true"]) == 0
+    assert pushed[-1].startswith("# run\n") and "| `reward/sampled` |" in pushed[-1]
 
 
 def test_numbers_in_scientific_notation_and_lists_are_read(tmp_path):

@@ -43,6 +43,7 @@ def test_the_demo_is_the_examples_run(task):
     example = yaml.safe_load((ROOT / "examples" / file).read_text())
     expected = {**extraction_demo.SHARED, **extraction_demo.METHODS["gft"], "model": "smollm2", "rewards": [reward]}
     expected |= {"reader": f"{rows.__name__}:read_rows", "data": "sample", "eval_data": "sample"}
+    expected["eval_on_start"] = True
     # what the demo writes and shows is its own
     expected = {key: value for key, value in expected.items() if key != "log_completions_steps"}
     assert {key: value for key, value in example.items() if key != "output_dir"} == {

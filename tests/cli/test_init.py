@@ -10,7 +10,7 @@ import pytest
 import trainer_rig as rig
 import yaml
 
-from gft_kernels.cli import main
+from gft_kernels.cli import completing, main
 from gft_kernels.cli.keys import TRAINING, sections
 from gft_kernels.cli.settings import UNREAD, RunSettings, load
 from gft_kernels.trainer import GFTConfig
@@ -33,6 +33,12 @@ def test_every_key_is_listed_once_with_its_default(capsys):
         if field.default is not dataclasses.MISSING:
             assert defaults[field.name] == getattr(field.default, "value", field.default), field.name
     assert "\nLoss:\n  --objective str  [gft]\n" in shown and "rectify" not in shown[shown.index("\nTraining:") :]
+
+
+def test_a_shell_can_complete_every_key():
+    shown = completing().parse_args(["train", "--config", "a", "--data", "b", "--tau", "0.5", "--max_steps", "3"])
+    assert (shown.tau, shown.max_steps, shown.data) == ("0.5", "3", "b")
+    assert set(vars(shown)) >= {key.name for key in KEYS}
 
 
 def start(tmp_path, row, model) -> str:
@@ -59,9 +65,11 @@ def test_the_file_trains_as_it_stands(tmp_path, model_path, capsys):
     [
         (OFFLINE, {"num_generations": 0, "rewards": None}),
         (GIVEN | {"demonstrations": ["\\boxed{5}"]}, {"rewards": ["boxed_answer"], "num_demonstrations": 1}),
+        (GIVEN | {"demonstrations": ['{"a": 5}', "x"], "answer": {"a": 5}}, {"rewards": ["json_answer"]}),
+        (GIVEN | {"demonstrations": ["2024-05-03", "x"], "answer": "2024-05-03"}, {"rewards": ["exact_answer"]}),
         ({"prompt": "2 + 3 ="}, {"rewards": ["rewards_of_mine:reward"], "num_demonstrations": 0}),
     ],
-    ids=["offline", "boxed", "prompts"],
+    ids=["offline", "boxed", "json", "text", "prompts"],
 )
 def test_the_rows_decide(tmp_path, model_path, row, expected, capsys):
     settings, options = load(start(tmp_path, row, model_path), [], None)

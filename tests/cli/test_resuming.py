@@ -50,7 +50,7 @@ def logged(run) -> list[int]:
 
 def files_of(run) -> dict:
     """Content of every file but the logs and evaluations, which a run that goes on may add to."""
-    skipped = ("metrics.jsonl", "curves.png", "training_args.bin")
+    skipped = ("metrics.jsonl", "curves.png", "README.md", "report.html", "training_args.bin")
     return {str(p.relative_to(run)): mark(p) for p in run.rglob("*") if p.is_file() and p.name not in skipped}
 
 

@@ -10,7 +10,7 @@ import openrlhf_rig
 import pytest
 import torch
 
-from gft_kernels import gft_loss
+from gft_kernels import gft_loss, policy_loss
 from gft_kernels.integrations.given_log_probs import token_losses
 from gft_kernels.integrations.openrlhf import GFTPolicyLoss, check_arguments, policy_worker
 
@@ -115,6 +115,34 @@ def test_arguments_that_would_be_ignored_are_errors(changes):
     check_arguments(arguments())
     with pytest.raises(ValueError, match=rf"{next(iter(changes))} must be"):
         check_arguments(arguments(**changes))
+
+
+@pytest.mark.parametrize("dual_clip", [1.5, 3.0])
+def test_openrlhfs_dual_clip_is_delta(dual_clip):
+    """The table in docs/integrations/hosts.md, against the text of OpenRLHF 0.11.2's own loss in float64."""
+    logits, targets, advantages, mask = batch()
+    old = (log_probs_of(logits, targets) + torch.linspace(-2, 2, S * T).view(S, T)).double()
+    advantages, wanted = advantages.double(), logits.double().requires_grad_()
+    ratio = (log_probs_of(wanted, targets) - old).exp()
+    clipped = torch.min(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    held = torch.where(advantages < 0, torch.max(clipped, dual_clip * advantages), clipped)
+    assert ((held != clipped) & mask).any()
+    loss = -(held * mask).sum() / mask.sum()
+    (loss * 1.7).backward()
+    options = {"clip_low": 0.2, "clip_high": 0.28, "delta": dual_clip, "reduction": "token-mean"}
+    logits.requires_grad_()
+    found = policy_loss(
+        logits,
+        targets,
+        objective="grpo",
+        advantages=advantages.float(),
+        old_log_probs=old.float(),
+        mask=mask,
+        **options,
+    )
+    (found * 1.7).backward()
+    torch.testing.assert_close(found.double(), loss, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(logits.grad.double(), wanted.grad, atol=1e-6, rtol=1e-5)
 
 
 @needs_openrlhf

@@ -5,10 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import trainer_rig as rig
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from gft_kernels.trainer import GFTTrainer, Sampling, generate
 from gft_kernels.trainer.groups import IGNORE, Group, collate
@@ -267,6 +271,23 @@ def test_the_completions_table_shows_a_group_and_writes_all(tmp_path, capsys):
     entries = [json.loads(text) for text in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert len(entries) == 2 * 2 * 4 and {e["step"] for e in entries} == {0, 2}
     assert entries[0]["text"] == "0+1=1." and entries[0]["source"] == "expert"
+
+
+def test_completions_reach_the_trackers_that_hold_tables(tmp_path):
+    """Stand-ins with what transformers' callbacks hold: a library with tables, a writer of TensorBoard's."""
+    tables, texts = [], []
+    tracker = TrainerCallback()
+    tracker._trackio = SimpleNamespace(log=tables.append, Table=lambda dataframe: dataframe)
+    board = TensorBoardCallback.__new__(TensorBoardCallback)
+    board.tb_writer = Mock(add_text=lambda *given: texts.append(given))
+    board.logging_dir = str(tmp_path)
+    rig.trainer(tmp_path, callbacks=[tracker, board], log_completions_steps=2, max_steps=3).train()
+    assert [line["train/global_step"] for line in tables] == [0, 2]
+    entries = [json.loads(text) for text in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    assert [row for line in tables for row in line["completions"].to_dict("records")] == entries
+    shown = {given[2]: given[1] for given in texts if given[0] == "completions"}  # beside the run's arguments
+    assert set(shown) == {0, 2} and all(line.startswith("    ") for line in shown[2].splitlines() if line)
+    assert all(shown[e["step"]].count(e["row"]) for e in entries)
 
 
 def test_sampling_sets_the_models_own_generation_defaults_aside():

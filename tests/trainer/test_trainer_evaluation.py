@@ -155,3 +155,14 @@ def test_a_short_run_logs_often_enough_to_be_seen(tmp_path, steps, given, lines)
     trainer = rig.trainer(tmp_path, **options, **{"logging_steps": None, **given})
     trainer.train()
     assert len([line for line in trainer.state.log_history if "loss" in line]) == lines
+
+
+@pytest.mark.parametrize(("options", "prompts"), [
+    ({"gradient_accumulation_steps": 8}, 2 * 8 * 2),  # responses of a rollout, one to a prompt
+    ({"gradient_accumulation_steps": 8, "eval_num_generations": 2}, 16),
+    ({"gradient_accumulation_steps": 8, "steps_per_rollout": 3, "generation_batch_size": 20}, 40),
+    ({"num_generations": 0}, 8),
+    ({"gradient_accumulation_steps": 8, "per_device_eval_batch_size": 3}, 3),
+])  # fmt: skip
+def test_evaluation_samples_as_much_at_once_as_training(tmp_path, options, prompts):
+    assert rig.config(tmp_path, **options).eval_batch_size == prompts
