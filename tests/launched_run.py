@@ -16,7 +16,9 @@ import trainer_rig as rig
 from gft_kernels.trainer import GFTTrainer, SaveOnInterrupt
 
 OFFLINE = {"reward_funcs": (), "num_generations": 0}
-DRIFTING = {"objective": "grpo", "beta": 0.5, "steps_per_rollout": 2, "num_train_epochs": 2}
+DRIFTING = {"objective": "grpo", "beta": 0.5, "steps_per_rollout": 2, "num_train_epochs": 2, "num_iterations": 2,
+            "normalize": "batch", "top_entropy_quantile": 0.6}  # fmt: skip
+FOLLOWING = {"objective": "grpo", "beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 1}
 
 
 def brief_llama():
@@ -45,9 +47,9 @@ RUNS = {
     "tied": ("gpt2", rig.offline_rows(11), OFFLINE),
     "a rank without a live token": ("llama", equal_rewards_on_the_second_rank(), OFFLINE),
     "a rank without a row": ("llama", rig.offline_rows(1), OFFLINE),
-    "grpo, two steps a rollout": ("llama", rig.offline_rows(11), OFFLINE | DRIFTING),
+    "grpo, two steps a rollout, twice": ("llama", rig.offline_rows(11), OFFLINE | DRIFTING),
     "sampled": ("brief", rig.rows(7), {"generation_batch_size": 1, "num_generations": 3}),
-    "head in its own group": ("llama", rig.offline_rows(11), OFFLINE),
+    "head in its own group": ("llama", rig.offline_rows(11), OFFLINE | FOLLOWING),
 }
 
 SHARDED_ONLY = ("head in its own group",)

@@ -147,6 +147,26 @@ def test_several_steps_on_one_generation_log_how_far_the_policy_has_moved(tmp_pa
     assert second["drift/mean_abs_log_ratio"] == pytest.approx(log_ratio[live].abs().mean().item(), rel=1e-3)
 
 
+def test_advantages_weigh_the_tokens_of_trls_entropy_quantile(tmp_path):
+    trainer = trl_rig.trainer(tmp_path, per_device_train_batch_size=16, top_entropy_quantile=0.4, tau=0.0)
+    _, inputs = trl_rig.generated(trainer, rows=4)
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(trainer.model, inputs)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    with torch.no_grad():
+        logits = rig.llama()(ids, attention_mask=mask).logits[:, -inputs["completion_ids"].shape[1] - 1 : -1].double()
+    log_pi, live = logits.log_softmax(-1), inputs["completion_mask"].bool()
+    entropy = -(log_pi.exp() * log_pi).sum(-1)
+    chosen = live & (entropy >= torch.quantile(entropy[live], 0.6))
+    log_pi = log_pi.gather(2, inputs["completion_ids"][..., None])[..., 0]
+    expected = -(inputs["advantages"][:, None] * log_pi * chosen).sum() / live.sum()
+    assert 0.3 < chosen.sum() / live.sum() < 0.5 and abs(expected) > 1e-3
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    with pytest.raises(ValueError, match="top_entropy_quantile must lie above 0 and at most at 1, got 0"):
+        trl_rig.config(tmp_path, top_entropy_quantile=0)
+
+
 def test_truncated_completions_leave_the_loss_but_not_the_baseline(tmp_path):
     """TRL's mask_truncated_completions: their tokens count nowhere, their rewards do."""
     _, output = trl_rig.generated(trl_rig.trainer(tmp_path, per_device_train_batch_size=16), rows=4)
