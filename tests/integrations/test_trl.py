@@ -8,7 +8,6 @@ import inspect
 import pytest
 import torch
 import trainer_rig as rig
-from test_trainer import Gradients
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'gft-kernels[trl]'")
 
@@ -70,7 +69,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path, reduction, micro_batc
     """Groups may be cut into micro-batches, for advantages are taken before."""
 
     def step(size, parts):
-        seen = Gradients()
+        seen = rig.Gradients()
         trl_rig.trainer(
             tmp_path, callbacks=[seen], reduction=reduction, max_steps=1,
             per_device_train_batch_size=size, gradient_accumulation_steps=parts,
@@ -85,7 +84,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path, reduction, micro_batc
 def test_several_steps_of_one_generation_divide_it_into_equal_parts(tmp_path):
     """Four steps of one generation batch at a learning rate of 0 sum to four times its mean."""
     options = {"learning_rate": 0.0, "per_device_train_batch_size": 4}
-    seen, whole = Gradients(), Gradients()
+    seen, whole = rig.Gradients(), rig.Gradients()
     trl_rig.trainer(tmp_path, callbacks=[seen], max_steps=4, steps_per_generation=4, **options).train()
     trl_rig.trainer(tmp_path, callbacks=[whole], max_steps=1, gradient_accumulation_steps=4, **options).train()
     assert len(seen.steps) == 4 and (seen.steps[0] - seen.steps[1]).norm() > 1e-2
