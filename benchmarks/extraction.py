@@ -24,30 +24,37 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import extraction_report, provenance
+from benchmarks.kinds import linear
 from gft_kernels.cli import extraction_demo as demo
-from gft_kernels.data import extract_json, pretrained, text
-from gft_kernels.data.answers import json_answer
+from gft_kernels.data import answers, pretrained, text
 from gft_kernels.model import patch_model, unpatch_model
 from gft_kernels.trainer import GFTConfig, GFTTrainer, Sampling, generate
 
+ROWS, REWARD, _ = demo.TASKS[demo.TASK]
+VERIFY: Callable[..., list[float]] = getattr(answers, REWARD)
 GROUP, GIVEN = 6, 2
 Options = dict[str, Any]
 
 
 def right(completions, answer, **columns) -> list[float]:
     """The demo's verifier, as TRL calls it: a completion of messages is a list of one message."""
-    return json_answer(None, [turn[0]["content"] for turn in completions], answer)
+    return VERIFY(None, [turn[0]["content"] for turn in completions], answer)
 
 
 def gft_trainer(model, tokenizer, options: Options, **changes: Any) -> None:
     args = GFTConfig(
         **{**demo.SHARED, **demo.METHODS["gft"], **options, **changes}, disable_tqdm=True, report_to="none"
     )
-    GFTTrainer(model, args, extract_json.read_rows(), None, tokenizer, reward_funcs=json_answer).train()
+    GFTTrainer(model, args, ROWS.read_rows(), None, tokenizer, reward_funcs=VERIFY).train()
 
 
 def sft(model, tokenizer, options: Options) -> None:
     gft_trainer(model, tokenizer, options, **demo.METHODS["sft"])
+
+
+def filtered(model, tokenizer, options: Options) -> None:
+    """With the backward products cut at the error of bfloat16."""
+    gft_trainer(model, tokenizer, options, filter_eps=linear.BFLOAT16_AUTO)
 
 
 def sft_of_experts(model, tokenizer, options: Options) -> None:
@@ -64,7 +71,7 @@ def _with_trl(trainer: type, config: type, model, tokenizer, options: Options, *
         per_device_train_batch_size=GROUP * demo.SHARED["per_device_train_batch_size"], disable_tqdm=True,
         gradient_checkpointing=False, bf16=False, logging_strategy="no", **shared, **more,
     )  # fmt: skip
-    rows = Dataset.from_list(extract_json.read_rows())
+    rows = Dataset.from_list(ROWS.read_rows())
     trainer(model, right, args, train_dataset=rows, processing_class=tokenizer).train()
 
 
@@ -86,7 +93,7 @@ def plain_loop(model, tokenizer, options: Options) -> None:
     patch_model(model, tau=demo.METHODS["gft"]["tau"])
     optimizer = torch.optim.AdamW(model.parameters(), options["learning_rate"], weight_decay=0.0)
     ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / options["warmup_steps"], 1.0))
-    rows, ends = extract_json.read_rows(), text.end_tokens(tokenizer)
+    rows, ends = ROWS.read_rows(), text.end_tokens(tokenizer)
     random.Random(options["seed"]).shuffle(rows)
     torch.manual_seed(options["seed"])
     sampling = Sampling(GROUP - GIVEN, options["max_completion_length"], 1.0, ends, tokenizer.pad_token_id)
@@ -100,7 +107,7 @@ def plain_loop(model, tokenizer, options: Options) -> None:
             given = [text.encode_response(tokenizer, d, row["prompt"], prompt) for d in row["demonstrations"]]
             group = [*given, *(next(samples) for _ in range(sampling.num_generations))]
             said = [text.decode(tokenizer, ids, ends) for ids in group]
-            rewards += json_answer(None, said, [row["answer"]] * GROUP)
+            rewards += VERIFY(None, said, [row["answer"]] * GROUP)
             texts += [torch.tensor(prompt + ids) for ids in group]
             labels += [torch.tensor([-100] * len(prompt) + ids) for ids in group]
         model(
@@ -115,7 +122,8 @@ def plain_loop(model, tokenizer, options: Options) -> None:
 
 
 TRAINERS: dict[str, Callable] = {
-    "GFTTrainer": gft_trainer, "TRL adapter": trl_adapter, "plain loop": plain_loop, "TRL GRPO": trl_grpo,
+    "GFTTrainer": gft_trainer, "GFTTrainer, filter_eps": filtered, "TRL adapter": trl_adapter, "plain loop": plain_loop,
+    "TRL GRPO": trl_grpo,
     "SFT, same rows": sft, "SFT, experts only": sft_of_experts,
 }  # fmt: skip
 
@@ -132,7 +140,8 @@ def measured(name: str, model_name: str, options: Options, held_out: int) -> dic
     unit = 1 << 30 if sys.platform == "darwin" else 1 << 20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     after = _rates(model, tokenizer, options, held_out)
-    found = {"trainer": name, "seed": options["seed"], "n": held_out, "steps": {**demo.SHARED, **options}["max_steps"]}
+    found = {"task": demo.TASK, "trainer": name, "seed": options["seed"], "n": held_out}
+    found["steps"] = {**demo.SHARED, **options}["max_steps"]
     where = {"machine": provenance.machine(), "threads": torch.get_num_threads(), "commit": provenance.commit()}
     return {**found, "before": before, "after": after, "seconds_a_step": seconds, "peak_gib": peak, **where}
 
@@ -140,9 +149,9 @@ def measured(name: str, model_name: str, options: Options, held_out: int) -> dic
 def _rates(model, tokenizer, options: Options, held_out: int) -> dict[str, float]:
     """Everyone is asked by the same evaluation, which leaves the model as it was."""
     args = GFTConfig(**{**demo.SHARED, **options, "seed": 0}, disable_tqdm=True, report_to="none")
-    rows = extract_json.read_rows(split="test")[:held_out]
+    rows = ROWS.read_rows(split="test")[:held_out]
     _unpatched(model)
-    metrics = GFTTrainer(model, args, None, rows, tokenizer, reward_funcs=json_answer).evaluate()
+    metrics = GFTTrainer(model, args, None, rows, tokenizer, reward_funcs=VERIFY).evaluate()
     _unpatched(model)
     gc.collect()
     return {name: metrics[key] for name, key in demo.TEMPERATURES.items()}
@@ -159,6 +168,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--held-out", type=int, default=64, help="rows of an evaluation (default: %(default)s)")
+    parser.add_argument("--busy", action="store_true", help="the machine does other work: keep no seconds")
     parser.add_argument("--save", type=Path, default=extraction_report.FILE, help="the results, a line a run")
     for name in ("max_steps", "max_completion_length"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=demo.SHARED[name])
@@ -170,6 +180,8 @@ def main() -> None:
     changes = {name: getattr(options, name) for name in ("seed", "max_steps", "max_completion_length")}
     with tempfile.TemporaryDirectory() as folder:
         found = measured(options.trainer, options.model, {"output_dir": folder, **changes}, options.held_out)
+    if options.busy:
+        found["seconds_a_step"] = None
     extraction_report.keep(found, options.save)
     print({name: found[name] for name in ("trainer", "before", "after", "seconds_a_step", "peak_gib")}, flush=True)
 

@@ -41,8 +41,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     lines.append("|---" * (len(titles) + 4) + "|")
     for name, runs in by_trainer(results).items():
         rates = [_rate(runs, when, temperature) for temperature in TEMPERATURES for when in ("before", "after")]
-        seconds = sorted(run["seconds_a_step"] for run in runs)[len(runs) // 2]
-        cells = [f"{len(runs)}, {runs[0]['steps']}", *rates, f"{seconds:.1f} s"]
+        seconds = sorted(run["seconds_a_step"] for run in runs if run["seconds_a_step"])
+        shown = f"{seconds[len(seconds) // 2]:.1f} s" if seconds else "–"
+        cells = [f"{len(runs)}, {runs[0]['steps']}", *rates, shown]
         cells.append(f"{max(run['peak_gib'] for run in runs):.1f} GiB")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     first = results[0]

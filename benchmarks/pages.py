@@ -57,6 +57,10 @@ def _over_floor(outcome: dict) -> str:
     return f"{outcome['over_floor']:.2f}"
 
 
+def _error(outcome: dict) -> str:
+    return f"{outcome['error']:.0e}" if outcome["error"] is not None else "–"
+
+
 def _megabytes(outcome: dict) -> str:
     if outcome["extra_bytes"] is None:
         return "–"
@@ -138,6 +142,38 @@ def _linear_words() -> str:
     )
 
 
+def _recorded_states(rows: int) -> dict[str, dict]:
+    return outcomes("linear-sparse-cpu.json", f"{rows} × 576 × 49152 float32, smollm2, 1 thread")
+
+
+def _sparse_words() -> str:
+    found = _recorded_states(2048)
+    names = ("gft_linear_loss, filter_eps", "gft_linear_loss cpu", LEAN)
+    ours, exact, eager = (_over_floor(found[name]) for name in names)
+    return (
+        f"- {ours} times the three products over 2048 states of SmolLM2-135M-Instruct and its head, one thread of a\n"
+        f"  CPU; exact {exact}, eager PyTorch {eager}.\n"
+    )
+
+
+def _sparse() -> str:
+    columns: list[Column] = []
+    for rows in (258, 2048):
+        found = _recorded_states(rows)
+        columns += [(f"{rows} rows", found, _duration), ("over the floor", found, _over_floor)]
+    return table([*columns, ("gradients' error", columns[-1][1], _error)])
+
+
+def _prompts() -> str:
+    """A row a layout, a pair of columns a case: how long prompts and responses are, then time and memory."""
+    columns: list[Column] = []
+    for label, case in _cases("prompts-cpu.json").items():
+        found, shape = outcomes("prompts-cpu.json", label), case["case"]
+        found = {name: outcome for name, outcome in found.items() if outcome["objective"]}
+        columns += [(f"{shape['prompt']}:{shape['response']}", found, _duration), ("memory", found, _megabytes)]
+    return table(columns)
+
+
 def _step_memory() -> str:
     found = outcomes("step-memory-cpu.json", STEP)
     found = {name: outcome for name, outcome in found.items() if outcome["objective"]}
@@ -180,7 +216,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "row-words": _row_words,
     "linear": lambda: _timed_table("linear-peers-cpu.json", f"{LINEAR}, 2 threads"),
     "linear-words": _linear_words,
+    "sparse": _sparse,
+    "sparse-words": _sparse_words,
     "chunk-memory": _chunk_memory,
+    "prompts": _prompts,
     "step": lambda: _timed_table("quick-cpu.json", STEP),
     "step-memory": _step_memory,
     "log-probs": lambda: _timed_table("quick-cpu.json", "log-probs 64 × 128 × 32000 float32, 1 thread"),

@@ -18,7 +18,6 @@ from torch import Tensor
 from gft_kernels.data import dates, extract_json, pretrained, text
 
 FILE = Path(__file__).parent / "recorded" / "smollm2-answers.npz"
-ROWS = {extract_json: 4, dates: 4}  # held-out rows of each task, with two answers each
 
 
 class Answers(NamedTuple):
@@ -27,11 +26,16 @@ class Answers(NamedTuple):
     response_N: Tensor  # int64, whose token it is; even: an expert's answer, odd: a teacher's
 
 
-def answers() -> Answers:
-    """What was recorded."""
+def answers(rows: int | None = None) -> Answers:
+    """What was recorded; more rows than that the model reads now. Raises as `head` does, where it must."""
     with numpy.load(FILE) as file:
         hidden, targets, responses = (torch.from_numpy(file[name]) for name in ("hidden", "targets", "responses"))
-    return Answers(hidden, targets.long(), responses.long())
+    found = Answers(hidden, targets.long(), responses.long())
+    if rows is None:
+        return found
+    if rows > len(found.targets_N):
+        found = read(2 + rows // 20)  # of each task, two answers a row: never fewer than 20 tokens together
+    return Answers(*(part[:rows] for part in found))
 
 
 def head() -> Tensor:
@@ -43,15 +47,15 @@ def head() -> Tensor:
 
 
 @torch.no_grad()
-def record(file: Path = FILE) -> None:
-    """Writes what `answers` reads."""
+def read(count: int) -> Answers:
+    """The states and tokens of `count` held-out rows of each task, with two answers each."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = pretrained.located("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     hidden, targets, responses = [], [], []
-    for task, count in ROWS.items():
+    for task in (extract_json, dates):
         for row in task.records(count, "test", seed=2):
             prompt = text.encode_prompt(tokenizer, row["prompt"])
             for answer in row["demonstrations"]:
@@ -60,11 +64,16 @@ def record(file: Path = FILE) -> None:
                 hidden.append(states_LD[len(prompt) - 1 : -1].half())
                 responses += [len(hidden) - 1] * len(ids)
                 targets += ids
-    file.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"targets": numpy.array(targets, numpy.int32), "responses": numpy.array(responses, numpy.int16)}
-    numpy.savez_compressed(file, hidden=torch.cat(hidden).numpy(), **kept)
+    return Answers(torch.cat(hidden), torch.tensor(targets), torch.tensor(responses))
 
 
 if __name__ == "__main__":
-    record()
-    print(f"{FILE}: {FILE.stat().st_size / 1e3:.0f} kB, {len(answers().targets_N)} rows")
+    found = read(4)
+    FILE.parent.mkdir(parents=True, exist_ok=True)
+    numpy.savez_compressed(
+        FILE,
+        hidden=found.hidden_ND.numpy(),
+        targets=found.targets_N.int().numpy(),
+        responses=found.response_N.short().numpy(),
+    )
+    print(f"{FILE}: {FILE.stat().st_size / 1e3:.0f} kB, {len(found.targets_N)} rows")

@@ -155,7 +155,8 @@ def _stats(result: RowResult, call: RowCall | LinearCall, shape: torch.Size) -> 
     entropy = None if result.entropy_R is None else result.entropy_R.reshape(shape)
     log_probs, coefficients = result.log_probs_R.reshape(shape), result.coefficients_R.reshape(shape)
     advantages = result.advantages_R.reshape(shape)
-    return TokenStats(log_probs, coefficients, advantages, entropy, **objectives.ratios(result, call, shape))
+    kept = None if result.kept_R is None else result.kept_R.reshape(shape)
+    return TokenStats(log_probs, coefficients, advantages, entropy, kept=kept, **objectives.ratios(result, call, shape))
 
 
 class _Fixed(torch.nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor
 RECTIFY = ("all", "positive")  # of a rule; what a caller may ask for is made of them (objectives.RECTIFIES)
 REDUCTIONS = ("token-mean", "sequence-mean", "sum", "none")
 NORMALIZE = ("std", "mean", "leave-one-out")
+BATCH = "batch"  # of trainers, which know every reward of a step: R - mean of the group, over the deviation of all
 SPLIT = "split"  # of group_advantages and the trainer, which know what was given; a loss is told advantages
 SINGLETON = ("reward", "zero")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -213,6 +214,7 @@ class RowResult:
     gradient_STV: Tensor | None = None  # in the logits' dtype; times row_scale_R where that is given
     row_scale_R: Tensor | None = None
     entropy_R: Tensor | None = None
+    kept_R: Tensor | None = None  # of a linear loss under filter_eps: as LinearResult's
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,7 @@ class LinearResult:
     coefficients_R: Tensor
     advantages_R: Tensor
     entropy_R: Tensor | None
+    kept_R: Tensor | None  # share of this rank's columns the gradients' products took; 0 where no gradient was wanted
     hidden_gradient_RD: Tensor | None
     weight_gradient_VD: Tensor | None
     bias_gradient_V: Tensor | None
@@ -240,6 +243,9 @@ class TokenStats:
 
     `policy_loss` adds, where there is such a thing: ratios, pi / pi_old. clipped (bool): the ratio is beyond its bound.
     kl: the k3 estimate of KL(pi, pi_ref), in nats.
+
+    kept: under `filter_eps`, the share of the vocabulary (of this rank's, where it is sharded) that the two backward
+    products of a row took in full, 0 for a row without a gradient; None where nothing is left out, or not yet.
     """
 
     log_probs: Tensor
@@ -249,3 +255,4 @@ class TokenStats:
     ratios: Tensor | None = None
     clipped: Tensor | None = None
     kl: Tensor | None = None
+    kept: Tensor | None = None

@@ -101,7 +101,7 @@ def sparse_sweep(device: str, threads: int = 1) -> list[LinearCase]:
     if device == "cuda":
         large = LinearCase(8192, 4096, 128256, "bfloat16", device=device)
     real = replace(large, rows=len(recorded.answers().targets_N), hidden=576, vocab=49152, states="smollm2")
-    return [real, replace(large, states="trained"), large]
+    return [real, replace(real, rows=2048), replace(large, states="trained"), large]
 
 
 def gpu_sweep(device: str, threads: int = 1) -> list[LinearCase]:
@@ -183,7 +183,7 @@ def build(case: LinearCase) -> LinearProblem:
     as the case says."""
     generator = torch.Generator(case.device).manual_seed(case.seed)
     if case.states == "smollm2":
-        return _problem(case, *_recorded())
+        return _problem(case, *_recorded(case.rows))
     weight_VD = torch.randn(case.vocab, case.hidden, generator=generator, device=case.device).div_(case.hidden**0.5)
     hidden_ND = torch.randn(case.rows, case.hidden, generator=generator, device=case.device)
     if case.states == "trained":
@@ -201,11 +201,10 @@ def build(case: LinearCase) -> LinearProblem:
     return _problem(case, hidden_ND, targets_N, advantages_N, weight_VD)
 
 
-def _recorded() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _recorded(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden, targets, advantages (1 of an expert's answer, -0.7 of a teacher's) and head of a real model."""
-    found = recorded.answers()
     try:
-        weight_VD = recorded.head()
+        found, weight_VD = recorded.answers(rows), recorded.head()
     except ValueError as error:
         raise RuntimeError(str(error)) from error
     return found.hidden_ND.float(), found.targets_N, torch.where(found.response_N % 2 == 0, 1.0, -0.7), weight_VD
@@ -354,6 +353,8 @@ def _trl_loss(hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:
 def _liger_grpo(hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
 
+    if problem.case.states == "smollm2":
+        raise AbsentError("it takes responses of one length, and the recorded ones have their own")
     case, shape_ST = problem.case, responses_of_one_length(problem.case)
     targets_ST = problem.targets_N.view(shape_ST)
     options = {"beta": 0.0, "loss_type": "bnpo", "use_ref_model": False, "temperature": case.temperature}

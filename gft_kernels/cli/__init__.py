@@ -85,13 +85,13 @@ def _parser():
         "--quick", action="store_true", help="a model from scratch instead, a minute; as --only digit-sum"
     )
     what.add_argument(
-        "--only", choices=("json", "dates", "digit-sum", "gsm8k"), default="json",
+        "--only", choices=("dates", "json", "digit-sum", "gsm8k"), default="dates",
         help="what to learn: the first two of a pretrained model, the others from scratch (default: %(default)s)",
     )  # fmt: skip
     demo.add_argument(
-        "--model", help="json, dates: a folder, a GGUF file or a name, as of gft train (default: smollm2)"
+        "--model", help="dates, json: a folder, a GGUF file or a name, as of gft train (default: smollm2)"
     )
-    demo.add_argument("--seed", type=int, help="json, dates: of rows' order and samples (default: 0)")
+    demo.add_argument("--seed", type=int, help="dates, json: of rows' order and samples (default: 0)")
     demo.add_argument("--data", help="gsm8k: the full set, a directory with train.parquet, test.parquet and socratic/")
     demo.set_defaults(run=_demo)
     return parser

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -136,6 +135,7 @@ class _ChunkedLoss:
             self.rounded_CV = torch.empty(longest, stride, dtype=self.precision.operand, device=device)[:, :vocabulary]
         self.loss_R, self.log_probs_R, self.coefficients_R = (torch.zeros(rows, device=device) for _ in range(3))
         self.entropy_R = torch.zeros(rows, device=device) if call.want_entropy else None
+        self.kept_R = torch.zeros(rows, device=device) if reports_kept(call) else None
         accum = call.accum_dtype
         self.hidden_gradient_RD = None
         if call.want_hidden:
@@ -197,24 +197,30 @@ class _ChunkedLoss:
         tiles = [sparse.Tile(slice(None), None, None)]
         if self.call.filter_eps and dlogits_CV.numel():  # a shard may be empty
             tiles = sparse.tiles_of(dlogits_CV, self.call.filter_eps)
-        for tile in tiles:
-            out_TD = None if gradient_CD is None else gradient_CD[tile.rows]
-            products = self._add_whole if tile.kept_K is None else partial(sparse.add_products, self.head, tile)
-            products(dlogits_CV[tile.rows], hidden_CD[tile.rows], out_TD, self.weight_gradient_VD, add=self.started)
+        if self.kept_R is not None:
+            for tile in tiles:
+                columns = dlogits_CV.shape[1] if tile.kept_K is None else len(tile.kept_K)
+                self.kept_R[rows_C[tile.rows]] = columns / dlogits_CV.shape[1]
+        whole = [tile.rows for tile in tiles if tile.kept_K is None]
+        for rows in whole:
+            self._add_whole(dlogits_CV[rows], hidden_CD[rows], None if gradient_CD is None else gradient_CD[rows])
+        if len(whole) < len(tiles):
+            cut = [tile for tile in tiles if tile.kept_K is not None]
+            out_VD, add = self.weight_gradient_VD, self.started
+            sparse.add_products(self.head, cut, dlogits_CV, hidden_CD, gradient_CD, out_VD, add)
             self.started = True
         if self.hidden_gradient_RD is not None and gradient_CD is not None:
             self.hidden_gradient_RD[rows_C] = gradient_CD.to(self.call.accum_dtype)
 
-    def _add_whole(
-        self, dlogits_TV: Tensor, hidden_TD: Tensor, out_TD: Tensor | None, out_VD: Tensor | None, add: bool
-    ) -> None:
-        """Both products over every column; as `sparse.add_products`."""
+    def _add_whole(self, dlogits_TV: Tensor, hidden_TD: Tensor, out_TD: Tensor | None) -> None:
+        """Both products over every column."""
         if self.rounded_CV is not None:
             dlogits_TV = self.rounded_CV[: len(dlogits_TV)].copy_(dlogits_TV)
         if out_TD is not None:
             self.head.hidden_gradient(dlogits_TV, out_TD)
-        if out_VD is not None:
-            multiply(dlogits_TV.t(), hidden_TD, out_VD, add=add)
+        if self.weight_gradient_VD is not None:
+            multiply(dlogits_TV.t(), hidden_TD, self.weight_gradient_VD, add=self.started)
+        self.started = True
 
     def result(self) -> LinearResult:
         """The finished sums; where the head is sharded, the hidden gradient is added up over the ranks here, once."""
@@ -229,11 +235,17 @@ class _ChunkedLoss:
             coefficients_R=self.coefficients_R,
             advantages_R=self.credit.advantages_R,
             entropy_R=self.entropy_R,
+            kept_R=self.kept_R,
             hidden_gradient_RD=self.hidden_gradient_RD,
             weight_gradient_VD=self.weight_gradient_VD,
             bias_gradient_V=self.bias_gradient_V,
             unit=self.unit,
         )
+
+
+def reports_kept(call: LinearCall) -> bool:
+    """Whether a run counts the columns its products keep."""
+    return call.want_stats and call.want_gradient and call.filter_eps > 0.0
 
 
 def scales_gradient(call: LinearCall) -> bool:

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from gft_kernels.linear.products import Head, multiply
 
-TILE = 512  # rows that keep the same columns: fewer rows keep fewer, but the tails read head and dW once a tile
-BLOCK = 32  # rows that share a tail: two products of 1/32 the size
+TILE = 512  # rows that keep the same columns: fewer rows keep fewer, in thinner products
+BLOCK = 64  # rows that share a tail: two products of 1/64 the size
 DENSE = 0.5  # share of the columns kept beyond which gathering them saves little
 SAMPLED = 8  # one row in so many tells whether a tile is flat
 PANEL = 8  # rows looked at at a time, which a cache still holds
 NOTHING = 1e-12  # missing of a row, in units of its largest entry: far below what float32 can tell from 0
+HUGE = 1e37  # where a float32 is still far from infinite
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -56,8 +57,9 @@ def tiles_of(dlogits_CV: Tensor, filter_eps: float) -> list[Tile]:
     for start in range(0, len(dlogits_CV), size):
         dlogits_TV, sizes, kept_K = dlogits_CV[start : start + size], None, None
         rows = slice(start, start + len(dlogits_TV))
-        # more rows keep more columns: where a few of them need too many, the others need not be looked at
-        if _columns(measure(dlogits_TV[::SAMPLED]), filter_eps) is not None:
+        # more rows keep more columns: behind a flat tile a few rows that need too many spare a look at the others
+        flat = not tiles or tiles[-1].kept_K is None
+        if not flat or _columns(measure(dlogits_TV[::SAMPLED]), filter_eps) is not None:
             sizes = measure(dlogits_TV)
             kept_K = _columns(sizes, filter_eps)
         if kept_K is None and tiles and tiles[-1].kept_K is None:
@@ -80,16 +82,16 @@ def measure(dlogits_TV: Tensor) -> Sizes:
     unit_T, sum_T, equal_T, loud_T = dlogits_TV.new_empty(4, rows, dtype=torch.float32)
     energy_2V = dlogits_TV.new_zeros(2, dlogits_TV.shape[1], dtype=torch.float32)
     whole, base = unit_T.new_zeros(()), None
+    scaled_PV = torch.empty_like(dlogits_TV[:PANEL], dtype=torch.float32)
     for start in range(0, rows, PANEL):
         panel, at = dlogits_TV[start : start + PANEL], slice(start, start + PANEL)
         top_P = torch.maximum(panel.amax(1), -panel.amin(1)).float()
         if base is None:  # loudness is relative; beyond 1e19 of the first rows' it is infinite, and the tile dense
             base = top_P.amax().clamp_min(TINY)
         unit_T[at] = torch.where(top_P > 0.0, 1.0 / top_P, 0.0)
-        panel = panel * unit_T[at, None]
+        panel = torch.mul(panel, unit_T[at, None], out=scaled_PV[: len(panel)])
         torch.sum(panel, 1, out=sum_T[at])
-        panel.square_()
-        square_P = panel.sum(1)
+        square_P = panel.square_().sum(1)
         equal_T[at] = 1.0 / (rows * square_P.clamp_min(1.0))
         loud_T[at] = (top_P / base).square()
         whole += (loud_T[at] * square_P).sum()
@@ -100,30 +102,43 @@ def measure(dlogits_TV: Tensor) -> Sizes:
 
 def add_products(
     head: Head,
-    tile: Tile,
-    dlogits_TV: Tensor,
-    hidden_TD: Tensor,
-    out_TD: Tensor | None,
+    tiles: list[Tile],
+    dlogits_CV: Tensor,
+    hidden_CD: Tensor,
+    out_CD: Tensor | None,
     out_VD: Tensor | None,
     add: bool,
 ) -> None:
-    """out_TD = G · weight and out_VD (+)= Gᵀ · hidden for the tile's G; None: not wanted."""
-    assert tile.kept_K is not None and tile.sizes is not None
-    operand = head.precision.operand
-    kept_TK = dlogits_TV.index_select(1, tile.kept_K).float()
-    share_TB, tail_BV = _tail(dlogits_TV, kept_TK, tile.kept_K, tile.sizes)
-    kept_TK, tail_BV = kept_TK.to(operand), tail_BV.to(operand)
-    if out_TD is not None:
-        mean_BD = out_TD.new_empty(len(tail_BV), out_TD.shape[1])
+    """out_CD = G · weight and out_VD (+)= Gᵀ · hidden for the rows of tiles with columns kept; None: not wanted.
+
+    The thin products read head and dW once for all tiles.
+    """
+    operand, shares, tails = head.precision.operand, [], []
+    if out_VD is not None and not add:
+        out_VD.zero_()
+    for rows, kept_K, sizes in tiles:
+        assert kept_K is not None and sizes is not None
+        dlogits_TV = dlogits_CV[rows]
+        kept_TK = dlogits_TV.index_select(1, kept_K).float()
+        share_TB, tail_BV = _tail(dlogits_TV, kept_TK, kept_K, sizes)
+        shares.append(share_TB)
+        tails.append(tail_BV.to(operand))
+        kept_TK = kept_TK.to(operand)
+        if out_CD is not None:
+            multiply(kept_TK, head.columns(kept_K), out_CD[rows])
+        if out_VD is not None:
+            kept_KD = torch.empty(len(kept_K), out_VD.shape[1], device=out_VD.device)
+            multiply(kept_TK.t(), hidden_CD[rows], kept_KD)
+            out_VD.index_add_(0, kept_K, kept_KD.to(out_VD.dtype))
+    tail_BV, blocks = torch.cat(tails), [len(tail) for tail in tails]
+    if out_CD is not None:
+        mean_BD = out_CD.new_empty(len(tail_BV), out_CD.shape[1])
         head.hidden_gradient(tail_BV, mean_BD)
-        multiply(kept_TK, head.columns(tile.kept_K), out_TD)
-        out_TD.addmm_(share_TB, mean_BD)
+        for tile, share_TB, mean in zip(tiles, shares, mean_BD.split(blocks), strict=True):
+            out_CD[tile.rows].addmm_(share_TB, mean)
     if out_VD is not None:
-        state_BD = (share_TB.t() @ hidden_TD.float()).to(operand)
-        multiply(tail_BV.t(), state_BD, out_VD, add=add)
-        kept_KD = torch.empty(len(tile.kept_K), out_VD.shape[1], device=out_VD.device)
-        multiply(kept_TK.t(), hidden_TD, kept_KD)
-        out_VD.index_add_(0, tile.kept_K, kept_KD.to(out_VD.dtype))
+        states = [share.t() @ hidden_CD[tile.rows].float() for tile, share in zip(tiles, shares, strict=True)]
+        multiply(tail_BV.t(), torch.cat(states).to(operand), out_VD, add=True)
 
 
 def _tail(dlogits_TV: Tensor, kept_TK: Tensor, kept_K: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
@@ -142,9 +157,10 @@ def _tail(dlogits_TV: Tensor, kept_TK: Tensor, kept_K: Tensor, sizes: Sizes) -> 
     size_B = zeros_B.index_add(0, block_T, size_T).clamp_min(TINY)
     factor_T = pull_T * (size_B / fit_B)[block_T]
     tail_BV = kept_TK.new_empty(len(zeros_B), dlogits_TV.shape[1])
-    rows = zip(dlogits_TV.split(BLOCK), sizes.unit_T.split(BLOCK), factor_T.split(BLOCK), strict=True)
-    for tail_V, (block_V, unit, factor) in zip(tail_BV, rows, strict=True):
-        torch.mv((block_V * unit[:, None]).t(), factor, out=tail_V)
+    factor_T = (factor_T * sizes.unit_T).clamp(-HUGE, HUGE)  # a row so much quieter than its block is denormal
+    blocks = zip(tail_BV, dlogits_TV.split(BLOCK), factor_T.split(BLOCK), strict=True)
+    for tail_V, rows_V, factor in blocks:
+        torch.mv(rows_V.float().t(), factor, out=tail_V)
     tail_BV.index_fill_(1, kept_K, 0.0)
     share_TB = kept_TK.new_zeros(len(kept_TK), len(zeros_B))
     share_TB[torch.arange(len(kept_TK), device=kept_K.device), block_T] = missing_T.sign() * size_T / size_B[block_T]

@@ -26,8 +26,8 @@ _NAMED = {**row.SHARED, **_OPTIONS, "backend": "str"}
 _ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in _NAMED.items())
 _SCHEMA = (
     f"(Tensor hidden_STD, Tensor weight_VD, Tensor? bias_V, {_ARGUMENTS}) -> (Tensor loss, Tensor log_probs, "
-    "Tensor coefficients, Tensor advantages, Tensor entropy, Tensor hidden_gradient, Tensor weight_gradient, "
-    "Tensor bias_gradient, Tensor unit)"
+    "Tensor coefficients, Tensor advantages, Tensor entropy, Tensor kept, "
+    "Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient, Tensor unit)"
 )
 _BLOCK_BYTES = 64 << 20  # of a gradient scaled and rounded at a time, so that no second copy of it exists in float32
 
@@ -35,9 +35,10 @@ _BLOCK_BYTES = 64 << 20  # of a gradient scaled and rounded at a time, so that n
 def linear_loss(call: LinearCall, backend: str) -> RowResult:
     """Run a call through its operator; the loss carries the gradients it asks for."""
     derivatives.refuse_others(call.hidden_STD, call.weight_VD, call.bias_V)
-    loss, log_probs, coefficients, advantages, entropy, *_gradients = torch.ops.gft.linear_loss(*_pack(call, backend))
-    kept = entropy if call.want_entropy else None
-    return RowResult(loss, log_probs, coefficients, advantages, entropy_R=kept)
+    loss, log_probs, coefficients, advantages, *optional = torch.ops.gft.linear_loss(*_pack(call, backend))[:6]
+    wanted = (call.want_entropy, chunks.reports_kept(call))
+    entropy, kept = (found if asked else None for found, asked in zip(optional, wanted, strict=True))
+    return RowResult(loss, log_probs, coefficients, advantages, entropy_R=entropy, kept_R=kept)
 
 
 def _pack(call: LinearCall, backend: str) -> tuple:
@@ -78,6 +79,7 @@ def _fake(*arguments) -> tuple[Tensor, ...]:
         new(rows) if call.credit.reduction == "none" else new(),
         *(new(rows) for _ in range(3)),
         new(rows, wanted=call.want_entropy),
+        new(rows, wanted=chunks.reports_kept(call)),
         new(rows, hidden_size, wanted=call.want_hidden, dtype=call.accum_dtype),
         new(vocabulary, hidden_size, wanted=call.want_weight, dtype=call.accum_dtype),
         new(vocabulary, wanted=call.want_bias, dtype=call.accum_dtype),
@@ -131,7 +133,7 @@ def _recomputed(ctx, upstream: Tensor) -> list[Tensor | None]:
         want_weight=wanted[1],
         want_bias=wanted[2],
     )
-    *gradients, unit = torch.ops.gft.linear_loss(*_pack(call, backend))[5:]
+    *gradients, unit = torch.ops.gft.linear_loss(*_pack(call, backend))[6:]
     factor = unit if unit.numel() else torch.ones((), device=upstream.device)
     inputs = zip(gradients, arguments, wanted, strict=False)
     return [_finish(gradient, factor, x.shape, x.dtype) if needed else None for gradient, x, needed in inputs]

@@ -80,8 +80,8 @@ def test_what_the_demo_cannot_do_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(pretrained.READY, "absent", pretrained.Carried("no_such_module", "*.gguf", "pip install it"))
     for flags, message in (
         (["--model", "absent"], "model must be installed, got 'absent', which is not; run pip install it"),
-        (["--quick", "--seed", "1"], "--seed must go with --only json or dates, got digit-sum; leave it out."),
-        (["--data", "x"], "--data must go with --only gsm8k, got json; leave it out."),
+        (["--quick", "--seed", "1"], "--seed must go with --only dates or json, got digit-sum; leave it out."),
+        (["--data", "x"], "--data must go with --only gsm8k, got dates; leave it out."),
     ):
         assert main(["demo", "--out", str(tmp_path), *flags]) == 2
         assert f"gft demo: {message}" in capsys.readouterr().err

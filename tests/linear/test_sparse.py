@@ -152,6 +152,11 @@ def test_dense_tiles_beside_sparse_ones(monkeypatch):
     assert found[0][0].rows == slice(0, 14)
     assert_bounded(*(double(g[0]).flatten(0, 1) for g in (gradients, exact)), 0.01, 7)
     assert relative(gradients[1], exact[1]) <= 0.01
+    kept = gft_linear_loss(case.hidden, case.weight, targets, filter_eps=0.01, return_stats=True)[1].kept
+    columns = [len(case.weight) if tile.kept_K is None else len(tile.kept_K) for tile in found[0]]
+    rows = [tile.rows.stop - tile.rows.start for tile in found[0]]
+    counts = torch.tensor(columns).repeat_interleave(torch.tensor(rows)).view(6, 7)
+    assert torch.equal(kept, here(counts / len(case.weight)))
 
 
 def test_a_row_that_is_not_finite_is_not_hidden():

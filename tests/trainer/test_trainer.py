@@ -9,25 +9,14 @@ import math
 import pytest
 import torch
 import trainer_rig as rig
-from transformers import TrainerCallback
 
 from gft_kernels.trainer import GFTTrainer, Sampling, generate
 from gft_kernels.trainer.groups import IGNORE, Group, collate
 from gft_kernels.trainer.rollouts import cut, seeded
 
 
-class Gradients(TrainerCallback):
-    """The gradient of every optimizer step, flattened."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append(torch.cat([p.grad.flatten().clone() for p in model.parameters()]))
-
-
 def step_gradients(tmp_path, rows, micro_batch, accumulation, **options):
-    seen = Gradients()
+    seen = rig.Gradients()
     trainer = rig.trainer(
         tmp_path,
         train=rows,
