@@ -123,18 +123,18 @@ def check(problem: Problem, contender: Contender) -> Outcome:
     outcome = Outcome(contender.name, "ready", contender.objective)
     if contender.passes:
         outcome = replace(outcome, reads=contender.passes.reads, writes=contender.passes.writes)
-    problem.prepare(CHECK_UPSTREAM)
     try:
+        problem.prepare(CHECK_UPSTREAM)
         answer = contender.step()
+        if contender.objective is None:
+            return outcome
+        if answer is None:
+            return replace(outcome, status="wrong answer", why="the step handed back no loss and gradient to check")
+        found = problem.deviation(answer, contender.objective)
     except AbsentError as reason:
         return replace(outcome, status="absent", why=str(reason))
     except Exception as error:  # a peer may fail in any way; the table says so and the run goes on
         return replace(outcome, status="failed", why=sentence(error))
-    if contender.objective is None:
-        return outcome
-    if answer is None:
-        return replace(outcome, status="wrong answer", why="the step handed back no loss and gradient to check")
-    found = problem.deviation(answer, contender.objective)
     outcome = replace(outcome, error=found.scaled, worst_row_error=found.worst_row)
     limit = problem.limit if contender.limit is None else contender.limit
     if not found.scaled <= limit:

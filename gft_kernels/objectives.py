@@ -6,7 +6,7 @@ An option that an objective does not use is an error that names it: ignored in s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 from gft_kernels import checks, family, formulas, sequences
 from gft_kernels.arguments import PolicyOptions
 from gft_kernels.options import REDUCTIONS, LinearCall, Objective, RowCall, RowResult, Rule
+
+RULE_FIELDS = tuple(field.name for field in fields(Rule))
+"""Written out for torch.compile: PyTorch 2.11 does not trace vars() of a dataclass as arguments."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def objective_of(
         raise ValueError("beta must be positive with objective 'asft', got 0; without its anchor that is dft")
     bonus = checks.real("entropy_coef", entropy_coef, checks.is_finite, "be finite", f"{remedy}: no bonus")
     return Objective(
-        **vars(rule),
+        **{name: getattr(rule, name) for name in RULE_FIELDS},
         over_sequence=PRESETS[name].over_sequence,
         given=other,
         given_R=_given_rows(given, wants, targets, sequence_ids),

@@ -5,11 +5,12 @@
 
 Stages run in order of value (stages.py), each with a reserve of time that no earlier stage can take; what one does not
 need is left to the next. A stage that fails, hangs, or whose tool the machine lacks is reported and the next one runs.
-Results are written as they arrive, at most 8 files in all: PROFILE.jsonl (provenance, then a line a stage), tests.jsonl
-(a line a test), and the files of the benchmarks, written anew after each case. The summary is printed last.
+Results are written as they arrive, at most 8 files in all: PROFILE.jsonl (provenance, then a line a stage),
+gpu-tests.jsonl and oracle-tests.jsonl (lines.py), and the files of the benchmarks, written anew after each case. The
+summary is printed last, also where a signal ends the run.
 
-Nothing is downloaded: a build needs nvcc, a C++ compiler, cmake, ninja, pybind11 and setuptools; it is spared where a
-module with CUDA kernels that loads is there already (prebuilt.py makes one beforehand). `--wheels FOLDER` (or
-GFT_WHEELS) unpacks wheels to a folder that only this run sees. `--stages a,b` runs some stages. `--stub` rehearses
-everything without a GPU (stub.py).
+Nothing is downloaded: a build needs nvcc, a C++ compiler, cmake, ninja, pybind11 and setuptools; it is spared where the
+module that is there already fits (prebuilt.py, which makes one beforehand as well). `--wheels FOLDER` (or GFT_WHEELS)
+unpacks wheels to a folder that only this run sees. `--stages a,b` runs some stages. `--stub` rehearses everything
+without a GPU (stub.py).
 """

@@ -15,23 +15,32 @@ from benchmarks.gpu.stages import PROFILES, Profile, Run, Stage
 
 ENOUGH_S = 3.0
 """A stage that would have less is not begun."""
+ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
-    options.results.mkdir(parents=True, exist_ok=True)
-    # so that stages end and the summary stands
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    profile = PROFILES[options.profile]
-    with tempfile.TemporaryDirectory() as scratch:
+    before = {number: signal.signal(number, stop) for number in ENDINGS}
+    lines: list[dict] = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         run = Run(options.results.resolve(), Path(scratch), options.stub, options.commit)
-        lines: list[dict] = []
+        if not os.access(run.environment.get("HOME", ""), os.W_OK):  # Triton and torch.compile keep their work there
+            run.environment |= {"HOME": scratch, "USER": "nobody"}
         try:
-            every(profile, run, options, lines)
-        finally:
-            print(summary.text(run, lines), flush=True)
-            signal.signal(signal.SIGTERM, before)
-    return 0 if all(line["outcome"] in ("passed", "skipped") for line in lines) else 1
+            every(PROFILES[options.profile], run, options, lines)
+        except programs.StoppedError as told:
+            programs.say(f"ended by {told}")
+        programs.say(summary.text(run.results, lines))
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return 0 if lines and all(line["outcome"] in ("passed", "skipped") for line in lines) else 1
+
+
+def stop(number: int, frame: object) -> None:
+    """Once: what stage there is ends, its line is written, and the summary stands."""
+    for ending in ENDINGS:
+        signal.signal(ending, signal.SIG_IGN)
+    raise programs.StoppedError(signal.Signals(number).name)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -49,6 +58,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     unknown = [name for name in options.stages if name not in names]
     if unknown:
         parser.error(f"--stages must be some of {', '.join(names)}, got {', '.join(unknown)}")
+    try:
+        options.results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--results must be a folder, got {options.results}: {error.strerror}")
     return options
 
 
@@ -57,7 +70,6 @@ def every(profile: Profile, run: Run, options: argparse.Namespace, lines: list[d
     deadline = time.monotonic() + (options.limit or profile.limit_s)
     stages = [stage for stage in profile.stages if stage.name in options.stages]
     file = run.results / f"{options.profile}.jsonl"
-    file.unlink(missing_ok=True)
     if options.wheels:
         stages.insert(0, wheels(run, Path(options.wheels)))
     for number, stage in enumerate(stages):
@@ -65,18 +77,23 @@ def every(profile: Profile, run: Run, options: argparse.Namespace, lines: list[d
         line = one(stage, run, deadline - time.monotonic() - reserved)
         lines.append(line)
         programs.append(file, line)
-        print(f"{stage.name}: {line['outcome']} in {line['seconds']:.0f} s. {line['why']}", flush=True)
+        programs.say(f"{stage.name}: {line['outcome']} in {line['seconds']:.0f} s. {line['why']}")
+        if line["outcome"] == "stopped":
+            break
 
 
 def one(stage: Stage, run: Run, limit_s: float) -> dict:
     """Run a stage, and keep of it what it says and what its `read` finds."""
     if limit_s < ENOUGH_S:
-        return programs.Ended("skipped", 0.0, "no time was left").line(stage.name)
+        return programs.Ended("out of time", 0.0, "no time was left").line(stage.name)
     command = stage.command(run)
     if isinstance(command, str):
         return programs.Ended("skipped", 0.0, command).line(stage.name)
-    ended = programs.run(run.rehearsed(stage.name, command), limit_s, run.scratch / f"{stage.name}.log",
-                         {**run.environment, **stage.environment})  # fmt: skip
+    try:
+        ended = programs.run(run.rehearsed(stage.name, command), limit_s, run.scratch / f"{stage.name}.log",
+                             {**run.environment, **stage.environment})  # fmt: skip
+    except OSError as error:  # no room for its output, no process to be had
+        return programs.Ended("failed", 0.0, repr(error)).line(stage.name)
     try:
         found = stage.read(run, ended.output)
     except Exception as error:  # what a broken tool prints must not end the run

@@ -1,28 +1,85 @@
-"""A pytest plugin: a JSON line for each test that ended, as it ended; `-p benchmarks.gpu.lines --test-lines FILE`."""
+"""Tests whose results stand whatever becomes of them: `python -m benchmarks.gpu.lines FILE PATH... [OPTION...]`.
+
+Runs pytest with this file as its plugin (OPTION: pytest's): FILE gets a JSON line for each test as it begins and one as
+it ended. One process, for the big-memory tests of several workers would race for the GPU's memory. Where a kernel hangs
+or leaves a GPU that answers nothing any more, that process is given up and the tests that are left run in a new one.
+"""
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.programs import append
+from benchmarks.gpu.programs import ROOT, append, lines_of
+
+PROCESSES = 4  # at most
+TEST_S = 30.0  # of a test at most: a first call compiles
+STICKY = re.compile("illegal memory access|misaligned address|device-side assert triggered|unspecified launch failure|"
+                    "illegal instruction|CUDA_ERROR_LAUNCH")  # fmt: skip
+"""CUDA's errors that every later call of the process reports too."""
+
+
+def main(file: Path, options: list[str]) -> int:
+    """pytest's exit status: the first that is not 0."""
+    file.unlink(missing_ok=True)
+    # in one word with its option, for pytest takes a path that is there for one of the tests' and names them from it
+    command = ["-m", "pytest", *options, "-q", "-p", "benchmarks.gpu.lines", f"--test-lines={file}"]
+    status = 0
+    for _ in range(PROCESSES):
+        ended = subprocess.call([sys.executable, *command, "-p", "no:cacheprovider"], cwd=ROOT)
+        status = status or ended
+        last = lines_of(file)[-1:]
+        whole = all(line["outcome"] != "begun" and not STICKY.search(line["why"]) for line in last)
+        if whole or ended == pytest.ExitCode.NO_TESTS_COLLECTED:
+            break
+    return status
 
 
 def pytest_addoption(parser):
-    parser.addoption("--test-lines", type=Path, required=True, help="file that gets a line a test")
+    parser.addoption("--test-lines", type=Path, required=True, help="file that gets two lines a test")
+    parser.addoption("--test-limit", type=float, default=TEST_S, help="seconds a test may take")
 
 
 def pytest_configure(config):
-    config.pluginmanager.register(Lines(config.getoption("--test-lines")))
+    config.pluginmanager.register(Lines(config.getoption("--test-lines"), config.getoption("--test-limit")))
 
 
 class Lines:
-    def __init__(self, file: Path):
-        self.file = file
+    def __init__(self, file: Path, limit_s: float):
+        self.file, self.limit_s = file, limit_s
+        self.screen = os.dup(sys.stderr.fileno())  # before pytest captures it
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self.session = session
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Without those that an earlier process has begun."""
+        begun = {line["test"] for line in lines_of(self.file)}
+        items[:] = [item for item in items if item.nodeid not in begun]
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        append(
+            self.file, {"test": nodeid, "outcome": "begun", "why": f"it ended the process, or took {self.limit_s:g} s"}
+        )
+        faulthandler.dump_traceback_later(self.limit_s, exit=True, file=self.screen)
+
+    def pytest_runtest_logfinish(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
             why = "" if report.passed else report.longreprtext[-1500:]
             seconds = round(report.duration, 2)
             append(self.file, {"test": report.nodeid, "outcome": report.outcome, "seconds": seconds, "why": why})
+            if STICKY.search(why):
+                self.session.shouldstop = "the GPU answers nothing more"
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

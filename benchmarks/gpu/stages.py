@@ -62,7 +62,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.draw", "--format=csv,noheader"]
 try:
     smi = subprocess.run(query, capture_output=True, text=True, timeout=5).stdout.strip()
-except OSError as error:
+except (OSError, subprocess.SubprocessError) as error:
     smi = str(error)
 facts = {"machine": p.machine(device), "versions": p.versions(), "commit": p.commit(), "nvidia_smi": smi}
 print(json.dumps(facts))
@@ -75,26 +75,12 @@ def last_json_line(run: Run, output: str) -> dict:
     return {**facts, "commit_given": run.commit}
 
 
-# Spared where a module that loads has the kernels; else for this GPU alone. Nothing is installed.
-BUILD = """
-import subprocess, sys, torch
-from gft_kernels import _extension
-if _extension.absent() is None and _extension.has_cuda():
-    sys.exit(print("the module that is here has CUDA kernels"))
-major, minor = torch.cuda.get_device_capability()
-import os
-os.environ.update(GFT_BUILD="cuda", GFT_CUDA_ARCHITECTURES=f"{major}{minor}-real")
-sys.exit(subprocess.call([sys.executable, "setup.py", "build_ext", "--inplace"]))
-"""
-
 GPU_TESTS = ("tests/backends/gpu",)
 ORACLE_TESTS = ("tests/loss/test_loss.py", "tests/loss/test_autograd.py", "tests/linear/test_linear_gradients.py")
 
 
-def tests(paths: tuple[str, ...], run: Run) -> list[str]:
-    """One process: the big-memory tests of several workers would race for the GPU's memory."""
-    options = ("--device", "cuda", "--tb=short", "-p", "benchmarks.gpu.lines", "-p", "no:cacheprovider", "-q")
-    return python("-m", "pytest", *paths, *options, "--test-lines", str(run.results / "tests.jsonl"))
+def tests(file: str, paths: tuple[str, ...], run: Run) -> list[str]:
+    return python("-m", "benchmarks.gpu.lines", str(run.results / file), *paths, "--device", "cuda", "--tb=short")
 
 
 def sanitizer(tool: str, run: Run) -> list[str] | str:
@@ -123,19 +109,20 @@ def benchmark(file: str, *options: str) -> Callable[[Run], list[str]]:
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 """Every tensor its own cudaMalloc: memcheck knows where each one ends."""
 MACHINE_STAGE = Stage("machine", 12, lambda run: python("-c", MACHINE), read=last_json_line)
+BUILD_STAGE = Stage("build", 90, lambda run: python("-m", "benchmarks.gpu.prebuilt"))
 PROFILES = {
     "correctness": Profile(240, (
         MACHINE_STAGE,
-        Stage("build", 90, lambda run: python("-c", BUILD)),
+        BUILD_STAGE,
         Stage("calls", 20, lambda run: python("-m", "benchmarks.gpu.small_calls")),
-        Stage("gpu-tests", 45, partial(tests, GPU_TESTS)),
-        Stage("oracle-tests", 33, partial(tests, ORACLE_TESTS)),
+        Stage("gpu-tests", 45, partial(tests, "gpu-tests.jsonl", GPU_TESTS)),
+        Stage("oracle-tests", 33, partial(tests, "oracle-tests.jsonl", ORACLE_TESTS)),
         Stage("memcheck", 20, partial(sanitizer, "memcheck"), UNCACHED),
         Stage("racecheck", 20, partial(sanitizer, "racecheck"), UNCACHED),
     )),
     "speed": Profile(360, (
         MACHINE_STAGE,
-        Stage("build", 90, lambda run: python("-c", BUILD)),
+        BUILD_STAGE,
         Stage("row", 90, benchmark("row.json", "--sweep", "gpu", "--rounds", "7", "--skip", "reference")),
         Stage("linear", 80, benchmark("linear.json", "--sweep", "gpu-linear", "--rounds", "5", "--skip", "reference",
                                       "--skip", "compile")),

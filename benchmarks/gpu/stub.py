@@ -1,7 +1,8 @@
 """A stand-in for the GPU: `python -m benchmarks.gpu.stub STAGE COMMAND...` does what COMMAND would leave behind.
 
 GFT_STUB injects failures, as STAGE=KIND separated by commas: fail (exit status 3 after a part of the results), oom and
-sticky (so do their messages), hang (deaf to SIGINT, with a child), silent (no output), missing (no such program).
+sticky (so do their messages), hang (deaf to SIGINT, with a child), silent (no output), missing (no such program), flood
+(100 MB of output), torn (a result file that breaks off).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 
 from benchmarks.gpu.programs import append
 
-FAULTS = ("fail", "oom", "sticky", "hang", "silent", "missing")
 MESSAGES = {
     "oom": "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.32 GiB.",
     "sticky": "torch.AcceleratorError: CUDA error: an illegal memory access was encountered",
@@ -32,22 +32,27 @@ def main(stage: str, command: list[str]) -> int:
         leave_behind(command, partly=fault is not None)
     if fault == "hang":
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        subprocess.run([sys.executable, "-c", "import time; time.sleep(600)"])
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(600)", *command])
         time.sleep(600)
+    for _ in range(100 if fault == "flood" else 0):
+        print("x" * 1_000_000)
+    if fault == "torn":
+        tear(Path(next(word for word in command if word.endswith((".json", ".jsonl")))))
     if fault in MESSAGES:
         print(MESSAGES[fault])
-    return 3 if fault in ("fail", *MESSAGES) else 0
+    return 3 if fault in ("fail", "torn", *MESSAGES) else 0
 
 
 def leave_behind(command: list[str], partly: bool) -> None:
     if "--save" in command:
         benchmark(Path(command[command.index("--save") + 1]), command[command.index("--sweep") + 1], partly)
-    elif "--test-lines" in command:
-        tests(Path(command[command.index("--test-lines") + 1]), command, partly)
+    elif "benchmarks.gpu.lines" in command:
+        tests(Path(command[3]), command[4 : command.index("--device")], partly)
     elif "ncu" in command:
         profile()
     else:
-        print(json.dumps({"machine": {"gpu": "a stub"}, "versions": {}, "nvidia_smi": "580.0, 1980 MHz"}))
+        machine = {"gpu": "a stub", "home": os.access(os.environ["HOME"], os.W_OK)}
+        print(json.dumps({"machine": machine, "versions": {}, "nvidia_smi": "580.0, 1980 MHz"}))
 
 
 def benchmark(file: Path, sweep: str, partly: bool) -> None:
@@ -65,10 +70,14 @@ def benchmark(file: Path, sweep: str, partly: bool) -> None:
         file.write_text(json.dumps({"results": results}))
 
 
-def tests(file: Path, command: list[str], partly: bool) -> None:
-    for path in command[3 : command.index("--device")]:
+def tests(file: Path, paths: list[str], partly: bool) -> None:
+    for path in paths:
         outcome = "failed" if partly else "passed"
         append(file, {"test": f"{path}::test", "outcome": outcome, "seconds": 0.1, "why": "E   assert 1 == 2" * partly})
+
+
+def tear(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-40])
 
 
 def profile() -> None:

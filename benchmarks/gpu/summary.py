@@ -7,40 +7,46 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import report
-from benchmarks.gpu.stages import Run
+from benchmarks.gpu.programs import lines_of
+
+NAMED = 20  # tests that failed, of each file: the first one may have brought down the others
 
 
-def text(run: Run, lines: list[dict]) -> str:
+def text(results: Path, lines: list[dict]) -> str:
     parts = ["", "stage            outcome      seconds"]
     parts += [f"{line['stage']:<16} {line['outcome']:<12} {line['seconds']:7.1f}  {line['why']}" for line in lines]
-    found = [part for of in (_tests, _benchmarks) for part in of(run.results)]
-    return "\n".join([*parts, *found, *_traffic(lines)])
+    for pattern, read in (("*tests.jsonl", _tests), ("*.json", _benchmark)):
+        for file in sorted(results.glob(pattern)):
+            try:
+                parts += read(file)
+            except Exception as error:  # a file that was torn, or is of someone else
+                parts.append(f"{file.name} cannot be read: {error!r}")
+    return "\n".join([*parts, *_traffic(lines)])
 
 
-def _tests(results: Path) -> Iterator[str]:
-    file = results / "tests.jsonl"
-    if not file.exists():
-        return
-    tests = [json.loads(line) for line in file.read_text().splitlines()]
-    counts = Counter(test["outcome"] for test in tests)
-    yield "tests: " + ", ".join(f"{number} {outcome}" for outcome, number in counts.items())
-    yield from (f"  FAILED {test['test']}: {_last(test['why'])}" for test in tests if test["outcome"] == "failed")
+def _tests(file: Path) -> Iterator[str]:
+    tests = {line["test"]: line for line in lines_of(file)}  # the last of each
+    counts = Counter(test["outcome"] for test in tests.values())
+    yield f"{file.name}: " + ", ".join(f"{number} {outcome}" for outcome, number in counts.items())
+    bad = [test for test in tests.values() if test["outcome"] in ("failed", "begun")]
+    yield from (f"  {test['outcome'].upper()} {test['test']}: {_last(test['why'])}" for test in bad[:NAMED])
+    if len(bad) > NAMED:
+        yield f"  and {len(bad) - NAMED} more"
 
 
 def _last(why: str) -> str:
     return (why.strip().splitlines() or [""])[-1][:160]
 
 
-def _benchmarks(results: Path) -> Iterator[str]:
-    for file in sorted(results.glob("*.json")):
-        for result in report.load(file)["results"]:
-            yield f"{file.name}: {result['label']}"
-            for o in sorted(report.timed(result), key=lambda o: o["median_s"]):
-                over = "" if o["over_floor"] is None else f"{o['over_floor']:6.2f} × floor"
-                yield f"  {o['name']:<46} {report.duration(o['median_s']):>10} {over}"
-            yield from (f"  {o['name']}: {o['status']}: {o['why'][:120]}" for o in result["outcomes"]
-                        if o["status"] in ("failed", "wrong answer"))  # fmt: skip
+def _benchmark(file: Path) -> Iterator[str]:
+    for result in json.loads(file.read_text(encoding="utf-8"))["results"]:
+        yield f"{file.name}: {result['label']}"
+        timed = [o for o in result["outcomes"] if o["status"] == "timed"]
+        for o in sorted(timed, key=lambda o: o["median_s"]):
+            over = f"{o['over_floor']:6.2f} × floor" if "over_floor" in o else ""
+            yield f"  {o['name']:<46} {o['median_s'] * 1e3:10.3f} ms {over}"
+        yield from (f"  {o['name']}: {o['status']}: {o['why'][:120]}" for o in result["outcomes"]
+                    if o["status"] in ("failed", "wrong answer"))  # fmt: skip
 
 
 def _traffic(lines: list[dict]) -> Iterator[str]:

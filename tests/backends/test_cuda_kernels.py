@@ -47,6 +47,7 @@ def test_vocabularies(launch, vocabulary, dtype, inplace):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_transforms(launch, softcap):
     semantics.test_temperature_and_softcap("cuda", CPU, 1.7, softcap, torch.bfloat16)
+    semantics.test_temperature_and_softcap("cuda", CPU, 0.6, 6.0 * softcap if softcap else None, torch.float32)
 
 
 def test_numbers_that_are_easy_to_lose(launch):

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import prebuilt, programs, stub, traffic
+from benchmarks.gpu import lines, prebuilt, programs, stub, summary, traffic
 from benchmarks.gpu.stages import PROFILES, Run
-from benchmarks.kinds.row import logits_bytes
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,15 +26,17 @@ def rehearse(tmp_path, profile: str, *options: str) -> tuple[int, dict[str, dict
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_every_stage_is_reached_and_the_summary_comes_last(tmp_path, capsys, profile):
+def test_every_stage_is_reached_and_the_summary_comes_last(tmp_path, capsys, monkeypatch, profile):
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
     code, found, files = rehearse(tmp_path, profile)
     assert code == 0 and list(found) == [stage.name for stage in PROFILES[profile].stages]
     assert {line["outcome"] for line in found.values()} == {"passed"}, found
     assert len(files) <= 4 and found["machine"]["commit_given"] == "abc" and found["machine"]["nvidia_smi"]
+    assert found["machine"]["machine"]["home"], "one that can be written, where HOME says nothing of use"
     printed = capsys.readouterr().out
     table = printed[printed.index("stage            outcome") :]
     if profile == "correctness":
-        assert "tests: 4 passed" in table
+        assert "gpu-tests.jsonl: 1 passed" in table and "oracle-tests.jsonl: 3 passed" in table
     else:
         assert "row.json: 8192 × 128256 row" in table and "1.20 × floor" in table and "OutOfMemoryError" in table
         assert "traffic-0: void cluster_row" in table and "2.00 passes (floor 2), 71 % of issue slots" in table
@@ -45,13 +46,14 @@ def test_reserves_add_up_and_bfloat16_comes_first():
     for profile in PROFILES.values():
         assert sum(stage.reserve_s for stage in profile.stages) <= profile.limit_s
     assert PROFILES["correctness"].limit_s <= 240 and PROFILES["speed"].limit_s <= 360
-    assert traffic.CASES[0].dtype == "bfloat16"
+    assert traffic.CASES[0][2] == "bfloat16"
 
 
 FAULTY = {
-    "correctness": {"build": "fail", "calls": "sticky", "gpu-tests": "oom", "memcheck": "missing",
-                    "racecheck": "silent"},
-    "speed": {"machine": "silent", "build": "missing", "row": "oom", "small": "fail", "traffic-0": "silent"},
+    "correctness": {"build": "fail", "calls": "sticky", "gpu-tests": "oom", "oracle-tests": "torn",
+                    "memcheck": "missing", "racecheck": "silent"},
+    "speed": {"machine": "silent", "build": "missing", "row": "oom", "linear": "torn", "small": "fail",
+              "traffic-0": "silent", "machine-after": "flood"},
 }  # fmt: skip
 
 
@@ -61,7 +63,7 @@ def test_every_kind_of_failure_is_kept_and_the_rest_goes_on(tmp_path, capsys, mo
     monkeypatch.setenv("GFT_STUB", ",".join(f"{stage}={fault}" for stage, fault in faults.items()))
     code, found, _ = rehearse(tmp_path, profile)
     assert code == 1 and list(found) == [stage.name for stage in PROFILES[profile].stages]
-    wrong = {stage for stage, fault in faults.items() if fault != "silent"}
+    wrong = {stage for stage, fault in faults.items() if fault not in ("silent", "flood")}
     assert {name for name, line in found.items() if line["outcome"] == "failed"} == wrong
     assert {line["outcome"] for name, line in found.items() if name not in wrong} == {"passed"}
     for stage, fault in faults.items():
@@ -69,11 +71,11 @@ def test_every_kind_of_failure_is_kept_and_the_rest_goes_on(tmp_path, capsys, mo
     printed = capsys.readouterr().out
     if profile == "correctness":
         assert "FAILED tests/backends/gpu::test: E   assert 1 == 2" in printed, "by name"
-        assert "tests: 1 failed, 3 passed" in printed
+        assert "oracle-tests.jsonl: 2 failed" in printed, "the third line is torn"
     else:
         assert "read_failed" in found["machine"], "a tool that prints nothing"
         assert "row.json: 8192 × 151936 row" in printed, "the case that was done before it failed"
-        assert printed.count("row.json:") == 1 and printed.count("linear.json:") == 2
+        assert printed.count("row.json:") == 1 and "linear.json cannot be read: JSONDecodeError" in printed
 
 
 def alive(word: str) -> list[int]:
@@ -104,26 +106,34 @@ def test_interrupted_it_writes_what_it_has(tmp_path):
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stage_never_outlives_its_driver(tmp_path, end):
-    word = f"time.sleep(61); '{tmp_path.name}-{end}'"
-    code = f"""
-import os, sys
-from pathlib import Path
-from benchmarks.gpu import programs
-import signal
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-child = [sys.executable, "-c", "import time; {word}"]
-parent = "import subprocess, sys; subprocess.run(" + repr(child) + ")"
-programs.run([sys.executable, "-c", parent], 60, Path({str(tmp_path / "log")!r}), dict(os.environ))
-"""
-    driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    options = ["--stub", "--stages", "gpu-tests,memcheck", "--results", str(tmp_path)]
+    driver = subprocess.Popen([sys.executable, "-m", "benchmarks.gpu", "correctness", *options], cwd=ROOT, text=True,
+                              env={**os.environ, "GFT_STUB": "gpu-tests=hang"}, stdout=subprocess.PIPE)  # fmt: skip
     deadline = time.monotonic() + 20
-    while len(alive(word)) < 3 and time.monotonic() < deadline:  # the driver, its program, and what that started
+    own = 3  # the driver, its program, and what that started
+    while len(alive(str(tmp_path))) < own and time.monotonic() < deadline:
         time.sleep(0.1)
     driver.send_signal(end)
-    driver.wait(20)
-    while alive(word) and time.monotonic() < deadline:
+    printed, _ = driver.communicate(timeout=20)
+    while alive(str(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert alive(word) == []
+    assert alive(str(tmp_path)) == []
+    if end == signal.SIGTERM:
+        (line,) = programs.lines_of(tmp_path / "correctness.jsonl")
+        assert (line["outcome"], line["why"]) == ("stopped", "ended by SIGTERM")
+        assert "gpu-tests        stopped" in printed and "memcheck" not in printed, "the summary, and no further stage"
+
+
+def test_results_that_no_file_takes_are_printed(capsys):
+    programs.append(Path("/dev/full"), {"stage": "row", "outcome": "passed"})
+    assert capsys.readouterr().out == 'full: No space left on device; {"stage": "row", "outcome": "passed"}\n'
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        gpu.main(["speed", "--results", str(tmp_path / "file")])
+    assert "--results must be a folder, got" in capsys.readouterr().err
 
 
 def test_a_tool_that_is_not_there_skips_its_stage(tmp_path, monkeypatch):
@@ -141,28 +151,40 @@ def test_the_profilers_table_is_set_beside_the_traffic_model():
 "0","7","void cluster_row<Bf16, 0>(RowTask, int)","gpu__time_duration.sum","ns","900000"
 """
     (launch,) = traffic.read(0, None, output)["launches"]
-    assert launch["passes"] == pytest.approx(2.49e9 / logits_bytes(traffic.CASES[0]))
+    assert launch["passes"] == pytest.approx(2.49e9 / (4096 * 151936 * 2))
     assert traffic.read(0, None, "==ERROR== no permission")["launches"] == []
 
 
-def test_tests_leave_a_line_each_as_they_end(tmp_path):
-    (tmp_path / "test_it.py").write_text("def test_a(): pass\ndef test_b(): assert 1 == 2\n")
-    file = tmp_path / "tests.jsonl"
-    command = [
-        "-m",
-        "pytest",
-        "-p",
-        "benchmarks.gpu.lines",
-        "--test-lines",
-        file,
-        "-p",
-        "no:cacheprovider",
-        "-q",
-        tmp_path,
-    ]
-    subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, timeout=60)
-    good, bad = map(json.loads, file.read_text().splitlines())
-    assert good["outcome"] == "passed" and bad["outcome"] == "failed" and "assert 1 == 2" in bad["why"]
+TESTS = """
+import os, time
+poisoned = []
+def test_good(): pass
+def test_bad(): assert 1 == 2
+def test_sticky(): poisoned.append(1); raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_on_another_gpu(): assert not poisoned
+def test_hangs(): time.sleep(60)
+def test_crashes(): os.abort()
+def test_last(): pass
+"""
+
+
+def test_what_one_test_breaks_the_others_do_not_notice(tmp_path, capsys):
+    """A failure goes on; after a GPU that is lost, a hang or a crash the tests that are left run in a new process."""
+    (tmp_path / "test_it.py").write_text(TESTS)
+    file = tmp_path / "gpu-tests.jsonl"
+    assert lines.main(file, [str(tmp_path), "--test-limit", "3"]) == pytest.ExitCode.INTERRUPTED, "the first's"
+    ended = {line["test"].partition("::")[2]: line["outcome"] for line in programs.lines_of(file)}
+    outcomes = ("passed", "failed", "failed", "passed", "begun", "begun", "passed")
+    assert tuple(ended.values()) == outcomes and list(ended)[4:6] == ["test_hangs", "test_crashes"]
+    table = summary.text(tmp_path, [])
+    assert "3 passed, 2 failed, 2 begun" in table and "::test_hangs: it ended the process, or took 3 s" in table
+
+
+def test_of_many_failures_the_first_are_named(tmp_path):
+    for i in range(30):
+        programs.append(tmp_path / "gpu-tests.jsonl", {"test": f"t{i}", "outcome": "failed", "why": "E   no"})
+    table = summary.text(tmp_path, [])
+    assert "FAILED t19" in table and "t20" not in table and "and 10 more" in table
 
 
 def test_an_unknown_stage_is_refused(tmp_path, capsys):
@@ -181,4 +203,40 @@ def test_a_module_that_asks_for_a_newer_libc_than_the_machines_is_named():
 
 def test_a_python_without_the_tools_is_refused():
     with pytest.raises(SystemExit, match=r"must have no_such_tool, got .* without no_such_tool"):
-        prebuilt.build(sys.executable, needed=("no_such_tool",))
+        prebuilt.build(sys.executable, "90-real", needed=("no_such_tool",))
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch) -> Path:
+    """What lies where a module made from these sources would lie."""
+    (tmp_path / "csrc").mkdir()
+    for name in ("CMakeLists.txt", "setup.py", "csrc/kernel.cuh"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(prebuilt, "ROOT", tmp_path)
+    (tmp_path / "_C.so").write_bytes(b"code" + prebuilt.mark())
+    return tmp_path / "_C.so"
+
+
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [("", None), ("import sys; sys.exit('it has no CUDA kernels')", "it has no CUDA kernels"),
+     ("import os; os.abort()", "exit status -6"),
+     ("import time; time.sleep(9)", "a small call does not end within 1 s")],
+)  # fmt: skip
+def test_a_module_fits_that_runs_a_kernel(module, monkeypatch, probe, reason):
+    monkeypatch.setattr(prebuilt, "PROBE", probe)
+    monkeypatch.setattr(prebuilt, "PROBE_S", 1.0)
+    assert prebuilt.unfit(module) == reason
+
+
+def test_a_module_of_other_sources_does_not_fit(module):
+    assert prebuilt.unfit(module.with_name("_C.other.so")) == "there is none"
+    (module.parent / "csrc" / "kernel.cuh").write_text("changed")
+    assert prebuilt.unfit(module) == "it was made from other sources"
+
+
+def test_sources_from_a_clock_that_is_ahead_become_of_today(module):
+    source = module.parent / "csrc" / "kernel.cuh"
+    os.utime(source, (2e9, 2e9 + 86400 * 36500))
+    prebuilt.touch_what_is_ahead()
+    assert source.stat().st_mtime <= time.time() + 1

@@ -62,6 +62,20 @@ def test_failing_and_absent_contenders_leave_a_sentence():
     ]
 
 
+@pytest.mark.parametrize("where", ["prepare", "deviation"])
+def test_who_leaves_no_memory_to_check_him_fails_alone(monkeypatch, where):
+    """Or a GPU that answers nothing more: inputs and truth are computed there too."""
+    problem = row.build(SMALL)
+
+    def fail(*_arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(problem), where, fail)
+    contender = Contender("greedy", row.step_of(row.lean_loss, problem))
+    (outcome,) = measure(problem, [contender], CpuClock(cold=False), rounds=1)
+    assert (outcome.status, outcome.why) == ("failed", "OutOfMemoryError: CUDA out of memory")
+
+
 def test_what_is_wrong_is_never_timed():
     problem, clock = row.build(SMALL), CountingClock({})
     step = row.step_of(row.lean_loss, problem)

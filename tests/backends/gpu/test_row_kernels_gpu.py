@@ -281,20 +281,16 @@ def test_capture_and_replay(backend, want_gradient):
         assert all(map(torch.equal, captured, expected))
 
 
-def test_fifty_lengths_compile_at_most_twice(backend):
+def test_fifty_lengths_compile_once(backend, tmp_path, monkeypatch):
+    """Triton's cache folder holds a file for each variant that was compiled; no other test has this softcap."""
     if backend != "triton":
         pytest.skip("nothing is compiled at run time")
-    from gft_kernels.triton_kernels import row_loss, scale_rows
-
-    kernels = [
-        kernel for module in (row_loss, scale_rows) for name, kernel in vars(module).items() if name.endswith("_kernel")
-    ]
-    before = [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for rows in [1, 2, 16, 17, *range(100, 1300, 26)]:
         logits, targets, advantages, mask = problem(rows, 32001, torch.bfloat16)
-        loss_and_gradient(backend, logits, targets, advantages=advantages, mask=mask)
-    after = [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
-    assert max(b - a for a, b in zip(before, after, strict=True)) <= 2
+        loss_and_gradient(backend, logits, targets, advantages=advantages, mask=mask, softcap=29.0)
+    assert len(list(tmp_path.rglob("row_loss_kernel.cubin"))) == 1
+    assert len(list(tmp_path.rglob("scale_rows_kernel.cubin"))) <= 1, "none where an earlier test has compiled it"
 
 
 @pytest.mark.parametrize("bad", [-1, 50257, 2**40])

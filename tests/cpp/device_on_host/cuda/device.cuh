@@ -147,8 +147,18 @@ GFT_DEVICE void store_vector(uint4* to, uint4 value) {
 
 GFT_DEVICE void add_count(int* counter, int n) { *counter += n; }
 
-GFT_DEVICE float exp2_fast(float x) { return std::exp2(x); }
-GFT_DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
+// As far off as the instruction may be, up or down by what it was asked, so that tolerances hold on a device too.
+GFT_DEVICE float off_by(int ulps, float exact, float asked) {
+    const float toward = gft::cpu::bits_of(asked) * 2654435761u >> 31 ? HUGE_VALF : 0.0f;
+    for (; ulps > 0 && std::isnormal(exact); --ulps) exact = std::nextafter(exact, toward);
+    return exact;
+}
+
+GFT_DEVICE float exp2_fast(float x) {
+    const float exact = x == 0.0f ? 1.0f : off_by(2, std::exp2(x), x);
+    return std::fpclassify(exact) == FP_SUBNORMAL ? 0.0f : exact;
+}
+GFT_DEVICE float reciprocal_fast(float x) { return off_by(1, 1.0f / x, x); }
 
 struct Pair {
     float x, y;
