@@ -202,8 +202,8 @@ class _Policy(TypedDict, total=False):
         str,
         Option(
             "gft",
-            '"gft"; of imitation "sft", "dft", "eaft", "psft", "luffy", "chord"; of sampling "grpo", "bnpo", "dapo", '
-            '"dr_grpo", "gspo", "gmpo", "cispo", "sapo"; docs/objectives.md.',
+            '"gft"; of imitation "sft", "dft", "asft", "eaft", "psft", "luffy", "chord"; of sampling "grpo", "bnpo", '
+            '"dapo", "dr_grpo", "gspo", "gmpo", "cispo", "sapo"; docs/objectives.md.',
         ),
     ]
     given_objective: Annotated[

@@ -26,6 +26,7 @@ class Preset:
     options: dict[str, Any]
     weighs: bool = True  # by an advantage; False: A = 1
     constant_denominator: bool = False  # num_items_in_batch must be given
+    anchored: bool = False  # beta must be given
     tau: float = 0.7  # what it is of gft
     over_sequence: str = ""  # how its ratio is a response's (options.SEQUENCE_RATIOS); "": a token's
 
@@ -44,6 +45,7 @@ PRESETS = {
     "gft": Preset("gft", "token-mean", {"tau": 0.7, "rectify": "all", "gamma": 0.1}),
     "sft": Preset("gft", "token-mean", {}, weighs=False, tau=0.0),
     "dft": Preset("gft", "token-mean", {}, weighs=False, tau=1.0),
+    "asft": Preset("gft", "token-mean", {}, weighs=False, tau=1.0, anchored=True),
     "eaft": Preset("eaft", "token-mean", {"entropy_power": 1.0}, weighs=False),
     "psft": Preset("grpo", "token-mean", {"clip_high": 0.28, "old_log_probs": None}, weighs=False),
     "luffy": Preset("luffy", "token-mean", {"gamma": 0.1}),
@@ -140,6 +142,8 @@ def objective_of(
     wants = given_objective is not None or options.get("rectify") == "given"
     remedy = "0 is none"
     beta = checks.fits_float32("beta", checks.not_negative("beta", beta, f"{remedy}: no penalty"), "pass a smaller one")
+    if beta == 0.0 and any(PRESETS[each].anchored for each in names):
+        raise ValueError("beta must be positive with objective 'asft', got 0; without its anchor that is dft")
     bonus = checks.real("entropy_coef", entropy_coef, checks.is_finite, "be finite", f"{remedy}: no bonus")
     return Objective(
         **vars(rule),
@@ -171,7 +175,7 @@ def _check_sequences(names: list[str], targets: Tensor, sequence_ids: Any) -> No
     if len(names) > 1 and (PRESETS[given].over_sequence or (PRESETS[name].over_sequence and with_ratio)):
         raise ValueError(
             f"given_objective must have no ratio beside objective={name!r}, got {given!r}; where the ratio is a "
-            "response's, given rows can be under gft, sft, dft, eaft, luffy or chord"
+            "response's, given rows can be under gft, sft, dft, asft, eaft, luffy or chord"
         )
     if PRESETS[name].over_sequence and targets.dim() == 1 and sequence_ids is None:
         raise ValueError(

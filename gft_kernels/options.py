@@ -16,6 +16,7 @@ from torch import Tensor
 RECTIFY = ("all", "positive")  # of a rule; what a caller may ask for is made of them (objectives.RECTIFIES)
 REDUCTIONS = ("token-mean", "sequence-mean", "sum", "none")
 NORMALIZE = ("std", "mean", "leave-one-out")
+BATCH = "batch"  # of trainers, which know every reward of a step: R - mean of the group, over the deviation of all
 SPLIT = "split"  # of group_advantages and the trainer, which know what was given; a loss is told advantages
 SINGLETON = ("reward", "zero")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")

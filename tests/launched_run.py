@@ -1,6 +1,6 @@
 """What one rank does when test_trainer_launch.py starts two: small runs of the trainer, their weights into a folder.
 
-Started by torchrun or accelerate launch: `launched_run.py ddp|fsdp|deepspeed FOLDER [NAME OF A RUN...]`.
+Started by accelerate launch: `launched_run.py ddp|fsdp|deepspeed FOLDER`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 import trainer_rig as rig
-from transformers import TrainerCallback
 
 from gft_kernels.trainer import GFTTrainer, SaveOnInterrupt
 
 OFFLINE = {"reward_funcs": (), "num_generations": 0}
-DRIFTING = {"objective": "grpo", "beta": 0.5, "steps_per_rollout": 2, "num_train_epochs": 2}
+DRIFTING = {"objective": "grpo", "beta": 0.5, "steps_per_rollout": 2, "num_train_epochs": 2, "num_iterations": 2,
+            "normalize": "batch", "top_entropy_quantile": 0.6}  # fmt: skip
+FOLLOWING = {"objective": "grpo", "beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 1}
 
 
 def brief_llama():
@@ -46,30 +47,18 @@ RUNS = {
     "tied": ("gpt2", rig.offline_rows(11), OFFLINE),
     "a rank without a live token": ("llama", equal_rewards_on_the_second_rank(), OFFLINE),
     "a rank without a row": ("llama", rig.offline_rows(1), OFFLINE),
-    "grpo, two steps a rollout": ("llama", rig.offline_rows(11), OFFLINE | DRIFTING),
+    "grpo, two steps a rollout, twice": ("llama", rig.offline_rows(11), OFFLINE | DRIFTING),
     "sampled": ("brief", rig.rows(7), {"generation_batch_size": 1, "num_generations": 3}),
-    "head in its own group": ("llama", rig.offline_rows(11), OFFLINE),
+    "head in its own group": ("llama", rig.offline_rows(11), OFFLINE | FOLLOWING),
 }
 
 SHARDED_ONLY = ("head in its own group",)
 
 
-class Gradients(TrainerCallback):
-    """The gradient of every optimizer step, whole and flattened."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        grads = [p.grad for p in model.parameters() if p.grad is not None]  # DeepSpeed keeps its own elsewhere
-        whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
-        self.steps.append(torch.cat([g.flatten().clone() for g in whole]) if whole else None)
-
-
 def run(name: str, path: Path, micro_batch: int, kind: str = "alone") -> dict:
     """Gradients, final weights and logged losses of one run."""
     model, rows, options = RUNS[name]
-    seen = Gradients()
+    seen = rig.Gradients()
     options = dict(options)
     reward_funcs = options.pop("reward_funcs", rig.digit_count)
     args = rig.config(
@@ -116,14 +105,14 @@ def stopping_step(path: Path, interrupted: bool) -> tuple[int, bool]:
     return trainer.state.global_step, (path / "checkpoint-1").is_dir()
 
 
-def main(kind: str, folder: str, *only: str) -> None:
+def main(kind: str, folder: str) -> None:
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     warnings.filterwarnings("error", message="the GFT loss")
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    names = only or [name for name in RUNS if kind == "fsdp" or name not in SHARDED_ONLY]
+    names = [name for name in RUNS if kind == "fsdp" or name not in SHARDED_ONLY]
     results: dict = {name: run(name, Path(folder, str(rank)), micro_batch=2, kind=kind) for name in names}
-    if kind == "ddp" and not only:
+    if kind == "ddp":
         results["stop"] = stopping_step(Path(folder, str(rank)), interrupted=rank == 0)
     torch.save(results, Path(folder, f"{rank}.pt"))
     torch.distributed.barrier()

@@ -24,14 +24,17 @@ def absent(arm: bool = False) -> str | None:
     return None
 
 
-def build(folder: Path, target: str, arm: bool = False) -> Path:
-    """The program `target` of CMakeLists.txt. Raises RuntimeError with what the compiler said."""
+def build(folder: Path, target: str, arm: bool = False, source: Path = ROOT) -> Path:
+    """The program `target` of CMakeLists.txt; what `folder` holds of a build already is taken.
+
+    Raises: RuntimeError with what the compiler said.
+    """
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:/usr/bin") or "cmake"
     options = ["-DGFT_TESTS=ON", "-DGFT_PYTHON=OFF"]
     if arm:
         options += ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"]
         options += [f"-DCMAKE_CXX_COMPILER={ARM_COMPILER}"]
-    for command in ([cmake, "-S", ROOT, "-B", folder, *options], [cmake, "--build", folder, "--target", target]):
+    for command in ([cmake, "-S", source, "-B", folder, *options], [cmake, "--build", folder, "--target", target]):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"building {target} must succeed, got:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

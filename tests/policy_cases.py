@@ -13,7 +13,7 @@ from gft_kernels.objectives import PRESETS
 from gft_kernels.options import Credit, Objective, RowCall
 
 OF_RESPONSES = ("gspo", "gmpo")  # theirs is another oracle
-OBJECTIVES = tuple(name for name in PRESETS if name not in OF_RESPONSES)
+OBJECTIVES = tuple(name for name in PRESETS if name not in (*OF_RESPONSES, "asft"))  # which is dft with a beta
 WITH_RATIO = ("grpo", "dapo", "dr_grpo", "cispo", "sapo")  # and an advantage
 IMITATION = ("sft", "dft", "eaft", "psft", "chord")
 CLIPS = {

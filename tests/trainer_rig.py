@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import TrainerCallback
 
 from gft_kernels.data import scratch
 from gft_kernels.trainer import GFTConfig, GFTTrainer
@@ -87,3 +88,15 @@ def trainer(tmp_path, model=None, train=None, evaluation=None, reward_funcs=digi
     model = llama() if model is None else model
     data = rows() if train is None else train
     return GFTTrainer(model, args, data, evaluation, tokenizer(), reward_funcs=reward_funcs, callbacks=callbacks)
+
+
+class Gradients(TrainerCallback):
+    """The gradient of every optimizer step, whole and flattened."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        grads = [p.grad for p in model.parameters() if p.grad is not None]  # DeepSpeed keeps its own elsewhere
+        whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+        self.steps.append(torch.cat([g.flatten().clone() for g in whole]) if whole else None)

@@ -55,6 +55,11 @@ METHODS = {
     "gft-no-mix": _group("GFT, no teachers", 1, "gft-no-mix"),
     **{f"gft-tau-{tau:g}": _group(f"GFT, τ = {tau:g}", tau=tau) for tau in (0.0, 0.1, 0.3, 0.5, 1.0)},
     **{f"gft-{given}-{8 - given}": _group(f"GFT, {given} given", given) for given in (0, 2, 6, 8)},
+    "luffy": _group("LUFFY, GFT's rate", 1, tau=None, objective="dapo", given_objective="luffy"),
+    # μ = 0.1 of the loss is the expert's, 1 - μ that of the seven samples beside it
+    "chord": _group(
+        "CHORD-φ, GFT's rate", 1, tau=None, objective="dapo", given_objective="chord", given_weight=7 * 0.1 / 0.9
+    ),
     "gft-mean": _group("GFT, no division by std", normalize="mean"),
     "gft-leave-one-out": _group("GFT, leave-one-out", normalize="leave-one-out"),
 }

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from gft_kernels import family, formulas
 from gft_kernels.advantages import RowCredit, credit_rows, rows_read
-from gft_kernels.options import FP16_PEAK, AgreedRows, Objective, RowCall, RowResult, ShardStatistics, gradient_for
+from gft_kernels.options import (
+    FP16_PEAK,
+    SURROGATES,
+    AgreedRows,
+    Objective,
+    RowCall,
+    RowResult,
+    ShardStatistics,
+    gradient_for,
+)
 
 BLOCK_BYTES = 64 << 20
 """Float32 logits held at a time: large enough to hide the Python loop, small beside any logits worth a kernel."""
@@ -161,7 +170,13 @@ class RowTerms(NamedTuple):
 
 
 def row_terms(objective: Objective, log_pi: Tensor, advantages: Tensor, entropy: Tensor) -> RowTerms:
-    """F4, kappa and F6 of each row under its rule (family.py), with the penalties."""
+    """F4, kappa and F6 of each row under its rule (family.py), with the penalties.
+
+    Raises: ValueError for a surrogate that family.py does not know; kernels, which compile that text, cannot.
+    """
+    for rule in objective.rules:
+        if rule.surrogate not in SURROGATES:
+            raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {rule.surrogate!r}; see family.py")
     o, log_pi, entropy = objective, log_pi.double(), entropy.double()
     old_log_pi = log_pi if o.old_log_probs_R is None else o.old_log_probs_R
     coefficient, kappa, loss = family.surrogate_terms(log_pi, old_log_pi, entropy, advantages, o)

@@ -14,7 +14,7 @@ from gft_kernels.cli.inputs import configuration, rows
 from gft_kernels.cli.settings import RunSettings
 from gft_kernels.data import pretrained
 from gft_kernels.data.rows import Limits, Rows
-from gft_kernels.trainer import GFTConfig
+from gft_kernels.trainer import GFTConfig, adapters
 from gft_kernels.trainer.config import described
 from gft_kernels.trainer.groups import check_sources
 from gft_kernels.trainer.rewards import Rewards
@@ -26,6 +26,7 @@ def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
     """The report. Raises ValueError, TypeError, OSError for what training would refuse."""
     on_cpu = {} if torch.cuda.is_available() else {"use_cpu": True}
     config = configuration({**options, **on_cpu})
+    lora = None if settings.peft is None else adapters.lora_config(settings.peft)
     records = rows(settings.data, settings.reader, "train")
     rewards = Rewards(settings.rewards or (), config.reward_weights)
     model = pretrained.located(settings.model)
@@ -52,7 +53,7 @@ def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
         return "\n".join(lines)
     if own_config is None:
         lines.append(f"model        {settings.model} is not on disk: its numbers are those of {settings.model_config}")
-    shape = plan.shape_of(model_config)
+    shape = plan.shape_of(model_config, lora)
     activations = activation_memory(config, model_config, shape, found, longest)
     return "\n".join(lines + memory_lines(config, shape, found, longest, activations))
 
@@ -90,11 +91,12 @@ def given_config(settings: RunSettings) -> Any:
 
 def batch_lines(config: GFTConfig, found: plan.Batches) -> list[str]:
     per = f"{config.per_device_train_batch_size} prompts × {config.gradient_accumulation_steps} micro-batches"
+    times = f", each taken {config.num_iterations} times" if config.num_iterations > 1 else ""
     return [
         f"group        {found.group} responses a prompt, {config.num_generations} of them sampled",
         f"step         {found.ranks} ranks × {per} = {found.prompts_per_step} prompts, "
         f"{found.prompts_per_step * found.group} responses",
-        f"rollout      {config.steps_per_rollout} steps = {found.prompts_per_rollout} prompts, "
+        f"rollout      {config.steps_per_rollout} steps{times} = {found.prompts_per_rollout} prompts, "
         f"{found.prompts_per_rollout * config.num_generations} responses sampled; "
         f"{found.rollouts_per_rank} prompts a rank",
         f"run          {found.steps_per_epoch} steps an epoch, {found.steps} steps in all",
@@ -109,7 +111,8 @@ def memory_lines(
     if activations is not None:
         other = {"activations at most: responses of full length, no prompt shared": activations, **other}
     without = ", without activations" if activations is None else ""
-    lines = [f"memory       {model.parameters / 1e9:.2f} G parameters; GiB a rank{without}:"]
+    trained = "" if model.trained == model.parameters else f", {model.trained / 1e6:.1f} M of them trained"
+    lines = [f"memory       {model.parameters / 1e9:.2f} G parameters{trained}; GiB a rank{without}:"]
     weights = plan.weights_memory(config, model, found.ranks)
     for layout, parts in weights.items():
         each = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from gft_kernels.linear import chunks
+from gft_kernels.trainer import adapters
 from gft_kernels.trainer.config import GFTConfig
 
 FLOAT = 4  # bytes of a float32; the trainer loads its weights so
@@ -21,6 +23,7 @@ class Shape:
     """What memory depends on in a model."""
 
     parameters: int
+    trained: int  # of them
     vocabulary: int
     hidden: int
     layers: int
@@ -28,16 +31,19 @@ class Shape:
     head_dim: int
 
 
-def shape_of(config) -> Shape:
+def shape_of(config, lora: Any = None) -> Shape:
     """From a transformers configuration; the parameters are counted on a model without memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config)
+        if lora is not None:
+            model = adapters.adapted(model, lora)
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
@@ -63,7 +69,7 @@ class Batches:
 def batches(config: GFTConfig, rows: int, ranks: int, group: int) -> Batches:
     here = config.per_device_train_batch_size * config.gradient_accumulation_steps
     micro_batches = math.ceil(rows / (config.per_device_train_batch_size * ranks))
-    steps_per_epoch = math.ceil(micro_batches / config.gradient_accumulation_steps)
+    steps_per_epoch = math.ceil(micro_batches / config.gradient_accumulation_steps) * config.num_iterations
     steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_per_epoch * config.num_train_epochs)
     return Batches(
         ranks=ranks,
@@ -87,13 +93,13 @@ def weights_memory(config: GFTConfig, model: Shape, ranks: int) -> dict[str, dic
 
     Under mixed precision DeepSpeed has 16-bit weights and gradients, and a float32 copy with the optimizer.
     """
-    p, low, n = model.parameters, precision(config), ranks
-    states = (2 if low == FLOAT else 3) * p * FLOAT
+    p, t, low, n = model.parameters, model.trained, precision(config), ranks
+    states = (2 if low == FLOAT else 3) * t * FLOAT
     return {
-        "DDP": {"weights": p * FLOAT, "gradients": p * FLOAT, "optimizer": 2 * p * FLOAT},
-        "ZeRO-2": {"weights": p * low, "gradients": p * low / n, "optimizer": states / n},
-        "FSDP2": {"weights": p * FLOAT / n, "gradients": p * FLOAT / n, "optimizer": 2 * p * FLOAT / n},
-        "ZeRO-3": {"weights": p * low / n, "gradients": p * low / n, "optimizer": states / n},
+        "DDP": {"weights": p * FLOAT, "gradients": t * FLOAT, "optimizer": 2 * t * FLOAT},
+        "ZeRO-2": {"weights": p * low, "gradients": t * low / n, "optimizer": states / n},
+        "FSDP2": {"weights": p * FLOAT / n, "gradients": t * FLOAT / n, "optimizer": 2 * t * FLOAT / n},
+        "ZeRO-3": {"weights": p * low / n, "gradients": t * low / n, "optimizer": states / n},
     }
 
 

@@ -36,6 +36,7 @@ class RunSettings:
     eval_reader: str | None = option(None, "The same for eval_data; null: as reader.")
     rewards: list[str] | None = option(None, "Reward functions: names of ready ones, or dotted paths.")  # noqa: RUF009
     rollout_fn: str | None = option(None, "Dotted path of a function that samples in place of `generate`.")
+    peft: dict | None = option(None, "An adapter is trained: options of peft.LoraConfig, and `merge`.")  # noqa: RUF009
 
 
 class Secret(str):

@@ -16,7 +16,7 @@ from gft_kernels.cli.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED, one_line
 from gft_kernels.cli.inputs import BAD, configuration, rows, spread, tokenizer_of
 from gft_kernels.cli.plan import batches
 from gft_kernels.cli.settings import RunSettings, load
-from gft_kernels.trainer import GFTTrainer, RewardError, SaveOnInterrupt
+from gft_kernels.trainer import GFTTrainer, RewardError, SaveOnInterrupt, adapters
 from gft_kernels.trainer.callbacks import METRICS_FILE, StepLines, read_metrics, say
 from gft_kernels.trainer.checkpoints import Manifests, newest_whole
 from gft_kernels.trainer.completions import COMPLETIONS_FILE
@@ -62,7 +62,7 @@ def run(settings: RunSettings, options: dict[str, Any], resume: bool, anyway: bo
             return ended(INTERRUPTED, f"stopped after step {trainer.state.global_step}; {go_on(output_dir)}")
         if checkpoint is not None and checkpoint.name == f"checkpoint-{trainer.state.global_step}":
             say(f"{checkpoint} is the end of the run: no step was left; raise max_steps or num_train_epochs for more")
-        finish(trainer)
+        finish(trainer, merge=(settings.peft or {}).get(adapters.MERGE, False))
     except KeyboardInterrupt:
         return ended(INTERRUPTED, f"stopped at once; {go_on(output_dir)}")
     except SystemExit as error:
@@ -108,6 +108,7 @@ def build(
             "eval_data must be given where eval_on_start or eval_strategy asks for evaluation, got nothing."
         )
     args = configuration(options)
+    lora = None if settings.peft is None else adapters.lora_config(settings.peft)
     rewards = [find(name) for name in settings.rewards or ()]  # before the rows, which take longer
     rollout_fn = find(settings.rollout_fn, "rollout_fn") if settings.rollout_fn else None
     train_rows = rows(settings.data, settings.reader, "train")
@@ -124,10 +125,12 @@ def build(
     try:
         trainer = GFTTrainer(
             settings.model, args, train_rows, eval_rows, tokenizer,
-            reward_funcs=rewards, rollout_fn=rollout_fn, callbacks=[stop],
+            reward_funcs=rewards, rollout_fn=rollout_fn, callbacks=[stop], peft_config=lora,
         )  # fmt: skip
     except SafetensorError as error:
         raise ValueError(f"model must have whole weights, got {settings.model!r}; {error}.") from None
+    if settings.peft and settings.peft.get(adapters.MERGE):
+        adapters.refuse_merging(trainer.accelerator.distributed_type)
     trainer.remove_callback(Manifests)
     trainer.add_callback(Manifests(made_of))
     StepLines.install(trainer)
@@ -144,9 +147,10 @@ def announce(trainer: GFTTrainer, checkpoint: Path | None, notes: list[str]) -> 
     assert train_rows is not None and trainer.model is not None
     for note in notes:
         say(f"gft train: {note}", sys.stderr)
-    size = sum(p.numel() for p in trainer.model.parameters())
+    size, trained = (sum(p.numel() for p in trainer.model.parameters() if p.requires_grad >= only) for only in (0, 1))
     given = "offline responses" if train_rows.offline else f"{args.num_demonstrations} demonstrations"
-    say(f"{size / 1e6:.1f} M parameters on {args.device}, {len(train_rows)} rows, {len(held_out)} held out")
+    part = "" if trained == size else f", {trained / 1e6:.2f} M of them trained"
+    say(f"{size / 1e6:.1f} M parameters on {args.device}{part}, {len(train_rows)} rows, {len(held_out)} held out")
     say(f"group: {given} + {args.num_generations} sampled; {described(args)}, backend {args.backend}")
     found = batches(args, len(train_rows), args.world_size, 1)
     saved = when(args, "save") or "at the end only"
@@ -172,13 +176,15 @@ def evaluations(trainer: GFTTrainer) -> str:
     return f"evaluated {', '.join(filter(None, times))}, {args.per_device_eval_batch_size} prompts at once"
 
 
-def finish(trainer: GFTTrainer) -> None:
+def finish(trainer: GFTTrainer, merge: bool) -> None:
     """Saves the model, evaluates once more if the last step was not, writes the run's page, prints the summary."""
     output_dir, step = str(trainer.args.output_dir), trainer.state.global_step
-    trainer.save_model(output_dir)
+    trainer.save_model(str(Path(output_dir, "adapter")) if merge else output_dir)
     evaluated = {line["step"] for line in trainer.state.log_history if "eval_runtime" in line}
     if trainer.eval_dataset is not None and step not in evaluated:
         trainer.evaluate()
+    if merge and trainer.args.should_save:
+        adapters.save_merged(trainer.model, trainer.processing_class, output_dir)
     if trainer.is_world_process_zero():
         say(summary(output_dir))
     if trainer.args.push_to_hub:

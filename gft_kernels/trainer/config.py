@@ -1,7 +1,6 @@
 """GFTConfig: transformers.TrainingArguments plus what a group, a rollout and the loss need, and which loss that is."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,10 +9,10 @@ import transformers
 from packaging.version import Version
 from transformers import TrainingArguments
 
-from gft_kernels import checks
-from gft_kernels.model.loss_options import GroupLossOptions, at_least, option, settle_means
+from gft_kernels.model.loss_options import GroupLossOptions, option, settle_means
 from gft_kernels.objectives import PRESETS, RECTIFIES, objective_of
-from gft_kernels.options import NORMALIZE, SINGLETON, SPLIT
+from gft_kernels.options import BATCH, NORMALIZE, SPLIT
+from gft_kernels.trainer import config_checks
 
 OLDEST = "5.6"
 if Version(transformers.__version__) < Version(OLDEST):
@@ -22,38 +21,8 @@ if Version(transformers.__version__) < Version(OLDEST):
         f"transformers must be at least {OLDEST} for the trainer, got {transformers.__version__}; upgrade it."
     )
 
-CHOICES = {
-    "advantages": ("group", "ones"),
-    "overlong": ("error", "drop", "truncate"),
-    "rollout": ("auto", "generate", "continuous", "vllm"),
-    "rollout_order": ("groups", "paper"),
-    "singleton": SINGLETON,
-}
-POSITIVE, NOT_NEGATIVE = lambda x: 0 < x < math.inf, lambda x: 0 <= x < math.inf
-NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
-    **dict.fromkeys(("temperature", "repetition_penalty"), (POSITIVE, "be positive and finite")),
-    "given_weight": (NOT_NEGATIVE, "be 0 or positive and finite"),
-    "top_p": (lambda x: 0 < x <= 1, "lie above 0 and at most at 1"),
-    "min_p": (lambda x: 0 <= x <= 1, "lie in [0, 1]"),
-    "imitation": (NOT_NEGATIVE, "be 0 or positive and finite"),
-    "vllm_memory": (lambda x: 0 < x < 1, "lie between 0 and 1"),
-    # What TrainingArguments leaves to the optimizer, or to nobody.
-    **dict.fromkeys(
-        ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps"),
-        (NOT_NEGATIVE, "be 0 or positive and finite"),
-    ),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda x: 0 <= x < 1, "lie in [0, 1)")),
-    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (POSITIVE, "be positive")),
-    **dict.fromkeys(
-        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-        (lambda x: x >= 1, "be at least 1"),
-    ),
-    "num_train_epochs": (POSITIVE, "be positive and finite"),
-    "max_steps": (lambda x: x == -1 or x >= 1, "be at least 1, or -1 for whole epochs"),
-}
 SHAPES = ("gamma", "gate_positive", "gate_negative", "entropy_power")
 CHOSEN = ("tau", "rectify", "clip_low", "clip_high", "delta", *SHAPES)  # options that only some objectives take
-LEFT_OPEN = ("logging_steps", "per_device_eval_batch_size")
 LOGGING_STEPS = 10  # that a long run has between its log lines
 EVALUATED = 8  # prompts of an evaluation's batch, TrainingArguments' own default
 CLIP = 0.2  # PPO's range, in which to count the ratios of an objective that does not clip
@@ -72,13 +41,18 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     """
 
     rectifies: ClassVar[Sequence[str]] = RECTIFIES
-    NORMALIZATIONS: ClassVar[tuple[str, ...]] = (*NORMALIZE, SPLIT)
+    NORMALIZATIONS: ClassVar[tuple[str, ...]] = (*NORMALIZE, BATCH, SPLIT)
 
     num_demonstrations: int = option(
         4, "Demonstrations taken from each row: the expert's first, then teachers'.", section="Groups"
     )
     num_generations: int = option(4, "Responses sampled from the current policy for each prompt.")
     advantages: str = option("group", "'group': F5 from the rewards; 'ones': A = 1, so tau 0 is SFT and tau 1 is DFT.")
+    curriculum: bool = option(False, "Of a group's demonstrations keep the share that its samples leave unsolved.")
+    dynamic_sampling: str | None = option(
+        None, "Groups of equal rewards: 'drop' takes them out of the step, 'resample' samples first again; None: stay."
+    )
+    max_resamples: int = option(3, "With 'resample': how often a prompt is sampled again at most.")
     reward_weights: list[float] | None = option(None, "One weight per reward function; None: all 1.")  # noqa: RUF009
     overlong: str = option("error", "Rows beyond a length limit below: 'error', 'drop', or 'truncate' responses.")
     max_prompt_length: int | None = option(None, "Longest prompt allowed, in tokens; None: the model's context.")
@@ -97,6 +71,7 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     vllm_memory: float = option(0.3, "Share of a GPU's memory that vLLM takes beside the training.")
     generation_batch_size: int | None = option(None, "Prompts per generate call; None: all prompts of a step at once.")
     steps_per_rollout: int = option(1, "Optimizer steps' prompts sampled at once, with the weights before the first.")
+    num_iterations: int = option(1, "Times that each rollout is trained on, its log-probabilities kept.")
     rollout_order: str = option("groups", "'paper': a rollout's first steps take all samples, its last the given ones.")
     skip_special_tokens: bool = option(False, "Leave special tokens out of the text that reward functions read.")
     eval_num_generations: int = option(1, "Responses per prompt in evaluation.")
@@ -114,7 +89,11 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     entropy_power: float | None = option(None, "eaft: of the entropy a token is weighed by; None: 1.")
     beta: float = option(0.0, "Weight of the KL to the starting weights; above 0 a frozen copy of them is kept.")
     kl_cap: float | None = option(None, "With beta: beyond this log(pi_start / pi), in nats, the penalty is linear.")
+    sync_ref_model: bool = option(False, "With beta: the KL's copy follows the policy.")
+    ref_model_sync_steps: int = option(512, "With sync_ref_model: steps between two of its moves.")
+    ref_model_mixup_alpha: float = option(0.6, "With sync_ref_model: the policy's share of the mixture it becomes.")
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
+    top_entropy_quantile: float = option(1.0, "Share of a step's tokens, the most uncertain, that advantages weigh.")
     singleton: str = option("reward", "A of a group of one, with 'split' of one sample: 'reward' or 'zero'.")
     imitation: float = option(1.0, "normalize 'split': weight of the demonstrations against the samples.")
     share_prompts: bool | str = option(
@@ -133,11 +112,12 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     dataloader_pin_memory: bool = option(False, "Rows are text until the groups are built: nothing to pin.")
 
     def __post_init__(self):
-        check_groups(self)
-        check_numbers(self)
-        check_eval_temperatures(self)
+        config_checks.check_groups(self)
+        config_checks.check_numbers(self, GFTConfig.__annotations__)
+        config_checks.check_eval_temperatures(self)
         settle(self)
-        check_training_arguments(self)
+        config_checks.check_steps(self)
+        config_checks.check_training_arguments(self)
         self.few_log_lines = self.logging_steps is None
         self.logging_steps = LOGGING_STEPS if self.logging_steps is None else self.logging_steps
         if self.per_device_eval_batch_size is None:
@@ -151,75 +131,11 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
         return given if isinstance(given, list) else [given]
 
 
-def check_groups(config: GFTConfig) -> None:
-    at_least(config, 0, "num_demonstrations", "num_generations", "log_completions_steps", "top_k")
-    at_least(config, 1, "max_completion_length", "eval_num_generations", "steps_per_rollout")
-    at_least(config, 1, *(n for n in ("max_prompt_length", "generation_batch_size") if getattr(config, n) is not None))
-    for name, choices in CHOICES.items():
-        checks.one_of(name, getattr(config, name), choices)
-    if not isinstance(config.share_prompts, bool) and config.share_prompts != "auto":
-        raise ValueError(f"share_prompts must be True, False or 'auto', got {config.share_prompts!r}.")
-    if config.advantages == "ones" and config.num_generations:
-        raise ValueError(
-            f"num_generations must be 0 when advantages is 'ones', got {config.num_generations}; "
-            "imitating the policy's own samples teaches nothing."
-        )
-    if config.imitation != 1.0 and config.normalize != SPLIT:
-        raise ValueError(
-            f"imitation must be 1.0 without normalize 'split', got {config.imitation!r}; nothing else weighs by it."
-        )
-    if config.rollout_order == "paper" and config.steps_per_rollout == 1:
-        raise ValueError(
-            "steps_per_rollout must be above 1 with rollout_order 'paper', got 1; one step takes them all."
-        )
-    stops = config.stop_strings
-    if stops is not None and not (isinstance(stops, (list, tuple)) and all(isinstance(s, str) and s for s in stops)):
-        raise ValueError(f"stop_strings must be a list of texts that are not empty, got {stops!r}.")
-    if config.log_kl and not config.token_metrics:
-        raise ValueError("token_metrics must be True when log_kl is, got False; the KL needs log-probabilities.")
-
-
-def check_numbers(config: GFTConfig) -> None:
-    for name, (holds, condition) in NUMBERS.items():
-        value = getattr(config, name)
-        if value is None and (name in LEFT_OPEN or name not in GFTConfig.__annotations__):
-            continue  # what is settled below, or transformers' own default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
-            raise ValueError(f"{name} must {condition}, got {value!r}.")
-
-
-def check_eval_temperatures(config: GFTConfig) -> None:
-    given = config.eval_temperatures
-    numbers = all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t < math.inf for t in given)
-    if not given or not numbers or len(set(given)) < len(given):
-        raise ValueError(
-            "eval_temperature must be 0 (greedy) or positive and finite, or a list of such numbers, each once, "
-            f"got {config.eval_temperature!r}."
-        )
-
-
 def evaluation_batch(config: GFTConfig) -> int:
     """The prompts whose responses are as many as those of one generate call in training, EVALUATED at least."""
     prompts = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.steps_per_rollout
     prompts = min(prompts, config.generation_batch_size or prompts)
     return max(EVALUATED, prompts * config.num_generations // config.eval_num_generations)
-
-
-def check_training_arguments(config: GFTConfig) -> None:
-    for name, required, reason in (
-        ("remove_unused_columns", False, "the reward functions need the other columns"),
-        ("average_tokens_across_devices", True, "the loss is divided by the token count of all ranks"),
-        ("label_smoothing_factor", 0.0, "the GFT loss has no smoothed targets"),
-        ("batch_eval_metrics", False, "evaluation counts over the whole set"),
-        ("auto_find_batch_size", False, "it would change the prompts of a step"),
-    ):
-        if getattr(config, name) != required:
-            raise ValueError(f"{name} must be {required}, got {getattr(config, name)!r}; {reason}.")
-    if config.train_sampling_strategy not in ("random", "sequential"):
-        raise ValueError(
-            f"train_sampling_strategy must be 'random' or 'sequential', got {config.train_sampling_strategy!r}; "
-            "the length of a group is not known before it is sampled."
-        )
 
 
 # The objective

@@ -7,11 +7,13 @@ of the longest response.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -20,7 +22,7 @@ from gft_kernels.data.rows import Response, Row, Rows
 from gft_kernels.data.text import decode
 from gft_kernels.model.shared_prompts import layout
 from gft_kernels.objectives import PRESETS
-from gft_kernels.options import SPLIT
+from gft_kernels.options import BATCH, SPLIT
 from gft_kernels.trainer.config import GFTConfig, tells_given
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import Sampling, forward_is_collective, seeded
@@ -35,6 +37,13 @@ class Group:
 
     row: Row
     responses: list[Response]
+    resampled: bool = False  # because the rewards of its first samples were equal
+    left_out: bool = False  # of the step, because they still are
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether no response is weighed against another: the rewards are equal."""
+        return all(response.advantage == 0 for response in self.responses)
 
 
 class GroupBuilder:
@@ -47,15 +56,35 @@ class GroupBuilder:
 
     def build(self, model, rows: Sequence[Row], entropy: Sequence[int]) -> list[Group]:
         """Groups of the rows, in order, without responses where a row is absent; `entropy` decides the samples."""
-        config = self.config
-        sampled = self.sample(model, rows, config.num_generations, config.temperature, entropy)
-        groups = [
-            Group(row, [] if row.absent else [*row.given, *samples]) for row, samples in zip(rows, sampled, strict=True)
-        ]
-        if config.advantages == "group":
-            self._reward(groups)
+        config, groups = self.config, [Group(row, []) for row in rows]
+        self._fill(model, groups, entropy, groups)
+        if config.advantages != "group":
+            return groups
+        weigh(groups, config)
+        for again in range(1, 1 + config.max_resamples if config.dynamic_sampling == "resample" else 1):
+            silent = [group for group in groups if group.is_silent and not group.row.absent]
+            if not any(gather_object([bool(silent)])):  # all ranks sample equally often
+                break
+            self._fill(model, groups, (*entropy, again), silent)
             weigh(groups, config)
+            for group in silent:
+                group.resampled = True
+        for group in groups if config.dynamic_sampling else ():
+            group.left_out = group.is_silent
         return groups
+
+    def _fill(self, model, groups: Sequence[Group], entropy: Sequence[int], chosen: Sequence[Group]) -> None:
+        """Sample and reward the responses of those groups that are chosen."""
+        config, places = self.config, set(map(id, chosen))
+        rows = [g.row if id(g) in places else replace(g.row, absent=True) for g in groups]
+        sampled = self.sample(model, rows, config.num_generations, config.temperature, entropy)
+        for group, row, samples in zip(groups, rows, sampled, strict=True):
+            if not row.absent:
+                group.responses = [*row.given, *samples]
+        if config.advantages == "group":
+            self._reward(chosen)
+        for group in chosen if config.curriculum else ():
+            group.responses = untaught(group.responses)
 
     def sample(self, model, rows, number, temperature, entropy) -> list[list[Response]]:
         """`number` responses of the policy per row, none where a row is absent.
@@ -96,6 +125,19 @@ class GroupBuilder:
                 response.reward = total
 
 
+def untaught(responses: list[Response]) -> list[Response]:
+    """The responses with the first of the demonstrations alone: the share, rounded up, that the samples do not solve.
+
+    Raises: ValueError for a mean reward of the samples outside [0, 1], which is no solve rate.
+    """
+    samples = [r for r in responses if r.source == "sampled"]
+    given = [r for r in responses if r.source != "sampled"]
+    solved = sum(r.reward for r in samples) / max(len(samples), 1)
+    if not 0 <= solved <= 1:
+        raise ValueError(f"reward_funcs must return numbers in [0, 1] with curriculum, got a mean of {solved:g}.")
+    return given[: math.ceil(len(given) * (1 - solved) - 1e-9)] + samples  # 4·(1 - 2/3) is a hair above its third
+
+
 def weigh(groups: Sequence[Group], config: GFTConfig) -> None:
     """F5 within each group."""
     responses = [r for g in groups for r in g.responses]
@@ -106,11 +148,14 @@ def weigh(groups: Sequence[Group], config: GFTConfig) -> None:
     advantages_S = group_advantages(
         torch.tensor([r.reward for r in responses], dtype=torch.float64),
         group_ids=torch.tensor([i for i, g in enumerate(groups) for _ in g.responses], dtype=torch.int64),
-        normalize=str(config.normalize),
+        normalize="mean" if config.normalize == BATCH else str(config.normalize),
         eps=config.advantage_eps,
         singleton=config.singleton,
         **split,
     )
+    if config.normalize == BATCH:
+        every = torch.tensor(gather_object([r.reward for r in responses]), dtype=torch.float64)
+        advantages_S = advantages_S / (every.std() + config.advantage_eps if len(every) > 1 else 1.0)
     for response, advantage in zip(responses, advantages_S.tolist(), strict=True):
         response.advantage = advantage
 
@@ -148,6 +193,8 @@ def row_options(inputs: dict[str, Tensor], config: GFTConfig) -> dict[str, Tenso
         advantages_S = torch.where(given_S, 1.0, advantages_S)
     if config.advantages == "group":
         found["gft_advantages"] = advantages_S
+    if "uncertain" in inputs:
+        found["gft_advantages"] = advantages_S[:, None] * inputs["uncertain"]
     if tells_given(config):
         found["gft_given"] = given_S
     if config.given_weight != 1.0:
@@ -177,8 +224,9 @@ def collate_nothing(pad_id: int) -> dict[str, Tensor]:
 
 
 def count_items(groups: Sequence[Group], reduction: str) -> int:
-    """The denominator of a step: all response tokens, or all responses. Groups without advantage count as well."""
-    return sum(len(r.ids) if reduction == "token-mean" else 1 for g in groups for r in g.responses)
+    """The denominator of a step: all response tokens, or all responses. Groups without advantage count if they stay."""
+    responses = [r for g in groups if not g.left_out for r in g.responses]
+    return sum(len(r.ids) for r in responses) if reduction == "token-mean" else len(responses)
 
 
 def denominator(groups: Sequence[Group], config: GFTConfig) -> int:

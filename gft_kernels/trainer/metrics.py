@@ -11,10 +11,12 @@ from torch import Tensor
 
 from gft_kernels.data.rows import Response, Row
 from gft_kernels.options import TokenStats
-from gft_kernels.trainer.groups import SOURCES, Group
+from gft_kernels.trainer.config import GFTConfig
+from gft_kernels.trainer.groups import SOURCES, Group, count_items
 from gft_kernels.trainer.rewards import Rewards
 
-GROUP_METRICS = (*(f"reward/{s}" for s in SOURCES), "zero_std_groups", "truncated", "completion_length")
+GROUP_METRICS = (*(f"reward/{s}" for s in SOURCES), "zero_std_groups", "truncated", "completion_length",
+                 "resampled_groups", "demonstrations")  # fmt: skip
 TOKEN_METRICS = ("pi", "rectified", "clipped", "entropy", "kl_to_start")
 DRIFT_METRICS = ("drift/kl", "drift/mean_abs_log_ratio", "drift/outside_clip")
 RATES = ("tokens_per_second/sampling", "tokens_per_second/training")
@@ -43,16 +45,21 @@ class Means:
         largest = values.max() if name in LARGEST else -values.min()
         self.extremes[i] = torch.maximum(self.extremes[i], largest.to(self.extremes.dtype))
 
-    def add_groups(self, groups: Sequence[Group], is_truncated: Callable[[Response], bool]) -> None:
+    def add_groups(self, groups: Sequence[Group], is_truncated: Callable[[Response], bool], config: GFTConfig) -> None:
+        """Rewards and lengths of a step's groups, those that were left out of it among them."""
         responses = [r for g in groups for r in g.responses]
         for source in SOURCES:
             rewards = [r.reward for r in responses if r.source == source and r.reward == r.reward]
             self.add(f"reward/{source}", sum(rewards), len(rewards))
         sampled = [r for r in responses if r.source == "sampled"]
-        self.add("zero_std_groups", sum(all(r.advantage == 0 for r in g.responses) for g in groups), len(groups))
+        self.add("zero_std_groups", sum(g.is_silent for g in groups), len(groups))
+        if config.dynamic_sampling == "resample":
+            self.add("resampled_groups", sum(g.resampled for g in groups), len(groups))
+        if config.curriculum:
+            self.add("demonstrations", len(responses) - sum(r.source == "sampled" for r in responses), len(groups))
         self.add("truncated", sum(map(is_truncated, sampled)), len(sampled))
         self.add("completion_length", sum(len(r.ids) for r in sampled), len(sampled))
-        self.add("tokens", sum(len(r.ids) for r in responses), 1)
+        self.add("tokens", count_items(groups, "token-mean"), 1)
 
     def add_step(self, stats: TokenStats, live_ST: Tensor, inputs: dict[str, Tensor], clip: tuple) -> None:
         """What a micro-batch's forward says of its tokens, and of the policies that sampled and started."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from gft_kernels.data import pretrained
 from gft_kernels.data.rows import Limits, Response, Row, Rows
 from gft_kernels.model.patch import patch_model, unwrapped
-from gft_kernels.trainer import windows
+from gft_kernels.trainer import adapters, windows
 from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt
 from gft_kernels.trainer.checkpoints import Manifests
 from gft_kernels.trainer.completions import show_completions
@@ -31,6 +32,8 @@ from gft_kernels.trainer.config import GFTConfig, call_options, clip_range, has_
 from gft_kernels.trainer.engines import Rollout
 from gft_kernels.trainer.groups import IGNORE, GroupBuilder, check_sources, denominator, row_options
 from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, signs_of_collapse
+from gft_kernels.trainer.policies import Forward
+from gft_kernels.trainer.reference import FollowsPolicy, start_model
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import end_tokens, is_complete, refuse_virtual_tokens
 from gft_kernels.trainer.sharing import Sharing
@@ -45,7 +48,7 @@ class GFTTrainer(Trainer):
     model: a transformers model, or the name or path of one (also "smollm2", or a GGUF file), then loaded in float32.
     train_dataset, eval_dataset: lists of rows or datasets.Dataset (docs/training.md#rows).
     reward_funcs: functions, ready names or dotted paths. rollout_fn: `f(model, prompts_ids, sampling) -> token ids`,
-    instead of what `args.rollout` names.
+    instead of what `args.rollout` names. peft_config: a peft.LoraConfig, under which the model is put.
     Raises: ValueError or RowError before training for what cannot work, RewardError when a reward function fails.
     """
 
@@ -66,6 +69,7 @@ class GFTTrainer(Trainer):
         rollout_fn: Callable | None = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
+        peft_config: Any = None,
     ):
         if not isinstance(args, GFTConfig):
             raise TypeError(
@@ -76,6 +80,8 @@ class GFTTrainer(Trainer):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             # An AdamW step of 1e-6 is less than half the last bit of most bfloat16 weights: it would be lost.
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if peft_config is not None:
+            model = adapters.adapted(model, peft_config)
         if processing_class is None or getattr(processing_class, "eos_token_id", None) is None:
             raise ValueError("processing_class must be a tokenizer with an end-of-text token, got none; pass one.")
         refuse_virtual_tokens(model)
@@ -90,6 +96,7 @@ class GFTTrainer(Trainer):
         train_rows = self.rows_of(train_dataset, "train_dataset")
         if train_rows is not None:
             check_sources(args, train_rows, rewards)
+        self.follows = FollowsPolicy(self)
         super().__init__(
             model=model,
             args=args,
@@ -98,7 +105,7 @@ class GFTTrainer(Trainer):
             eval_dataset=self.rows_of(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
             compute_metrics=heldout_summary(rewards.names, args.eval_temperatures),
-            callbacks=[RunLog(), Manifests(), *(callbacks or [])],
+            callbacks=[RunLog(), *([self.follows] if args.sync_ref_model else []), Manifests(), *(callbacks or [])],
             optimizers=optimizers,
         )
         windows.refuse_layouts(args, self.accelerator)
@@ -109,7 +116,7 @@ class GFTTrainer(Trainer):
         self.rollout = Rollout(args, self.model, rollout_fn, processing_class, self.sharing.samples)
         self.builder = GroupBuilder(args, processing_class, rewards, self.rollout, end_tokens(model, processing_class))
         self._patch(language_model)
-        self.start_model = windows.start_model(model, args.device) if args.log_kl or args.beta else None
+        self.start_model = start_model(model, args.device) if args.log_kl or args.beta else None
         self.queue, self.means = windows.Queue(), Means(args.device)
         self._last_log, self._aside = time.perf_counter(), 0.0  # seconds since then that were not training
 
@@ -124,14 +131,15 @@ class GFTTrainer(Trainer):
     def _patch(self, model) -> None:
         """Let the model compute the loss in its head, and settle what it is asked for."""
         args = self.args
-        self.ask = windows.Forward(model, self.accelerator)
+        self.ask = Forward(model, self.accelerator)
         # What every call has; a training step adds its objective, for others only ask for log-probabilities.
         fixed = {name: getattr(args, name) for name in ("temperature", "backend", "filter_eps")}
         patch_model(model, objective="sft", ignore_index=IGNORE, **fixed)
         statistics = {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
         self._loss_options = call_options(args) | statistics
         # The policy that sampled is remembered where later steps differ from it and something asks how far.
-        self._remembers = args.steps_per_rollout > 1 and (args.token_metrics or has_ratio(args))
+        drifts = args.steps_per_rollout > 1 or args.num_iterations > 1
+        self._remembers = drifts and (args.token_metrics or has_ratio(args))
 
     def get_train_dataloader(self) -> DataLoader:
         """Rows in an order that gives every rank as many, the last ones absent where they do not suffice."""
@@ -141,7 +149,14 @@ class GFTTrainer(Trainer):
         options = {name: getattr(args, f"dataloader_{name}") for name in LOADER}
         order = windows.row_order(self.train_dataset, args)
         loader = DataLoader(self.train_dataset, args.train_batch_size, sampler=order, collate_fn=keep, **options)
-        return self.accelerator.prepare(loader)
+        loader = self.accelerator.prepare(loader)
+        self._steps_per_epoch = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
+        return loader
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.sync_ref_model:
+            self.follows.restore(resume_from_checkpoint)
 
     def train(self, *args, **kwargs):
         with contextlib.ExitStack() as signals:  # they are given back even when training raises
@@ -160,37 +175,33 @@ class GFTTrainer(Trainer):
         if self.queue.is_empty(epoch_iterator):
             self.queue.windows = self._roll_out(epoch_iterator, num_batches, device)
         window = self.queue.windows.pop(0)
-        self.means.add_groups(window.groups, self.is_truncated)
+        self.means.add_groups(window.groups, self.is_truncated, self.args)
         every, step = self.args.log_completions_steps, self.state.global_step
         if every and step % every == 0 and window.groups and self.is_world_process_zero():
             show_completions(window.groups, step, str(self.args.output_dir), self.callback_handler.callbacks)
         num_items = torch.tensor(denominator(window.groups, self.args), dtype=torch.float32, device=device)
-        return window.micro_batches, self.accelerator.gather(num_items).sum()
+        return window.micro_batches, self.accelerator.gather(num_items).sum().clamp(min=1)
 
     def _roll_out(self, epoch_iterator, num_batches, device) -> list[windows.Window]:
         """The next windows, sampled with the weights as they are, and what those say of every response."""
-        begun, spent = time.perf_counter(), self.rollout.spent
-        steps = min(self.args.steps_per_rollout, self.state.max_steps - self.state.global_step)
-        steps_batches = []
-        for _ in range(max(steps, 1)):  # the epoch may end before
-            steps_batches.append(super().get_batch_samples(epoch_iterator, num_batches, device)[0])
+        begun, spent, args = time.perf_counter(), self.rollout.spent, self.args
+        steps, times = windows.next_rollout(self.state.global_step, self._steps_per_epoch, args)
+        steps = max(min(steps, self.state.max_steps - self.state.global_step), 1)
+        draw = super().get_batch_samples
+        steps_batches = [draw(epoch_iterator, num_batches, device)[0] for _ in range(steps * times)][:steps]
         rows = [row for batches in steps_batches for batch in batches for row in batch]
-        entropy = (self.args.seed, TRAINING, self.state.global_step, self.args.process_index)
-        groups = self.builder.build(self.model, rows, entropy)
-        parts = iter(windows.micro_batches_of(groups, [*itertools.chain(*steps_batches)], self.args.rollout_order))
-        left_out = self.is_truncated if self.args.mask_truncated_completions else None
-        pad_id = self.builder.pad_id
+        groups = self.builder.build(self.model, rows, (args.seed, TRAINING, self.state.global_step, args.process_index))
+        parts = iter(windows.micro_batches_of(groups, [*itertools.chain(*steps_batches)], args.rollout_order))
+        left_out = self.is_truncated if args.mask_truncated_completions else None
         steps_parts = [[next(parts) for _ in some] for some in steps_batches if some]
-        cut = [windows.window_of(some, pad_id, left_out, self.sharing.applies) for some in steps_parts]
-        for inputs in (inputs for window in cut for inputs in window.micro_batches):
-            if self._remembers:
-                inputs["old_log_probs"] = self.ask.log_probs(self.model, inputs)
-            if self.args.beta:
-                inputs["ref_log_probs"] = self.ask.log_probs(self.start_model, inputs)
+        cut = [windows.window_of(some, self.builder.pad_id, left_out, self.sharing.applies) for some in steps_parts]
+        for window in cut:
+            start = self.start_model if args.beta else None
+            self.ask.remember(window, self.model, start, self._remembers, args.top_entropy_quantile)
         tokens, seconds = (now - before for now, before in zip(self.rollout.spent, spent, strict=True))
         self.means.add("tokens_per_second/sampling", tokens, seconds)
         self._aside += time.perf_counter() - begun
-        return cut or [windows.Window([], [])]
+        return cut * times or [windows.Window([], [])]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the step's loss. `model` is the wrapped one: its hooks average gradients."""

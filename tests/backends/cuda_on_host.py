@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes as c
 import functools
+import os
 import shutil
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from gft_kernels.options import NORMALIZE, REDUCTIONS, SURROGATES, AgreedRows, RowCall, RowResult
 
@@ -73,13 +75,15 @@ def absent() -> str | None:
 
 @functools.cache
 def library() -> c.CDLL:
-    """The kernels, compiled once per test session."""
-    built = Path(tempfile.mkdtemp()) / "cuda_on_host.so"
+    """The kernels, compiled once a test session, by the first of its workers to ask."""
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    built = Path(tempfile.gettempdir(), f"cuda_on_host_{session}.so")
     here = ROOT / "tests/cpp/device_on_host"
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    subprocess.run(
-        ["g++", *flags, f"-I{here}", f"-I{ROOT / 'csrc'}", str(here / "emulate.cpp"), "-o", str(built)], check=True
-    )
+    flags += [f"-I{here}", f"-I{ROOT / 'csrc'}"]
+    with FileLock(built.with_suffix(".lock")):
+        if not built.exists():
+            subprocess.run(["g++", *flags, str(here / "emulate.cpp"), "-o", str(built)], check=True)
     loaded = c.CDLL(str(built))
     for name in ("rows", "scale", "observe_shard", "shade_shard"):
         getattr(loaded, f"emulate_{name}").restype = c.c_bool

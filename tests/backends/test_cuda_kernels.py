@@ -13,7 +13,7 @@ import test_policy as policy
 import torch
 from cases import DTYPES
 from cuda_on_host import Backend
-from policy_cases import OBJECTIVES, PENALTIES, WITH_RATIO, assert_right, bounded_problem
+from policy_cases import OBJECTIVES, OF_RESPONSES, PENALTIES, WITH_RATIO, assert_right, bounded_problem
 
 from gft_kernels import registry
 from gft_kernels.options import AgreedRows, Credit, Objective, RowCall
@@ -114,6 +114,13 @@ def test_objectives(launch, objective, penalties):
 def test_every_objective(launch, objective):
     for penalties in ({}, PENALTIES):
         policy.test_every_objective("cuda", objective, torch.float32, penalties)
+
+
+@pytest.mark.parametrize("launch", ["two blocks", "two passes"], indirect=True)
+def test_ratios_of_responses(launch):
+    for objective in OF_RESPONSES:
+        for layout in ("padded", "in place"):
+            policy.test_ratios_of_responses("cuda", objective, layout)
 
 
 @pytest.mark.parametrize("launch", ["two blocks"], indirect=True)

@@ -200,6 +200,22 @@ def test_a_prompt_without_a_token_predicts_nothing():
         ({"objective": "dapo", "clip_high": -0.1}, "clip_high must be finite and not negative, got -0.1"),
         ({"beta": "much"}, "beta must be finite and not negative, got 'much'"),
         ({"steps_per_rollout": 0}, "steps_per_rollout must be a whole number of at least 1, got 0"),
+        ({"num_iterations": 0}, "num_iterations must be a whole number of at least 1, got 0"),
+        ({"num_iterations": 2, "dataloader_drop_last": True}, "dataloader_drop_last must be False with num_iterations"),
+        ({"dynamic_sampling": "skip"}, "dynamic_sampling must be one of drop, resample, got 'skip'"),
+        ({"dynamic_sampling": "resample", "num_generations": 0}, "num_generations must be at least 1 with dynamic_s"),
+        (
+            {"dynamic_sampling": "drop", "given_objective": "chord"},
+            "given_objective must weigh by an advantage with",
+        ),
+        ({"curriculum": True, "num_demonstrations": 0}, "num_demonstrations must be at least 1 with curriculum, got 0"),
+        ({"top_entropy_quantile": 0.0}, "top_entropy_quantile must lie above 0 and at most at 1, got 0.0"),
+        (
+            {"top_entropy_quantile": 0.5, "advantages": "ones", "num_generations": 0},
+            "advantages must be 'group' with top_entropy_quantile, got 'ones'; without rewards",
+        ),
+        ({"sync_ref_model": True}, "beta must be above 0 with sync_ref_model, got 0.0; nothing else reads the copy"),
+        ({"ref_model_mixup_alpha": 1.5}, "ref_model_mixup_alpha must lie above 0 and at most at 1, got 1.5"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be 'random' or 'sequential'"),
     ],
 )

@@ -24,8 +24,8 @@ def said(tmp_path_factory):
     with contextlib.suppress(
         torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException
     ):
-        start_ranks(ranks.work, (str(folder),), 4)
-    return [torch.load(path) if (path := folder / f"rank{rank}.pt").exists() else {} for rank in range(4)]
+        start_ranks(ranks.work, folder, 4)
+    return [torch.load(path) if (path := folder / f"said{rank}.pt").exists() else {} for rank in range(4)]
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import inspect
 import pytest
 import torch
 import trainer_rig as rig
-from test_trainer import Gradients
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'gft-kernels[trl]'")
 
@@ -70,7 +69,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path, reduction, micro_batc
     """Groups may be cut into micro-batches, for advantages are taken before."""
 
     def step(size, parts):
-        seen = Gradients()
+        seen = rig.Gradients()
         trl_rig.trainer(
             tmp_path, callbacks=[seen], reduction=reduction, max_steps=1,
             per_device_train_batch_size=size, gradient_accumulation_steps=parts,
@@ -85,7 +84,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path, reduction, micro_batc
 def test_several_steps_of_one_generation_divide_it_into_equal_parts(tmp_path):
     """Four steps of one generation batch at a learning rate of 0 sum to four times its mean."""
     options = {"learning_rate": 0.0, "per_device_train_batch_size": 4}
-    seen, whole = Gradients(), Gradients()
+    seen, whole = rig.Gradients(), rig.Gradients()
     trl_rig.trainer(tmp_path, callbacks=[seen], max_steps=4, steps_per_generation=4, **options).train()
     trl_rig.trainer(tmp_path, callbacks=[whole], max_steps=1, gradient_accumulation_steps=4, **options).train()
     assert len(seen.steps) == 4 and (seen.steps[0] - seen.steps[1]).norm() > 1e-2
@@ -146,6 +145,26 @@ def test_several_steps_on_one_generation_log_how_far_the_policy_has_moved(tmp_pa
     kl = (log_ratio.exp() - 1 - log_ratio)[sampled].mean().item()
     assert second["drift/kl"] == pytest.approx(kl, rel=1e-3) and kl > 1e-4
     assert second["drift/mean_abs_log_ratio"] == pytest.approx(log_ratio[live].abs().mean().item(), rel=1e-3)
+
+
+def test_advantages_weigh_the_tokens_of_trls_entropy_quantile(tmp_path):
+    trainer = trl_rig.trainer(tmp_path, per_device_train_batch_size=16, top_entropy_quantile=0.4, tau=0.0)
+    _, inputs = trl_rig.generated(trainer, rows=4)
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(trainer.model, inputs)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    with torch.no_grad():
+        logits = rig.llama()(ids, attention_mask=mask).logits[:, -inputs["completion_ids"].shape[1] - 1 : -1].double()
+    log_pi, live = logits.log_softmax(-1), inputs["completion_mask"].bool()
+    entropy = -(log_pi.exp() * log_pi).sum(-1)
+    chosen = live & (entropy >= torch.quantile(entropy[live], 0.6))
+    log_pi = log_pi.gather(2, inputs["completion_ids"][..., None])[..., 0]
+    expected = -(inputs["advantages"][:, None] * log_pi * chosen).sum() / live.sum()
+    assert 0.3 < chosen.sum() / live.sum() < 0.5 and abs(expected) > 1e-3
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    with pytest.raises(ValueError, match="top_entropy_quantile must lie above 0 and at most at 1, got 0"):
+        trl_rig.config(tmp_path, top_entropy_quantile=0)
 
 
 def test_truncated_completions_leave_the_loss_but_not_the_baseline(tmp_path):

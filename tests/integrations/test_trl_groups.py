@@ -47,6 +47,25 @@ def test_evaluation_samples_every_response(tmp_path):
     assert 0 < metrics["eval_reward"] < 1.5 and metrics["eval_entropy"] > 2  # of 20 tokens: log 20 = 3.0
 
 
+def test_scale_rewards_is_the_normalisation(tmp_path):
+    def some(prompts, completions, **columns):
+        return [1.0, 0.0, 0.5, 0.25, 1.0, 0.0, None, 0.0]
+
+    for scale, name in (("group", "std"), (True, "std"), ("none", "mean"), (False, "mean"), ("batch", "batch")):
+        assert trl_rig.config(tmp_path, scale_rewards=scale).normalize == name
+    trainer = trl_rig.trainer(tmp_path, reward_funcs=some, scale_rewards="batch")
+    advantages = trl_rig.generated(trainer, rows=2)[1]["advantages"]
+    first, second = torch.tensor([1.0, 0.0, 0.5, 0.25]), torch.tensor([1.0, 0.0, 0.0])
+    spread = torch.cat([first, second]).std() + 1e-6
+    left, right = ((group - group.mean()) / spread for group in (first, second))
+    expected = torch.cat([left, right[:2], torch.zeros(1), right[2:]])
+    torch.testing.assert_close(advantages, expected)
+    with pytest.raises(ValueError, match="scale_rewards must be left at 'group' with normalize, got 'none'"):
+        trl_rig.config(tmp_path, scale_rewards="none", normalize="leave-one-out")
+    with pytest.raises(ValueError, match="scale_rewards must be one of group, batch, none, got 'all'"):
+        trl_rig.config(tmp_path, scale_rewards="all")
+
+
 def test_equal_rewards_and_completions_without_a_reward_weigh_nothing(tmp_path):
     def some(prompts, completions, **columns):
         """The first group's rewards are equal; of the second's, one is None, and of the third's all but one."""
@@ -84,7 +103,7 @@ def test_several_reward_functions_are_weighted(tmp_path):
           "num_demonstrations": 3}, r"num_demonstrations must be at most"),
         ({"beta": 0.1}, r"beta must be left at 0.0, got 0.1; it belongs to GRPO's objective"),
         ({"loss_type": "grpo"}, r"loss_type must be left at 'dapo', got 'grpo'"),
-        ({"scale_rewards": "none"}, r"scale_rewards must be left at 'group', got 'none'"),
+        ({"importance_sampling_level": "sequence"}, r"importance_sampling_level must be left at 'token', got 'seq"),
         ({"epsilon_high": 0.28}, r"epsilon_high must be left at None, got 0.28"),
         ({"entropy_coef": 0.01}, r"entropy_coef must be left at 0.0, got 0.01"),
         ({"vllm_importance_sampling_correction": True}, r"vllm_importance_sampling_correction must be False"),

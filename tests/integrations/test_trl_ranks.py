@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import trainer_rig as rig
 from datasets import Dataset
-from launched_run import Gradients, shard_on_a_cpu
+from launched_run import shard_on_a_cpu
 from ranks import start_ranks
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'gft-kernels[trl]'")
@@ -34,7 +32,7 @@ FSDP2 = {
 
 def steps(folder: Path, kind: str, processes: int) -> list[torch.Tensor]:
     """Gradients of two steps."""
-    seen = Gradients()
+    seen = rig.Gradients()
     options = {"per_device_train_batch_size": 8 // processes, **({"ddp_backend": "gloo"} if processes > 1 else {})}
     if kind == "sft":
         trl_rig.sft_trainer(folder, tau=0.05, rows=ROWS[kind], callbacks=[seen], **options).train()
@@ -61,28 +59,17 @@ def length(prompts, completions, **columns):
     return [float(len(text)) for text in completions]
 
 
-def run_rank(rank: int, port: int, folder: str) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
+def run_rank(rank: int, folder: Path) -> dict[str, list[torch.Tensor]]:
     taken = {}
     for kind in ROWS:
         os.environ.update(FSDP2 if kind == "fsdp2" else {})
-        taken[kind] = steps(Path(folder, str(rank)), kind, WORLD)
-    torch.save(taken, Path(folder, f"{rank}.pt"))
-    dist.barrier()
-    dist.destroy_process_group()
+        taken[kind] = steps(folder / str(rank), kind, WORLD)
+    return taken
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, list[torch.Tensor]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    start_ranks(run_rank, (port, str(folder)), WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return start_ranks(run_rank, tmp_path_factory.mktemp("ranks"), WORLD)
 
 
 @pytest.mark.slow

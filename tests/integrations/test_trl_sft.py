@@ -8,7 +8,6 @@ import pytest
 import torch
 import trainer_rig as rig
 from datasets import Dataset
-from test_trainer import Gradients
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'gft-kernels[trl]'")
 
@@ -77,7 +76,7 @@ def test_a_run_takes_trls_steps(tmp_path, micro_batch, accumulation):
     """Whole runs, the last accumulation window a partial one: the same gradients and the same logged losses."""
     options = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
     options |= {"max_steps": -1, "num_train_epochs": 1, "rows": trl_rig.sft_rows(11)}
-    ours, expected = Gradients(), Gradients()
+    ours, expected = rig.Gradients(), rig.Gradients()
     run = trl_rig.sft_trainer(tmp_path, callbacks=[ours], tau=1.0, **options)
     run.train()
     other = theirs(tmp_path, "dft", rig.llama(), callbacks=[expected], **options)

@@ -218,8 +218,7 @@ TRACED = {
 
 
 @ONCE
-@pytest.mark.parametrize("fullgraph", [False, True])
-@pytest.mark.parametrize("ask", TRACED)
+@pytest.mark.parametrize(("ask", "fullgraph"), [*((ask, False) for ask in TRACED), ("grad", True), ("hvp", True)])
 def test_compiling_hides_no_refusal(backend, device, ask, fullgraph):
     """With fullgraph the refusal may be torch.compile's own; a second derivative is refused where the graph is run."""
     torch._dynamo.reset()
@@ -345,8 +344,9 @@ def test_autocast_leaves_the_loss_in_float32(backend, device, dtype):
 
 
 @ONCE
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("inplace", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.float16)], ids=str
+)
 def test_compiles_without_a_graph_break(backend, device, inplace, dtype):
     torch._dynamo.reset()
     case = problem(dtype=dtype)

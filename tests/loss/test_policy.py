@@ -42,6 +42,12 @@ def test_every_objective(backend, objective, dtype, penalties):
     assert_right(case, loss, gradient)
 
 
+def test_asft_is_dft_with_an_anchor(backend):
+    case = problem("dft", beta=0.3)
+    loss, gradient = case.run(backend=backend, objective="asft")
+    assert_right(case, loss, gradient)
+
+
 OWN_NUMBERS = {
     "gft": {"rectify": "bounded", "gamma": 0.3, "tau": 0.4},
     "luffy": {"gamma": 1.5},

@@ -60,6 +60,7 @@ REFUSED = {
         ValueError,
         "given_objective must have no ratio beside objective='gmpo', got 'psft'",
     ),
+    "anchor": (dict(objective="asft"), ValueError, "beta must be positive with objective 'asft', got 0; without"),
     "gamma without its use": (dict(gamma=0.1), ValueError, "gamma must be left out with rectify='all', got 0.1"),
     "gamma": (dict(objective="luffy", gamma=0.0), ValueError, "gamma must be finite and positive, got 0.0"),
     "weights shape": (dict(weights=ADVANTAGES[:3]), ValueError, r"weights must have shape \(4, 3\) or \(4,\), got"),

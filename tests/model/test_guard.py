@@ -75,7 +75,8 @@ WRAPPINGS = {
     "compiled, then the patch": (compiled, patch_model),
     "the patch, then compiled": (patch_model, compiled),
 }
-CASES = [(r, w) for w in WRAPPINGS for r in REPLACEMENTS]
+CASES = [(r, "bare") for r in REPLACEMENTS]  # the wrappings see whether a loss or its columns are lost, not who did it
+CASES += [(r, w) for w in WRAPPINGS for r in ("another_forward", "columns_taken_away") if w != "bare"]
 # PEFT calls a wrapped forward past every hook, and the loss is reached without its columns: nobody can tell.
 CASES.remove(("columns_taken_away", "the patch, then PEFT"))
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import socket
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,24 +147,15 @@ CHECKS = {
 }  # fmt: skip
 
 
-def run_rank(rank: int, port: int, path: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def run_rank(rank: int, folder: Path) -> dict:
     warnings.filterwarnings("error", message="the GFT loss")
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    torch.save({name: check(rank) for name, (check, *_) in CHECKS.items()}, f"{path}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    dist.init_process_group("gloo")
+    return {name: check(rank) for name, (check, *_) in CHECKS.items()}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    path = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    start_ranks(run_rank, (port, str(path)), WORLD)
-    return [torch.load(path / f"{rank}.pt") for rank in range(WORLD)]
+    return start_ranks(run_rank, tmp_path_factory.mktemp("ranks"), WORLD)
 
 
 @pytest.mark.slow

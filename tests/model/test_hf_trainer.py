@@ -33,40 +33,40 @@ def rows() -> list[dict]:
     return made
 
 
-def windows(model) -> list[tuple[float, dict]]:
-    """Loss and gradients of each window from the logits, with the window's token count."""
+CUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
+
+
+def windows(model, made: list[dict], beside=lambda ids: 0.0) -> list[tuple[float, dict]]:
+    """Loss and gradients of each window from the logits, with the window's token count; `beside(ids)` is added."""
     found = []
     for start in range(0, ROWS, WINDOW):
-        part = rows()[start : start + WINDOW]
+        part = made[start : start + WINDOW]
         ids, labels = (torch.stack([row[name] for row in part]) for name in ("input_ids", "labels"))
         advantages = torch.tensor([row["gft_advantages"] for row in part])
-        loss = gft_loss(model(input_ids=ids).logits[:, :-1], labels[:, 1:], advantages=advantages)
+        loss = gft_loss(model(input_ids=ids).logits[:, :-1], labels[:, 1:], advantages=advantages) + beside(ids)
         loss.backward()
         found.append((loss.item(), gradients(model)))
     return found
 
 
-@pytest.mark.parametrize(("micro_batch", "accumulation"), [(8, 1), (4, 2), (2, 4), (1, 8)])
-def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path, micro_batch, accumulation):
-    model, seen = tiny("gemma2"), Gradients()
-    expected = windows(model)
+def trained(model, made: list[dict], tmp_path, micro_batch: int, accumulation: int) -> list[tuple[float, dict]]:
+    """Logged loss and gradients of each step of a trainer with the patched model."""
+    seen = Gradients()
     args = TrainingArguments(
-        str(tmp_path),
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=0.0,
-        max_grad_norm=0.0,
-        num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        report_to="none",
-        use_cpu=True,
-    )
-    trainer = Trainer(patch_model(model), args, train_dataset=rows(), callbacks=[seen])
+        str(tmp_path), per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulation,
+        learning_rate=0.0, max_grad_norm=0.0, num_train_epochs=1, train_sampling_strategy="sequential",
+        logging_steps=1, save_strategy="no", disable_tqdm=True, report_to="none", use_cpu=True,
+    )  # fmt: skip
+    trainer = Trainer(patch_model(model), args, train_dataset=made, callbacks=[seen])
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert len(losses) == len(seen.steps) == len(expected) == 2
-    for ours, theirs in zip(zip(losses, seen.steps, strict=True), expected, strict=True):
+    return list(zip(losses, seen.steps, strict=True))
+
+
+@pytest.mark.parametrize(("micro_batch", "accumulation"), CUTS)
+def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path, micro_batch, accumulation):
+    expected = windows(tiny("gemma2"), rows())
+    found = trained(tiny("gemma2"), rows(), tmp_path, micro_batch, accumulation)
+    assert len(found) == len(expected) == 2
+    for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs, tolerance=1e-4)  # the loss is logged in few digits

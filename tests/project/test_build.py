@@ -1,4 +1,4 @@
-"""The build: what GFT_BUILD accepts, and that no instruction set leaks into another."""
+"""The build: what GFT_BUILD accepts, the wheel with kernels, their tests in C++, and no instruction set in another."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ import platform
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+import shipped
 
 from tests import native_build
 
 ROOT = Path(__file__).parents[2]
-FLAGS = {
-    "portable": [],
-    "avx2": ["-march=x86-64-v3"],
-    "avx512": ["-march=x86-64-v4"],
-    "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16"],
-}
+QUICK = {"CMAKE_BUILD_TYPE": "None", "CXXFLAGS": "-O1"}
+"""What the kernels answer is asked here, not how fast they are; optimised in full they compile twice as long."""
 
 
 def setup_py(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -75,30 +73,55 @@ def test_the_extension_is_optional():
     assert "the C++ kernels are not built or do not load" in run.stdout
 
 
-@pytest.mark.parametrize("arm", [False, True], ids=["here", "AArch64"])
-def test_the_tests_in_cpp_pass(tmp_path, arm):
-    """Formulas, credit and every instruction set the processor has, each against plain double arithmetic."""
-    if reason := native_build.absent(arm):
+@pytest.fixture(scope="module")
+def compiled(sources, environment, tmp_path_factory) -> tuple[Path, Path]:
+    """A wheel with the CPU kernels, and the sources it was built in: the one build that all below look at."""
+    if reason := native_build.absent():
         pytest.skip(reason)
-    program = native_build.build(tmp_path, "gft_test", arm)
-    run = subprocess.run([*(native_build.arm_command() if arm else ()), program], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-2000:]
-    assert "all C++ tests passed" in run.stdout
-    if arm:
-        assert "neonbf16\nrow kernels: neon\n" in run.stdout  # both ran
+    folder = tmp_path_factory.mktemp("compiled")
+    return shipped.wheel(sources, folder, {**environment, **QUICK, "GFT_BUILD": "cpu"}), folder / "sources"
+
+
+def cmake_folder(sources: Path) -> Path:
+    """Where setup.py had CMake build."""
+    (found,) = sources.glob("build/temp*/cpu")
+    return found
+
+
+@pytest.mark.slow
+def test_the_wheel_with_kernels_holds_the_compiled_module_and_no_sources_of_it(compiled):
+    with zipfile.ZipFile(compiled[0]) as archive:
+        names = set(archive.namelist())
+    package = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    (module,) = package - shipped.files_under(ROOT, "gft_kernels")
+    assert module.startswith("gft_kernels/_C.") and not compiled[0].name.endswith("-none-any.whl")
+
+
+def test_the_tests_in_cpp_pass(compiled):
+    """Formulas, credit and every instruction set the processor has, each against plain double arithmetic."""
+    program = native_build.build(cmake_folder(compiled[1]), "gft_test", source=compiled[1])
+    run = subprocess.run([program], capture_output=True, text=True)
+    assert run.returncode == 0 and "all C++ tests passed" in run.stdout, run.stdout[-2000:]
+
+
+def test_the_tests_in_cpp_pass_on_aarch64(tmp_path, monkeypatch):
+    if reason := native_build.absent(arm=True):
+        pytest.skip(reason)
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, value)
+    program = native_build.build(tmp_path, "gft_test", arm=True)
+    run = subprocess.run([*native_build.arm_command(), program], capture_output=True, text=True)
+    assert run.returncode == 0 and "all C++ tests passed" in run.stdout, run.stdout[-2000:]
+    assert "neonbf16\nrow kernels: neon\n" in run.stdout  # both ran
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one instruction set on this architecture")
-@pytest.mark.skipif(shutil.which("g++") is None or shutil.which("nm") is None, reason="needs g++ and nm")
-@pytest.mark.parametrize("name", FLAGS)
-def test_no_instruction_set_leaks(tmp_path, name):
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "avx512bf16"])
+def test_no_instruction_set_leaks(compiled, name):
     """A kernel file defines its table and nothing else that a linker could share with code for other processors."""
-    target = tmp_path / f"{name}.o"
-    source, simd = ROOT / "csrc" / "cpu" / "row_kernel.cpp", name.removesuffix("bf16")
-    flags = ["-std=c++17", "-O1", "-w", "-fno-exceptions", f"-I{ROOT / 'csrc'}", *FLAGS[name]]
-    flags += [f"-DGFT_INSTRUCTION_SET={name}", f'-DGFT_SIMD_HEADER="cpu/simd_{simd}.h"']
-    subprocess.run(["g++", *flags, "-c", str(source), "-o", str(target)], check=True, timeout=300)
+    target = cmake_folder(compiled[1]) / f"CMakeFiles/gft_row_{name}.dir/csrc/cpu/row_kernel.cpp.o"
     names = ["nm", "-C", "--defined-only", "--extern-only", str(target)]
-    listing = subprocess.run(names, capture_output=True, text=True)
+    listing = subprocess.run(names, capture_output=True, text=True, check=True)
     symbols = [line.split(maxsplit=2)[2] for line in listing.stdout.splitlines()]
-    assert len(symbols) == 1 and symbols[0].startswith("gft::cpu::k"), symbols
+    assert symbols == [f"gft::cpu::kernels_{name}"]

@@ -7,17 +7,13 @@ on the path. How the C++ build chooses and fails is test_build.py's subject.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import shipped
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -30,72 +26,16 @@ tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Py
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-BUILT = (
-    ".git",
-    ".venv",
-    "build",
-    "dist",
-    "runs",
-    "*.egg-info",
-    "__pycache__",
-    "*.so",
-    ".*_cache",
-    ".hypothesis",
-    ".b*",
-)
-"""What a clean checkout does not have."""
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """Pure Python, and no torch to be had."""
-    poison = tmp_path_factory.mktemp("no_torch")
-    (poison / "torch.py").write_text("raise SystemExit('the build imported torch')\n")
-    return {**os.environ, "GFT_BUILD": "none", "PYTHONPATH": str(poison), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-
-
-def run(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory, environment) -> Path:
-    """The unpacked source distribution of a clean copy: everything after it is built from what is shipped."""
-    folder = tmp_path_factory.mktemp("sdist")
-    shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(*BUILT))
-    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
-    run(["-c", build, str(folder)], folder / "copy", environment)
-    (archive,) = folder.glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
-    return folder / archive.name.removesuffix(".tar.gz")
-
-
-def build_wheel(sources: Path, folder: Path, environment: dict[str, str]) -> Path:
-    clean = folder / "sources"
-    shutil.copytree(sources, clean)
-    options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
-    run(["-m", "pip", "wheel", *options, "--wheel-dir", str(folder), str(clean)], folder, environment)
-    (wheel,) = folder.glob("*.whl")
-    return wheel
 
 
 @pytest.fixture(scope="module")
 def pure_wheel(sources, environment, tmp_path_factory) -> Path:
-    return build_wheel(sources, tmp_path_factory.mktemp("wheel"), environment)
-
-
-def files_under(folder: Path, *names: str) -> set[str]:
-    """Files below the named folders that are sources, as paths from `folder`."""
-    found = (path for name in names for path in (folder / name).rglob("*") if path.is_file())
-    kept = (path for path in found if "__pycache__" not in path.parts and path.suffix not in (".so", ".pyc"))
-    return {path.relative_to(folder).as_posix() for path in kept if path.name != ".DS_Store"}
+    return shipped.wheel(sources, tmp_path_factory.mktemp("wheel"), environment)
 
 
 @pytest.mark.parametrize("folder", ["gft_kernels", "csrc", "python_api", "tests", "benchmarks", "docs", "examples"])
 def test_the_source_distribution_holds_every_source(sources, folder):
-    assert files_under(sources, folder) == files_under(ROOT, folder) != set()
+    assert shipped.files_under(sources, folder) == shipped.files_under(ROOT, folder) != set()
 
 
 @pytest.mark.parametrize("name", ["CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile", "requirements.lock",
@@ -109,7 +49,7 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(pure_wheel):
     with zipfile.ZipFile(pure_wheel) as archive:
         names = set(archive.namelist())
     package = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
-    assert package == files_under(ROOT, "gft_kernels")
+    assert package == shipped.files_under(ROOT, "gft_kernels")
     assert "gft_kernels/py.typed" in package
     data = [name for name in package if name.startswith("gft_kernels/data/samples/")]
     assert any("LICENSE" in name for name in data) and any(name.endswith(".jsonl") for name in data)
@@ -127,20 +67,6 @@ def test_the_wheel_asks_for_torch_by_a_lower_bound_alone(pure_wheel):
     assert [need for need in always if re.match(r"torch\b", need)] == ["torch>=2.6"]
     assert all(re.fullmatch(r"[\w-]+>=[\d.]+", need) for need in always), always
     assert set(metadata.get_all("Provides-Extra")) == set(EXTRAS)
-
-
-@pytest.mark.slow  # compiles the CPU kernels
-def test_the_wheel_with_kernels_holds_the_compiled_module_and_no_sources_of_it(sources, environment, tmp_path):
-    if shutil.which("c++") is None:
-        pytest.skip("no C++ compiler")
-    # Unoptimised: what is in the wheel is asked here, not how fast it is, and this compiles in half the time.
-    unoptimised = {"GFT_BUILD": "cpu", "CMAKE_BUILD_TYPE": "None"}
-    wheel = build_wheel(sources, tmp_path, {**environment, **unoptimised})
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-    package = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
-    (compiled,) = package - files_under(ROOT, "gft_kernels")
-    assert compiled.startswith("gft_kernels/_C.") and not wheel.name.endswith("-none-any.whl")
 
 
 def locked() -> dict[str, Version]:
@@ -180,7 +106,7 @@ def test_every_extra_resolves_to_tested_versions(extra):
 def test_installing_leaves_torch_as_it_is(sources, environment, tmp_path):
     """What pip would do in this environment: install the package, and nothing besides."""
     options = ["--dry-run", "--no-index", "--no-build-isolation", "--quiet", "--report", str(tmp_path / "report.json")]
-    run(["-m", "pip", "install", *options, str(sources)], tmp_path, {**environment, "PYTHONPATH": ""})
+    shipped.run(["-m", "pip", "install", *options, str(sources)], tmp_path, {**environment, "PYTHONPATH": ""})
     planned = json.loads((tmp_path / "report.json").read_text())["install"]
     assert [entry["metadata"]["name"] for entry in planned] == ["gft-kernels"]
 

@@ -19,18 +19,8 @@ from gft_kernels.trainer.groups import IGNORE, Group, collate
 from gft_kernels.trainer.rollouts import cut, seeded
 
 
-class Gradients(TrainerCallback):
-    """The gradient of every optimizer step, flattened."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append(torch.cat([p.grad.flatten().clone() for p in model.parameters()]))
-
-
 def step_gradients(tmp_path, rows, micro_batch, accumulation, **options):
-    seen = Gradients()
+    seen = rig.Gradients()
     trainer = rig.trainer(
         tmp_path,
         train=rows,

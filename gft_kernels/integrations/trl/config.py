@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import trl
 from packaging.version import Version
@@ -10,6 +10,7 @@ from trl import GRPOConfig, SFTConfig
 
 from gft_kernels import checks
 from gft_kernels.model.loss_options import GroupLossOptions, TokenLossOptions, at_least, option
+from gft_kernels.options import BATCH, NORMALIZE
 
 OLDEST = "1.15"
 if Version(trl.__version__) < Version(OLDEST):
@@ -17,10 +18,11 @@ if Version(trl.__version__) < Version(OLDEST):
 
 OF_GRPO = (
     "loss_type", "beta", "sync_ref_model", "use_bias_correction_kl", "epsilon", "epsilon_high", "delta",
-    "importance_sampling_level", "scale_rewards", "multi_objective_aggregation", "off_policy_mask_threshold",
-    "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "sapo_temperature_pos", "sapo_temperature_neg",
+    "importance_sampling_level", "multi_objective_aggregation", "off_policy_mask_threshold", "entropy_coef",
+    "use_adaptive_entropy", "sapo_temperature_pos", "sapo_temperature_neg",
     "vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg",
 )  # fmt: skip
+NORMALIZE_OF = {"group": "std", "batch": BATCH, "none": "mean"}  # TRL's scale_rewards, by its name in F5
 OF_SFT = ("loss_type", "label_smoothing_factor")
 
 
@@ -33,11 +35,23 @@ class GFTGRPOConfig(GroupLossOptions, GRPOConfig):
     option of GRPO's objective. Source: docs/integrations/trl.md.
     """
 
+    NORMALIZATIONS: ClassVar[tuple[str, ...]] = (*NORMALIZE, BATCH)
+
     num_demonstrations: int = option(4, "Responses of each group that the row brings: the expert's, then teachers'.")
     vllm_importance_sampling_correction: bool = option(False, "Must stay False: the loss has no importance ratio.")
 
     def __post_init__(self):
+        scales: Any = self.scale_rewards
+        scales = {True: "group", False: "none"}[scales] if isinstance(scales, bool) else scales
+        checks.one_of("scale_rewards", scales, tuple(NORMALIZE_OF))
+        if self.normalize is not None and scales != "group":
+            raise ValueError(
+                f"scale_rewards must be left at 'group' with normalize, got {scales!r}; one of them decides."
+            )
+        self.normalize = self.normalize or NORMALIZE_OF[scales]
         super().__post_init__()
+        top_entropy = self.top_entropy_quantile
+        checks.real("top_entropy_quantile", top_entropy, lambda x: 0 < x <= 1, "lie above 0 and at most at 1", "1: all")
         refuse_changed(self, GRPOConfig, OF_GRPO, "GRPO's objective, in whose place GFT's stands")
         if self.vllm_importance_sampling_correction:
             raise ValueError(

@@ -25,6 +25,7 @@ from gft_kernels.data.text import encode_prompt, encode_response, end_tokens
 from gft_kernels.integrations.trl.config import GFTGRPOConfig
 from gft_kernels.integrations.trl.patch import log_means, parameters_of, patch_trainer, token_means
 from gft_kernels.model.columns import IGNORE
+from gft_kernels.options import BATCH
 
 NOT_HYBRID = ("tools", "rollout_func", "environment_factory")
 
@@ -137,17 +138,19 @@ class GFTGRPOTrainer(GRPOTrainer):
 
     def _advantages(self, size: int) -> Tensor:
         """(N,) F5 of the weighted rewards; a completion no function applies to has A = 0 and is no one's baseline."""
-        rewards_NF = self._rewards_NF
+        rewards_NF, batch = self._rewards_NF, self.args.normalize == BATCH
         assert rewards_NF is not None
         alone_N = rewards_NF.isnan().all(1)
         place_N = torch.arange(len(rewards_NF), device=rewards_NF.device)
-        return group_advantages(
-            (rewards_NF.nan_to_num(nan=0.0) * self.reward_weights.to(rewards_NF.device)).sum(1),
+        rewards_N = (rewards_NF.nan_to_num(nan=0.0) * self.reward_weights.to(rewards_NF.device)).sum(1)
+        advantages_N = group_advantages(
+            rewards_N,
             group_ids=torch.where(alone_N, len(place_N) + place_N, place_N // size),
-            normalize=str(self.args.normalize),
+            normalize="mean" if batch else str(self.args.normalize),
             eps=self.args.advantage_eps,
             singleton="zero",
         )
+        return advantages_N / (rewards_N[~alone_N].std() + self.args.advantage_eps) if batch else advantages_N
 
     # One micro-batch
 
@@ -158,16 +161,25 @@ class GFTGRPOTrainer(GRPOTrainer):
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
             inputs["completion_ids"].shape[1],
         )
+        advantages = inputs["advantages"]
+        if self.top_entropy_quantile < 1.0:
+            advantages = advantages[:, None] * self._uncertain(model, texts, targets_ST)
         outputs = model(
             **texts,
             shift_labels=targets_ST,
-            gft_advantages=inputs["advantages"],
+            gft_advantages=advantages,
             num_items_in_batch=self._num_items(inputs),
         )
         if self.args.token_metrics:
             means = token_means(outputs.stats, targets_ST != IGNORE)
             log_means(self, {**means, **drift(outputs.stats.log_probs, inputs)})
         return outputs.loss
+
+    @torch.no_grad()
+    def _uncertain(self, model, texts: dict[str, Any], targets_ST: Tensor) -> Tensor:
+        """(S, T) bool: the tokens of the micro-batch, on all processes, whose entropies TRL's quantile lets through."""
+        outputs = model(**texts, shift_labels=targets_ST, gft_return_stats=True, gft_return_entropy=True)
+        return self.get_high_entropy_mask(outputs.stats.entropy, targets_ST != IGNORE, 1 - self.top_entropy_quantile)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **images

@@ -11,57 +11,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from backends.formula_grid import GRID
 
 from gft_kernels import formulas
 from gft_kernels.triton_kernels import formulas as compiled
 
-INF = float("inf")
-LOG_PI = [0.0, -1e-38, -1e-7, -1e-3, -0.1, -0.34, -0.36, -0.6931472, -1.0, -5.0, -87.0, -1e4, -INF, float("nan")]
-LOGIT = [0.0, -0.0, 1e-38, 1e-4, 0.3, -0.3, 0.7, -2.0, 9.0, -60.0, 1e4, -1e30, INF, -INF, float("nan")]
-MASS = [0.0, 1e-38, 1e-7, 0.5, 1.0, 1.0000001, 3.0, 1e5]
-SCALE = [0.0, -0.0, 1.0, -0.25, 1e-38, 3e4, float("nan")]
-STATES = [(-INF, 0.0), (-3.0, 1e-7), (0.0, 1.0), (2.5, 7.0), (1e4, 1.0), (INF, 1.0)]
-MERGES = [(*a, *b) for a, b in itertools.product(STATES, STATES)]
-
-RATIO = [0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 1e30, INF, float("nan")]
-CLIPS = list(itertools.product(RATIO, (0.0, 2.0, -2.0, float("nan")), (0.0, 0.25), (0.0, 0.25), (1.5, INF)))
-GATED = list(itertools.product(RATIO, (0.0, 2.0, -2.0, float("nan")), (1.0, 0.1), (1.05, 9.0)))
-GAMMA = (0.0, 1e-6, 0.1, 30.0)
-LOG_RATIO = [0.0, 1e-2, -0.3, 2.0, 80.0, 200.0, -200.0, INF, -INF, float("nan")]
-CAPPED = list(itertools.product(LOG_RATIO, (2.0, 20.0, INF)))
-GRIDS = {
-    "transform": [(x, a, c, t) for x in LOGIT for a in (1.0, 0.0625) for c in (0.0, 30.0) for t in (1.0, 0.6)],
-    "transform_slope": [(x, a, c, t) for x in LOGIT for a in (1.0, 0.0625) for c in (0.0, 30.0) for t in (1.0, 0.6)],
-    "observe": [(*state, z) for state in STATES for z in LOGIT],
-    "merge": MERGES,
-    "raise_gap": [(g, m, d) for g in (0.0, -0.5) for m in (0.0, 1.0, 4.0) for d in (0.0, -0.3, -200.0, -INF)],
-    "log_prob": [(z, *state) for z in LOGIT for state in STATES],
-    "row_tau": [(a, t, r) for a in (-1.0, 0.0, 1.0) for t in (0.0, 0.7) for r in (0.0, 1.0)],
-    "coefficient": [(x, t) for x in LOG_PI for t in (0.0, 0.5, 0.7, 1.0)],
-    "shaped_prob": list(itertools.product(LOG_PI, GAMMA)),
-    "rectified_coefficient": list(itertools.product(LOG_PI, (-1.0, 0.0, 1.0), (0.0, 0.7), (0.0, 1.0), GAMMA)),
-    "shaped_coefficient": list(itertools.product(LOG_PI, GAMMA)),
-    "uncertainty": [(x,) for x in LOG_PI],
-    "entropy_coefficient": list(itertools.product((0.0, 0.5, 2.9957, 11.9, float("nan")), (1.0, 0.5, 3.0))),
-    "group_advantage": [(r, 0.5, s, 1e-6) for r in (0.5, 0.4999999, 1.0, -2.0) for s in (0.0, 0.3)],
-    "log_ratio": list(itertools.product(LOG_PI, LOG_PI)),
-    "is_clipped": CLIPS,
-    "clipped_coefficient": CLIPS,
-    "clipped_loss": CLIPS,
-    "capped_coefficient": list(itertools.product(RATIO, (0.0, 0.25, 1.0), (0.0, 0.25, 4.0))),
-    "gated_coefficient": GATED,
-    "gated_loss": GATED,
-    "kl_loss": CAPPED,
-    "kl_kappa": CAPPED,
-    "kappa": list(itertools.product([0.0, -1.5, 2.0, float("nan")], [0.0, 1e-38, 1.0, float("nan")])),
-    "token_loss": list(itertools.product(LOG_PI, SCALE)),
-    "weighed": list(itertools.product(SCALE, (0.0, 2.0, INF, float("nan")))),
-    "dlogit_other": list(itertools.product(LOG_PI, SCALE)),
-    "dlogit_target": list(itertools.product(LOG_PI, SCALE)),
-    "dlogit_tilted": list(itertools.product(LOG_PI, SCALE, (0.0, 0.3, float("nan")), (0.0, 11.9))),
-    "row_size": list(itertools.product(SCALE, SCALE, (0.0, 11.9, float("nan")))),
-    "entropy": list(itertools.product([0.0, 0.1, 12.0], [0.0, -0.5, -12.0])),
-}
+GRIDS = {name: list(itertools.product(*values)) for name, values in GRID.items()}
 
 
 @triton.jit

@@ -1,0 +1,54 @@
+"""A LoRA adapter from the settings of a run, by peft, which is optional."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MERGE = "merge"  # the one key of ours beside those of peft.LoraConfig
+
+
+def lora_config(options: Mapping[str, Any]) -> Any:
+    """peft.LoraConfig of these options; `merge` is looked at elsewhere. Raises ValueError, ImportError."""
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("peft must be installed for an adapter, got none; pip install peft.")
+    from peft import LoraConfig
+
+    known = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
+    for name in options:
+        if name not in known | {MERGE}:
+            close = difflib.get_close_matches(str(name), known | {MERGE}, 1)
+            hint = f"did you mean `{close[0]}`?" if close else "see peft's documentation."
+            raise ValueError(f"key `{name}` of peft must be an option of peft.LoraConfig, got one that is not; {hint}")
+    if not isinstance(options.get(MERGE, False), bool):
+        raise ValueError(f"key `{MERGE}` of peft must be true or false, got {options[MERGE]!r}.")
+    own = {name: value for name, value in options.items() if name != MERGE}
+    return LoraConfig(**{"task_type": "CAUSAL_LM", **own})
+
+
+def adapted(model: Any, lora: Any) -> Any:
+    """The model under a fresh adapter: its own weights stay as they are. Raises ValueError."""
+    from peft import get_peft_model
+
+    if hasattr(model, "peft_config"):
+        raise ValueError("model must be without an adapter where one is asked for, got one with; merge that first.")
+    return get_peft_model(model, lora)
+
+
+def refuse_merging(distributed_type: Any) -> None:
+    """Raises ValueError where no rank has the whole weights to merge into."""
+    kind = str(distributed_type).rpartition(".")[2]
+    if kind in ("FSDP", "DEEPSPEED"):
+        raise ValueError(f"key `{MERGE}` of peft must be false with {kind}, got true; merge the saved adapter later.")
+
+
+def save_merged(model: Any, tokenizer: Any, folder: str) -> None:
+    """The model that an adapter makes of its base, which changes in place; an adapter saved there would act again."""
+    for path in Path(folder).glob("adapter_*"):
+        path.unlink()
+    model.merge_and_unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

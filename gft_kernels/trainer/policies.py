@@ -1,0 +1,100 @@
+"""What policies say of micro-batches: the loss of a step, log pi and entropy of its tokens."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gft_kernels.data.rows import Row
+from gft_kernels.model.shared_prompts import ARGUMENTS, PROMPT_IDS
+from gft_kernels.options import TokenStats
+from gft_kernels.trainer.groups import IGNORE, Group, collate
+from gft_kernels.trainer.windows import Window
+
+TEXTS = ("input_ids", "attention_mask")
+
+
+class Forward:
+    """A patched model asked about micro-batches: for the loss of a step, or the log pi of their targets."""
+
+    def __init__(self, model: nn.Module, accelerator):
+        # Where the loss needs logits after all, a model that can will not compute those of the prompts.
+        self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.accelerator = accelerator
+
+    def __call__(self, model: Any, inputs, **options) -> tuple[Any, Tensor]:
+        """The output for the responses' tokens, and the targets (S, T) its statistics have the shape of."""
+        if f"gft_{PROMPT_IDS}" in inputs:
+            texts = {name: inputs[name] for name in (*TEXTS, *(f"gft_{name}" for name in ARGUMENTS))}
+            return model(**texts, shift_labels=inputs["targets"], **options), inputs["targets"]
+        length, behind = inputs["input_ids"].shape[1], inputs["targets"].shape[1] + 1
+        selection = {"logits_to_keep": behind} if self.keeps_logits else {}
+        before = 0 if selection else length - behind
+        targets_ST = functional.pad(inputs["targets"], (before, 1), value=IGNORE)
+        texts = {name: inputs[name] for name in TEXTS}
+        return model(**texts, **selection, shift_labels=targets_ST, **options), targets_ST
+
+    def log_probs(self, model: Any, inputs, **options) -> Tensor:
+        """log pi (nats) of each target as the policy samples, without dropout."""
+        return self.statistics(model, inputs, **options)[0].log_probs
+
+    @torch.no_grad()
+    def statistics(self, model: Any, inputs, **options) -> tuple[TokenStats, Tensor]:
+        """What that policy says of each target, and (bool, of the same shape) which are there."""
+        training = model.training
+        model.eval()
+        with self.accelerator.autocast():
+            inputs = send_to_device(inputs, self.accelerator.device)
+            outputs, targets_ST = self(model, inputs, gft_return_stats=True, **options)
+        model.train(training)
+        return outputs.stats, targets_ST != IGNORE
+
+    def experts(self, model: Any, rows: Sequence[Row], pad_id: int) -> Tensor:
+        """(B, 2): summed log pi (nats, temperature 1) and token count of each row's expert, or its best response."""
+        where = [i for i, row in enumerate(rows) if row.given]
+        best = [max(rows[i].given, key=lambda r: (r.source == "expert", r.reward)) for i in where]
+        out_B2 = torch.zeros(len(rows), 2, device=self.accelerator.device)
+        if where:
+            inputs = collate([Group(rows[i], [response]) for i, response in zip(where, best, strict=True)], pad_id)
+            out_B2[where, 0] = self.log_probs(model, inputs, gft_temperature=1.0).sum(1)
+            out_B2[where, 1] = out_B2.new_tensor([len(response.ids) for response in best])
+        return out_B2
+
+    def remember(self, window: Window, model: Any, start: Any, ratios: bool, share: float) -> None:
+        """What the policies say of a window's tokens now, into its micro-batches.
+
+        With `ratios` that is log pi of the policy that samples, with a `start` that of the one it is held to, and below
+        1 the `share` of the tokens that advantages weigh.
+        """
+        for inputs in window.micro_batches:
+            if ratios or share < 1:
+                stats, live_ST = self.statistics(model, inputs, gft_return_entropy=share < 1)
+                if ratios:
+                    inputs["old_log_probs"] = stats.log_probs
+                if stats.entropy is not None:
+                    inputs["entropies"] = torch.where(live_ST, stats.entropy, -1.0)
+            if start is not None:
+                inputs["ref_log_probs"] = self.log_probs(start, inputs)
+        if share < 1:
+            keep_uncertain(window, share, self.accelerator)
+
+
+def keep_uncertain(window: Window, share: float, accelerator) -> None:
+    """Let advantages weigh the tokens whose entropy is among the largest `share` of the step's, over all ranks.
+
+    The smallest of them is the first value at or above the quantile 1 - share. Source: arXiv 2506.01939.
+    """
+    entropies = [inputs.pop("entropies") for inputs in window.micro_batches]
+    here = torch.cat([entropy_ST[entropy_ST >= 0] for entropy_ST in entropies])  # below 0 where no token is
+    every = accelerator.gather(accelerator.pad_across_processes(here, pad_index=-1))
+    every = every[every >= 0].sort(descending=True).values
+    least = every[math.floor((len(every) - 1) * share + 1e-9)] if len(every) else 0.0
+    for inputs, entropy_ST in zip(window.micro_batches, entropies, strict=True):
+        inputs["uncertain"] = entropy_ST >= least
