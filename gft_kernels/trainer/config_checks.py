@@ -20,8 +20,8 @@ CHOICES = {
     "dynamic_sampling": (None, "drop", "resample"),
 }
 POSITIVE, NOT_NEGATIVE = lambda x: 0 < x < math.inf, lambda x: 0 <= x < math.inf
-LEFT_OPEN = ("logging_steps", "per_device_eval_batch_size")
 SHARE = (lambda x: 0 < x <= 1, "lie above 0 and at most at 1")
+LEFT_OPEN = ("logging_steps", "per_device_eval_batch_size")  # None until the configuration settles them
 NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("temperature", "repetition_penalty"), (POSITIVE, "be positive and finite")),
     "given_weight": (NOT_NEGATIVE, "be 0 or positive and finite"),
@@ -101,7 +101,7 @@ def check_numbers(config: Any, own: Collection[str]) -> None:
     for name, (holds, condition) in NUMBERS.items():
         value = getattr(config, name)
         if value is None and (name in LEFT_OPEN or name not in own):
-            continue  # what the config settles itself, or transformers' own default
+            continue  # what is settled later, or transformers' own default
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
             raise ValueError(f"{name} must {condition}, got {value!r}.")
 
