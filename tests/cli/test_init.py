@@ -53,6 +53,7 @@ def test_the_file_trains_as_it_stands(tmp_path, model_path, capsys):
     assert f"gft train --config {out} --dry-run" in capsys.readouterr().out
     settings, options = load(out, [], None)
     assert settings.rewards == ["last_number"] and options["num_demonstrations"] == 3
+    assert options["learning_rate"] == 1e-5
     longest = len(rig.tokenizer()("It is 5")["input_ids"]) + 1
     assert options["max_completion_length"] >= longest and options["max_completion_length"] % 32 == 0
     changes = ["--max_steps", "1", "--use_cpu", "true", "--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true"]
