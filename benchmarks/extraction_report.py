@@ -73,5 +73,5 @@ def draw(svg: Path, file: Path = FILE) -> list[Path]:
                 ends = run["before"][sampled], run["after"][sampled]
                 axes.plot([i - 0.2, i + 0.2], ends, marker="o", markersize=3, color=plots.WON)
         axes.set_xticks(range(len(trainers)), list(trainers))
-        axes.set(ylabel="right held-out answers at T = 1, before and after", ylim=(0, 1))
+        axes.set(ylabel="right held-out answers at T = 1", ylim=(0, 1))
         return [plots.save(figure, svg, [file])]
