@@ -353,7 +353,7 @@ def _trl_loss(hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:
 def _liger_grpo(hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
 
-    if problem.case.states == "smollm2":
+    if getattr(problem.case, "states", "") == "smollm2":  # a step's case has none
         raise AbsentError("it takes responses of one length, and the recorded ones have their own")
     case, shape_ST = problem.case, responses_of_one_length(problem.case)
     targets_ST = problem.targets_N.view(shape_ST)

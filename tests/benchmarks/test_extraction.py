@@ -39,7 +39,8 @@ def test_every_trainer_takes_its_steps(name, chat_model, tmp_path, monkeypatch, 
 
 
 def test_the_pages_have_every_trainers_runs_together(tmp_path):
-    assert extraction_report.table([]) == extraction_report.NOT_RUN and not extraction_report.draw(tmp_path / "a.svg")
+    nothing = extraction_report.draw(tmp_path / "a.svg", tmp_path / "none.jsonl")
+    assert extraction_report.table([]) == extraction_report.NOT_RUN and not nothing
     file = tmp_path / "results.jsonl"
     for seed, after in ((1, 0.5), (0, 0.1), (0, 1.0)):  # the last one made again
         rates = {

@@ -39,7 +39,7 @@ def test_the_page_computes_what_python_computes(tmp_path):
 
 def test_whole_logits_are_those_of_a_dry_run(monkeypatch):
     config = type("Config", (), {"max_completion_length": 7})
-    model, batches = plan.Shape(1, 5003, 1, 1, 1, 1), plan.Batches(1, 8, 1, 1, 1, 1, 1, 3)
+    model, batches = plan.Shape(1, 1, 5003, 1, 1, 1, 1), plan.Batches(1, 8, 1, 1, 1, 1, 1, 3)
     assert savings.whole_logits(21, 5003, 4) == plan.full_logits_memory(config, model, batches)
 
 
