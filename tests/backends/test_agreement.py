@@ -13,7 +13,7 @@ import torch
 from backends.formula_grid import GRID
 
 from gft_kernels import _extension, formulas, options
-from gft_kernels.backends import cpu, triton
+from gft_kernels.backends import cpu, reference, triton
 
 if (absence := _extension.absent()) is not None:
     pytest.skip(absence, allow_module_level=True)
@@ -82,3 +82,12 @@ def test_a_surrogate_without_a_number_crosses_no_border():
         cpu.run(options.RowCall(torch.zeros(1, 1, 3), credit, objective))
     with pytest.raises(ValueError):
         triton._objective(objective)
+
+
+@pytest.mark.parametrize("place", ["the objective's", "the given rows'"])
+def test_a_surrogate_that_nobody_knows_is_an_error(place):
+    row, objective = torch.full((1,), -0.3), options.Objective("ppo2")
+    if place == "the given rows'":
+        objective = options.Objective(given=options.Rule("ppo2"), given_R=torch.tensor([True]))
+    with pytest.raises(ValueError, match=r"surrogate must be one of gft, .* got 'ppo2'; see family\.py"):
+        reference.row_terms(objective, row, row, row)
