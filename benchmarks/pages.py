@@ -164,6 +164,15 @@ def _sparse() -> str:
     return table([*columns, ("gradients' error", columns[-1][1], _error)])
 
 
+def _sparse_lost() -> str:
+    """Synthetic states whose tails are too heavy to be cut."""
+    columns: list[Column] = []
+    for label, case in _cases("linear-sparse-large-cpu.json").items():
+        found = outcomes("linear-sparse-large-cpu.json", label)
+        columns += [(f"{case['case']['states']} states", found, _duration), ("over the floor", found, _over_floor)]
+    return table(columns)
+
+
 def _prompts() -> str:
     """A row a layout, a pair of columns a case: how long prompts and responses are, then time and memory."""
     columns: list[Column] = []
@@ -217,6 +226,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "linear": lambda: _timed_table("linear-peers-cpu.json", f"{LINEAR}, 2 threads"),
     "linear-words": _linear_words,
     "sparse": _sparse,
+    "sparse-lost": _sparse_lost,
     "sparse-words": _sparse_words,
     "chunk-memory": _chunk_memory,
     "prompts": _prompts,
