@@ -160,6 +160,8 @@ def _as_kind(key, value, hint):
     kinds = [typing.get_origin(kind) or kind for kind in alternatives]
     if value is None and type(None) in kinds:
         return None
+    if value is False and key.endswith("_strategy"):
+        return "no"  # which is how YAML reads that word without quotes
     if isinstance(value, str) and float in kinds and str not in kinds:
         try:
             return float(value)

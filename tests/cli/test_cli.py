@@ -69,7 +69,9 @@ def test_a_published_run_has_its_own_page(tmp_path, model_path, monkeypatch):
 
 def test_numbers_in_scientific_notation_and_lists_are_read(tmp_path):
     (tmp_path / "a.yaml").write_text("model: m\ndata: d\noutput_dir: o\nlearning_rate: 1e-4\nwarmup_steps: 3\n")
-    settings, options = load(str(tmp_path / "a.yaml"), ["--reward-weights", "[1, 0.5]", "--rewards", "a, b"], "other")
+    flags = ["--reward-weights", "[1, 0.5]", "--rewards", "a, b", "--save_strategy", "no"]
+    settings, options = load(str(tmp_path / "a.yaml"), flags, "other")
+    assert options["save_strategy"] == "no"
     assert options["learning_rate"] == 1e-4 and options["reward_weights"] == [1, 0.5] and options["warmup_steps"] == 3
     assert settings.rewards == ["a", "b"] and settings.data == "other"
 
