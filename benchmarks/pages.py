@@ -91,9 +91,12 @@ def table(columns: Sequence[Column], names: Sequence[str] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _timed(title: str, found: dict[str, dict]) -> list[Column]:
+    return [(title, found, _duration), ("over the floor", found, _over_floor)]
+
+
 def _timed_table(file: str, label: str) -> str:
-    found = outcomes(file, label)
-    return table([("time", found, _duration), ("over the floor", found, _over_floor)])
+    return table(_timed("time", outcomes(file, label)))
 
 
 # The blocks.
@@ -103,11 +106,7 @@ def _row() -> str:
     columns: list[Column] = []
     for dtype in DTYPES:
         found = outcomes("row-cpu.json", f"{HEADLINE.format(dtype)}, 1 thread")
-        columns += [
-            (dtype, found, _duration),
-            ("over the floor", found, _over_floor),
-            ("extra memory", found, _megabytes),
-        ]
+        columns += [*_timed(dtype, found), ("extra memory", found, _megabytes)]
     return table(columns)
 
 
@@ -160,7 +159,7 @@ def _sparse() -> str:
     columns: list[Column] = []
     for rows in (258, 2048):
         found = _recorded_states(rows)
-        columns += [(f"{rows} rows", found, _duration), ("over the floor", found, _over_floor)]
+        columns += _timed(f"{rows} rows", found)
     return table([*columns, ("gradients' error", columns[-1][1], _error)])
 
 
@@ -168,8 +167,7 @@ def _sparse_lost() -> str:
     """Synthetic states whose tails are too heavy to be cut."""
     columns: list[Column] = []
     for label, case in _cases("linear-sparse-large-cpu.json").items():
-        found = outcomes("linear-sparse-large-cpu.json", label)
-        columns += [(f"{case['case']['states']} states", found, _duration), ("over the floor", found, _over_floor)]
+        columns += _timed(f"{case['case']['states']} states", outcomes("linear-sparse-large-cpu.json", label))
     return table(columns)
 
 

@@ -51,7 +51,9 @@ def tempered(x: Tensor, problem) -> Tensor:
 
 
 def responses_of_one_length(case) -> tuple[int, int]:
-    """(S, T). Raises AbsentError where the rows do not divide."""
+    """(S, T). Raises AbsentError where the responses differ in length, or the rows do not divide."""
+    if not case.of_one_length:
+        raise AbsentError("it takes responses of one length, and the recorded ones have their own")
     if case.rows % case.responses:
         raise AbsentError(f"it takes responses of one length, and {case.rows} rows do not divide by {case.responses}")
     return case.responses, case.rows // case.responses

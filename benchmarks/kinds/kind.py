@@ -52,6 +52,11 @@ class Case:
     device: str = "cpu"
     threads: int = 1  # CPU only
 
+    @property
+    def of_one_length(self) -> bool:
+        """Whether every response has as many rows."""
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:

@@ -57,6 +57,10 @@ class LinearCase(Case):
     """Where the rows come from: `leaning`, normal numbers that lean towards one token, which leaves a flat tail;
     `trained`, 4 times as long, so that few tokens have the mass, as with a trained head; `smollm2`, recorded."""
 
+    @property
+    def of_one_length(self) -> bool:
+        return self.states != "smollm2"
+
     def label(self) -> str:
         words = [self.states] if self.states != "leaning" else []
         words += [f"chunks of {self.chunk_rows}"] if self.chunk_rows else []
@@ -353,8 +357,6 @@ def _trl_loss(hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:
 def _liger_grpo(hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
 
-    if getattr(problem.case, "states", "") == "smollm2":  # a step's case has none
-        raise AbsentError("it takes responses of one length, and the recorded ones have their own")
     case, shape_ST = problem.case, responses_of_one_length(problem.case)
     targets_ST = problem.targets_N.view(shape_ST)
     options = {"beta": 0.0, "loss_type": "bnpo", "use_ref_model": False, "temperature": case.temperature}
