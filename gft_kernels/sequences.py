@@ -8,8 +8,9 @@ knows of sequences. Sizes: R rows, S responses.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,17 @@ from gft_kernels.options import SEQUENCE_RATIOS, Credit, Objective
 
 GEOMETRIC = SEQUENCE_RATIOS[1]
 NEVER = 1e30  # a log pi_old, in nats, that makes a ratio of 0
+
+
+def two_passes(run: Callable[[Any], Any], call: Any, unwanted: dict[str, Any]) -> Any:
+    """The result of a loss's `run` for a call whose ratio is a response's: the logits for log pi, and for the loss.
+
+    unwanted: what the first pass does without, as fields of the call.
+    """
+    seen = run(replace(call, objective=Objective(), want_stats=True, **unwanted))
+    settled = settle(call.objective, call.credit, seen.log_probs_R, seen.advantages_R)
+    result = run(replace(call, objective=settled.objective))
+    return replace(result, loss=result.loss + lacking(settled, call.credit))
 
 
 class Settled(NamedTuple):

@@ -10,8 +10,9 @@ Sizes: L rows chosen, C rows of a chunk, D hidden size; S, T, R, V as in options
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from dataclasses import fields
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from gft_kernels import checks, distributed, family, formulas, registry, sequenc
 from gft_kernels.advantages import RowCredit, credit_rows, rows_read
 from gft_kernels.linear import sparse
 from gft_kernels.linear.products import Head, multiply, precision_of
-from gft_kernels.options import FP16_PEAK, Credit, LinearCall, LinearResult, Objective, RowCall, RowResult
+from gft_kernels.options import FP16_PEAK, Credit, LinearCall, LinearResult, RowCall, RowResult
 
 _ROW_OPTIONS = [
     f.name for f in fields(RowCall) if f.name in {g.name for g in fields(LinearCall)} - {"credit", "objective"}
@@ -67,7 +68,8 @@ class Chosen(NamedTuple):
 def run(call: LinearCall, backend: str) -> LinearResult:
     """Loss, statistics and the wanted gradients of a call; see `LinearResult`."""
     if call.objective.over_sequence:
-        return _of_responses(call, backend)
+        unwanted = dict.fromkeys(("want_hidden", "want_weight", "want_bias", "want_entropy"), False)
+        return sequences.two_passes(partial(run, backend=backend), call, {"upstream_R": None, **unwanted})
     credit = credit_rows(call.credit)
     if call.upstream_R is not None:
         weights_R = torch.where(credit.live_R, credit.weights_R * call.upstream_R, 0.0)
@@ -85,15 +87,6 @@ def run(call: LinearCall, backend: str) -> LinearResult:
     for rows_C in chosen.statistics_only_L.split(chosen.chunk):
         chunked.add(rows_C, False)
     return chunked.result()
-
-
-def _of_responses(call: LinearCall, backend: str) -> LinearResult:
-    """Where a response's ratio is wanted: the logits once for log pi, and a second time for the loss."""
-    unwanted: dict[str, Any] = dict.fromkeys(("want_hidden", "want_weight", "want_bias", "want_entropy"), False)
-    seen = run(replace(call, objective=Objective(), want_stats=True, upstream_R=None, **unwanted), backend)
-    settled = sequences.settle(call.objective, call.credit, seen.log_probs_R, seen.advantages_R)
-    result = run(replace(call, objective=settled.objective), backend)
-    return replace(result, loss=result.loss + sequences.lacking(settled, call.credit))
 
 
 def choose_rows(call: LinearCall, credit: RowCredit, shard: distributed.Shard | None) -> Chosen:
@@ -201,11 +194,10 @@ class _ChunkedLoss:
             for tile in tiles:
                 columns = dlogits_CV.shape[1] if tile.kept_K is None else len(tile.kept_K)
                 self.kept_R[rows_C[tile.rows]] = columns / dlogits_CV.shape[1]
-        whole = [tile.rows for tile in tiles if tile.kept_K is None]
-        for rows in whole:
+        cut = [tile for tile in tiles if tile.kept_K is not None]
+        for rows in (tile.rows for tile in tiles if tile.kept_K is None):
             self._add_whole(dlogits_CV[rows], hidden_CD[rows], None if gradient_CD is None else gradient_CD[rows])
-        if len(whole) < len(tiles):
-            cut = [tile for tile in tiles if tile.kept_K is not None]
+        if cut:
             out_VD, add = self.weight_gradient_VD, self.started
             sparse.add_products(self.head, cut, dlogits_CV, hidden_CD, gradient_CD, out_VD, add)
             self.started = True

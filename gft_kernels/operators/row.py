@@ -12,7 +12,7 @@ storage, and a second walk is refused.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -107,11 +107,8 @@ def _passes(module: Any, call: RowCall) -> RowResult:
     """One pass, or where a response's ratio is wanted a first one for log pi."""
     if not call.objective.over_sequence:
         return module.run(call)
-    unwanted: dict[str, Any] = dict.fromkeys(("want_gradient", "inplace", "want_entropy", "defer_scale"), False)
-    seen = module.run(replace(call, objective=Objective(), want_stats=True, **unwanted))
-    settled = sequences.settle(call.objective, call.credit, seen.log_probs_R, seen.advantages_R)
-    result = module.run(replace(call, objective=settled.objective))
-    return replace(result, loss=result.loss + sequences.lacking(settled, call.credit))
+    unwanted = dict.fromkeys(("want_gradient", "inplace", "want_entropy", "defer_scale"), False)
+    return sequences.two_passes(module.run, call, unwanted)
 
 
 def _row_loss(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
