@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -137,8 +136,7 @@ def measured(name: str, model_name: str, options: Options, held_out: int) -> dic
     begun = time.perf_counter()
     TRAINERS[name](model, tokenizer, options)
     seconds = (time.perf_counter() - begun) / {**demo.SHARED, **options}["max_steps"]
-    unit = 1 << 30 if sys.platform == "darwin" else 1 << 20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    peak = demo.peak_gib()
     after = _rates(model, tokenizer, options, held_out)
     found = {"task": demo.TASK, "trainer": name, "seed": options["seed"], "n": held_out}
     found["steps"] = {**demo.SHARED, **options}["max_steps"]

@@ -96,12 +96,17 @@ def run(directory: Path, task: str, model: str = "smollm2", seed: int = 0, **cha
                 trainer.save_model(str(directory / method))
             del trainer
             gc.collect()
-    unit = 1 << 30 if sys.platform == "darwin" else 1 << 20  # of ru_maxrss: bytes there, KiB elsewhere
-    result["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    result["peak_gib"] = peak_gib()
     (directory / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     plot = draw(result, directory / "held-out.png")
     say("\n" + screen(result) + f"\nplot   {plot}\nmodel  {directory / 'gft'}\n")
     return result
+
+
+def peak_gib() -> float:
+    """The most memory this process has had so far."""
+    unit = 1 << 30 if sys.platform == "darwin" else 1 << 20  # of ru_maxrss: bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def trainer_of(folder: str, tokenizer, directory: Path, task: str, options: dict[str, Any]) -> GFTTrainer:

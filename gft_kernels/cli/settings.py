@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
@@ -15,6 +14,7 @@ import yaml
 
 from gft_kernels.model.loss_options import option
 from gft_kernels.trainer import GFTConfig
+from gft_kernels.trainer.config_checks import nearest
 
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|(api|access|secret)_?key)$", re.IGNORECASE)
 OF_THE_COMMAND = ("config", "resume", "resume_anyway", "dry_run", "ranks")
@@ -79,8 +79,7 @@ def load(config: str | None, flags: list[str], data: str | None) -> tuple[RunSet
     known = own | {f.name for f in dataclasses.fields(GFTConfig) if f.init}
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(str(key), {*known, *OF_THE_COMMAND}, 1)
-            hint = f"did you mean `{close[0]}`?" if close else "see docs/training.md."
+            hint = nearest(str(key), {*known, *OF_THE_COMMAND}, "see docs/training.md.")
             raise ValueError(f"key `{key}` must be an option of gft train, got one that is not; {hint}")
         if key in UNREAD:
             raise ValueError(f"key `{key}` must be left out, got {values[key]!r}; {UNREAD[key]}.")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from gft_kernels.trainer.config_checks import nearest
 
 MERGE = "merge"  # the one key of ours beside those of peft.LoraConfig
 
@@ -21,8 +22,7 @@ def lora_config(options: Mapping[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
     for name in options:
         if name not in known | {MERGE}:
-            close = difflib.get_close_matches(str(name), known | {MERGE}, 1)
-            hint = f"did you mean `{close[0]}`?" if close else "see peft's documentation."
+            hint = nearest(str(name), known | {MERGE}, "see peft's documentation.")
             raise ValueError(f"key `{name}` of peft must be an option of peft.LoraConfig, got one that is not; {hint}")
     if not isinstance(options.get(MERGE, False), bool):
         raise ValueError(f"key `{MERGE}` of peft must be true or false, got {options[MERGE]!r}.")

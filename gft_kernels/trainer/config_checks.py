@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Collection
 from typing import Any
@@ -43,6 +44,12 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "num_train_epochs": (POSITIVE, "be positive and finite"),
     "max_steps": (lambda x: x == -1 or x >= 1, "be at least 1, or -1 for whole epochs"),
 }
+
+
+def nearest(name: str, known: Collection[str], otherwise: str) -> str:
+    """What to say of a key that nobody knows: the one it looks like, else `otherwise`."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean `{close[0]}`?" if close else otherwise
 
 
 def check_groups(config: Any) -> None:
