@@ -232,8 +232,7 @@ def _num_items(value: Any, reduction: str, device: torch.device) -> Tensor | Non
         if value.numel() != 1:
             raise ValueError(f"num_items_in_batch must hold one number, got shape {tuple(value.shape)}; sum it first")
         return value.detach().reshape(()).to(device=device, dtype=torch.float32, non_blocking=True)
-    items = checks.positive("num_items_in_batch", value, remedy)
-    checks.fits_float32("num_items_in_batch", items, remedy, smallest=checks.FLOAT32.tiny)
+    items = checks.positive_float32("num_items_in_batch", value, remedy)
     return torch.full((), items, dtype=torch.float32, device=device)
 
 

@@ -120,13 +120,10 @@ def objective_of(asked: PolicyOptions, targets: Tensor) -> Objective:
     if options["rectify"] == "given":
         rule, other = replace(rule, rectify="all", tau=0.0), replace(other, rectify="all")
     wants = given_objective is not None or options["rectify"] == "given"
-    remedy = "0 is none"
-    beta = checks.fits_float32(
-        "beta", checks.not_negative("beta", asked["beta"], f"{remedy}: no penalty"), "pass a smaller one"
-    )
+    beta = checks.not_negative("beta", asked["beta"], "0 is none: no penalty")
     if beta == 0.0 and any(PRESETS[each].anchored for each in names):
         raise ValueError("beta must be positive with objective 'asft', got 0; without its anchor that is dft")
-    bonus = checks.real("entropy_coef", asked["entropy_coef"], checks.is_finite, "be finite", f"{remedy}: no bonus")
+    bonus = checks.real("entropy_coef", asked["entropy_coef"], checks.is_finite, "be finite", "0 is none: no bonus")
     return Objective(
         **{name: getattr(rule, name) for name in RULE_FIELDS},
         over_sequence=PRESETS[name].over_sequence,
@@ -174,10 +171,12 @@ def _rule(name: str, options: dict[str, Any]) -> Rule:
     rectify = given.get("rectify", "all")
     tau = checks.check_coefficient(given.get("tau", preset.tau), rectify, RECTIFIES)
     clip_low, clip_high, delta = _bounds(given)
+    usual = "leave it out for the default"
     positive, negative, power = (
-        _positive(option, given.get(option, 1.0)) for option in ("gate_positive", "gate_negative", "entropy_power")
+        checks.positive_float32(option, given.get(option, 1.0), usual)
+        for option in ("gate_positive", "gate_negative", "entropy_power")
     )
-    gamma = _positive("gamma", given["gamma"]) if "gamma" in given else 0.0
+    gamma = checks.positive_float32("gamma", given["gamma"], usual) if "gamma" in given else 0.0
     if preset.surrogate == "gft":
         if options.get("gamma") is not None and "gamma" in given and rectify != "bounded":
             raise ValueError(
@@ -186,11 +185,6 @@ def _rule(name: str, options: dict[str, Any]) -> Rule:
         gamma = gamma if rectify == "bounded" else 0.0
         rectify = "positive" if rectify == "bounded" else rectify
     return Rule(preset.surrogate, tau, rectify, clip_low, clip_high, delta, gamma, positive, negative, power)
-
-
-def _positive(name: str, value: Any) -> float:
-    remedy = "leave it out for the default"
-    return checks.fits_float32(name, checks.positive(name, value, remedy), remedy, smallest=checks.FLOAT32.tiny)
 
 
 def _given_rows(given: Any, wanted: bool, targets: Tensor, sequence_ids: Any) -> Tensor | None:
@@ -222,7 +216,7 @@ def _bounds(given: dict[str, Any]) -> tuple[float, float, float]:
     low, high, delta = given.get("clip_low", 1.0), given.get("clip_high", 0.0), given.get("delta")
     below, above = "ratios are clipped below 1 - clip_low", "ratios are clipped above 1 + clip_high"
     low = checks.real("clip_low", low, lambda x: 0.0 <= x <= 1.0, "lie in [0, 1]", below)
-    high = checks.fits_float32("clip_high", checks.not_negative("clip_high", high, above), above)
+    high = checks.not_negative("clip_high", high, above)
     if delta is None:
         return low, high, math.inf
     remedy = "it bounds the ratio where A < 0; None is no bound"
@@ -245,8 +239,7 @@ def _kl_cap(kl_cap: Any, beta: float, ref_log_probs: Tensor | None, return_stats
         )
     if kl_cap is None:
         return math.inf
-    kl_cap = checks.positive("kl_cap", kl_cap, "None is no cap")
-    checks.fits_float32("kl_cap", kl_cap, "None is no cap", smallest=checks.FLOAT32.tiny)
+    kl_cap = checks.positive_float32("kl_cap", kl_cap, "None is no cap")
     if beta == 0.0:
         raise ValueError(f"kl_cap must be left out with beta=0, got {kl_cap:g}; there is no penalty to bound")
     return kl_cap
