@@ -126,11 +126,7 @@ def _state(z_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardStatistics:
-    """F1 over a vocabulary shard, in float64; see `ShardStatistics`.
-
-    columns_R: (R,) int64, the target's column in this shard, or anything outside [0, V) if it lies in another.
-    read_R: (R,) bool; rows it leaves out give the neutral state.
-    """
+    """F1 over a vocabulary shard, in float64; see `ShardStatistics`."""
     out_4R = torch.zeros(4, columns_R.numel(), dtype=torch.float64, device=columns_R.device)
     out_4R[0] = formulas.NEG_INF
     for chosen, where in _row_blocks(call.logits_STV, read_R.nonzero()[:, 0]):
