@@ -100,22 +100,12 @@ class GroupBuilder:
         completions = []
         with seeded(*entropy, device=model.device):
             for start in range(0, len(asked), size):
-                completions += self._rollout(model, asked[start : start + size], sampling)
+                completions += self.rollout_fn(model, asked[start : start + size], sampling)
         skip = self.config.skip_special_tokens
         texts = [decode(self.tokenizer, ids, self.eos_ids, skip) for ids in completions]
         responses = iter(Response(text, ids, "sampled") for text, ids in zip(texts, completions, strict=True))
         drawn = [list(itertools.islice(responses, number)) if asks_too else [] for asks_too in asks]
         return [[] if row.absent else samples for row, samples in zip(rows, drawn, strict=True)]
-
-    def _rollout(self, model, prompts, sampling):
-        completions = self.rollout_fn(model, prompts, sampling)
-        expected = len(prompts) * sampling.num_generations
-        if len(completions) != expected or not all(len(ids) for ids in completions):
-            raise ValueError(
-                f"rollout_fn must return {expected} non-empty lists of token ids, got {len(completions)} "
-                f"of which {sum(not len(ids) for ids in completions)} empty."
-            )
-        return [list(ids) for ids in completions]
 
     def _reward(self, groups):
         pairs = [(g.row, r) for g in groups for r in g.responses if r.source != "offline"]
