@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from gft_kernels.advantages import group_advantages
 from gft_kernels.data.rows import Response, Row, Rows
 from gft_kernels.data.text import decode
+from gft_kernels.model.columns import IGNORE
 from gft_kernels.model.shared_prompts import layout
 from gft_kernels.objectives import PRESETS
 from gft_kernels.options import BATCH, SPLIT
@@ -28,7 +29,6 @@ from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import Sampling, forward_is_collective, seeded
 
 SOURCES = ("expert", "teacher", "sampled", "offline")
-IGNORE = -100
 
 
 @dataclass

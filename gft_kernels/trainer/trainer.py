@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from gft_kernels.data import pretrained
 from gft_kernels.data.rows import Limits, Response, Row, Rows
+from gft_kernels.model.columns import IGNORE
 from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.trainer import adapters, windows
 from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt
@@ -30,7 +31,7 @@ from gft_kernels.trainer.checkpoints import Manifests
 from gft_kernels.trainer.completions import show_completions
 from gft_kernels.trainer.config import GFTConfig, call_options, clip_range, has_ratio
 from gft_kernels.trainer.engines import Rollout
-from gft_kernels.trainer.groups import IGNORE, GroupBuilder, check_sources, denominator, row_options
+from gft_kernels.trainer.groups import GroupBuilder, check_sources, denominator, row_options
 from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, signs_of_collapse
 from gft_kernels.trainer.policies import Forward
 from gft_kernels.trainer.reference import FollowsPolicy, start_model
@@ -135,6 +136,7 @@ class GFTTrainer(Trainer):
         # What every call has; a training step adds its objective, for others only ask for log-probabilities.
         fixed = {name: getattr(args, name) for name in ("temperature", "backend", "filter_eps")}
         patch_model(model, objective="sft", ignore_index=IGNORE, **fixed)
+        model._gft_forward.tried_prompts = self.sharing.samples  # it has gone on from the cache of a prompt already
         statistics = {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
         self._loss_options = call_options(args) | statistics
         # The policy that sampled is remembered where later steps differ from it and something asks how far.
