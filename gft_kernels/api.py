@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gft_kernels import calls, checks, objectives
+from gft_kernels import calls, objectives
 from gft_kernels.arguments import LinearOptions, LogProbOptions, PolicyOptions, RowOptions, completed, takes
 from gft_kernels.operators.linear import linear_loss
 from gft_kernels.operators.row import row_loss
@@ -166,7 +166,7 @@ class _Fixed(torch.nn.Module):
 
     def __init__(self, function, options):
         super().__init__()
-        checks.known_options(function, options)
+        completed(function, options)  # refuses a name that it does not know
         self.options = options
 
     def extra_repr(self) -> str:

@@ -7,7 +7,6 @@ response id gives a NaN row instead.)
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -141,16 +140,6 @@ def shown(value: Any) -> str:
     except Exception:  # a foreign __repr__
         text = "\n"
     return text if len(text) <= 60 and "\n" not in text else f"a value of type {type(value).__name__}"
-
-
-def known_options(function: Callable, options: dict) -> None:
-    """Keyword options fixed ahead of the call must be options of the function. Raises TypeError."""
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for name in options:
-        if name not in known:
-            raise TypeError(
-                f"{name} must be an option of {function.__name__}, got an unknown name; choose from {', '.join(known)}"
-            )
 
 
 def check_coefficient(tau: Any, rectify: Any, choices: Sequence[str] = RECTIFY) -> float:

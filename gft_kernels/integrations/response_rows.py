@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gft_kernels import checks
 from gft_kernels.advantages import group_advantages
 from gft_kernels.api import policy_loss
+from gft_kernels.arguments import completed
 from gft_kernels.model.columns import PER_CALL
 from gft_kernels.model.forward import OF_THE_MODEL, refuse
 from gft_kernels.model.guard import PREFIX
@@ -129,7 +130,7 @@ def check_loss_options(options: Mapping[str, Any]) -> dict[str, Any]:
     Returns: options as a dict. Raises: ValueError, TypeError.
     """
     found = dict(options)
-    checks.known_options(policy_loss, found)
+    completed(policy_loss, found)  # refuses a name that it does not know
     refuse(found, (*PER_CALL, *OF_THE_MODEL, "group_size"), "", "be left out, got a value; it comes with each batch")
     checks.one_of("backend", found.get("backend", "auto"), BACKENDS)
     if found.get("objective", "gft") != "gft":
