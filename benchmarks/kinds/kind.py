@@ -79,10 +79,6 @@ class Rows:
         self.upstream.fill_(upstream)
 
 
-def no_cases(device: str, *, quick: bool = False, threads: int = 1) -> list:
-    return []
-
-
 @dataclass(frozen=True)
 class Kind:
     """One benchmark."""
@@ -94,7 +90,7 @@ class Kind:
     peers: Mapping[str, Peer]
     step_of: Callable[[Callable, Any], Step]  # (loss, problem) -> one step of it
     input_bytes: Callable[[Any], int]  # what extra memory is a multiple of
-    weighed: Callable[..., list] = no_cases  # as cases: those of which peak memory is measured as well
+    weighed: Callable[..., list] = lambda device, **grid: []  # as cases: those of which peak memory is measured as well
     measure: Callable[..., list] | None = None  # of a case, where it is not this process that measures
 
     def invite(self, problem, only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[Contender | Absent]:

@@ -161,7 +161,9 @@ def collate(groups: Sequence[Group], pad_id: int, shares: bool = False) -> dict[
     """
     pairs = [(g.row.prompt_ids, r) for g in groups for r in g.responses]
     if not pairs:
-        return collate_nothing(pad_id)
+        nothing = Group(Row("", [pad_id], []), [Response("", [pad_id], SOURCES[0], advantage=0.0)])
+        found = collate([nothing], pad_id)
+        return {**found, "targets": torch.full_like(found["targets"], IGNORE)}
     if not all(prompt for prompt, _ in pairs):
         raise ValueError("every prompt must have at least one token, got one of none; nothing predicts its response.")
     if shares:
@@ -200,17 +202,6 @@ def whole_rows(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int
     behind = [torch.tensor([IGNORE] * (len(prompt) - 1 - first) + [*ids]) for prompt, ids in pairs]
     mask = pad_sequence([torch.ones_like(text) for text in texts], True)
     return {"input_ids": pad_sequence(texts, True, pad_id), "attention_mask": mask}, pad_sequence(behind, True, IGNORE)
-
-
-def collate_nothing(pad_id: int) -> dict[str, Tensor]:
-    """The tensors of `collate` for no response at all."""
-    return {
-        "input_ids": torch.full((1, 2), pad_id, dtype=torch.int64),
-        "attention_mask": torch.ones(1, 2, dtype=torch.int64),
-        "targets": torch.full((1, 1), IGNORE, dtype=torch.int64),
-        "advantages": torch.zeros(1),
-        "sources": torch.zeros(1, dtype=torch.int64),
-    }
 
 
 def count_items(groups: Sequence[Group], reduction: str) -> int:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from gft_kernels.data import pretrained
-from gft_kernels.data.rows import Limits, Response, Row, Rows
+from gft_kernels.data.rows import Limits, Response, Rows
 from gft_kernels.model.columns import IGNORE
 from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.trainer import adapters, windows
@@ -101,7 +101,7 @@ class GFTTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=keep,  # rows stay rows until their groups are built
+            data_collator=list,  # rows stay rows until their groups are built
             train_dataset=train_rows,
             eval_dataset=self.rows_of(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
@@ -150,7 +150,7 @@ class GFTTrainer(Trainer):
         args = self.args
         options = {name: getattr(args, f"dataloader_{name}") for name in LOADER}
         order = windows.row_order(self.train_dataset, args)
-        loader = DataLoader(self.train_dataset, args.train_batch_size, sampler=order, collate_fn=keep, **options)
+        loader = DataLoader(self.train_dataset, args.train_batch_size, sampler=order, collate_fn=list, **options)
         loader = self.accelerator.prepare(loader)
         self._steps_per_epoch = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
         return loader
@@ -277,8 +277,3 @@ class GFTTrainer(Trainer):
                 warnings.warn(sentence, stacklevel=2)
             self._last_log, self._aside = now, 0.0
         super().log(logs, start_time)
-
-
-def keep(rows: list[Row]) -> Any:
-    """The collator: rows as they are."""
-    return rows
