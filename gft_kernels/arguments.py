@@ -236,8 +236,8 @@ def meanings(options: type) -> dict[str, tuple[Any, Option]]:
 
 _wrapped = textwrap.TextWrapper(112, initial_indent=" " * 4, subsequent_indent=" " * 8).fill
 F = TypeVar("F", bound=Callable)
-_DEFAULTS: dict[str, dict[str, Any]] = {}  # of each function, by its name; all read while torch.compile traces
-_EVERY = {name: option.default for name, (_, option) in meanings(PolicyOptions).items()}
+_BY_FUNCTION: dict[str, dict[str, Any]] = {}  # of each function, by its name; all read while torch.compile traces
+DEFAULTS = {name: option.default for name, (_, option) in meanings(PolicyOptions).items()}
 
 
 def takes(options: type, **own: Any) -> Callable[[F], F]:
@@ -245,7 +245,7 @@ def takes(options: type, **own: Any) -> Callable[[F], F]:
 
     def dress(function: F) -> F:
         found = meanings(options)
-        _DEFAULTS[function.__name__] = defaults = {n: own.get(n, option.default) for n, (_, option) in found.items()}
+        _BY_FUNCTION[function.__name__] = defaults = {n: own.get(n, option.default) for n, (_, option) in found.items()}
         kind, plain = inspect.Parameter.KEYWORD_ONLY, inspect.signature(function)
         fixed = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
         shown = [inspect.Parameter(n, kind, default=defaults[n], annotation=found[n][0]) for n in defaults]
@@ -259,11 +259,11 @@ def takes(options: type, **own: Any) -> Callable[[F], F]:
 
 def completed(function: Callable, options: Mapping[str, Any]) -> PolicyOptions:
     """Every option there is, as given or by default. Raises TypeError for one that is not the function's."""
-    defaults = _DEFAULTS[function.__name__]
+    defaults = _BY_FUNCTION[function.__name__]
     for name in options:
         if name not in defaults:
             known = ", ".join(defaults)
             raise TypeError(
                 f"{name} must be an option of {function.__name__}, got an unknown name; choose from {known}"
             )
-    return {**_EVERY, **defaults, **options}  # type: ignore[typeddict-item]
+    return {**DEFAULTS, **defaults, **options}  # type: ignore[typeddict-item]
