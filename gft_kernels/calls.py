@@ -203,7 +203,7 @@ def _is_per_row(name: str, value: Tensor, rows_shape: tuple[int, ...], sequence_
 def _refuse_unused(given: PolicyOptions) -> None:
     """Without rewards nothing is normalised: an option that asks for it would be ignored in silence."""
     for name in ("group_size", "group_ids", "normalize", "eps", "singleton"):
-        value, default = given[name], DEFAULTS[name]  # type: ignore[literal-required]
+        value, default = given[name], DEFAULTS[name]
         if value is not default and (not isinstance(value, (str, int, float)) or value != default):
             raise ValueError(
                 f"{name} must be left out without rewards, got {checks.shown(value)}; "

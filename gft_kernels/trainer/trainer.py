@@ -101,7 +101,7 @@ class GFTTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=list,  # rows stay rows until their groups are built
+            data_collator=list,  # type: ignore[arg-type]  # rows stay rows until their groups are built
             train_dataset=train_rows,
             eval_dataset=self.rows_of(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
