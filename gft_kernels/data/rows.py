@@ -37,7 +37,7 @@ class Row:
     given: list[Response]
     columns: dict = field(default_factory=dict)
     where: str = "a row"
-    absent: bool = False  # a place in a batch that the rows did not suffice for (ranks.EvenSampler)
+    absent: bool = False  # a place in a batch that the rows did not suffice for (windows.EvenSampler)
 
 
 @dataclass(frozen=True)
