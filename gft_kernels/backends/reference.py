@@ -61,9 +61,7 @@ def run(call: RowCall) -> RowResult:
     rows = credit.live_R.numel()
     out = {name: torch.zeros(rows, device=logits.device) for name in ("loss", "log_prob", "coefficient", "entropy")}
     row_scale_R = torch.zeros(rows, device=logits.device) if call.defer_scale else None
-    gradient = None
-    if call.want_gradient:
-        gradient = gradient_for(logits, call.inplace)
+    gradient = gradient_for(logits, call.inplace) if call.want_gradient else None
     for chosen, where in _row_blocks(logits, torch.arange(rows, device=logits.device)):
         part = RowCredit(*(column[chosen] for column in credit))
         block = statistics(call, logits[where], call.credit.targets_R[chosen])
