@@ -22,10 +22,11 @@ DTYPES = {"f": "float32", "NS0_4Bf16E": "bfloat16", "NS0_3F16E": "float16"}
 # Two blocks of 512 threads, or one of 1024, have 64 registers a thread.
 ROW_REGISTERS = 64
 # 16-byte moves in each kernel's text: cluster_row copies asynchronously two vectors a trip, one behind it and one where
-# it has to look, and stores as often, and zeros; two_pass_row loads three vectors ahead in each of its passes.
+# it has to look, and stores as often, and zeros; two_pass_row loads three vectors ahead in each of its passes, and
+# stores them where it need not look, where it has to, and zeros.
 ROW_LIMITS = {
     "cluster_row": Limits(ROW_REGISTERS, wide_loads=3, wide_stores=4),
-    "two_pass_row": Limits(ROW_REGISTERS, wide_loads=6, wide_stores=4),
+    "two_pass_row": Limits(ROW_REGISTERS, wide_loads=6, wide_stores=7),
     "observe_shard_row": Limits(ROW_REGISTERS, wide_loads=3),
     "shade_shard_row": Limits(ROW_REGISTERS, wide_loads=3, wide_stores=4),
     "scale_row": Limits(ROW_REGISTERS, wide_loads=3, wide_stores=3),
