@@ -18,7 +18,7 @@ import torch
 from benchmarks import compare, memory, provenance, report
 from benchmarks.clocks import Clock, clock_for
 from benchmarks.harness import Outcome, measure, sentence
-from benchmarks.kinds import KINDS, SWEEPS
+from benchmarks.kinds import KINDS, SWEEPS, WEIGHED
 
 BUDGET_S = 45.0
 """Seconds after which a contender stops taking turns in a case: some take half a minute for one step."""
@@ -104,8 +104,8 @@ def plans(options: argparse.Namespace) -> Iterator[tuple[str, list, list]]:
     """Kinds, the cases that are timed, and those (a part of them or others) that are weighed as well."""
     if options.sweep:
         kind, cases = SWEEPS[options.sweep]
-        timed = cases(options.device, threads=options.threads or 1)
-        yield kind, timed, [] if options.no_memory or options.sweep != "memory" else timed
+        timed = cases(options.device, threads=options.threads or (2 if kind == "step" else 1))
+        yield kind, timed, [] if options.no_memory or options.sweep not in WEIGHED else timed
         return
     for name in options.kinds or KINDS:
         grid = {"quick": options.quick, "threads": options.threads or (2 if name in ("step", "prompts") else 1)}

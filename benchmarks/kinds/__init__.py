@@ -23,8 +23,11 @@ SWEEPS = {
     "live": ("linear", linear.live_sweep),
     "sparse": ("linear", linear.sparse_sweep),
     "memory": ("row", row.memory_cases),
+    "pretrained": ("step", step.pretrained_sweep),
     "gpu": ("row", row.gpu_sweep),
     "gpu-small": ("row", row.small_sweep),
     "gpu-linear": ("linear", linear.gpu_sweep),
 }
-"""Cases and the kind they are of: those that a plot is drawn from, in the order of what is swept, and a GPU's."""
+"""Cases and the kind they are of: those that a plot is drawn from, in the order of what is swept, a real model's, a
+GPU's."""
+WEIGHED = ("memory", "pretrained")

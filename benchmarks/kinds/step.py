@@ -1,7 +1,8 @@
-"""An optimizer step of a small Qwen2-shaped model: forward, a loss, backward, update.
+"""An optimizer step of a small model: forward, a loss, backward, update.
 
-The model's weights are random, but the final norm is scaled so that its predictions are as sharp as a trained one's,
-and three targets of four are what it predicts: both sides of τ occur. Sizes: S responses of T tokens, N = S·T rows.
+The weights of a Qwen2-shaped model are random, but the final norm is scaled so that its predictions are as sharp as a
+trained one's, and three targets of four are what it predicts: both sides of τ occur. Or the model is SmolLM2-135M,
+which reads chats with their answers. Sizes: S responses of T tokens, N = S·T rows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from benchmarks.kinds import linear, row
 from benchmarks.kinds.inputs import normal_advantages, peak_tokens
 from benchmarks.kinds.kind import BACKENDS, ITEM_BYTES, Case, Kind, Peer, Rows, words_of
 from benchmarks.kinds.truth import coefficients
+from gft_kernels.data import dates, pretrained, text
 
 ERROR_LIMIT = {"float32": 5e-3, "bfloat16": 1e-1}
 SHARPNESS = 16.0
@@ -28,7 +30,7 @@ SHARPNESS = 16.0
 
 @dataclass(frozen=True)
 class StepCase(Case):
-    """One measurement of an optimizer step; weights are random, embeddings tied."""
+    """One measurement of an optimizer step; embeddings are tied, weights random or `pretrained`, SmolLM2-135M's."""
 
     tokens: int  # of each response
     _: KW_ONLY
@@ -39,13 +41,14 @@ class StepCase(Case):
     dtype: str = "float32"
     responses: int = 4
     threads: int = 2
+    pretrained: bool = False
 
     @property
     def rows(self) -> int:
         return self.responses * self.tokens
 
     def label(self) -> str:
-        model = f"{self.layers} layers × {self.hidden} × {self.vocab}"
+        model = "SmolLM2-135M" if self.pretrained else f"{self.layers} layers × {self.hidden} × {self.vocab}"
         return ", ".join([f"step of {self.responses} × {self.tokens} tokens, {model} {self.dtype}", *words_of(self)])
 
 
@@ -54,6 +57,14 @@ def cases(device: str, *, quick: bool = False, threads: int = 1) -> list[StepCas
     if device == "cpu":
         return [StepCase(32 if quick else 64, hidden=64 if quick else 256, threads=threads)]
     return [StepCase(128 if quick else 2048, hidden=896, layers=4, heads=14, dtype="bfloat16", device=device)]
+
+
+def pretrained_sweep(device: str, threads: int = 2) -> list[StepCase]:
+    """SmolLM2-135M."""
+    shape: dict[str, Any] = {"vocab": 49152, "hidden": 576, "layers": 30, "heads": 9, "pretrained": True}
+    if device == "cpu":
+        return [StepCase(64, threads=threads, **shape)]
+    return [StepCase(2048, device=device, dtype="bfloat16", **shape)]
 
 
 def memory_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[StepCase]:
@@ -132,9 +143,12 @@ def _hidden(model, inputs_ST: Tensor) -> Tensor:
 
 
 def build_model(case: StepCase):
-    """Raises ImportError without transformers."""
-    from transformers import Qwen2ForCausalLM
+    """Raises ImportError without transformers, ValueError with the remedy where a pretrained model is not here."""
+    from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
+    if case.pretrained:
+        found = AutoModelForCausalLM.from_pretrained(pretrained.located("smollm2"), dtype=torch.float32)
+        return found.to(case.device)
     return random_model(Qwen2ForCausalLM, case, 4 * case.hidden, max(1, case.heads // 2))
 
 
@@ -163,20 +177,35 @@ def changing_parts(model) -> dict[str, Any]:
     return {"model": model, "pristine": [p.detach().clone() for p in model.parameters()], "optimizer": optimizer}
 
 
+def chats(count: int, tokens: int) -> Tensor:
+    """(count, tokens) ids of SmolLM2's chats about dates, prompts and right answers one after the other."""
+    from transformers import AutoTokenizer
+
+    tokenizer, ids = AutoTokenizer.from_pretrained(pretrained.located("smollm2")), []
+    for chat in dates.records(1 + count * tokens // 32, "test", seed=2):  # none is shorter than 32 tokens
+        prompt = text.encode_prompt(tokenizer, chat["prompt"])
+        ids += prompt + text.encode_response(tokenizer, chat["demonstrations"][0], chat["prompt"], prompt)
+    return torch.tensor(ids[: count * tokens]).view(count, tokens)
+
+
 def build(case: StepCase) -> StepProblem:
     generator = torch.Generator(case.device).manual_seed(case.seed)
     model = build_model(case).to(getattr(torch, case.dtype))
-    shape_ST = case.responses, case.tokens
-    inputs_ST = torch.randint(case.vocab, shape_ST, generator=generator, device=case.device)
-    with torch.no_grad():
-        blocks = _hidden(model, inputs_ST).split(256)
-        likely_N = torch.cat([(block @ model.lm_head.weight.t()).argmax(1) for block in blocks])
+    if case.pretrained:
+        tokens_ST = chats(case.responses, case.tokens + 1).to(case.device)
+        inputs_ST, targets_N = tokens_ST[:, :-1], tokens_ST[:, 1:].flatten()
+    else:
+        inputs_ST = torch.randint(case.vocab, (case.responses, case.tokens), generator=generator, device=case.device)
+        with torch.no_grad():
+            blocks = _hidden(model, inputs_ST).split(256)
+            likely_N = torch.cat([(block @ model.lm_head.weight.t()).argmax(1) for block in blocks])
+        targets_N = peak_tokens(likely_N, case.vocab, generator)
     advantages_S = normal_advantages(case, generator)
     return StepProblem(
         case=case,
         **changing_parts(model),
         inputs_ST=inputs_ST,
-        targets_N=peak_tokens(likely_N, case.vocab, generator),
+        targets_N=targets_N,
         advantages_N=advantages_S.repeat_interleave(case.tokens),
         upstream=torch.ones((), device=case.device),
         live_rows=case.rows,
