@@ -104,7 +104,7 @@ def test_statistics(launch, want_gradient):
 
 
 @pytest.mark.parametrize("penalties", [{}, PENALTIES], ids=["plain", "penalties"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ["gft", "grpo"])
 def test_objectives(launch, objective, penalties):
     for dtype in DTYPES:
         policy.test_every_objective("cuda", objective, dtype, penalties)
