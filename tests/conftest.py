@@ -36,10 +36,15 @@ def pytest_collection_finish():
     gc.enable()
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)  # after -k
+def pytest_collection_modifyitems(config, items):
     """Files with a slow test first: a worker that got one last would keep the others waiting."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    if config.getoption("--device") == "interpreter":
+        from backends.interpreter.covering import covering
+
+        items[:] = covering(items)
 
 
 def pytest_generate_tests(metafunc):
