@@ -22,11 +22,10 @@ SELECTED = {  # `-k`, by file
     " or means_and or advantages_given or shuffling or ragged and not reward-std or 10000000000 or scaler)",
     # each of these reads two dozen rows: some for all objectives but those that are another's with other numbers, the
     # edges for those that have them
-    "test_policy.py": "float32 and (every_objective and (penalties or eaft) and not (dft or bnpo or dapo or dr_grpo)"
-    " or within_bounds and dapo) or edge"
-    " or overflows or banned or scaler and 0.5 or own_numbers and gft or given_rows and (luffy or rectified)"
-    " or row_weights and token-mean or ratios_of_responses and padded or bad_live and old"
-    " or lengths and cispo or (masked or without) and dapo or 200_nats or peaked_rows or negative",
+    "test_policy.py": "float32 and (every_objective and penalties and not (dft or bnpo or dapo or dr_grpo)"
+    " or within_bounds and dapo) or edge or overflows or banned or scaler and 0.5 or own_numbers"
+    " or given_rows and (luffy or rectified) or row_weights and token-mean or ratios_of_responses and padded"
+    " or bad_live and old or lengths and cispo or (masked or without) and dapo or 200_nats or peaked_rows or negative",
     # whose memory is written, and when; which derivatives are refused, the operators decide
     "test_autograd.py": "retained_graph or logits_storage or leaves_the_logits_alone or beside_another_loss"
     " or checkpointing or nothing_is_materialised or callers_own",
