@@ -261,11 +261,7 @@ def saved_by(loss):
     return node.saved_tensors[0]
 
 
-WALKED_ONCE = {
-    "plain": {},
-    "half precision": {"dtype": torch.float16},
-    "per row": {"reduction": "none"},
-}
+WALKED_ONCE = {"plain": {}, "half precision": {"dtype": torch.float16}, "per row": {"reduction": "none"}}
 
 
 @pytest.mark.parametrize("options", WALKED_ONCE.values(), ids=WALKED_ONCE)
