@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+START = "forkserver" if torch.cuda.is_available() else "fork"
+"""With a GPU autograd has threads, which no fork takes along: each rank then imports for itself."""
+
 
 def start_ranks(work, folder: Path, count: int) -> list:
     """What `work(rank, folder)` gives in each of `count` processes that torchrun might have started.
@@ -18,7 +21,7 @@ def start_ranks(work, folder: Path, count: int) -> list:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(_forked, (work, folder, port, count), count, start_method="fork")
+    torch.multiprocessing.start_processes(_started, (work, folder, port, count), count, start_method=START)
     return results_in(folder, count)
 
 
@@ -26,7 +29,7 @@ def results_in(folder: Path, count: int) -> list:
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
 
-def _forked(rank: int, work, folder: Path, port: int, count: int) -> None:
+def _started(rank: int, work, folder: Path, port: int, count: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if "accelerate" in sys.modules:  # a test before may have told it that it is alone

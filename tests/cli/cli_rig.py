@@ -12,6 +12,7 @@ import termios
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import trainer_rig as rig
 import yaml
@@ -41,7 +42,11 @@ def gft(errors: Path, *arguments: str, terminal: tuple[int, int] | None = None) 
 
     `errors` is the file that takes what it says. With a terminal (both its ends) it leads that and says all there.
     """
-    process = multiprocessing.get_context("fork").Process(target=_forked, args=(errors, arguments, terminal))
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU autograd has threads, which no fork takes along")
+    process = multiprocessing.get_context("fork").Process(
+        target=_forked, args=(errors, arguments, terminal), daemon=True
+    )
     process.start()
     return process
 
