@@ -1,6 +1,6 @@
 """One task, one model, several trainers: `python -m benchmarks.extraction` trains with each, in a process of its own.
 
-The task is the demo's (name, age and city as a JSON object). A group is one right answer, one wrong one and four
+The task is the demo's (the date of a sentence as YYYY-MM-DD). A group is one right answer, one wrong one and four
 samples; for TRL's GRPO, six samples. Written down for each trainer and seed: right held-out answers before and after,
 seconds a step, peak memory of the process.
 """

@@ -61,17 +61,14 @@ def draw(svg: Path, file: Path = FILE) -> list[Path]:
     results = read(file)
     if not results:
         return []
-    import matplotlib
-    from matplotlib.figure import Figure
+    trainers, sampled = by_trainer(results), next(iter(TEMPERATURES))
 
-    with matplotlib.rc_context(plots.STYLE):
-        trainers = by_trainer(results)
-        figure = Figure(figsize=(1.3 * len(trainers) + 1.5, 2.8), layout="constrained")
-        axes, sampled = figure.subplots(), next(iter(TEMPERATURES))
+    def paint(axes) -> None:
         for i, runs in enumerate(trainers.values()):
             for run in runs:
                 ends = run["before"][sampled], run["after"][sampled]
                 axes.plot([i - 0.2, i + 0.2], ends, marker="o", markersize=3, color=plots.WON)
         axes.set_xticks(range(len(trainers)), list(trainers))
         axes.set(ylabel="right held-out answers at T = 1", ylim=(0, 1))
-        return [plots.save(figure, svg, [file])]
+
+    return [plots.painted(svg, [file], paint, "", (1.3 * len(trainers) + 1.5, 2.8), legend=False)]

@@ -78,14 +78,6 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Absent:
-    """A contender that cannot take part here, and the sentence why."""
-
-    name: str
-    why: str
-
-
-@dataclass(frozen=True)
 class Outcome:
     """One contender's result in one case. status: timed, absent, failed or wrong answer."""
 
@@ -110,7 +102,7 @@ class Outcome:
 
 
 class AbsentError(RuntimeError):
-    """Raised by a step that turns out not to be possible here; the message says why."""
+    """Raised by a step that is not possible here, or by the making of it; the message says why."""
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
@@ -150,7 +142,7 @@ def sentence(error: Exception) -> str:
 
 def measure(
     problem: Problem,
-    contenders: Sequence[Contender | Absent],
+    contenders: Sequence[Contender],
     clock: Clock,
     *,
     rounds: int,
@@ -177,9 +169,6 @@ def _admit(problem, contenders, clock, tick) -> tuple[dict[str, Outcome], dict[s
     outcomes, steps = {}, {}
     for contender in contenders:
         tick(f"check {contender.name}")
-        if isinstance(contender, Absent):
-            outcomes[contender.name] = Outcome(contender.name, "absent", why=contender.why)
-            continue
         outcome = check(problem, contender)
         if outcome.status == "ready":
             try:

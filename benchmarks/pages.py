@@ -48,9 +48,7 @@ def _seconds(file: str, label: str, name: str) -> float:
 
 
 def _duration(outcome: dict) -> str:
-    value = outcome["median_s"]
-    scale, unit = next((s, u) for s, u in ((1, "s"), (1e-3, "ms"), (1e-6, "µs")) if value >= s or u == "µs")
-    return f"{value / scale:.3g} {unit}"
+    return report.duration(outcome["median_s"])
 
 
 def _over_floor(outcome: dict) -> str:

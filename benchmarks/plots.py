@@ -60,9 +60,10 @@ def sources(figure: Path) -> dict[str, str]:
     return dict(entry.split(" ") for entry in found[1].split(", ")) if found else {}
 
 
-def _paint(
+def painted(
     path: Path, drawn_from: list[Path], paint: Callable, title: str, size: tuple = (7, 4.2), legend=True
 ) -> Path:
+    """The file of a figure with one pair of axes, which `paint` is handed."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -88,12 +89,12 @@ def draw(paths: list[Path], folder: Path) -> list[Path]:
                 if len({curve.x(r["case"]) for r in usable}) >= POINTS:
                     name = folder / f"{path.stem}-{curve.stem}-{dtype}.svg"
                     title = f"{dtype}, {saved['machine'].get('gpu') or saved['machine']['cpu']}, from {path.name}"
-                    written.append(_paint(name, [path], lambda axes, c=curve, u=usable: _curves(axes, c, u), title))
+                    written.append(painted(name, [path], lambda axes, c=curve, u=usable: _curves(axes, c, u), title))
     pair = _roofline_cases(paths)
     if pair:
         row, linear, drawn_from = pair
         title = f"Roofline, from {' and '.join(path.name for path in drawn_from)}"
-        written.append(_paint(folder / "roofline.svg", drawn_from, lambda axes: _roofline(axes, row, linear), title))
+        written.append(painted(folder / "roofline.svg", drawn_from, lambda axes: _roofline(axes, row, linear), title))
     return written
 
 
@@ -251,4 +252,4 @@ def bars(path: Path, label: str, svg: Path) -> Path:
         axes.set(xscale="log", xlabel="time over the floor: reading and writing the logits once")
         axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
 
-    return _paint(svg, [path], paint, f"Loss and gradient, {label}", (7, 2.6), legend=False)
+    return painted(svg, [path], paint, f"Loss and gradient, {label}", (7, 2.6), legend=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,25 +125,50 @@ def group_advantages(
     return advantages_S
 
 
-def shard(call: RowCall, columns_R: Tensor) -> object:
-    """The rows of a vocabulary shard as the C++ struct; like every struct here it holds addresses only."""
+# Calls that the two modules of kernels have alike: `_C` and `_C.cuda`, each told in its own words where to run.
+
+
+def scale(
+    native: ModuleType, gradient_STV: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool, **where: Any
+) -> Tensor:
+    """gradient·row_scale·upstream, one product in float32 and one rounding; upstream is () or (R,)."""
+    out = gradient_for(gradient_STV, inplace)
+    upstream = upstream.to(torch.float32).contiguous()
+    native.scale_rows(
+        gradient=logit_rows(gradient_STV),
+        out=logit_rows(out),
+        row_scale_R=address(row_scale_R),
+        upstream=address(upstream),
+        upstream_per_row=upstream.dim() > 0,
+        **where,
+    )
+    return out
+
+
+def shard_statistics(
+    native: ModuleType, call: RowCall, columns_R: Tensor, read_R: Tensor, dtype: torch.dtype, **where: Any
+) -> ShardStatistics:
+    """F1 over a vocabulary shard; see `ShardStatistics`. Rows that read_R leaves out give the neutral state."""
+    top_R, mass_R, gap_R, target_logit_R = torch.empty(4, columns_R.numel(), dtype=dtype, device=columns_R.device)
+    statistics = ShardStatistics(top_R, mass_R, gap_R if call.needs_entropy else None, target_logit_R)
+    addresses = {name: address(numbers) for name, numbers in statistics._asdict().items()}
+    native.shard_statistics(_shard(call, columns_R), read_R=address(read_R), **addresses, **where)
+    return statistics
+
+
+def shard_gradient(native: ModuleType, call: RowCall, columns_R: Tensor, agreed: AgreedRows, **where: Any) -> Tensor:
+    """F7 over a vocabulary shard; a row whose scale and tilt are 0 is not read, and its gradient exactly 0."""
+    out, given = gradient_for(call.logits_STV.detach(), call.inplace), agreed._asdict()
+    if call.objective.entropy_coef == 0.0:  # then there is no tilt to read
+        given |= {"tilt_R": None, "entropy_R": None}
+    rows = kernels().AgreedRows(**{name: address(numbers) for name, numbers in given.items()})
+    native.shard_gradient(_shard(call, columns_R), agreed=rows, out=logit_rows(out), **where)
+    return out
+
+
+def _shard(call: RowCall, columns_R: Tensor) -> object:
     logits = logit_rows(call.logits_STV.detach())
     return kernels().Shard(logits=logits, columns_R=address(columns_R), transform=_transform(call))
-
-
-def agreed_rows(call: RowCall, agreed: AgreedRows) -> object:
-    """What the shards agreed on as the C++ struct; without an entropy bonus there is no tilt to read."""
-    given = agreed._asdict()
-    if call.objective.entropy_coef == 0.0:
-        given |= {"tilt_R": None, "entropy_R": None}
-    return kernels().AgreedRows(**{name: address(numbers) for name, numbers in given.items()})
-
-
-def shard_results(call: RowCall, rows: int, dtype: torch.dtype) -> tuple[ShardStatistics, dict[str, int]]:
-    """Memory for a shard's statistics, uninitialised, and its addresses by name."""
-    top_R, mass_R, gap_R, target_logit_R = torch.empty(4, rows, dtype=dtype, device=call.logits_STV.device)
-    statistics = ShardStatistics(top_R, mass_R, gap_R if call.needs_entropy else None, target_logit_R)
-    return statistics, {name: address(numbers) for name, numbers in statistics._asdict().items()}
 
 
 def misaligned(call: RowCall) -> str | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gft_kernels import calls, checks, linear_checks, objectives
+from gft_kernels import calls, objectives
 from gft_kernels.arguments import LinearOptions, LogProbOptions, PolicyOptions, RowOptions, completed, takes
 from gft_kernels.operators.linear import linear_loss
 from gft_kernels.operators.row import row_loss
@@ -75,9 +75,8 @@ def gft_linear_loss(
 
     Source: docs/linear.md; docs/formulas.md; GFT, arXiv 2604.14258.
     """
-    given = completed(gft_linear_loss, options)
-    linear_checks.check_head(weight, given["bias"])
-    return _loss("hidden", hidden, targets, {**given, "weight": weight})
+    given: PolicyOptions = {**completed(gft_linear_loss, options), "weight": weight}
+    return _loss("hidden", hidden, targets, given, over_head=True)
 
 
 @takes(PolicyOptions)
@@ -106,7 +105,8 @@ def policy_loss(
 
     Source: docs/objectives.md, with the paper of each; docs/formulas.md; GFT, arXiv 2604.14258.
     """
-    return _loss("inputs", inputs, targets, completed(policy_loss, options))
+    given = completed(policy_loss, options)
+    return _loss("inputs", inputs, targets, given, over_head=given["weight"] is not None)
 
 
 @takes(LogProbOptions, **_FLOAT32)
@@ -129,21 +129,23 @@ def token_log_probs(
     Source: docs/linear.md.
     """
     given = completed(token_log_probs, options)
-    linear_checks.check_head(weight, given["bias"])
-    _, stats = _loss("hidden", hidden, targets, {**given, "weight": weight, "return_stats": True, "reduction": "sum"})
+    asked: PolicyOptions = {**given, "weight": weight, "return_stats": True, "reduction": "sum"}
+    _, stats = _loss("hidden", hidden, targets, asked, over_head=True)
     return stats.log_probs if stats.entropy is None else (stats.log_probs, stats.entropy)
 
 
-def _loss(name: str, inputs: Tensor, targets: Tensor, given: PolicyOptions) -> Tensor | tuple[Tensor, TokenStats]:
+def _loss(
+    name: str, inputs: Tensor, targets: Tensor, given: PolicyOptions, over_head: bool = False
+) -> Tensor | tuple[Tensor, TokenStats]:
     """Arguments to a call, the call through its operator, and what was asked for back. name: of `inputs`."""
     objective, reduction = objectives.resolve(given, targets)
     call: RowCall | LinearCall
-    if given["weight"] is None:
-        call = calls.row_call(name, inputs, targets, objective, reduction, given)
-        result = row_loss(call, given["backend"])
-    else:
+    if over_head:
         call = calls.linear_call(name, inputs, targets, objective, reduction, given)
         result = linear_loss(call, given["backend"])
+    else:
+        call = calls.row_call(name, inputs, targets, objective, reduction, given)
+        result = row_loss(call, given["backend"])
     loss = result.loss.reshape(targets.shape) if reduction == "none" else result.loss
     if not (given["return_stats"] or given["return_entropy"]):
         return loss
@@ -164,7 +166,7 @@ class _Fixed(torch.nn.Module):
 
     def __init__(self, function, options):
         super().__init__()
-        checks.known_options(function, options)
+        completed(function, options)  # refuses a name that it does not know
         self.options = options
 
     def extra_repr(self) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gft_kernels import checks, linear_checks
-from gft_kernels.arguments import PolicyOptions
+from gft_kernels.arguments import DEFAULTS, PolicyOptions
 from gft_kernels.options import BACKENDS, Credit, LinearCall, Objective, RowCall
 
 
@@ -202,10 +202,8 @@ def _is_per_row(name: str, value: Tensor, rows_shape: tuple[int, ...], sequence_
 
 def _refuse_unused(given: PolicyOptions) -> None:
     """Without rewards nothing is normalised: an option that asks for it would be ignored in silence."""
-    for name, default in (
-        ("group_size", None), ("group_ids", None), ("normalize", "std"), ("eps", 1e-6), ("singleton", "reward"),
-    ):  # fmt: skip
-        value = given[name]  # type: ignore[literal-required]
+    for name in ("group_size", "group_ids", "normalize", "eps", "singleton"):
+        value, default = given[name], DEFAULTS[name]
         if value is not default and (not isinstance(value, (str, int, float)) or value != default):
             raise ValueError(
                 f"{name} must be left out without rewards, got {checks.shown(value)}; "
@@ -232,8 +230,7 @@ def _num_items(value: Any, reduction: str, device: torch.device) -> Tensor | Non
         if value.numel() != 1:
             raise ValueError(f"num_items_in_batch must hold one number, got shape {tuple(value.shape)}; sum it first")
         return value.detach().reshape(()).to(device=device, dtype=torch.float32, non_blocking=True)
-    items = checks.positive("num_items_in_batch", value, remedy)
-    checks.fits_float32("num_items_in_batch", items, remedy, smallest=checks.FLOAT32.tiny)
+    items = checks.positive_float32("num_items_in_batch", value, remedy)
     return torch.full((), items, dtype=torch.float32, device=device)
 
 

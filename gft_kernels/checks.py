@@ -7,7 +7,6 @@ response id gives a NaN row instead.)
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -85,8 +84,15 @@ def positive(name: str, value: Any, remedy: str) -> float:
     return real(name, value, lambda x: is_finite(x) and x > 0.0, "be finite and positive", remedy)
 
 
+def positive_float32(name: str, value: Any, remedy: str) -> float:
+    """As `positive`, of the size of float32's normal numbers: what it becomes there may divide."""
+    return fits_float32(name, positive(name, value, remedy), remedy, smallest=FLOAT32.tiny)
+
+
 def not_negative(name: str, value: Any, remedy: str) -> float:
-    return real(name, value, lambda x: is_finite(x) and x >= 0.0, "be finite and not negative", remedy)
+    """Of a size that float32 holds."""
+    number = real(name, value, lambda x: is_finite(x) and x >= 0.0, "be finite and not negative", remedy)
+    return fits_float32(name, number, remedy)
 
 
 def is_finite(value: float) -> bool:
@@ -136,16 +142,6 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 and "\n" not in text else f"a value of type {type(value).__name__}"
 
 
-def known_options(function: Callable, options: dict) -> None:
-    """Keyword options fixed ahead of the call must be options of the function. Raises TypeError."""
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for name in options:
-        if name not in known:
-            raise TypeError(
-                f"{name} must be an option of {function.__name__}, got an unknown name; choose from {', '.join(known)}"
-            )
-
-
 def check_coefficient(tau: Any, rectify: Any, choices: Sequence[str] = RECTIFY) -> float:
     """F4's options; tau as a float. Raises ValueError, TypeError."""
     one_of("rectify", rectify, choices)
@@ -168,15 +164,14 @@ def check_transform(temperature: Any, softcap: Any, logit_scale: Any) -> tuple[f
 def check_normalisation(normalize: Any, eps: Any, singleton: Any) -> None:
     one_of("normalize", normalize, NORMALIZE)
     one_of("singleton", singleton, SINGLETON)
-    fits_float32("eps", not_negative("eps", eps, "the paper uses 1e-6"), "the paper uses 1e-6")
+    not_negative("eps", eps, "the paper uses 1e-6")
 
 
 def check_split(normalize: Any, given: Any, imitation: Any, rewards: Tensor) -> None:
     """What belongs to normalize="split" and to nothing else. Raises ValueError, TypeError."""
     one_of("normalize", normalize, (*NORMALIZE, SPLIT))
     if normalize == SPLIT:
-        usual = "1.0 weighs what is given as a sample would be"
-        fits_float32("imitation", not_negative("imitation", imitation, usual), usual)
+        not_negative("imitation", imitation, "1.0 weighs what is given as a sample would be")
         remedy = "pass one bool per response, True for what was not sampled"
         check_tensor("given", given, (torch.bool,), rewards.shape, rewards.device, remedy)
     elif given is not None or imitation != 1.0:
@@ -226,16 +221,24 @@ def check_dense(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {layout}; pass {name}.to_dense()")
 
 
+def check_rows(name: str, rows: Any, width: str, remedy: str) -> None:
+    """Logits or hidden states, (S, T, width) or (R, width). Raises ValueError, TypeError."""
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(rows).__name__}; {remedy}")
+    check_dense(name, rows)
+    if rows.dim() not in (2, 3):
+        shapes = f"(S, T, {width}) or (R, {width})"
+        raise ValueError(f"{name} must have shape {shapes}, got {tuple(rows.shape)}; reshape to one of the two")
+    check_float(name, rows)
+
+
+def check_float(name: str, value: Tensor, remedy: str = "cast it first") -> None:
+    if value.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}; {remedy}")
+
+
 def check_logits(name: str, logits: Any, sharded: bool = False) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}; pass the model's output tensor")
-    check_dense(name, logits)
-    if logits.dim() not in (2, 3):
-        raise ValueError(
-            f"{name} must have shape (S, T, V) or (R, V), got {tuple(logits.shape)}; reshape to one of the two"
-        )
-    if logits.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {logits.dtype}; cast it first")
+    check_rows(name, logits, "V", "pass the model's output tensor")
     if logits.shape[-1] < 1 and not sharded:  # a rank's shard may be empty
         raise ValueError(f"{name} must have a vocabulary of at least 1, got {tuple(logits.shape)}; check the last size")
 
@@ -310,7 +313,9 @@ def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
     if credit.rewards_S is not None:
         check_reward_values(credit.rewards_S, credit.normalize, credit.group_size, credit.group_ids_S)
     if credit.advantages_S is not None and not _largest(credit.advantages_S) < math.inf:
-        check_finite("advantages", credit.advantages_S, _has_live_row(credit, live_R), "drop or score that response")
+        counts_S = torch.zeros(credit.advantages_S.shape, dtype=torch.bool)
+        counts_S.index_fill_(0, credit.responses_R[live_R], True)
+        check_finite("advantages", credit.advantages_S, counts_S, "drop or score that response")
     weighed_R = live_R if credit.advantages_R is None else live_R & (credit.advantages_R != 0.0)
     weighed_R = weighed_R if credit.weights_R is None else weighed_R & (credit.weights_R != 0.0)
     for name, values_R, where_R in (
@@ -331,8 +336,7 @@ def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
             )
     if credit.num_items is not None:
         items = "pass the count of the whole batch, or None to count this call's"
-        number = positive("num_items_in_batch", float(credit.num_items), items)
-        fits_float32("num_items_in_batch", number, items, smallest=FLOAT32.tiny)
+        positive_float32("num_items_in_batch", float(credit.num_items), items)
 
 
 def can_be_read(values: Tensor) -> bool:
@@ -383,14 +387,6 @@ def check_finite(
 def _largest(values: Tensor) -> float:
     """The largest size, NaN if one is, in one operator."""
     return float(torch.linalg.vector_norm(values, math.inf)) if values.numel() else 0.0
-
-
-def _has_live_row(credit: Credit, live_R: Tensor) -> Tensor:
-    assert credit.advantages_S is not None
-    ids_R = credit.sequence_ids_R
-    if ids_R is None:
-        ids_R = torch.arange(live_R.numel()) // max(credit.tokens_per_response, 1)
-    return torch.zeros(credit.advantages_S.shape, dtype=torch.bool).index_fill_(0, ids_R[live_R], True)
 
 
 def _in_range(name: str, values_R: Tensor, live_R: Tensor, stop: int, remedy: str) -> None:

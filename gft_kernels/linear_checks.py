@@ -34,7 +34,7 @@ def check_head(weight: Any, bias: Any) -> None:
     _check_plain("weight", weight, instead)
     if weight.dim() != 2:
         raise ValueError(f"weight must have shape (V, D), got {tuple(weight.shape)}; pass lm_head.weight as it is")
-    _check_dtype("weight", weight)
+    checks.check_float("weight", weight, "cast it first, or keep it unquantised")
     if bias is not None:
         if isinstance(bias, Tensor):
             _check_plain("bias", bias, instead)
@@ -57,23 +57,10 @@ def _check_plain(name: str, value: Tensor, instead: str) -> None:
         )
 
 
-def _check_dtype(name: str, value: Tensor) -> None:
-    if value.dtype not in LOGIT_DTYPES:
-        raise TypeError(
-            f"{name} must be float32, bfloat16 or float16, got {value.dtype}; cast it first, or keep it unquantised"
-        )
-
-
 def check_hidden(name: str, hidden: Any, weight: Tensor, sharded: bool) -> None:
     """Hidden states that fit the head. name: what the caller calls them. Raises ValueError, TypeError."""
-    if not isinstance(hidden, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(hidden).__name__}; pass the last hidden state")
+    checks.check_rows(name, hidden, "D", "pass the last hidden state")
     _check_plain(name, hidden, "or compute the logits and pass them to gft_loss")
-    if hidden.dim() not in (2, 3):
-        raise ValueError(
-            f"{name} must have shape (S, T, D) or (R, D), got {tuple(hidden.shape)}; reshape to one of the two"
-        )
-    _check_dtype(name, hidden)
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"weight must have shape (V, {hidden.shape[-1]}) to fit {name} of shape {tuple(hidden.shape)}, "

@@ -72,19 +72,7 @@ def resolve(given: PolicyOptions, targets: Any) -> tuple[Objective, str]:
     """The objective and the reduction of a call. Raises ValueError, TypeError."""
     name, reduction, items = given["objective"], given["reduction"], given["num_items_in_batch"]
     checks.flag("return_stats", given["return_stats"])
-    chosen = objective_of(
-        name,
-        {option: given[option] for option in OWN},  # type: ignore[literal-required]
-        beta=given["beta"],
-        entropy_coef=given["entropy_coef"],
-        ref_log_probs=given["ref_log_probs"],
-        kl_cap=given["kl_cap"],
-        return_stats=given["return_stats"],
-        targets=targets,
-        given_objective=given["given_objective"],
-        given=given["given"],
-        sequence_ids=given["sequence_ids"],
-    )
+    chosen = objective_of(given, targets)
     preset = PRESETS[name]
     if not preset.weighs:
         for argument, value in (("advantages", given["advantages"]), ("rewards", given["rewards"])):
@@ -116,48 +104,36 @@ def _check_given_credit(given: PolicyOptions) -> None:
     )
 
 
-def objective_of(
-    name: str,
-    options: dict[str, Any],
-    *,
-    beta: float,
-    entropy_coef: float,
-    ref_log_probs: Tensor | None,
-    return_stats: bool,
-    targets: Tensor,
-    kl_cap: float | None = None,
-    given_objective: str | None = None,
-    given: Tensor | None = None,
-    sequence_ids: Tensor | None = None,
-) -> Objective:
-    """The objective of that name; `options`: those that only some objectives take. Raises ValueError, TypeError."""
+def objective_of(asked: PolicyOptions, targets: Tensor) -> Objective:
+    """The objective of options, each of which one of its objectives takes. Raises ValueError, TypeError."""
+    name, given_objective, sequence_ids = asked["objective"], asked["given_objective"], asked["sequence_ids"]
     checks.one_of("objective", name, tuple(PRESETS))
     names = [name]
     if given_objective is not None:
         checks.one_of("given_objective", given_objective, tuple(PRESETS))
         names.append(given_objective)
+    options = {option: asked[option] for option in OWN}  # type: ignore[literal-required]
     checks.check_tensor("targets", targets, checks.INDEX_DTYPES, None, None, "pass one token id per row")
     _refuse_foreign(names, options)
     _check_sequences(names, targets, sequence_ids)
     rule, other = _rule(name, options), _rule(given_objective or name, options)
-    if options.get("rectify") == "given":
+    if options["rectify"] == "given":
         rule, other = replace(rule, rectify="all", tau=0.0), replace(other, rectify="all")
-    wants = given_objective is not None or options.get("rectify") == "given"
-    remedy = "0 is none"
-    beta = checks.fits_float32("beta", checks.not_negative("beta", beta, f"{remedy}: no penalty"), "pass a smaller one")
+    wants = given_objective is not None or options["rectify"] == "given"
+    beta = checks.not_negative("beta", asked["beta"], "0 is none: no penalty")
     if beta == 0.0 and any(PRESETS[each].anchored for each in names):
         raise ValueError("beta must be positive with objective 'asft', got 0; without its anchor that is dft")
-    bonus = checks.real("entropy_coef", entropy_coef, checks.is_finite, "be finite", f"{remedy}: no bonus")
+    bonus = checks.real("entropy_coef", asked["entropy_coef"], checks.is_finite, "be finite", "0 is none: no bonus")
     return Objective(
         **{name: getattr(rule, name) for name in RULE_FIELDS},
         over_sequence=PRESETS[name].over_sequence,
         given=other,
-        given_R=_given_rows(given, wants, targets, sequence_ids),
+        given_R=_given_rows(asked["given"], wants, targets, sequence_ids),
         beta=beta,
         entropy_coef=checks.fits_float32("entropy_coef", bonus, "pass a smaller one"),
-        kl_cap=_kl_cap(kl_cap, beta, ref_log_probs, return_stats),
-        old_log_probs_R=_log_probs("old_log_probs", options.get("old_log_probs"), targets),
-        ref_log_probs_R=_log_probs("ref_log_probs", ref_log_probs, targets),
+        kl_cap=_kl_cap(asked["kl_cap"], beta, asked["ref_log_probs"], asked["return_stats"]),
+        old_log_probs_R=_log_probs("old_log_probs", options["old_log_probs"], targets),
+        ref_log_probs_R=_log_probs("ref_log_probs", asked["ref_log_probs"], targets),
     )
 
 
@@ -195,10 +171,12 @@ def _rule(name: str, options: dict[str, Any]) -> Rule:
     rectify = given.get("rectify", "all")
     tau = checks.check_coefficient(given.get("tau", preset.tau), rectify, RECTIFIES)
     clip_low, clip_high, delta = _bounds(given)
+    usual = "leave it out for the default"
     positive, negative, power = (
-        _positive(option, given.get(option, 1.0)) for option in ("gate_positive", "gate_negative", "entropy_power")
+        checks.positive_float32(option, given.get(option, 1.0), usual)
+        for option in ("gate_positive", "gate_negative", "entropy_power")
     )
-    gamma = _positive("gamma", given["gamma"]) if "gamma" in given else 0.0
+    gamma = checks.positive_float32("gamma", given["gamma"], usual) if "gamma" in given else 0.0
     if preset.surrogate == "gft":
         if options.get("gamma") is not None and "gamma" in given and rectify != "bounded":
             raise ValueError(
@@ -207,11 +185,6 @@ def _rule(name: str, options: dict[str, Any]) -> Rule:
         gamma = gamma if rectify == "bounded" else 0.0
         rectify = "positive" if rectify == "bounded" else rectify
     return Rule(preset.surrogate, tau, rectify, clip_low, clip_high, delta, gamma, positive, negative, power)
-
-
-def _positive(name: str, value: Any) -> float:
-    remedy = "leave it out for the default"
-    return checks.fits_float32(name, checks.positive(name, value, remedy), remedy, smallest=checks.FLOAT32.tiny)
 
 
 def _given_rows(given: Any, wanted: bool, targets: Tensor, sequence_ids: Any) -> Tensor | None:
@@ -243,7 +216,7 @@ def _bounds(given: dict[str, Any]) -> tuple[float, float, float]:
     low, high, delta = given.get("clip_low", 1.0), given.get("clip_high", 0.0), given.get("delta")
     below, above = "ratios are clipped below 1 - clip_low", "ratios are clipped above 1 + clip_high"
     low = checks.real("clip_low", low, lambda x: 0.0 <= x <= 1.0, "lie in [0, 1]", below)
-    high = checks.fits_float32("clip_high", checks.not_negative("clip_high", high, above), above)
+    high = checks.not_negative("clip_high", high, above)
     if delta is None:
         return low, high, math.inf
     remedy = "it bounds the ratio where A < 0; None is no bound"
@@ -266,8 +239,7 @@ def _kl_cap(kl_cap: Any, beta: float, ref_log_probs: Tensor | None, return_stats
         )
     if kl_cap is None:
         return math.inf
-    kl_cap = checks.positive("kl_cap", kl_cap, "None is no cap")
-    checks.fits_float32("kl_cap", kl_cap, "None is no cap", smallest=checks.FLOAT32.tiny)
+    kl_cap = checks.positive_float32("kl_cap", kl_cap, "None is no cap")
     if beta == 0.0:
         raise ValueError(f"kl_cap must be left out with beta=0, got {kl_cap:g}; there is no penalty to bound")
     return kl_cap

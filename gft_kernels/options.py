@@ -63,6 +63,14 @@ class Credit:
         live_R = self.targets_R != self.ignore_index
         return live_R if self.mask_R is None else live_R & self.mask_R
 
+    @property
+    def responses_R(self) -> Tensor:
+        """The response that each row belongs to, (R,) int64."""
+        if self.sequence_ids_R is not None:
+            return self.sequence_ids_R
+        rows = self.targets_R
+        return torch.arange(rows.numel(), device=rows.device) // max(self.tokens_per_response, 1)
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -78,10 +78,7 @@ def lacking(settled: Settled, credit: Credit) -> Tensor | float:
 def _of_response(values_R: Tensor, live_R: Tensor, credit: Credit) -> Tensor:
     """The mean over the live rows of each row's response, in float64 between."""
     rows = values_R.numel()
-    if credit.sequence_ids_R is None:
-        ids_R = torch.arange(rows, device=values_R.device) // max(credit.tokens_per_response, 1)
-    else:
-        ids_R = credit.sequence_ids_R.clamp(0, max(rows - 1, 0))  # an id lies in [0, S), and S <= R
+    ids_R = credit.responses_R.clamp(0, max(rows - 1, 0))  # an id lies in [0, S), and S <= R
     sums_S = torch.zeros(rows, dtype=torch.float64, device=values_R.device).index_add_(0, ids_R, values_R.double())
     count_S = torch.zeros_like(sums_S).index_add_(0, ids_R, live_R.double())
     return (sums_S / count_S.clamp(min=1.0))[ids_R].float()

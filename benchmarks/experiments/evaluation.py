@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from benchmarks.experiments.scoring import demonstration, entropy_and_kl, log_probs, prompt_row
+from benchmarks.experiments.settings import Evaluation
 from benchmarks.experiments.statistics import mean
 from gft_kernels.data.rows import Response
 from gft_kernels.data.text import decode
@@ -17,13 +18,16 @@ from gft_kernels.trainer.rollouts import end_tokens, seeded
 SCORED_SAMPLES = 4  # of each prompt's samples, for entropy and KL
 
 
-def evaluate(model, base_model, task, rows: Sequence[dict], samples: int, longest: int, seed: int) -> dict:
+def evaluate(model, base_model, task, rows: Sequence[dict], settings: Evaluation, longest: int, seed: int) -> dict:
     """The metrics of one policy; the random numbers depend on `seed` alone."""
+    samples, scored = settings.samples, slice(settings.scored)
     groups = sample_groups(model, task, rows, samples, longest, seed)
     right = [sum(r.reward > 0.5 for r in group.responses) for group in groups]
     distinct = [len({r.text for r in group.responses if r.reward > 0.5}) for group in groups]
-    entropy, kl = entropy_and_kl(model, base_model, [Group(g.row, g.responses[:SCORED_SAMPLES]) for g in groups])
-    experts = [demonstration(task.tokenizer, row) for row in rows]
+    entropy, kl = entropy_and_kl(
+        model, base_model, [Group(g.row, g.responses[:SCORED_SAMPLES]) for g in groups[scored]]
+    )
+    experts = [demonstration(task.tokenizer, row) for row in rows[scored]]
     powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     return {
         "pass_at": {str(k): mean([pass_at(k, samples, c) for c in right]).value for k in powers},

@@ -49,7 +49,7 @@ def _thousands(name: str) -> Callable[[dict], float]:
 MEASURES = {
     "pass1": Measure("pass@1", _pass_at(1)),
     "pass16": Measure("pass@16", _pass_at(16)),
-    "distinct": Measure("distinct@16", _metric("distinct"), 2),
+    "distinct": Measure("distinct right", _metric("distinct"), 2),
     "entropy": Measure("entropy", _metric("entropy")),
     "kl": Measure("KL to base", _metric("kl")),
     "retention": Measure("retention", _metric("retention")),

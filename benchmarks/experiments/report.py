@@ -14,7 +14,7 @@ from benchmarks.experiments.results import USABLE, Results
 from benchmarks.experiments.statistics import mean
 
 HEADLINE = ("none", "sft", "sft-same", "sft-fast", "sft-mix", "sft-10x", "dft", "grpo", "grpo-4", "gft", "gft-positive",
-            "gft-given", "gft-bounded", "gft-split", "gft-no-mix")  # fmt: skip
+            "gft-given", "gft-bounded", "gft-split", "gft-no-mix", "luffy", "chord")  # fmt: skip
 PIPELINES = ("sft>grpo", "sft-same>grpo", "sft-fast>grpo", "gft>grpo", "grpo>grpo", "sft>gft", "sft-same>gft",
              "sft-same>gft>grpo", "sft-fast>gft>grpo")  # fmt: skip
 SWEEPS = {

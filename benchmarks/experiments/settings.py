@@ -31,24 +31,27 @@ class Cells:
 class Tuning:
     """The search for learning rates: every method alike, on bases, seeds and held-out prompts of its own.
 
-    methods: chains, whose last stage's rate is sought after the others' own."""
+    methods: chains, whose last stage's rate is sought after the others' own. prompts: how many; None: as in the end."""
 
     methods: list[str]
     experts: list[str]
     rates: list[float]
     bases: list[int]
     seeds: list[int]
+    prompts: int | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """After training: `samples` responses at temperature 1 to each of `prompts` held-out prompts; `retention` prompts
-    of the general tasks; `curve` held-out prompts, one sample each, during training."""
+    """After training: `samples` responses at temperature 1 to each of `prompts` held-out prompts; entropy, KL and the
+    experts' likelihood at the first `scored` of them (None: all); `retention` prompts of the general tasks; `curve`
+    held-out prompts, one sample each, during training."""
 
     prompts: int = 96
     samples: int = 16
     retention: int = 200
     curve: int = 64
+    scored: int | None = None
 
 
 @dataclass(frozen=True)

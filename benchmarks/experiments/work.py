@@ -37,7 +37,8 @@ def do(study: Study, folder: Folder, job: Job, device: str) -> None:
         training = summary(*train(model, task, stage_of(study, task, job, rate, device)))
     purpose = tasks.DEVELOPMENT if job.kind == jobs.TUNING else tasks.TEST
     metrics = score(study, task, model.eval(), base, job, purpose)
-    if any(job.name in other.needs for other in jobs.plan(study)):
+    starts_others = any(job.name in other.needs for other in jobs.plan(study))
+    if starts_others and job.kind != jobs.TUNING:  # of tuning they need the score alone
         folder.model(job.name).parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), folder.model(job.name))
     identity = {"kind": job.kind, "chain": job.chain, "expert": job.expert, "base": job.base, "seed": job.seed}
@@ -109,10 +110,12 @@ def stage_of(study: Study, task, job: Job, rate: float, device: str) -> Stage:
 
 
 def score(study: Study, task, model, base, job: Job, purpose: int) -> dict:
-    settings = study.evaluation
-    rows = task.held_out(purpose, settings.prompts, job.expert or study.grid[0].experts[0])
+    settings, count = study.evaluation, None
+    if job.kind == jobs.TUNING and study.tuning:
+        count = study.tuning.prompts
+    rows = task.held_out(purpose, count or settings.prompts, job.expert or study.grid[0].experts[0])
     longest = study.stage["max_completion_length"]
-    found = evaluate(model, base, task, rows, settings.samples, longest, tasks.stream(purpose, job.seed))
+    found = evaluate(model, base, task, rows, settings, longest, tasks.stream(purpose, job.seed))
     found["retention"] = task.retention(model, settings.retention)
     if job.kind != jobs.RUN:
         found = {name: value for name, value in found.items() if not isinstance(value, list)}

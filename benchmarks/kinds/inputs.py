@@ -14,8 +14,7 @@ def credit(case, targets_N: Tensor, generator: torch.Generator) -> tuple[Tensor,
     """Advantages (N,) float32 of normal rewards, and targets with the dead part of the case taken out."""
     row_N = torch.arange(case.rows, device=case.device)
     response_N = row_N * case.responses // case.rows
-    rewards_S = torch.randn(case.responses, generator=generator, device=case.device)
-    advantages_S = (rewards_S - rewards_S.mean()) / (rewards_S.std() + 1e-6)
+    advantages_S = normal_advantages(case, generator)
     if case.dead == "zero-advantage":
         response_S = torch.arange(case.responses, device=case.device)
         advantages_S[response_S * case.dead_share % 1 < case.dead_share] = 0.0  # spread evenly; half: every other one
@@ -24,6 +23,12 @@ def credit(case, targets_N: Tensor, generator: torch.Generator) -> tuple[Tensor,
         length_N = torch.bincount(response_N, minlength=case.responses)[response_N]
         targets_N = torch.where(position_N < (1 - case.dead_share) * length_N, targets_N, IGNORE_INDEX)
     return advantages_S[response_N], targets_N
+
+
+def normal_advantages(case, generator: torch.Generator) -> Tensor:
+    """(S,) float32, of normal rewards in one group."""
+    rewards_S = torch.randn(case.responses, generator=generator, device=case.device)
+    return (rewards_S - rewards_S.mean()) / (rewards_S.std() + 1e-6)
 
 
 def peak_tokens(targets_N: Tensor, vocab: int, generator: torch.Generator) -> Tensor:

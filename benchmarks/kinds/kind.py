@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Absent, AbsentError, Contender, Passes, Step, sentence
+from benchmarks.harness import AbsentError, Contender, Passes, Step, sentence
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 DTYPES = ("float32", "bfloat16")
@@ -79,10 +79,6 @@ class Rows:
         self.upstream.fill_(upstream)
 
 
-def no_cases(device: str, *, quick: bool = False, threads: int = 1) -> list:
-    return []
-
-
 @dataclass(frozen=True)
 class Kind:
     """One benchmark."""
@@ -94,10 +90,10 @@ class Kind:
     peers: Mapping[str, Peer]
     step_of: Callable[[Callable, Any], Step]  # (loss, problem) -> one step of it
     input_bytes: Callable[[Any], int]  # what extra memory is a multiple of
-    weighed: Callable[..., list] = no_cases  # as cases: those of which peak memory is measured as well
+    weighed: Callable[..., list] = lambda device, **grid: []  # as cases: those of which peak memory is measured as well
     measure: Callable[..., list] | None = None  # of a case, where it is not this process that measures
 
-    def invite(self, problem, only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[Contender | Absent]:
+    def invite(self, problem, only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[Contender]:
         """Those whose name contains a word of `only` (none: all) and no word of `skip`; the floor always comes."""
         return [self.contender(problem, name) for name in self.peers if self._comes(problem.case, name, only, skip)]
 
@@ -110,7 +106,8 @@ class Kind:
             return False  # a case that sets our chunk size has nothing new to ask of others
         return (not only or any(word in name for word in only)) and not any(word in name for word in skip)
 
-    def contender(self, problem, name: str) -> Contender | Absent:
+    def contender(self, problem, name: str) -> Contender:
+        """One that cannot take part here says why in its first step."""
         peer = self.peers[name]
         try:
             if peer.needs:
@@ -119,9 +116,16 @@ class Kind:
                 step = peer.step(problem)
             else:
                 step = self.step_of(compile_or_absent(peer.loss) if peer.compiled else peer.loss, problem)
-        except AbsentError as reason:
-            return Absent(name, str(reason))
+        except AbsentError as error:
+            step = _raising(error)
         return Contender(name, step, peer.objective, peer.passes, peer.limit)
+
+
+def _raising(error: AbsentError) -> Step:
+    def step() -> None:
+        raise error
+
+    return step
 
 
 def _require(peer: Peer, device: str) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from benchmarks.harness import Step
 from benchmarks.kinds import linear
+from benchmarks.kinds.inputs import normal_advantages
 from benchmarks.kinds.kind import ITEM_BYTES, Case, Kind, Peer, words_of
-from benchmarks.kinds.step import SHARPNESS, StepProblem, update_of
+from benchmarks.kinds.step import StepProblem, changing_parts, random_model, update_of
 
 
 @dataclass(frozen=True)
@@ -71,22 +72,10 @@ class PromptProblem(StepProblem):
 
 def build_model(case: PromptCase):
     """Raises ImportError without transformers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    torch.manual_seed(case.seed)
-    config = LlamaConfig(
-        vocab_size=case.vocab,
-        hidden_size=case.hidden,
-        intermediate_size=case.hidden * 8 // 3,
-        num_hidden_layers=case.layers,
-        num_attention_heads=case.heads,
-        num_key_value_heads=case.heads // 3 or 1,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.model.norm.weight.fill_(SHARPNESS)
-    return model.to(case.device, getattr(torch, case.dtype))
+    model = random_model(LlamaForCausalLM, case, case.hidden * 8 // 3, case.heads // 3 or 1)
+    return model.to(getattr(torch, case.dtype))
 
 
 def build(case: PromptCase) -> PromptProblem:
@@ -103,14 +92,11 @@ def build(case: PromptCase) -> PromptProblem:
     # the row that ends a response predicts nothing; of the rows that are kept, the head computes those with a target
     aligned = torch.cat([responses_SR, responses_SR.new_full((case.responses, 1), -100)], 1)
     whole = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "shift_labels": aligned}
-    rewards_S = torch.randn(case.responses, generator=generator, device=case.device)
-    advantages_S = (rewards_S - rewards_S.mean()) / (rewards_S.std() + 1e-6)
+    advantages_S = normal_advantages(case, generator)
     shared = {name: value.to(case.device) for name, value in {**inputs, "shift_labels": targets_SR}.items()}
     return PromptProblem(
         case=case,
-        model=model,
-        pristine=[parameter.detach().clone() for parameter in model.parameters()],
-        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
+        **changing_parts(model),
         inputs_ST=rows,
         targets_N=responses_SR.flatten(),
         advantages_N=advantages_S.repeat_interleave(case.response),

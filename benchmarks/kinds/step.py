@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.harness import CHECK_UPSTREAM, Answer, Deviation, Step
 from benchmarks.kinds import linear, row
-from benchmarks.kinds.inputs import peak_tokens
+from benchmarks.kinds.inputs import normal_advantages, peak_tokens
 from benchmarks.kinds.kind import BACKENDS, ITEM_BYTES, Case, Kind, Peer, Rows, words_of
 from benchmarks.kinds.truth import coefficients
 
@@ -133,22 +133,34 @@ def _hidden(model, inputs_ST: Tensor) -> Tensor:
 
 def build_model(case: StepCase):
     """Raises ImportError without transformers."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
+    return random_model(Qwen2ForCausalLM, case, 4 * case.hidden, max(1, case.heads // 2))
+
+
+def random_model(kind: Any, case, intermediate_size: int, key_value_heads: int):
+    """A model of the case's sizes whose predictions are as sharp as a trained one's."""
     torch.manual_seed(case.seed)
-    config = Qwen2Config(
+    config = kind.config_class(
         vocab_size=case.vocab,
         hidden_size=case.hidden,
-        intermediate_size=4 * case.hidden,
+        intermediate_size=intermediate_size,
         num_hidden_layers=case.layers,
         num_attention_heads=case.heads,
-        num_key_value_heads=max(1, case.heads // 2),
+        num_key_value_heads=key_value_heads,
         tie_word_embeddings=True,
     )
-    model = Qwen2ForCausalLM(config)
+    model = kind(config)
     with torch.no_grad():
         model.model.norm.weight.fill_(SHARPNESS)
     return model.to(case.device)
+
+
+def changing_parts(model) -> dict[str, Any]:
+    """What a step changes, for a StepProblem, and how it is put back."""
+    # so small a rate that the check's step and the timed ones see the same weights within rounding
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    return {"model": model, "pristine": [p.detach().clone() for p in model.parameters()], "optimizer": optimizer}
 
 
 def build(case: StepCase) -> StepProblem:
@@ -159,14 +171,10 @@ def build(case: StepCase) -> StepProblem:
     with torch.no_grad():
         blocks = _hidden(model, inputs_ST).split(256)
         likely_N = torch.cat([(block @ model.lm_head.weight.t()).argmax(1) for block in blocks])
-    rewards_S = torch.randn(case.responses, generator=generator, device=case.device)
-    advantages_S = (rewards_S - rewards_S.mean()) / (rewards_S.std() + 1e-6)
+    advantages_S = normal_advantages(case, generator)
     return StepProblem(
         case=case,
-        model=model,
-        pristine=[parameter.detach().clone() for parameter in model.parameters()],
-        # so small a rate that the check's step and the timed ones see the same weights within rounding
-        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
+        **changing_parts(model),
         inputs_ST=inputs_ST,
         targets_N=peak_tokens(likely_N, case.vocab, generator),
         advantages_N=advantages_S.repeat_interleave(case.tokens),

@@ -60,8 +60,13 @@ GFT_DEVICE Softmax observe_row(const Part<T>& part, const View& view, TwoPassSha
 
 template <bool kEntropy, class T>
 GFT_DEVICE void shade_row(const Part<T>& part, const Verdict& verdict, const View& view) {
+    auto* to = reinterpret_cast<uint4*>(part.gradient + part.first);
+    const bool plain = part.aligned && !view.bent && !verdict.silent;
     for_each_vector<true>(part, [&](int i, uint4 vector) {
-        shade_vector<kEntropy>(part, i, vector, verdict, view);
+        if (plain)
+            store_vector(to + i, shade_plain<kEntropy>(vector, verdict, view.slope, T{}));
+        else
+            shade_vector<kEntropy>(part, i, vector, verdict, view);
         if (i == target_vector(part)) write_target(part, verdict);
     });
     shade_edge<kEntropy>(part, verdict, view);

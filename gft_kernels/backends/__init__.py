@@ -6,7 +6,8 @@
 - `scale(gradient_STV, row_scale_R, upstream, inplace) -> Tensor`: the backward's one multiplication, rounded once.
 
 For logits sharded over the vocabulary (distributed.py), with a collective between the two:
-- `shard_statistics(call, columns_R, read_R) -> (top_R, mass_R, gap_R, target_logit_R)`: this shard's state without the
-  target; `columns_R` is the target's column here, or anything outside [0, V), and then its logit is given as 0.
+- `shard_statistics(call, columns_R, read_R) -> ShardStatistics`: this shard's state without the target; `columns_R`,
+  int64, is the target's column here, or anything outside [0, V), and then its logit is given as 0. Rows that `read_R`,
+  bool, leaves out are not read and give the neutral state (-inf, 0).
 - `shard_gradient(call, columns_R, agreed: AgreedRows) -> Tensor`: F7 on this shard, from numbers of the whole rows.
 """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gft_kernels import _extension
-from gft_kernels.options import AgreedRows, RowCall, RowResult, ShardStatistics, gradient_for
+from gft_kernels.options import AgreedRows, RowCall, RowResult, ShardStatistics
 
 MAX_VOCABULARY = (1 << 31) - 1024
 """Columns are counted in 32 bits, with room for a step past the end."""
@@ -97,49 +97,22 @@ def run(call: RowCall, **shape: int) -> RowResult:
 
 
 def scale(gradient_STV: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool) -> Tensor:
-    """gradient·row_scale·upstream in float32, rounded once; upstream is () or (R,) and is read on the device only."""
+    """As `_extension.scale`; upstream is read on the device only."""
     with torch.cuda.device(gradient_STV.device):
-        out = gradient_for(gradient_STV, inplace)
-        upstream = upstream.to(torch.float32).contiguous()
-        _extension.kernels().cuda.scale_rows(
-            gradient=_extension.logit_rows(gradient_STV),
-            out=_extension.logit_rows(out),
-            row_scale_R=_extension.address(row_scale_R),
-            upstream=_extension.address(upstream),
-            upstream_per_row=upstream.dim() > 0,
-            **_place(gradient_STV),
-        )
-    return out
+        native, where = _extension.kernels().cuda, _place(gradient_STV)
+        return _extension.scale(native, gradient_STV, row_scale_R, upstream, inplace, **where)
 
 
 def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardStatistics:
-    """F1 and F2 over a vocabulary shard, in float32; see `ShardStatistics`.
-
-    columns_R: (R,) int64, the target's column in this shard, or anything outside [0, V) if it lies in another.
-    read_R: (R,) bool; rows it leaves out are not read and give the neutral state (-inf, 0).
-    """
     with torch.cuda.device(call.logits_STV.device):
-        statistics, addresses = _extension.shard_results(call, columns_R.numel(), torch.float32)
-        _extension.kernels().cuda.shard_statistics(
-            _extension.shard(call, columns_R),
-            read_R=_extension.address(read_R),
-            **addresses,
-            **_place(call.logits_STV),
-        )
-    return statistics
+        native, where = _extension.kernels().cuda, _place(call.logits_STV)
+        return _extension.shard_statistics(native, call, columns_R, read_R, torch.float32, **where)
 
 
 def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tensor:
-    """F7 over a vocabulary shard, from what is known of the whole rows."""
     with torch.cuda.device(call.logits_STV.device):
-        out = gradient_for(call.logits_STV.detach(), call.inplace)
-        _extension.kernels().cuda.shard_gradient(
-            _extension.shard(call, columns_R),
-            agreed=_extension.agreed_rows(call, agreed),
-            out=_extension.logit_rows(out),
-            **_place(call.logits_STV),
-        )
-    return out
+        native, where = _extension.kernels().cuda, _place(call.logits_STV)
+        return _extension.shard_gradient(native, call, columns_R, agreed, **where)
 
 
 def _place(tensor: Tensor) -> dict[str, int]:

@@ -61,9 +61,7 @@ def run(call: RowCall) -> RowResult:
     rows = credit.live_R.numel()
     out = {name: torch.zeros(rows, device=logits.device) for name in ("loss", "log_prob", "coefficient", "entropy")}
     row_scale_R = torch.zeros(rows, device=logits.device) if call.defer_scale else None
-    gradient = None
-    if call.want_gradient:
-        gradient = gradient_for(logits, call.inplace)
+    gradient = gradient_for(logits, call.inplace) if call.want_gradient else None
     for chosen, where in _row_blocks(logits, torch.arange(rows, device=logits.device)):
         part = RowCredit(*(column[chosen] for column in credit))
         block = statistics(call, logits[where], call.credit.targets_R[chosen])
@@ -126,11 +124,7 @@ def _state(z_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardStatistics:
-    """F1 over a vocabulary shard, in float64; see `ShardStatistics`.
-
-    columns_R: (R,) int64, the target's column in this shard, or anything outside [0, V) if it lies in another.
-    read_R: (R,) bool; rows it leaves out give the neutral state.
-    """
+    """F1 over a vocabulary shard, in float64; see `ShardStatistics`."""
     out_4R = torch.zeros(4, columns_R.numel(), dtype=torch.float64, device=columns_R.device)
     out_4R[0] = formulas.NEG_INF
     for chosen, where in _row_blocks(call.logits_STV, read_R.nonzero()[:, 0]):

@@ -134,10 +134,7 @@ def scale(gradient: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplac
 
 
 def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardStatistics:
-    """F1 and F2 over a vocabulary shard. columns_R: int64 (R,), the target's column here or anything outside [0, V).
-
-    read_R: bool (R,); rows it leaves out are not read and give the neutral state (-inf, 0).
-    """
+    """F1 and F2 over a vocabulary shard, in float32; see `ShardStatistics`."""
     from gft_kernels.triton_kernels.shard import shard_statistics_kernel
 
     logits = call.logits_STV.detach()

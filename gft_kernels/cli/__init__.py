@@ -145,10 +145,11 @@ def _plot(options):
     from gft_kernels.cli import plots, report
 
     run, out = options.directory, options.out
+    lines = plots.logged(run)
     if out is None:
-        written = report.write(run)
+        written = report.write(run, lines)
     else:
-        written = [report.write_page(run, out) if out.endswith(".html") else plots.draw(run, out)]
+        written = [report.write_page(run, lines, out) if out.endswith(".html") else plots.draw(lines, out)]
     print(*written, sep="\n")
     return DONE
 

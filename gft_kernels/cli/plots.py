@@ -41,15 +41,11 @@ def panels(lines: list[dict]) -> list[tuple[str, dict[str, list[tuple[int, float
     return found
 
 
-def draw(run: str | Path, out: str | Path | None = None) -> Path:
-    """Draws the log of a run as one picture and returns its path (default: curves.png in the run).
-
-    Raises: as `logged`; ValueError for a kind of picture that matplotlib does not write.
-    """
-    found = panels(logged(run))
-    out = Path(out) if out is not None else Path(run, "curves.png")
+def draw(lines: list[dict], out: str | Path) -> Path:
+    """Draws the log of a run as one picture. Raises ValueError for a kind of it that matplotlib does not write."""
+    out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _figure(found, columns=2).savefig(out, dpi=120)
+    _figure(panels(lines), columns=2).savefig(out, dpi=120)
     return out
 
 

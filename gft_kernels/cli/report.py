@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from gft_kernels.cli.folder import MODELS, README, RECORD
-from gft_kernels.cli.plots import draw, logged, svgs
+from gft_kernels.cli.plots import draw, svgs
 from gft_kernels.trainer.callbacks import METRICS_FILE
 from gft_kernels.trainer.completions import COMPLETIONS_FILE
 
@@ -44,23 +44,20 @@ def changes(lines: list[dict]) -> list[Change]:
     return found
 
 
-def write(run: str | Path) -> list[Path]:
-    """Writes curves.png, README.md and report.html into a run's folder; returns their paths.
-
-    Raises: as `plots.logged`.
-    """
-    found = content(run)
-    return [draw(run), _rendered(README, found, Path(run, README)), _rendered(PAGE, found, Path(run, PAGE))]
+def write(run: str | Path, lines: list[dict]) -> list[Path]:
+    """Writes curves.png, README.md and report.html into a run's folder; returns their paths. lines: of its log."""
+    found, curves = content(run, lines), draw(lines, Path(run, "curves.png"))
+    return [curves, _rendered(README, found, Path(run, README)), _rendered(PAGE, found, Path(run, PAGE))]
 
 
-def write_page(run: str | Path, out: str | Path) -> Path:
-    """Writes the page of a run to a path of one's own. Raises: as `plots.logged`."""
-    return _rendered(PAGE, content(run), Path(out))
+def write_page(run: str | Path, lines: list[dict], out: str | Path) -> Path:
+    """Writes the page of a run to a path of one's own."""
+    return _rendered(PAGE, content(run, lines), Path(out))
 
 
-def content(run: str | Path) -> dict[str, Any]:
-    """All that the templates say of a run. Raises: as `plots.logged`."""
-    lines, folder = logged(run), Path(run)
+def content(run: str | Path, lines: list[dict]) -> dict[str, Any]:
+    """All that the templates say of a run."""
+    folder = Path(run)
     groups = groups_of(folder)
     shown = chosen(groups)
     settings = (folder / RECORD).read_text(encoding="utf-8") if (folder / RECORD).is_file() else ""

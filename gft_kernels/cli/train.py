@@ -198,7 +198,7 @@ def summary(run: str) -> str:
     text = [f"{'':32}{'first':>10}{'last':>10}"]
     text += [f"{change.name:32}{change.first:10.4f}{change.last:10.4f}" for change in report.changes(lines)]
     if any("loss" in line for line in lines):
-        text += [f"{path.name:13}{path}" for path in report.write(run)]
+        text += [f"{path.name:13}{path}" for path in report.write(run, lines)]
     text += [f"model        {run}", f"metrics      {Path(run, METRICS_FILE)}"]
     completions = Path(run, COMPLETIONS_FILE)
     return "\n".join(text + ([f"completions  {completions}"] if completions.is_file() else []))

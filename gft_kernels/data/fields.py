@@ -55,6 +55,16 @@ def check_record(record: Any, where: str) -> dict[str, Any]:
     return row
 
 
+def demonstrations(row: Mapping[str, Any], number: int, where: str) -> list[str]:
+    """The first so many of a checked row. Raises RowError where it has fewer."""
+    found = (row.get("demonstrations") or [])[:number]
+    if len(found) < number:
+        raise RowError(
+            f"{where}: field `demonstrations` must hold at least num_demonstrations = {number} texts, got {len(found)}."
+        )
+    return found
+
+
 def _check_names(record: Mapping[Any, Any], where: str) -> None:
     for name in record:
         if not isinstance(name, str):

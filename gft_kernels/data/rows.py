@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from gft_kernels.data import text
-from gft_kernels.data.fields import OWN_FIELDS, check_record
+from gft_kernels.data.fields import OWN_FIELDS, check_record, demonstrations
 from gft_kernels.data.readers import Record, RowError
 
 TABLES = ("pandas", "polars", "arrow")  # formats in which a row of a datasets.Dataset is a table of one row
@@ -37,7 +37,7 @@ class Row:
     given: list[Response]
     columns: dict = field(default_factory=dict)
     where: str = "a row"
-    absent: bool = False  # a place in a batch that the rows did not suffice for (ranks.EvenSampler)
+    absent: bool = False  # a place in a batch that the rows did not suffice for (windows.EvenSampler)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Rows(Dataset):
         prompt_ids, encoded = self._encoded(record, where)
         ends, skip = text.end_tokens(self.tokenizer), self.config.skip_special_tokens
         texts = [text.decode(self.tokenizer, ids, ends, skip) for ids in encoded]
-        given = [Response(*fields) for fields in zip(texts, encoded, self._texts(record)[1], strict=True)]
+        given = [Response(*fields) for fields in zip(texts, encoded, self._texts(record, where)[1], strict=True)]
         for response, reward in zip(given, record.get("rewards") or [], strict=False):
             response.reward = float(reward)
         columns = {key: value for key, value in record.items() if key not in OWN_FIELDS}
@@ -105,11 +105,11 @@ class Rows(Dataset):
         where = given.where if isinstance(given, Record) else f"{self.name}[{i}]"
         return check_record(given, where), where
 
-    def _texts(self, record: dict[str, Any]) -> tuple[list[str], list[str]]:
+    def _texts(self, record: dict[str, Any], where: str) -> tuple[list[str], list[str]]:
         """The responses that the row brings along, and what each of them is."""
         if self.offline:
             return record["responses"], ["offline"] * len(record["responses"])
-        texts = (record.get("demonstrations") or [])[: self.config.num_demonstrations]
+        texts = demonstrations(record, self.config.num_demonstrations, where)
         return texts, (["expert"] + ["teacher"] * len(texts))[: len(texts)]
 
     def _encoded(self, record: dict[str, Any], where: str) -> tuple[list[int], list[list[int]]]:
@@ -119,7 +119,7 @@ class Rows(Dataset):
             ids = text.encode_prompt(self.tokenizer, prompt, record.get("tools"), record.get("chat_template_kwargs"))
         except ValueError as error:
             raise RowError(f"{where}: {error}.") from None
-        encoded = [text.encode_response(self.tokenizer, r, prompt, ids) for r in self._texts(record)[0]]
+        encoded = [text.encode_response(self.tokenizer, r, prompt, ids) for r in self._texts(record, where)[0]]
         if config.overlong == "truncate":
             room = math.inf if self.limits.context is None else self.limits.context - len(ids)
             encoded = [r[: max(1, min(config.max_completion_length, room))] for r in encoded]
@@ -132,7 +132,7 @@ class Rows(Dataset):
         if not prompt_ids:
             raise RowError(f"{where}: field `prompt` must have a token, got none of {record['prompt']!r:.60}.")
         self._check_vocabulary([prompt_ids, *encoded], where)
-        for kind, sentence in text.doubts(self.tokenizer, prompt_ids, self._texts(record)[0]):
+        for kind, sentence in text.doubts(self.tokenizer, prompt_ids, self._texts(record, where)[0]):
             doubts.setdefault(kind, f"{where}: {sentence}")
         fault = self._overlong(len(prompt_ids), max(map(len, encoded), default=0))
         if fault and self.config.overlong == "error":
@@ -145,12 +145,6 @@ class Rows(Dataset):
                 raise RowError(f"{where}: field `{column}` must be given, got nothing; a reward function reads it.")
         if (record.get("responses") is not None) != self.offline:
             raise RowError(f"{where}: field `responses` must be given in all rows or in none.")
-        wanted = 0 if self.offline else self.config.num_demonstrations
-        found = len(record.get("demonstrations") or [])
-        if found < wanted:
-            raise RowError(
-                f"{where}: field `demonstrations` must hold at least num_demonstrations = {wanted} texts, got {found}."
-            )
         if not isinstance(record["prompt"], str) and getattr(self.tokenizer, "chat_template", None) is None:
             raise RowError(f"{where}: field `prompt` must be text, got messages; the tokenizer has no chat template.")
 

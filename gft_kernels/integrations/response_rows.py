@@ -10,6 +10,7 @@ Sizes: S responses (rows of the batch), L tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from gft_kernels import checks
 from gft_kernels.advantages import group_advantages
 from gft_kernels.api import policy_loss
+from gft_kernels.arguments import completed
 from gft_kernels.model.columns import PER_CALL
 from gft_kernels.model.forward import OF_THE_MODEL, refuse
 from gft_kernels.model.guard import PREFIX
@@ -129,7 +131,7 @@ def check_loss_options(options: Mapping[str, Any]) -> dict[str, Any]:
     Returns: options as a dict. Raises: ValueError, TypeError.
     """
     found = dict(options)
-    checks.known_options(policy_loss, found)
+    completed(policy_loss, found)  # refuses a name that it does not know
     refuse(found, (*PER_CALL, *OF_THE_MODEL, "group_size"), "", "be left out, got a value; it comes with each batch")
     checks.one_of("backend", found.get("backend", "auto"), BACKENDS)
     if found.get("objective", "gft") != "gft":
@@ -154,28 +156,25 @@ def patch_for_rows(model: nn.Module, *, counted: bool = True, **loss_options: An
     patch_model(model, **loss_options)
     inner = unwrapped(model)
     # On the outermost module: PEFT's wrappers call the forward of what they wrap, past its hooks.
-    inner._gft_forward.guard.require(model, EveryRow(counted and inner.accepts_loss_kwargs))
+    inner._gft_forward.guard.require(model, partial(complete_batch, counted and inner.accepts_loss_kwargs))
     return model
 
 
-class EveryRow:
-    """What a batch of labels must bring beside them; made into tensors."""
-
-    def __init__(self, counted: bool):
-        self.counted = counted
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        labels, advantages = kwargs.get("labels"), kwargs.get(COLUMN)
-        if labels is None:
-            return args, kwargs
-        if advantages is None or (isinstance(advantages, list) and None in advantages):
-            raise ValueError(
-                f"{COLUMN} must come with every row of a batch of labels, got {', '.join(kwargs)}; the trainer has "
-                "dropped the column on its way from the data: see its page in the documentation"
-            )
-        if self.counted and module.training and kwargs.get("num_items_in_batch") is None:
-            raise ValueError(
-                "num_items_in_batch must come with every training batch, got None; without the tokens of the whole "
-                "step each micro-batch would be a mean of its own"
-            )
-        return args, {**kwargs, COLUMN: torch.as_tensor(advantages, dtype=torch.float32, device=labels.device)}
+def complete_batch(
+    counted: bool, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """A call's arguments with the column as a tensor. Raises ValueError for labels without what belongs to them."""
+    labels, advantages = kwargs.get("labels"), kwargs.get(COLUMN)
+    if labels is None:
+        return args, kwargs
+    if advantages is None or (isinstance(advantages, list) and None in advantages):
+        raise ValueError(
+            f"{COLUMN} must come with every row of a batch of labels, got {', '.join(kwargs)}; the trainer has "
+            "dropped the column on its way from the data: see its page in the documentation"
+        )
+    if counted and module.training and kwargs.get("num_items_in_batch") is None:
+        raise ValueError(
+            "num_items_in_batch must come with every training batch, got None; without the tokens of the whole "
+            "step each micro-batch would be a mean of its own"
+        )
+    return args, {**kwargs, COLUMN: torch.as_tensor(advantages, dtype=torch.float32, device=labels.device)}

@@ -29,6 +29,7 @@ _ROW_OPTIONS = [
 
 TILE_ROWS = 256  # a product of 2731 rows takes a GPU as long as one of 2816
 ROW_ALIGNMENT = 64  # elements: rows of the buffer start on a cache line, also where V is odd
+ALIASING = 4096  # bytes: a column of rows so far apart lies in a few sets of a cache, and products take 8 % longer
 
 
 class Budget(NamedTuple):
@@ -107,6 +108,14 @@ def choose_rows(call: LinearCall, credit: RowCredit, shard: distributed.Shard | 
     return Chosen(order[:with_gradient], order[with_gradient:read], max(1, min(chunk, read)))
 
 
+def row_buffer(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised (rows, width) buffer whose rows are aligned and do not alias in a cache."""
+    stride = -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    if stride * dtype.itemsize % ALIASING == 0:
+        stride += ROW_ALIGNMENT
+    return torch.empty(rows, stride, dtype=dtype, device=device)[:, :width]
+
+
 class _ChunkedLoss:
     """The sums a call builds up over its chunks, and the buffers the chunks share."""
 
@@ -121,11 +130,10 @@ class _ChunkedLoss:
         device, rows = call.hidden_STD.device, credit.live_R.numel()
         vocabulary, hidden_size = call.weight_VD.shape
         longest = chosen.chunk if len(chosen.with_gradient_L) or len(chosen.statistics_only_L) else 0
-        stride = -(-vocabulary // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        self.logits_CV = torch.empty(longest, stride, dtype=self.precision.logits, device=device)[:, :vocabulary]
+        self.logits_CV = row_buffer(longest, vocabulary, self.precision.logits, device)
         self.rounded_CV = None
         if call.want_gradient and self.precision.copies_gradient:
-            self.rounded_CV = torch.empty(longest, stride, dtype=self.precision.operand, device=device)[:, :vocabulary]
+            self.rounded_CV = row_buffer(longest, vocabulary, self.precision.operand, device)
         self.loss_R, self.log_probs_R, self.coefficients_R = (torch.zeros(rows, device=device) for _ in range(3))
         self.entropy_R = torch.zeros(rows, device=device) if call.want_entropy else None
         self.kept_R = torch.zeros(rows, device=device) if reports_kept(call) else None

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gft_kernels import checks
 from gft_kernels.api import policy_loss
+from gft_kernels.arguments import completed
 from gft_kernels.model import head as heads
 from gft_kernels.model import shared_prompts
 from gft_kernels.model.columns import PER_CALL, Columns
@@ -86,7 +86,7 @@ class PatchedForward:
 
     def call_options(self, named: dict[str, Any]) -> dict[str, Any]:
         """The options of every call and those of this one."""
-        checks.known_options(policy_loss, named)
+        completed(policy_loss, named)  # refuses a name that it does not know
         refuse(named, OF_THE_MODEL, PREFIX, "be left to the model, got a value; leave it out")
         refuse(named, ("num_items_in_batch",), PREFIX, "be left out, got a value; pass num_items_in_batch=")
         return {**self.options, **named}

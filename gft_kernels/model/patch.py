@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from gft_kernels import checks
 from gft_kernels.api import policy_loss
+from gft_kernels.arguments import completed
 from gft_kernels.model.columns import PER_CALL
 from gft_kernels.model.extra_terms import reduction_of
 from gft_kernels.model.forward import OF_THE_MODEL, PatchedForward, refuse
@@ -53,7 +53,7 @@ def patch_model(
             f"model must be a decoder-only language model, got the encoder-decoder {type(inner).__name__}; "
             "pass its logits to gft_loss"
         )
-    checks.known_options(policy_loss, loss_options)
+    completed(policy_loss, loss_options)  # refuses a name that it does not know
     refuse(loss_options, OF_THE_MODEL, "", "be left to the model, got a value; leave it out")
     refuse(loss_options, PER_CALL, "", f"come with each call, got a value for all; pass {PREFIX}<name>= to the model")
     if "_gft_forward" in inner.__dict__:

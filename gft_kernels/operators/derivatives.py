@@ -101,10 +101,6 @@ def may_overwrite(saved: Tensor, upstream: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or not type(saved) is type(upstream) is Tensor or is_batched(upstream):
         return False
-    return graph_is_dropped() and not (saved.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def graph_is_dropped() -> bool:
-    """Whether the running backward frees its graph."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps is not None and not keeps()
+    graph_is_dropped = keeps is not None and not keeps()
+    return graph_is_dropped and not (saved.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -14,20 +14,16 @@ import torch
 from torch import Tensor
 
 from gft_kernels.linear import chunks
-from gft_kernels.operators import derivatives, row
+from gft_kernels.operators import derivatives
+from gft_kernels.operators.packing import Packing
 from gft_kernels.options import LinearCall, LinearResult, RowResult
 
-_TENSORS = ("hidden_STD", "weight_VD", "bias_V")
-_SCHEMA_TYPES = {**row.SCHEMA_TYPES, "torch.dtype": "ScalarType"}
-_OPTIONS = {
-    f.name: _SCHEMA_TYPES[str(f.type)] for f in fields(LinearCall) if f.name not in (*_TENSORS, "credit", "objective")
-}
-_NAMED = {**row.SHARED, **_OPTIONS, "backend": "str"}
-_ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in _NAMED.items())
+_TENSORS = 3  # hidden states, weight and bias come first
+_PACKING = Packing(LinearCall)
+_pack, _unpack = _PACKING.pack, _PACKING.unpack
 _SCHEMA = (
-    f"(Tensor hidden_STD, Tensor weight_VD, Tensor? bias_V, {_ARGUMENTS}) -> (Tensor loss, Tensor log_probs, "
-    "Tensor coefficients, Tensor advantages, Tensor entropy, Tensor kept, "
-    "Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient, Tensor unit)"
+    f"({_PACKING.schema}) -> (Tensor loss, Tensor log_probs, Tensor coefficients, Tensor advantages, Tensor entropy, "
+    "Tensor kept, Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient, Tensor unit)"
 )
 _BLOCK_BYTES = 64 << 20  # of a gradient scaled and rounded at a time, so that no second copy of it exists in float32
 
@@ -39,24 +35,6 @@ def linear_loss(call: LinearCall, backend: str) -> RowResult:
     wanted = (call.want_entropy, chunks.reports_kept(call))
     entropy, kept = (found if asked else None for found, asked in zip(optional, wanted, strict=True))
     return RowResult(loss, log_probs, coefficients, advantages, entropy_R=entropy, kept_R=kept)
-
-
-def _pack(call: LinearCall, backend: str) -> tuple:
-    """A call as the operator's arguments; `_unpack` is the way back."""
-    tensors = [getattr(call, name) for name in _TENSORS]
-    return (
-        *tensors,
-        *row.pack_shared(call.credit, call.objective),
-        *(getattr(call, name) for name in _OPTIONS),
-        backend,
-    )
-
-
-def _unpack(arguments: tuple) -> tuple[LinearCall, str]:
-    tensors, rest = arguments[: len(_TENSORS)], arguments[len(_TENSORS) : -1]
-    shared = row.unpack_shared(rest[: len(row.SHARED)])
-    options = dict(zip(_OPTIONS, rest[len(row.SHARED) :], strict=True))
-    return LinearCall(**dict(zip(_TENSORS, tensors, strict=True)), **shared, **options), arguments[-1]
 
 
 def _run(*arguments) -> tuple[Tensor, ...]:
@@ -91,14 +69,14 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     _loss, *others = output
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
-    derivatives.keep_path(ctx, *inputs[: len(_TENSORS)])
+    derivatives.keep_path(ctx, *inputs[:_TENSORS])
     call, _ = _unpack(inputs)
     ctx.per_row = call.credit.reduction == "none"
     ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
     if ctx.per_row:
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
     else:
-        ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs[: len(_TENSORS)]]
+        ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs[:_TENSORS]]
         ctx.save_for_backward(*others[-4:])
 
 
@@ -108,7 +86,7 @@ def _backward(ctx, upstream: Tensor | None, *_non_differentiable) -> tuple:
     if upstream is None:
         return tuple(nothing)
     gradients = _recomputed(ctx, upstream) if ctx.per_row else _scaled(ctx, upstream)
-    return (*gradients, *nothing[len(_TENSORS) :])
+    return (*gradients, *nothing[_TENSORS:])
 
 
 def _scaled(ctx, upstream: Tensor) -> list[Tensor | None]:
@@ -122,7 +100,7 @@ def _recomputed(ctx, upstream: Tensor) -> list[Tensor | None]:
     saved = ctx.saved_tensors
     arguments = tuple(x if y is None else y for x, y in zip(saved, ctx.inputs, strict=True))
     call, backend = _unpack(arguments)
-    wanted = ctx.needs_input_grad[: len(_TENSORS)]
+    wanted = ctx.needs_input_grad[:_TENSORS]
     call = replace(
         call,
         credit=replace(call.credit, reduction="sum"),

@@ -1,8 +1,7 @@
 """The loss as torch operators with a gradient that is ready when the loss is.
 
-Two operators share one schema, derived from the fields of `Credit`, `Objective` and `RowCall`: `gft::row_loss` returns
-the gradient beside the loss; `gft::row_loss_` writes it where the logits were. A torch.compile graph sees each as one
-node.
+Two operators share one schema, which follows from the fields of a `RowCall` (packing.py): `gft::row_loss` returns the
+gradient beside the loss; `gft::row_loss_` writes it where the logits were. A torch.compile graph sees each as one node.
 
 Backward is one multiplication by the upstream gradient, where the gradient lies, and none where that is 1. A graph that
 is kept has its saved gradient left as it was, so that it can be walked again; in place there is only the logits'
@@ -12,7 +11,6 @@ storage, and a second walk is refused.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,30 +19,11 @@ from torch.nn import Parameter
 
 from gft_kernels import checks, distributed, registry, sequences
 from gft_kernels.operators import derivatives
-from gft_kernels.options import Credit, Objective, RowCall, RowResult, Rule
+from gft_kernels.operators.packing import Packing
+from gft_kernels.options import Credit, RowCall, RowResult
 
-SCHEMA_TYPES = {
-    "Tensor": "Tensor",
-    "Tensor | None": "Tensor?",
-    "int": "SymInt",  # a length written "int" would compile a new graph for every value
-    "float": "float",
-    "str": "str",
-    "bool": "bool",
-}
-GIVEN = "given_"  # before the names of the fields of an objective's second rule
-_OF_CREDIT, _OF_OBJECTIVE, _OF_RULE = (
-    tuple(field.name for field in fields(part) if field.name != "given") for part in (Credit, Objective, Rule)
-)
-SHARED = {  # of every loss's operator: the fields of its Credit, those of its Objective, those of the second rule
-    prefix + field.name: SCHEMA_TYPES[str(field.type)]
-    for part, prefix in ((Credit, ""), (Objective, ""), (Rule, GIVEN))
-    for field in fields(part)
-    if field.name != "given"
-}
-_OPTIONS = {
-    f.name: SCHEMA_TYPES[str(f.type)] for f in fields(RowCall) if f.name not in ("logits_STV", "credit", "objective")
-}
-_ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in [*SHARED.items(), *_OPTIONS.items(), ("backend", "str")])
+_PACKING = Packing(RowCall)
+_ARGUMENTS = _PACKING.schema.removeprefix("Tensor logits_STV, ")
 _PER_ROW = "Tensor loss, Tensor log_probs, Tensor coefficients, Tensor advantages, Tensor row_scale, Tensor entropy"
 
 
@@ -61,27 +40,12 @@ def row_loss(call: RowCall, backend: str) -> RowResult:
 
 
 def _pack(call: RowCall, backend: str) -> tuple:
-    """A call as the operators' arguments; `_unpack` is the way back."""
-    return (*pack_shared(call.credit, call.objective), *(getattr(call, name) for name in _OPTIONS), backend)
+    """A call as what an operator takes behind the logits."""
+    return _PACKING.pack(call, backend)[1:]
 
 
-def pack_shared(credit: Credit, objective: Objective) -> list:
-    """What calls of every loss share, as an operator's arguments; `unpack_shared` is the way back."""
-    parts = (credit, _OF_CREDIT), (objective, _OF_OBJECTIVE), (objective.given, _OF_RULE)
-    return [getattr(part, name) for part, names in parts for name in names]
-
-
-def unpack_shared(arguments: Sequence) -> dict[str, Any]:
-    """`credit` and `objective` of a call, from `pack_shared`."""
-    at, rule_at = len(_OF_CREDIT), len(_OF_CREDIT) + len(_OF_OBJECTIVE)
-    of_all = dict(zip(_OF_OBJECTIVE, arguments[at:rule_at], strict=True))
-    return {"credit": Credit(*arguments[:at]), "objective": Objective(**of_all, given=Rule(*arguments[rule_at:]))}
-
-
-def _unpack(logits: Tensor, arguments: tuple) -> tuple[RowCall, str]:
-    *packed, backend = arguments
-    options = dict(zip(_OPTIONS, packed[len(SHARED) :], strict=True))
-    return RowCall(logits, **unpack_shared(packed[: len(SHARED)]), **options), backend
+def _unpack(logits: Tensor, arguments: Sequence) -> tuple[RowCall, str]:
+    return _PACKING.unpack((logits, *arguments))
 
 
 def _result(call: RowCall, outputs: Sequence[Tensor]) -> RowResult:

@@ -9,6 +9,8 @@ import transformers
 from packaging.version import Version
 from transformers import TrainingArguments
 
+from gft_kernels.api import policy_loss
+from gft_kernels.arguments import completed
 from gft_kernels.model.loss_options import GroupLossOptions, option, settle_means
 from gft_kernels.objectives import PRESETS, RECTIFIES, objective_of
 from gft_kernels.options import BATCH, NORMALIZE, SPLIT
@@ -23,6 +25,7 @@ if Version(transformers.__version__) < Version(OLDEST):
 
 SHAPES = ("gamma", "gate_positive", "gate_negative", "entropy_power")
 CHOSEN = ("tau", "rectify", "clip_low", "clip_high", "delta", *SHAPES)  # options that only some objectives take
+OF_THE_LOSS = ("objective", "given_objective", "beta", "entropy_coef", "kl_cap", *CHOSEN)
 LOGGING_STEPS = 10  # that a long run has between its log lines
 EVALUATED = 8  # prompts of an evaluation's batch, TrainingArguments' own default
 CLIP = 0.2  # PPO's range, in which to count the ratios of an objective that does not clip
@@ -103,7 +106,7 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     log_kl: bool = option(False, "Log the KL to the starting weights; keeps a frozen copy of them.", section="Logging")
     log_completions_steps: int = option(50, "Print one group and append it to completions.jsonl every N steps; 0: off.")
 
-    learning_rate: float = option(1e-6, "Peak learning rate (the paper's).", section="Training")
+    learning_rate: float = option(1e-6, "Peak learning rate; the paper's is 1e-6.", section="Training")
     logging_steps: float | None = option(None, "Steps between log lines; None: 10, fewer in a short run.")  # type: ignore[assignment]
     per_device_eval_batch_size: int | None = option(  # type: ignore[assignment]
         None, "Prompts evaluated at once; None: as many responses as a rollout samples at once, 8 prompts at least."
@@ -144,18 +147,10 @@ def evaluation_batch(config: GFTConfig) -> int:
 def settle(config: GFTConfig) -> None:
     """Fill in the objective's defaults. Raises ValueError, naming it, for an option the objective does not use."""
     one_row = torch.zeros(1, 1)
-    objective_of(  # refuses as policy_loss does
-        config.objective,
-        {name: getattr(config, name) for name in CHOSEN},
-        beta=config.beta,
-        entropy_coef=config.entropy_coef,
-        ref_log_probs=one_row,
-        kl_cap=config.kl_cap,
-        return_stats=True,
-        targets=one_row.long(),
-        given_objective=config.given_objective,
-        given=one_row.bool() if tells_given(config) else None,
-    )
+    asked = {name: getattr(config, name) for name in OF_THE_LOSS}
+    given = one_row.bool() if tells_given(config) else None
+    beside = {"ref_log_probs": one_row, "return_stats": True, "given": given}
+    objective_of(completed(policy_loss, {**asked, **beside}), one_row.long())  # refuses as policy_loss does
     preset = PRESETS[config.objective]
     if not preset.weighs and config.advantages != "ones":
         raise ValueError(
@@ -204,5 +199,4 @@ def clip_range(config: GFTConfig) -> tuple[float, float]:
 
 def call_options(config: GFTConfig) -> dict[str, Any]:
     """What a training forward of the patched model is given beside its tensors."""
-    names = ("objective", "given_objective", "beta", "entropy_coef", "kl_cap", "reduction", *CHOSEN)
-    return {f"gft_{name}": getattr(config, name) for name in names}
+    return {f"gft_{name}": getattr(config, name) for name in (*OF_THE_LOSS, "reduction")}

@@ -49,12 +49,18 @@ class Rollout:
         self.spent = (0, 0.0)
 
     def __call__(self, model, prompts_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-        """Raises ValueError for what is not token ids of the model, RuntimeError where the engine exits."""
+        """Raises ValueError for what is not so many responses of the model's tokens, RuntimeError where it exits."""
         begun, sampling = time.perf_counter(), dataclasses.replace(sampling, **self.shape)
         try:
             answers = [self._checked(ids) for ids in self.engine(model, prompts_ids, sampling)]
         except SystemExit as error:  # it would end the run with its own exit code
             raise RuntimeError(f"rollout_fn must return token ids, got SystemExit({error.code})") from error
+        expected = len(prompts_ids) * sampling.num_generations
+        if len(answers) != expected or not all(answers):
+            raise ValueError(
+                f"rollout_fn must return {expected} non-empty lists of token ids, got {len(answers)} "
+                f"of which {answers.count([])} empty."
+            )
         answers = [cut_at_text(ids, sampling.stop_strings, sampling.tokenizer) for ids in answers]
         tokens, seconds = self.spent
         self.spent = (tokens + sum(map(len, answers)), seconds + time.perf_counter() - begun)

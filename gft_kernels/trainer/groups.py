@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from gft_kernels.advantages import group_advantages
 from gft_kernels.data.rows import Response, Row, Rows
 from gft_kernels.data.text import decode
+from gft_kernels.model.columns import IGNORE
 from gft_kernels.model.shared_prompts import layout
 from gft_kernels.objectives import PRESETS
 from gft_kernels.options import BATCH, SPLIT
@@ -28,7 +29,6 @@ from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import Sampling, forward_is_collective, seeded
 
 SOURCES = ("expert", "teacher", "sampled", "offline")
-IGNORE = -100
 
 
 @dataclass
@@ -100,22 +100,12 @@ class GroupBuilder:
         completions = []
         with seeded(*entropy, device=model.device):
             for start in range(0, len(asked), size):
-                completions += self._rollout(model, asked[start : start + size], sampling)
+                completions += self.rollout_fn(model, asked[start : start + size], sampling)
         skip = self.config.skip_special_tokens
         texts = [decode(self.tokenizer, ids, self.eos_ids, skip) for ids in completions]
         responses = iter(Response(text, ids, "sampled") for text, ids in zip(texts, completions, strict=True))
         drawn = [list(itertools.islice(responses, number)) if asks_too else [] for asks_too in asks]
         return [[] if row.absent else samples for row, samples in zip(rows, drawn, strict=True)]
-
-    def _rollout(self, model, prompts, sampling):
-        completions = self.rollout_fn(model, prompts, sampling)
-        expected = len(prompts) * sampling.num_generations
-        if len(completions) != expected or not all(len(ids) for ids in completions):
-            raise ValueError(
-                f"rollout_fn must return {expected} non-empty lists of token ids, got {len(completions)} "
-                f"of which {sum(not len(ids) for ids in completions)} empty."
-            )
-        return [list(ids) for ids in completions]
 
     def _reward(self, groups):
         pairs = [(g.row, r) for g in groups for r in g.responses if r.source != "offline"]
@@ -171,7 +161,9 @@ def collate(groups: Sequence[Group], pad_id: int, shares: bool = False) -> dict[
     """
     pairs = [(g.row.prompt_ids, r) for g in groups for r in g.responses]
     if not pairs:
-        return collate_nothing(pad_id)
+        nothing = Group(Row("", [pad_id], []), [Response("", [pad_id], SOURCES[0], advantage=0.0)])
+        found = collate([nothing], pad_id)
+        return {**found, "targets": torch.full_like(found["targets"], IGNORE)}
     if not all(prompt for prompt, _ in pairs):
         raise ValueError("every prompt must have at least one token, got one of none; nothing predicts its response.")
     if shares:
@@ -210,17 +202,6 @@ def whole_rows(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int
     behind = [torch.tensor([IGNORE] * (len(prompt) - 1 - first) + [*ids]) for prompt, ids in pairs]
     mask = pad_sequence([torch.ones_like(text) for text in texts], True)
     return {"input_ids": pad_sequence(texts, True, pad_id), "attention_mask": mask}, pad_sequence(behind, True, IGNORE)
-
-
-def collate_nothing(pad_id: int) -> dict[str, Tensor]:
-    """The tensors of `collate` for no response at all."""
-    return {
-        "input_ids": torch.full((1, 2), pad_id, dtype=torch.int64),
-        "attention_mask": torch.ones(1, 2, dtype=torch.int64),
-        "targets": torch.full((1, 1), IGNORE, dtype=torch.int64),
-        "advantages": torch.zeros(1),
-        "sources": torch.zeros(1, dtype=torch.int64),
-    }
 
 
 def count_items(groups: Sequence[Group], reduction: str) -> int:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gft_kernels.data.rows import Row
+from gft_kernels.model.columns import IGNORE
 from gft_kernels.model.shared_prompts import ARGUMENTS, PROMPT_IDS
 from gft_kernels.options import TokenStats
-from gft_kernels.trainer.groups import IGNORE, Group, collate
+from gft_kernels.trainer.groups import Group, collate
 from gft_kernels.trainer.windows import Window
 
 TEXTS = ("input_ids", "attention_mask")

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from gft_kernels.data import pretrained
-from gft_kernels.data.rows import Limits, Response, Row, Rows
+from gft_kernels.data.rows import Limits, Response, Rows
+from gft_kernels.model.columns import IGNORE
 from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.trainer import adapters, windows
 from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt
@@ -30,7 +31,7 @@ from gft_kernels.trainer.checkpoints import Manifests
 from gft_kernels.trainer.completions import show_completions
 from gft_kernels.trainer.config import GFTConfig, call_options, clip_range, has_ratio
 from gft_kernels.trainer.engines import Rollout
-from gft_kernels.trainer.groups import IGNORE, GroupBuilder, check_sources, denominator, row_options
+from gft_kernels.trainer.groups import GroupBuilder, check_sources, denominator, row_options
 from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, signs_of_collapse
 from gft_kernels.trainer.policies import Forward
 from gft_kernels.trainer.reference import FollowsPolicy, start_model
@@ -100,7 +101,7 @@ class GFTTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=keep,  # rows stay rows until their groups are built
+            data_collator=list,  # type: ignore[arg-type]  # rows stay rows until their groups are built
             train_dataset=train_rows,
             eval_dataset=self.rows_of(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
@@ -135,6 +136,7 @@ class GFTTrainer(Trainer):
         # What every call has; a training step adds its objective, for others only ask for log-probabilities.
         fixed = {name: getattr(args, name) for name in ("temperature", "backend", "filter_eps")}
         patch_model(model, objective="sft", ignore_index=IGNORE, **fixed)
+        model._gft_forward.tried_prompts = self.sharing.samples  # it has gone on from the cache of a prompt already
         statistics = {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
         self._loss_options = call_options(args) | statistics
         # The policy that sampled is remembered where later steps differ from it and something asks how far.
@@ -148,7 +150,7 @@ class GFTTrainer(Trainer):
         args = self.args
         options = {name: getattr(args, f"dataloader_{name}") for name in LOADER}
         order = windows.row_order(self.train_dataset, args)
-        loader = DataLoader(self.train_dataset, args.train_batch_size, sampler=order, collate_fn=keep, **options)
+        loader = DataLoader(self.train_dataset, args.train_batch_size, sampler=order, collate_fn=list, **options)
         loader = self.accelerator.prepare(loader)
         self._steps_per_epoch = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
         return loader
@@ -275,8 +277,3 @@ class GFTTrainer(Trainer):
                 warnings.warn(sentence, stacklevel=2)
             self._last_log, self._aside = now, 0.0
         super().log(logs, start_time)
-
-
-def keep(rows: list[Row]) -> Any:
-    """The collator: rows as they are."""
-    return rows

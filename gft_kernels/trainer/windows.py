@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 
 from gft_kernels.data.rows import Response
+from gft_kernels.model.columns import IGNORE
 from gft_kernels.trainer.config import GFTConfig
-from gft_kernels.trainer.groups import IGNORE, Group, collate
+from gft_kernels.trainer.groups import Group, collate
 
 
 @dataclass

@@ -124,6 +124,7 @@ def test_ratios_of_responses(launch):
     for objective in OF_RESPONSES:
         for layout in ("padded", "in place"):
             policy.test_ratios_of_responses("cuda", objective, layout)
+    policy.test_ratios_of_responses_over_a_head("cuda", OF_RESPONSES[0])
 
 
 @pytest.mark.parametrize("launch", ["two blocks"], indirect=True)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from cuda_on_host import Machine, library
 
+from tests.codegen import budget
+
 pytestmark = pytest.mark.skipif(cuda_on_host.absent() is not None, reason=str(cuda_on_host.absent()))
 
 H100 = Machine(132, 233472, 232448, 1024, 16)
@@ -76,6 +78,13 @@ def test_before_sm_90_a_cluster_is_one_block():
 def test_a_small_multiprocessor_takes_smaller_slices():
     chosen = plan(RTX_5090, 8192, 151936, 2)
     assert chosen.blocks == 8 and 2 * (chosen.shared_bytes + 1024) <= 102400
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize(("target", "machine"), [("sm_90", H100), ("sm_100", B200), ("sm_120", RTX_5090)])
+def test_the_gate_spreads_a_row_over_the_threads_it_gets(target, machine, element_bytes):
+    chosen = plan(machine, 8192, budget.VOCABULARY, element_bytes)
+    assert chosen.blocks * chosen.threads == budget.KERNELS["cluster_row"].threads_on(target, element_bytes)
 
 
 @pytest.mark.parametrize(("rows", "blocks"), [(1, 8), (16, 8), (17, 4), (64, 4)])

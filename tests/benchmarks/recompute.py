@@ -2,6 +2,8 @@
 
 Imports nothing of this project. Pairs and base means are pandas', Student's t is mpmath's incomplete beta function, and
 Holm's correction is the closed test it is a shortcut of: a hypothesis falls when every intersection that holds it does.
+Where seeds and prompts are drawn anew, they are drawn as multinomial weights and with other random numbers: such rows
+say `drawn`, and agree as far as so many draws do.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 from pathlib import Path
 
 import mpmath
+import numpy
 import pandas
 import yaml
 
@@ -20,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments"
 CLAIMS = ROOT / "benchmarks" / "experiments" / "claims"
 USABLE = 0.01
+DRAWS = 20_000
 
 MEASURES = {
     "pass1": lambda r: r["metrics"]["pass_at"]["1"],
@@ -27,6 +31,10 @@ MEASURES = {
     "kl": lambda r: r["metrics"]["kl"],
     "retention": lambda r: r["metrics"]["retention"],
     "grad_max": lambda r: max(r["training"]["grad_norm"]) if "training" in r else math.nan,
+}
+PER_PROMPT = {
+    "pass1": lambda r, samples: numpy.divide(r["metrics"]["right_of_each"], samples),
+    "distinct": lambda r, samples: numpy.asarray(r["metrics"]["distinct_of_each"], float),
 }
 
 
@@ -85,6 +93,27 @@ def p_of(value: float, error: float, n: int, expect: str, margin: float) -> floa
     return max(tails[0], 1 - tails[1]) if expect == "equal" else 2 * min(tails[0], 1 - tails[0])
 
 
+def drawn_anew(path: Path, better: str, other: str, expert: str, measure: str) -> numpy.ndarray:
+    """The mean difference for every draw of seeds and prompts."""
+    head, *records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    samples, arms = head["study"]["evaluation"]["samples"], []
+    for chain in (better, other):
+        runs = [r for r in records if (r["kind"], r["chain"]) == ("run", chain) and r["expert"] in (None, expert)]
+        arms.append({r["seed"]: PER_PROMPT[measure](r, samples) for r in runs})
+    found_SP = numpy.array([arms[0][seed] - arms[1][seed] for seed in sorted(arms[0].keys() & arms[1].keys())])
+    random = numpy.random.RandomState(7)
+    weights = [random.multinomial(n, numpy.full(n, 1 / n), DRAWS) / n for n in found_SP.shape]
+    return numpy.einsum("ds,sp,dp->d", weights[0], found_SP, weights[1], optimize=True)
+
+
+def p_of_draws(draws: numpy.ndarray, expect: str, margin: float) -> float:
+    if not draws.std() > 0:
+        return math.nan
+    most, least = ((1 + (side * draws <= side * bound).sum()) / (1 + len(draws)) for side, bound in
+                   ((1, -margin), (-1, margin if expect == "equal" else -margin)))  # fmt: skip
+    return max(most, least) if expect == "equal" else min(1.0, 2 * min(most, least))
+
+
 def word(p: float, value: float, expect: str, margin: float) -> str:
     if math.isnan(p):
         return "not testable here"
@@ -111,16 +140,23 @@ def verdicts(path: Path, expert: str, weak: bool = False, first: bool = False) -
             expect, margin = entry["expect"], entry.get("margin", 0.0)
             if first and margin:
                 continue
-            value, error, n, pairs = test_of(runs, better, other, expert, entry["measure"], first)
-            rows.append({"claim": entry["claim"], "value": value, "error": error, "bases": n, "pairs": pairs,
-                         "expect": expect, "margin": margin, "p": p_of(value, error, n, expect, margin)})  # fmt: skip
+            over_units = head["study"].get("unit", "bases") == "bases"
+            value, error, n, pairs = test_of(runs, better, other, expert, entry["measure"], first or not over_units)
+            row = {"claim": entry["claim"], "value": value, "error": error, "bases": n, "pairs": pairs,
+                   "expect": expect, "margin": margin, "p": p_of(value, error, n, expect, margin)}  # fmt: skip
+            if not over_units and entry["measure"] in PER_PROMPT:
+                draws = drawn_anew(path, better, other, expert, entry["measure"])
+                low, high = numpy.quantile(draws, [0.025, 0.975])
+                row |= {"drawn": True, "low": low, "high": high, "p": p_of_draws(draws, expect, margin)}
+            rows.append(row)
     tested = [row for row in rows if not math.isnan(row["p"])]
     if not first:
         for row, p in zip(tested, closed_holm([row["p"] for row in tested]), strict=True):
             row["p"] = p
     for row in rows:
-        half = quantile(0.975, row["bases"] - 1) * row["error"] if row["bases"] > 1 else math.nan
-        row |= {"low": row["value"] - half, "high": row["value"] + half}
+        if not row.get("drawn"):
+            half = quantile(0.975, row["bases"] - 1) * row["error"] if row["bases"] > 1 else math.nan
+            row |= {"low": row["value"] - half, "high": row["value"] + half}
         row["said"] = word(row["p"], row["value"], row["expect"], row["margin"])
     return rows
 

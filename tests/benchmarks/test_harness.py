@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.clocks import CpuClock
-from benchmarks.harness import Absent, Answer, Contender, measure
+from benchmarks.harness import AbsentError, Answer, Contender, measure
 from benchmarks.kinds import row
 from benchmarks.kinds.row import RowCase
 
@@ -53,9 +53,11 @@ def test_failing_and_absent_contenders_leave_a_sentence():
     def fail():
         raise RuntimeError("no such kernel\nsecond line")
 
-    outcomes = measure(
-        problem, [Contender("fails", fail), Absent("absent", "not installed")], CpuClock(cold=False), rounds=1
-    )
+    def lack():
+        raise AbsentError("not installed")
+
+    contenders = [Contender("fails", fail), Contender("absent", lack)]
+    outcomes = measure(problem, contenders, CpuClock(cold=False), rounds=1)
     assert [(o.status, o.why) for o in outcomes] == [
         ("failed", "RuntimeError: no such kernel"),
         ("absent", "not installed"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from chat_tokenizers import chatml
 
-from benchmarks.experiments import jobs, report, results, runner, settings, verdicts, work
+from benchmarks.experiments import evaluation, jobs, report, results, runner, settings, verdicts, work
 from benchmarks.experiments.__main__ import BAD_INPUT, DONE, main
 from benchmarks.experiments.jobs import Folder
 from benchmarks.experiments.methods import stages
@@ -233,14 +233,20 @@ def test_a_pretrained_model_is_studied_over_seeds_and_prompts(tmp_path, monkeypa
     tokenizer.save_pretrained(tmp_path / "model")
     scratch.small_llama(tokenizer, width=16, layers=1, heads=2, context=1024).save_pretrained(tmp_path / "model")
     changes = [f"task.model={tmp_path / 'model'}", "task.rows=8", "stage.max_steps=1", "stage.max_completion_length=80"]
-    changes += ["evaluation.prompts=3", "evaluation.retention=1"]
+    changes += ["evaluation.prompts=3", "evaluation.retention=1", "evaluation.scored=2"]
+    changes += ["tuning.methods=[gft]", "tuning.rates=[1.0e-5]", "tuning.prompts=2"]
     cells = "[{chains: [gft, none], experts: [json], bases: [0], seeds: [0, 1]}]"
     study = settings.load("smollm2", [*changes, f"grid={cells}"])
-    folder = Folder(tmp_path / "out")
+    folder, asked = Folder(tmp_path / "out"), []
+    sample, score = evaluation.sample_groups, evaluation.entropy_and_kl
+    monkeypatch.setattr(evaluation, "sample_groups", lambda *a: asked.append(len(a[2])) or sample(*a))
+    monkeypatch.setattr(evaluation, "entropy_and_kl", lambda *a: asked.append((asked.pop(), len(a[2]))) or score(*a))
     for job in jobs.plan(study):
         work.do(study, folder, job, "cpu")
     assert [path.name for path in folder.path.glob("models/*")] == ["base_b0.pt"], "where other jobs start"
     record = folder.read("run_gft_json_b0_s1")
+    assert record["rate"] == 1e-5 and folder.read("tuning_gft_json_b0_s100_1e-05")["rate"] == 1e-5
+    assert asked == [(3, 2), (2, 2), *[(3, 2)] * 4], "all prompts are asked; of them, some scored; fewer while tuning"
     assert len(record["metrics"]["right_of_each"]) == 3 and record["training"]["held_out"]["step"] == []
     assert record["training"]["tokens"]["generated"] > 0 and -20 < record["metrics"]["retention"] < 0
     assert folder.read("run_none_b0_s0")["metrics"]["kl"] == 0.0

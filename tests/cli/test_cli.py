@@ -10,7 +10,7 @@ from cli_rig import ROOT, write_run
 
 from gft_kernels.cli import main
 from gft_kernels.cli.inputs import rows, spread
-from gft_kernels.cli.plots import draw
+from gft_kernels.cli.plots import draw, logged
 from gft_kernels.cli.settings import load
 from gft_kernels.trainer import GFTConfig, GFTTrainer
 from gft_kernels.trainer.rewards import find
@@ -97,7 +97,5 @@ def test_the_plot_shows_what_was_logged(tmp_path):
     lines = [{"step": s, "loss": 0.1, "reward/sampled": s / 10, "entropy": 1.0, "grad_norm": 0.5} for s in range(1, 4)]
     lines.append({"step": 2, "loss": 0.1, "reward/sampled": 0.9})  # a resumed run logged step 2 again
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    from gft_kernels.trainer.callbacks import read_metrics
-
-    assert [line["reward/sampled"] for line in read_metrics(tmp_path)] == [0.1, 0.9, 0.3]
-    assert draw(tmp_path).stat().st_size > 10_000
+    assert [line["reward/sampled"] for line in logged(tmp_path)] == [0.1, 0.9, 0.3]
+    assert draw(logged(tmp_path), tmp_path / "curves.png").stat().st_size > 10_000

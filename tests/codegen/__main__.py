@@ -35,13 +35,14 @@ def run(name: str, gate: ModuleType, wanted: list[str]) -> bool:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.codegen", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    known = [*CHECKS, *triton_gate.TARGETS]
+    every = dict.fromkeys(target for gate in GATES.values() for target in gate.TARGETS)
+    known = [*CHECKS, *every]
     parser.add_argument("what", nargs="*", metavar="what", help=", ".join(known))
     what = parser.parse_args(argv).what
     if unknown := [name for name in what if name not in known]:
         parser.error(f"what must be among {', '.join(known)}, got {unknown[0]}")
     checks = [name for name in CHECKS if name in what] or list(CHECKS)
-    targets = [name for name in what if name in triton_gate.TARGETS]
+    targets = [name for name in what if name in every]
     passed = [run(name, GATES[name], targets) for name in checks if name in GATES]
     if "instructions" in checks:
         passed.append(instructions.check())

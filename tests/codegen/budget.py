@@ -37,6 +37,7 @@ GPUS = (
     Gpu("H100", "sm_90", 3.35e12, 132, 1.755e9),
     Gpu("H200", "sm_90", 4.8e12, 132, 1.755e9),
     Gpu("B200", "sm_100", 8e12, 148, 1.85e9),
+    Gpu("RTX 5090", "sm_120", 1.79e12, 170, 2.41e9),
 )
 
 
@@ -46,7 +47,8 @@ class Kernel:
 
     load: of a vector that is observed or shaded; refill: what comes into its place. threads: on a row, by the bytes of
     an element; passes: over the logits, as memory moves them. warps: of a block, one of which walks the row path for
-    the others, doing the work `leads`; without it every warp does the same.
+    the others, doing the work `leads`; without it every warp does the same. more: how many times the threads on a
+    target whose shared memory holds smaller slices.
     """
 
     load: str
@@ -55,6 +57,10 @@ class Kernel:
     refill: str | None = None
     warps: int = 1
     leads: Mapping[str, int] = field(default_factory=dict)
+    more: Mapping[str, int] = field(default_factory=dict)
+
+    def threads_on(self, target: str, item: int) -> int:
+        return self.threads[item] * self.more.get(target, 1)
 
     @property
     def shades(self) -> dict[str, int]:
@@ -65,7 +71,7 @@ KERNELS = {
     # The leading warp merges lanes, warps and blocks (10 shuffles each), finds the next row, reads its five numbers and
     # sends the block's state.
     "cluster_row": Kernel(r"LDS\.128", {2: 4 * 512, 4: 8 * 512}, 2, "LDGSTS", 16,
-                          {"SHFL": 30, "VOTE": 1, r"LDG?\.": 5, "STAS": 1}),
+                          {"SHFL": 30, "VOTE": 1, r"LDG?\.": 5, "STAS": 1}, {"sm_120": 2}),
     "two_pass_row": Kernel(r"LDG?\.\S*128", {2: 1024, 4: 1024}, 3),
     "row_loss": Kernel(r"LDG?\.\S*128", {2: 512, 4: 512}, 3),
 }  # fmt: skip
@@ -110,7 +116,7 @@ class Budget:
         return f"{parts}, {self.mufu:.2f} MUFU, fences {self.fences}; predicted: {'; '.join(predicted)}"
 
 
-def measure(name: str, sass: str, item: int) -> Budget | None:
+def measure(name: str, sass: str, item: int, target: str) -> Budget | None:
     """The budget of a kernel of KERNELS on elements of `item` bytes; None where it has no such loops."""
     kernel, graph, width = KERNELS[name], read(sass), 16 // item
     every = loops(graph)
@@ -122,7 +128,7 @@ def measure(name: str, sass: str, item: int) -> Budget | None:
         return None
     first, second = (min(hots, key=lambda hot: hot.instructions) for hots in (observe, shade))
     stages = [hot for hot in observe if hot.instructions < 1.1 * first.instructions] if kernel.refill else [first]
-    row = row_path(graph, every, kernel, [*stages, second]) / (VOCABULARY / kernel.threads[item])
+    row = row_path(graph, every, kernel, [*stages, second]) / (VOCABULARY / kernel.threads_on(target, item))
     return Budget(kernel, item, first.instructions / width, second.instructions / width, row,
                   (first.mufu + second.mufu) / width,
                   graph.count(set().union(*(loop.body for loop in every)), "MEMBAR"))  # fmt: skip

@@ -107,7 +107,7 @@ def spending(variant: Variant, sass: str) -> budget.Budget | None:
     """Instructions an element of the row kernel, on a long row and without entropy; None of any other, and on AMD."""
     if variant.kernel not in budget.KERNELS or variant.vocabulary != LARGE or dict(variant.constants)["ENTROPY"]:
         return None
-    return budget.measure(variant.kernel, sass, DTYPES[variant.dtype].itemsize) if sass else None
+    return budget.measure(variant.kernel, sass, DTYPES[variant.dtype].itemsize, variant.target) if sass else None
 
 
 def recipe(variant: Variant) -> tuple[object, dict[str, object], dict[str, int]]:

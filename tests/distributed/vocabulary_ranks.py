@@ -201,9 +201,11 @@ def each_shard_leaves_out_its_own_columns(ranks: Ranks):
 
 def every_objective_matches_the_oracle(ranks: Ranks):
     """Penalties on, A = 0 in some rows, NaN where rows are masked; the second row's targets lie on the last rank."""
-    of_float32 = [(name, torch.float32) for name in ("grpo", "cispo", "sapo", "luffy", "eaft")]
-    for objective, dtype in [*of_float32, ("gft", torch.float16)]:
-        case = policy_cases.problem(objective, 3, 3, VOCABULARY, dtype, **policy_cases.PENALTIES, softcap=20.0)
+    penalties, names = policy_cases.PENALTIES, ("grpo", "cispo", "sapo", "luffy", "eaft", "chord", "psft")
+    bounds = {"dapo": policy_cases.BOUNDS, "gft": {"rectify": "bounded", "gamma": 0.3}}
+    of_float32 = [*zip(names, [penalties] * len(names), strict=True), *bounds.items()]
+    for objective, terms, dtype in [(*of, torch.float32) for of in of_float32] + [("gft", penalties, torch.float16)]:
+        case = policy_cases.problem(objective, 3, 3, VOCABULARY, dtype, seed=2, **terms, softcap=20.0)
         case.weights = torch.tensor([[1.0, 0.0, 2.0], [0.5, 1.0, 1.0], [0.0, 3.0, 1.0]])
         case.old = torch.where(case.mask, case.old, float("nan"))
         losses, truth = case.truth(UPSTREAM)
@@ -223,10 +225,18 @@ def every_objective_matches_the_oracle(ranks: Ranks):
 
 
 def a_linear_objective_matches_the_whole_head(ranks: Ranks):
+    """And what two passes make of a response's ratio, over the logits too."""
     _, *tensors = linear_case()
     case = policy_cases.problem("dapo", 6, 3, VOCABULARY, **policy_cases.PENALTIES)
     rows = {"given": torch.arange(6) % 3 == 0, "given_objective": "chord", "weights": torch.arange(6) % 4 / 2}
-    for options in (rows, {"objective": "gspo", "advantages": case.advantages[:, 0]}):
+    of_responses = [{"objective": name, "advantages": case.advantages[:, 0]} for name in policy_cases.OF_RESPONSES]
+    for options in (rows, *of_responses):
+        (z,) = leaves(case.logits)
+        (case.loss(z, backend="reference", **options) * UPSTREAM).backward()
+        for mine in ranks.splits():
+            (shard,) = leaves(case.logits[..., mine])
+            (case.loss(shard, **options, **ranks.shared()) * UPSTREAM).backward()
+            close(shard.grad, z.grad[..., mine], 1e-5)
         whole = leaves(*tensors)
         expected = case.loss(whole[0], weight=whole[1], bias=whole[2], backend="reference", **options)
         (expected * UPSTREAM).backward()

@@ -8,6 +8,7 @@ from cases import DTYPES, TAUS, UPSTREAM, assert_loss
 from linear_cases import assert_right, double, here, one_rounding, problem, relative, truth_of
 
 from gft_kernels import gft_linear_loss, gft_loss, token_log_probs
+from gft_kernels.linear.chunks import row_buffer
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -184,6 +185,13 @@ def test_autocast_multiplies_in_its_dtype_and_keeps_the_gradients_dtypes(hidden_
     assert_loss(loss, losses)
     for gradient, expected in zip(gradients, truth, strict=True):
         assert relative(gradient, expected) <= one_rounding(expected, gradient.dtype)
+
+
+@pytest.mark.parametrize("width, dtype", [(49152, torch.float32), (6144, torch.bfloat16), (1001, torch.float32)])
+def test_rows_of_a_chunk_start_on_cache_lines_and_no_page_apart(width, dtype):
+    rows = row_buffer(3, width, dtype, torch.device("cpu"))
+    step = rows.stride(0) * rows.element_size()
+    assert rows.shape == (3, width) and step % 64 == 0 and step % 4096 != 0
 
 
 def test_any_strides(backend):

@@ -283,6 +283,17 @@ def test_on_policy_the_ratio_is_one_and_its_gradient_flows(backend, objective):
     assert stats.coefficients[case.mask].eq(1).all()
 
 
+def test_on_policy_an_advantage_pulls_as_the_k2_estimate_does(backend):
+    case = problem("grpo")
+    leaf = case.logits.double().requires_grad_(True)
+    log_pi = torch.log_softmax(leaf, -1).gather(-1, case.targets[..., None])[..., 0]
+    u = case.ref - log_pi
+    surrogate = -case.advantages * (log_pi - log_pi.detach()).exp() + 0.3 * u**2 / 2
+    (torch.where(case.mask, surrogate, 0.0).sum() / 17 * UPSTREAM).backward()
+    case.old, case.advantages = None, (case.advantages + 0.3 * u.detach()).float()
+    torch.testing.assert_close(case.run(backend=backend)[1].double(), leaf.grad, rtol=2e-5, atol=2e-7)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_gft_by_name_is_gft_loss_to_the_bit(backend, inplace):
     case = problem("gft", dtype=torch.bfloat16)
@@ -320,13 +331,15 @@ def test_reductions(backend, reduction):
 
 
 @pytest.mark.parametrize(
-    ("objective", "dtype"),
-    [(name, torch.float32) for name in OBJECTIVES] + [("grpo", torch.bfloat16), ("grpo", torch.float16)],
+    ("objective", "dtype", "terms"),
+    [(name, torch.float32, PENALTIES) for name in OBJECTIVES]
+    + [("grpo", dtype, PENALTIES) for dtype in DTYPES[1:]]
+    + [("dapo", torch.float32, BOUNDS), ("gft", torch.float32, OWN_NUMBERS["gft"])],
     ids=str,
 )
-def test_linear_is_the_loss_over_its_logits(backend, objective, dtype):
+def test_linear_is_the_loss_over_its_logits(backend, objective, dtype, terms):
     generator = torch.Generator().manual_seed(3)
-    case = problem(objective, vocabulary=53, **PENALTIES)
+    case = problem(objective, vocabulary=53, **terms)
     leaves = [torch.randn(*s, generator=generator).to(dtype).requires_grad_(True) for s in [(6, 4, 8), (53, 8), (53,)]]
     wide = [x.detach().float().requires_grad_(True) for x in leaves]
     options = {"return_stats": True, "return_entropy": True, "backend": backend}

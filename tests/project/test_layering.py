@@ -16,7 +16,7 @@ LAYERS = [
     {"formulas", "options", "layout"},
     {"family"},
     {"checks", "triton_kernels", "_extension"},
-    {"linear_checks", "advantages", "arguments"},
+    {"linear_checks", "advantages", "importance", "arguments"},
     {"sequences"},
     {"objectives"},
     {"calls", "backends"},

@@ -12,6 +12,7 @@ from test_trainer import step_gradients
 from trainer_rig import trainer as made
 
 from gft_kernels.data.rows import Response, Row
+from gft_kernels.model import shared_prompts
 from gft_kernels.model.shared_prompts import PROMPT_IDS
 from gft_kernels.trainer.groups import Group
 
@@ -38,8 +39,9 @@ def test_a_step_is_the_same_with_prompts_computed_once(tmp_path, case):
         assert theirs.norm() > 1e-2 and (ours - theirs).norm() <= 2e-5 * theirs.norm()
 
 
-def test_metrics_are_the_same(tmp_path):
-    lines = []
+def test_metrics_are_the_same(tmp_path, monkeypatch):
+    lines, trials = [], []
+    monkeypatch.setattr(shared_prompts, "refusal_of_trial", lambda *given: trials.append(given))
     for shares in (True, False):
         trainer = made(tmp_path, log_kl=True, steps_per_rollout=2, share_prompts=shares)
         trainer.train()
@@ -47,6 +49,7 @@ def test_metrics_are_the_same(tmp_path):
         lines.append({name: v for name, v in line.items() if "per_second" not in name})
     assert lines[0].keys() == lines[1].keys() and lines[0]["drift/kl"] > 0
     assert lines[0] == pytest.approx(lines[1], rel=1e-3, abs=1e-8)
+    assert len(trials) == 1  # neither at the first step again, nor of the frozen copy
 
 
 def group(prompt: int, *responses: int) -> Group:

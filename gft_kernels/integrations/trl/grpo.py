@@ -19,7 +19,7 @@ from torch.nn import functional
 from trl import GRPOTrainer
 
 from gft_kernels.advantages import group_advantages
-from gft_kernels.data.fields import check_record
+from gft_kernels.data.fields import check_record, demonstrations
 from gft_kernels.data.readers import RowError
 from gft_kernels.data.text import encode_prompt, encode_response, end_tokens
 from gft_kernels.integrations.trl.config import GFTGRPOConfig
@@ -74,13 +74,7 @@ class GFTGRPOTrainer(GRPOTrainer):
     def _demonstrations(self, row: dict, where: str) -> list[list[int]]:
         """Token ids of the row's demonstrations, each with its end token. Raises RowError."""
         row = check_record(row, where)
-        wanted, longest = self.args.num_demonstrations, self.args.max_completion_length
-        texts = (row.get("demonstrations") or [])[:wanted]
-        if len(texts) < wanted:
-            raise RowError(
-                f"{where}: field `demonstrations` must hold at least num_demonstrations = {wanted} texts, "
-                f"got {len(texts)}."
-            )
+        texts, longest = demonstrations(row, self.args.num_demonstrations, where), self.args.max_completion_length
         prompt, variables = row["prompt"], cast(dict, self.chat_template_kwargs)
         try:
             prompt_ids = encode_prompt(self._tokenizer, prompt, chat_template_kwargs=variables)
