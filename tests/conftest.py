@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from gft_kernels import registry
 
+gc.disable()  # until everything is imported and collected: all of that stays
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, on import: a name that is on no disk must not wait for a network
 
 BACKENDS_OF = {"cpu": ("reference", "cpu"), "cuda": ("reference", "triton", "cuda"), "interpreter": ("triton",)}
@@ -28,10 +30,21 @@ def pytest_configure(config):
         patch_once()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_finish():
+    """What imports made is not walked again, a quarter of a second each time: every `Trainer.train` asks for it."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(trylast=True)  # after -k
+def pytest_collection_modifyitems(config, items):
     """Files with a slow test first: a worker that got one last would keep the others waiting."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    if config.getoption("--device") == "interpreter":
+        from backends.interpreter.covering import covering
+
+        items[:] = covering(items)
 
 
 def pytest_generate_tests(metafunc):

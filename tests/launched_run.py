@@ -1,17 +1,19 @@
 """What one rank does when test_trainer_launch.py starts two: small runs of the trainer, their weights into a folder.
 
-Started by accelerate launch: `launched_run.py ddp|fsdp|deepspeed FOLDER`.
+Forked for DDP; started by accelerate launch, as `launched_run.py fsdp|deepspeed FOLDER`, for what it sets up.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import sys
 import warnings
 from pathlib import Path
 
-import torch
 import trainer_rig as rig
+from ranks import bring_back
 
 from gft_kernels.trainer import GFTTrainer, SaveOnInterrupt
 
@@ -105,19 +107,16 @@ def stopping_step(path: Path, interrupted: bool) -> tuple[int, bool]:
     return trainer.state.global_step, (path / "checkpoint-1").is_dir()
 
 
-def main(kind: str, folder: str) -> None:
-    rank = int(os.environ["RANK"])
-    torch.set_num_threads(1)
+def work(rank: int, folder: Path, kind: str) -> dict:
     warnings.filterwarnings("error", message="the GFT loss")
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     names = [name for name in RUNS if kind == "fsdp" or name not in SHARDED_ONLY]
-    results: dict = {name: run(name, Path(folder, str(rank)), micro_batch=2, kind=kind) for name in names}
+    results: dict = {name: run(name, folder / str(rank), micro_batch=2, kind=kind) for name in names}
     if kind == "ddp":
-        results["stop"] = stopping_step(Path(folder, str(rank)), interrupted=rank == 0)
-    torch.save(results, Path(folder, f"{rank}.pt"))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+        results["stop"] = stopping_step(folder / str(rank), interrupted=rank == 0)
+    return results
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    gc.freeze()  # as tests/conftest.py does
+    bring_back(functools.partial(work, kind=sys.argv[1]), int(os.environ["RANK"]), Path(sys.argv[2]))

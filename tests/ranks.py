@@ -1,15 +1,16 @@
-"""Processes that form a group, forked from one that has imported what they need, which takes each of them seconds."""
+"""Processes that form a group, forked from the tests' own, where everything they need is imported."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
+import sys
 from pathlib import Path
 
 import torch
 
-IMPORTED = ["torch._dynamo", "gft_kernels.trainer", "trl_rig"]  # the last one stands in tests/integrations
+START = "forkserver" if torch.cuda.is_available() else "fork"
+"""With a GPU autograd has threads, which no fork takes along: each rank then imports for itself."""
 
 
 def start_ranks(work, folder: Path, count: int) -> list:
@@ -20,15 +21,29 @@ def start_ranks(work, folder: Path, count: int) -> list:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.set_forkserver_preload(IMPORTED)
-    torch.multiprocessing.start_processes(_rank, (work, folder, port, count), count, start_method="forkserver")
+    torch.multiprocessing.start_processes(_started, (work, folder, port, count), count, start_method=START)
+    return results_in(folder, count)
+
+
+def results_in(folder: Path, count: int) -> list:
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
 
-def _rank(rank: int, work, folder: Path, port: int, count: int) -> None:
+def _started(rank: int, work, folder: Path, port: int, count: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if "accelerate" in sys.modules:  # a test before may have told it that it is alone
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    bring_back(work, rank, folder)
+
+
+def bring_back(work, rank: int, folder: Path) -> None:
+    """What a rank does: its work, on one thread, whose result goes into the folder."""
     torch.set_num_threads(1)
     torch.save(work(rank, folder), folder / f"{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # by the work, which may end it too
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

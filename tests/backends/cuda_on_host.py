@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import ctypes as c
 import functools
-import os
+import hashlib
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,15 +74,19 @@ def absent() -> str | None:
 
 @functools.cache
 def library() -> c.CDLL:
-    """The kernels, compiled once a test session, by the first of its workers to ask."""
-    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    built = Path(tempfile.gettempdir(), f"cuda_on_host_{session}.so")
+    """The kernels, compiled once as long as the sources are what they are, by the first worker to ask."""
     here = ROOT / "tests/cpp/device_on_host"
+    sources = sorted(path for folder in (here, ROOT / "csrc") for path in folder.rglob("*") if path.is_file())
+    mark = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    built = ROOT / "build" / f"cuda_on_host_{mark}.so"
+    built.parent.mkdir(exist_ok=True)
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     flags += [f"-I{here}", f"-I{ROOT / 'csrc'}"]
     with FileLock(built.with_suffix(".lock")):
         if not built.exists():
-            subprocess.run(["g++", *flags, str(here / "emulate.cpp"), "-o", str(built)], check=True)
+            part = built.with_suffix(".part")
+            subprocess.run(["g++", *flags, str(here / "emulate.cpp"), "-o", str(part)], check=True)
+            part.rename(built)
     loaded = c.CDLL(str(built))
     for name in ("rows", "scale", "observe_shard", "shade_shard"):
         getattr(loaded, f"emulate_{name}").restype = c.c_bool

@@ -1,16 +1,23 @@
-"""A run of `gft train` small enough for a test: its configuration and data, and the command in a process of its own."""
+"""A run of `gft train` small enough for a test: its configuration and data, and the command in a forked process."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
+import termios
 import time
 from pathlib import Path
 
+import pytest
+import torch
 import trainer_rig as rig
 import yaml
+
+from gft_kernels.cli import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,18 +37,39 @@ def write_run(tmp_path, model_path, data=None, **options):
     return str(path)
 
 
-def gft(*arguments, **options):
-    """The command as it is started: `stderr` is text, `env` is added to this process's environment."""
-    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    added = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    command = [sys.executable, "-m", "gft_kernels.cli", *arguments]
-    options = {"stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen(command, env={**os.environ, **added}, **options)
+def gft(errors: Path, *arguments: str, terminal: tuple[int, int] | None = None) -> multiprocessing.process.BaseProcess:
+    """The command in a process forked from this one, which has imported what a new one takes seconds to.
+
+    `errors` is the file that takes what it says. With a terminal (both its ends) it leads that and says all there.
+    """
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU autograd has threads, which no fork takes along")
+    process = multiprocessing.get_context("fork").Process(
+        target=_forked, args=(errors, arguments, terminal), daemon=True
+    )
+    process.start()
+    return process
 
 
-def wait_for_steps(process, run, count=3):
+def _forked(errors: Path, arguments: tuple[str, ...], terminal: tuple[int, int] | None) -> None:
+    torch.set_num_threads(1)
+    if terminal is None:
+        shown = os.open(errors, os.O_WRONLY | os.O_CREAT)
+    else:
+        other_end, shown = terminal
+        os.close(other_end)  # or the terminal would stay as long as this process
+        os.setsid()
+        fcntl.ioctl(shown, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    for number in (0, 1, 2):
+        os.dup2(shown, number)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.exit(main(list(arguments)))
+
+
+def wait_for_steps(process: multiprocessing.process.BaseProcess, run: Path, count: int = 3) -> None:
     """Until the run has logged some steps."""
-    metrics, deadline = Path(run, "metrics.jsonl"), time.monotonic() + 90
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 90
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= count):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.05)

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from gft_kernels.cli import main
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 

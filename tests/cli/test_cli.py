@@ -33,7 +33,7 @@ def test_a_run_trains_evaluates_draws_and_says_where_everything_lies(tmp_path, m
     assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_evaluation_waits_to_be_asked_for_and_has_its_limit(tmp_path, model_path, capsys):
+def test_evaluation_waits_to_be_asked_for_and_has_its_limit(tmp_path, model_path, undrawn, capsys):
     """Without a terminal: lines that end, no bars, whatever disable_tqdm says; the time left on all but the last."""
     config = write_run(tmp_path, model_path, eval_data=str(tmp_path / "rows.jsonl"), eval_rows=3, disable_tqdm=False)
     assert main(["train", "--config", config, "--per_device_eval_batch_size", "1"]) == 0
@@ -52,7 +52,7 @@ def test_rows_to_evaluate_are_spread_over_the_file(count, chosen):
     assert [*spread(range(8), count)] == chosen
 
 
-def test_a_published_run_has_its_own_page(tmp_path, model_path, monkeypatch):
+def test_a_published_run_has_its_own_page(tmp_path, model_path, undrawn, monkeypatch):
     pushed = []
     monkeypatch.setattr(GFTTrainer, "init_hf_repo", lambda self, *given: None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import resource
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 import trainer_rig as rig
 import yaml
-from cli_rig import gft, write_run
+from cli_rig import ROOT, write_run
 
 from gft_kernels.cli import main
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 MODULES = {
     "broken_syntax": "def reward(:\n    pass\n",
@@ -90,10 +93,7 @@ FLAGS = [
     (["--model", "no/such/model"], "model must be a folder or the name of a model on the hub, got 'no/such/model'"),
     (["--model", "nobody/nothing"], "model must be a folder or the name of a model on the hub, with a tokenizer, got"),
     (["--tokenizer", "./none"], "tokenizer must be a folder or the name of a model on the hub, got './none'"),
-    (
-        ["--output_dir", "rows.jsonl/run"],
-        "output_dir must be a folder that can be written, got 'rows.jsonl/run'; Not",
-    ),
+    (["--output_dir", "rows.jsonl/run"], "output_dir must be a folder that can be written, got 'rows.jsonl/run'; Not"),
     (["--output_dir", "/proc/nothing"], "output_dir must be a folder that can be written, got '/proc/nothing'"),
     (["--resume"], "--resume must find a whole checkpoint in output_dir, got none"),
     # the user's own code
@@ -243,12 +243,12 @@ def run_that_shows(run, tmp_path):
 def test_a_process_of_its_own_with_modules_beside_it_and_a_console_of_ascii(run_that_shows, tmp_path):
     """No terminal. The folder holds a matplotlib.py of the user's, who draws no curves: the real one does."""
     (tmp_path / "matplotlib.py").write_text("raise RuntimeError('shadow')\n")
-    environment = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
-    options = {"stdout": subprocess.PIPE, "cwd": tmp_path, "env": environment, "text": False}
-    process = gft("train", "--config", run_that_shows, **options)
-    shown, error = process.communicate(timeout=90)
-    assert process.returncode == 0, error.decode()
-    assert rb"scored \U0001f680 \u23ce" in shown and b"step     1  loss" in shown
+    environment = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "gft_kernels.cli", "train", "--config", run_that_shows]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env={**os.environ, **environment}, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    assert rb"scored \U0001f680 \u23ce" in done.stdout and b"step     1  loss" in done.stdout
     assert (tmp_path / "run" / "curves.png").is_file()
 
 

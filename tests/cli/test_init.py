@@ -15,6 +15,8 @@ from gft_kernels.cli.keys import TRAINING, sections
 from gft_kernels.cli.settings import UNREAD, RunSettings, load
 from gft_kernels.trainer import GFTConfig
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 KEYS = [key for keys in sections().values() for key in keys]
 OFFLINE = {"prompt": "2 + 3 =", "responses": ["5", "6"], "rewards": [1.0, 0.0]}
 GIVEN = {"prompt": "2 + 3 =", "demonstrations": ["5", "It is 5", "five"], "answer": "5"}

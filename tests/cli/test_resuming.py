@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
-import termios
 import time
 from pathlib import Path
 
@@ -20,6 +18,8 @@ from gft_kernels.cli import folder, main
 from gft_kernels.data.manifests import MANIFEST, mark
 from gft_kernels.trainer import SaveOnInterrupt
 from gft_kernels.trainer.checkpoints import newest_whole
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +63,14 @@ def test_a_fresh_run_overwrites_none(copy, capsys):
     assert f"output_dir must be free of another run, got '{copy.run / 'model.safetensors'}'" in capsys.readouterr().err
 
 
-def test_a_fresh_run_does_not_continue_the_log_of_another(tmp_path, model_path, capsys):
+def test_a_log_is_not_continued_and_a_lock_of_a_killed_run_locks_nothing(tmp_path, model_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text(json.dumps({"step": 9, "loss": 9.0}) + "\n")
+    (run / folder.LOCK).write_text("process 1 on nowhere")
     assert main(["train", "--config", write_run(tmp_path, model_path)]) == 0
     assert logged(run) == [1, 2, 3] and "metrics.jsonl.before" in capsys.readouterr().err
+    assert not (run / folder.LOCK).exists()
 
 
 def test_resuming_goes_on_to_the_same_end(copy):
@@ -120,8 +122,12 @@ def test_another_run_is_not_resumed(copy, capsys, flags, sentence):
     error = capsys.readouterr().err
     assert sentence in error and f"--resume must go on with the settings of {copy.run / 'checkpoint-4'}" in error
     assert "add --resume-anyway" in error and files_of(copy.run) == before
-    assert copy.resume("--resume-anyway", "--max_steps", "5", *flags) == 0
-    assert sentence in capsys.readouterr().err and logged(copy.run)[-1] == 5
+
+
+def test_another_run_is_resumed_anyway(copy, capsys):
+    assert copy.resume("--resume-anyway", "--max_steps", "5", "--seed", "7", "--tau", "0.5") == 0
+    error = capsys.readouterr().err
+    assert "seed was 42 and is 7" in error and "tau was 0.7 and is 0.5" in error and logged(copy.run)[-1] == 5
 
 
 def test_edited_rows_and_other_ranks_are_another_run(copy, capsys, tmp_path, monkeypatch):
@@ -137,31 +143,19 @@ def test_edited_rows_and_other_ranks_are_another_run(copy, capsys, tmp_path, mon
     assert "its rng_state_0.pth is missing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--logging_steps", "2"], ["--save_total_limit", "9"], ["--report_to", "none"]])
-def test_what_is_shown_and_kept_may_change(copy, flags):
-    assert copy.resume("--resume", *flags) == 0
+def test_what_is_shown_and_kept_may_change(copy):
+    assert copy.resume("--resume", "--logging_steps", "2", "--save_total_limit", "9", "--run_name", "another") == 0
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        [
-            "--tau",
-            "0.7",
-            "--normalize",
-            "std",
-            "--reduction",
-            "token-mean",
-            "--clip_low",
-            "null",
-            "--data_seed",
-            "null",
-        ],
-        ["--model", "./{name}", "--tokenizer", "{model}", "--lr_scheduler_type", "linear", "--adam_beta1", ".9"],
+        ["--tau", "0.7", "--normalize", "std", "--reduction", "token-mean", "--clip_low", "null", "--data_seed", "null",
+         "--model", "./{name}", "--tokenizer", "{model}", "--lr_scheduler_type", "linear", "--adam_beta1", ".9"],
         ["--model", "{model}/", "--tokenizer", "../{parent}/{name}", "--rewards", "trainer_rig:digit_count"],
     ],
-    ids=["options", "relative paths", "spellings"],
-)
+    ids=["options and relative paths", "spellings"],
+)  # fmt: skip
 def test_what_holds_anyway_may_be_said_too(copy, model_path, monkeypatch, capsys, flags):
     monkeypatch.chdir(model_path.parent)
     names = {"model": model_path, "name": model_path.name, "parent": model_path.parent.name}
@@ -274,14 +268,15 @@ def test_half_a_line_of_the_log_is_left_out_and_not_continued(copy, capsys):
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path, model_path, capsys):
     config = write_run(tmp_path, model_path, max_steps=100_000, save_steps=100_000, log_completions_steps=0)
-    process, run = gft("train", "--config", config, stdout=subprocess.DEVNULL), tmp_path / "run"
+    process, run = gft(tmp_path / "said", "train", "--config", config), tmp_path / "run"
     wait_for_steps(process, run)
     assert main(["train", "--config", config, "--resume"]) == 2  # meanwhile no other run enters the folder
     holder = f"process {process.pid} on"
     assert f"output_dir must not be in use, got '{run}', in which {holder}" in capsys.readouterr().err
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    error = (tmp_path / "said").read_text()
+    assert process.exitcode == 130, error
     assert "finishing this step, then saving" in error and "with --resume" in error
     stopped = int(newest_whole(run)[0].name.partition("-")[2])
     assert stopped >= 3 and not (run / folder.LOCK).exists()
@@ -309,42 +304,22 @@ def test_signals_that_end_jobs_save_as_ctrl_c_does(tmp_path, model_path, monkeyp
     assert newest_whole(tmp_path / "run") == (tmp_path / "run" / "checkpoint-1", [])
 
 
-def test_the_lock_file_of_a_killed_run_locks_nothing(tmp_path, model_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / folder.LOCK).write_text("process 1 on nowhere")
-    assert main(["train", "--config", write_run(tmp_path, model_path)]) == 0
-    assert not (run / folder.LOCK).exists()
-
-
 def test_a_hang_up_of_the_terminal_saves(tmp_path, model_path):
     """The terminal is gone: whatever is printed afterwards fails, and must not keep the step from being saved."""
     config = write_run(
         tmp_path, model_path, max_steps=100_000, save_steps=100_000, log_completions_steps=1, disable_tqdm=False
     )
     ours, theirs = os.openpty()
-
-    def in_a_terminal():
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
-
-    process = gft(
-        "train", "--config", config, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=in_a_terminal,
-    )  # fmt: skip
+    process = gft(tmp_path / "unused", "train", "--config", config, terminal=(ours, theirs))
     os.close(theirs)
     reading = subprocess.Popen(["cat"], stdin=ours, stdout=subprocess.DEVNULL)
-    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 90
-    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_steps(process, tmp_path / "run")
     reading.kill()
     reading.wait()
     os.close(ours)
-    try:
-        assert process.wait(timeout=60) != 0
-    finally:
-        process.kill()
+    process.join(60)
+    process.kill()
+    assert process.exitcode, "it is there still, or ended as if nothing had been"
     assert newest_whole(tmp_path / "run")[0] is not None
 
 

@@ -46,11 +46,7 @@ GOOD = b'{"prompt": "a"}'
         ("a.jsonl", GOOD + b'\n\n{"prompt": "\xff"}', r"a.jsonl, line 3: must be UTF-8, got 'utf-8' codec"),
         ("a.jsonl", GOOD.decode().encode("utf-16"), r"a.jsonl, line 1: must be UTF-8"),
         ("a.jsonl", b'{"a": ' + b"[" * 100_000, r"a.jsonl, line 1: must be nested less deeply"),
-        (
-            "a.jsonl",
-            GOOD + b'\n{"a": 1, "b": {"c": 1, "c": 2}}',
-            r"line 2: must be one JSON object, got the field 'c'",
-        ),
+        ("a.jsonl", GOOD + b'\n{"a": 1, "b": {"c": 1, "c": 2}}', r"line 2: must be one JSON object, got the field 'c'"),
         ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", r"line 1: must be one JSON object, got Exceeds the limit"),
         ("a.jsonl", b"", r"a.jsonl: must hold at least one row, got none"),
         ("a.jsonl", b"\n \n", r"a.jsonl: must hold at least one row, got none"),

@@ -204,10 +204,7 @@ def test_a_prompt_without_a_token_predicts_nothing():
         ({"num_iterations": 2, "dataloader_drop_last": True}, "dataloader_drop_last must be False with num_iterations"),
         ({"dynamic_sampling": "skip"}, "dynamic_sampling must be one of drop, resample, got 'skip'"),
         ({"dynamic_sampling": "resample", "num_generations": 0}, "num_generations must be at least 1 with dynamic_s"),
-        (
-            {"dynamic_sampling": "drop", "given_objective": "chord"},
-            "given_objective must weigh by an advantage with",
-        ),
+        ({"dynamic_sampling": "drop", "given_objective": "chord"}, "given_objective must weigh by an advantage with"),
         ({"curriculum": True, "num_demonstrations": 0}, "num_demonstrations must be at least 1 with curriculum, got 0"),
         ({"top_entropy_quantile": 0.0}, "top_entropy_quantile must lie above 0 and at most at 1, got 0.0"),
         (

@@ -120,8 +120,7 @@ def test_a_template_that_renders_no_conversation_is_named_once():
 
 
 @pytest.mark.parametrize(
-    ("named", "others"),
-    [(None, []), (5, [5]), ([5, 6], [5, 6]), ((5, 6), [5, 6]), (torch.tensor([5, 6]), [5, 6])],
+    ("named", "others"), [(None, []), (5, [5]), ([5, 6], [5, 6]), ((5, 6), [5, 6]), (torch.tensor([5, 6]), [5, 6])]
 )
 @pytest.mark.parametrize("style", STYLES)
 def test_samples_end_where_demonstrations_do(style, named, others):

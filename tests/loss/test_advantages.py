@@ -1,14 +1,14 @@
-"""Group advantages (F5) against the oracle, for every grouping Hypothesis can think of."""
+"""Group advantages (F5) against the oracle, for groupings of every kind."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from random import Random
 
 import oracle
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,39 +16,44 @@ from gft_kernels import gft_loss, group_advantages, importance_weights
 from gft_kernels.advantages import credit_rows
 from gft_kernels.options import Credit
 
-groupings = st.lists(
-    st.tuples(st.sampled_from([-(10**12), -1, 0, 3, 10**12]), st.sampled_from([0.0, 0.1, 0.3, 1.0, -2.5, 1e6])),
-    min_size=1,
-    max_size=24,
-)
+IDS, REWARDS = (-(10**12), -1, 0, 3, 10**12), (0.0, 0.1, 0.3, 1.0, -2.5, 1e6)
 
 
-@settings(max_examples=200, deadline=None)
-@given(groupings, st.sampled_from(["std", "mean", "leave-one-out"]), st.sampled_from(["reward", "zero"]))
-def test_matches_the_oracle_for_any_ids(responses, normalize, singleton):
-    ids, rewards = zip(*responses, strict=True)
-    rewards = torch.tensor(rewards)
-    ours = group_advantages(rewards, group_ids=torch.tensor(ids), normalize=normalize, singleton=singleton)
-    truth = oracle.advantages(rewards, ids, normalize, singleton=singleton)
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=1e-9)
+def drawn(count: int) -> Iterator[tuple[Random, tuple, tuple]]:
+    """A source of more, group ids and rewards of up to 24 responses: so often, each time others, always the same."""
+    for seed in range(count):
+        random = Random(seed)
+        size = random.randint(1, 24)
+        yield random, tuple(random.choices(IDS, k=size)), tuple(random.choices(REWARDS, k=size))
 
 
-@settings(max_examples=100, deadline=None)
-@given(groupings, st.lists(st.booleans(), min_size=24, max_size=24), st.sampled_from(["reward", "zero"]))
-def test_split_weighs_samples_among_themselves_and_what_is_given_against_them(responses, kinds, singleton):
-    ids, rewards = zip(*responses, strict=True)
-    kinds, truth = kinds[: len(ids)], []
-    for s, (group, reward) in enumerate(responses):
-        samples = [k for k, other in enumerate(ids) if other == group and not kinds[k]]
-        others = [rewards[k] for k in samples if k != s]
-        if kinds[s]:
-            truth.append(0.3 * (reward - (sum(others) / len(others) if others else 0.0)))
-        else:
-            truth.append(reward - sum(others) / len(others) if others else reward * (singleton == "reward"))
-    how = {"normalize": "split", "given": torch.tensor(kinds), "imitation": 0.3, "singleton": singleton}
-    ours = group_advantages(torch.tensor(rewards, dtype=torch.float64), group_ids=torch.tensor(ids), **how)
-    torch.testing.assert_close(ours.double(), torch.tensor(truth).double(), rtol=1e-6, atol=1e-8)
+def assert_advantages(ours, truth, *inputs, atol=1e-9):
+    torch.testing.assert_close(ours, truth, rtol=1e-6, atol=atol, msg=lambda message: f"{inputs}: {message}")
+
+
+@pytest.mark.parametrize("normalize", ["std", "mean", "leave-one-out"])
+@pytest.mark.parametrize("singleton", ["reward", "zero"])
+def test_matches_the_oracle_for_any_ids(normalize, singleton):
+    for _, ids, rewards in drawn(35):
+        how = {"normalize": normalize, "singleton": singleton}
+        ours = group_advantages(torch.tensor(rewards), group_ids=torch.tensor(ids), **how)
+        assert ours.dtype == torch.float32
+        assert_advantages(ours.double(), oracle.advantages(torch.tensor(rewards), ids, **how), ids, rewards)
+
+
+def test_split_weighs_samples_among_themselves_and_what_is_given_against_them():
+    for random, ids, rewards in drawn(100):
+        kinds, singleton, truth = [random.random() < 0.5 for _ in ids], random.choice(["reward", "zero"]), []
+        for s, (group, reward) in enumerate(zip(ids, rewards, strict=True)):
+            samples = [k for k, other in enumerate(ids) if other == group and not kinds[k]]
+            others = [rewards[k] for k in samples if k != s]
+            if kinds[s]:
+                truth.append(0.3 * (reward - (sum(others) / len(others) if others else 0.0)))
+            else:
+                truth.append(reward - sum(others) / len(others) if others else reward * (singleton == "reward"))
+        how = {"normalize": "split", "given": torch.tensor(kinds), "imitation": 0.3, "singleton": singleton}
+        ours = group_advantages(torch.tensor(rewards, dtype=torch.float64), group_ids=torch.tensor(ids), **how)
+        assert_advantages(ours.double(), torch.tensor(truth).double(), ids, rewards, kinds, atol=1e-8)
 
 
 def test_split_is_exactly_zero_where_samples_are_equal():
@@ -62,15 +67,12 @@ def test_split_is_exactly_zero_where_samples_are_equal():
             assert ours[given].tolist() == pytest.approx([0.9, 0.9])
 
 
-@settings(max_examples=50, deadline=None)
-@given(groupings, st.randoms(use_true_random=False))
-def test_does_not_depend_on_the_order_of_responses(responses, random):
-    order = list(range(len(responses)))
-    random.shuffle(order)
-    rewards, ids = torch.tensor([r for _, r in responses]), torch.tensor([g for g, _ in responses])
-    straight = group_advantages(rewards, group_ids=ids)[order]
-    shuffled = group_advantages(rewards[order], group_ids=ids[order])
-    torch.testing.assert_close(straight, shuffled, rtol=1e-6, atol=1e-9)
+def test_does_not_depend_on_the_order_of_responses():
+    for random, ids, rewards in drawn(50):
+        order = random.sample(range(len(ids)), len(ids))
+        group_ids, of = torch.tensor(ids), torch.tensor(rewards)
+        straight = group_advantages(of, group_ids=group_ids)[order]
+        assert_advantages(group_advantages(of[order], group_ids=group_ids[order]), straight, ids, rewards, order)
 
 
 WAYS = ({}, {"eps": 0.0}, {"normalize": "mean"}, {"normalize": "leave-one-out"})

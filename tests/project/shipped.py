@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-BUILT = [".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", ".*_cache", ".hypothesis"]
+BUILT = [".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", ".*_cache"]
 """What a clean checkout does not have."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def room_of(module: Path) -> str:
     return module.parts[0].removesuffix(".py")
 
 
+@functools.cache
 def imports(path: Path) -> list[str]:
     """Dotted names a file imports, wherever the statement stands, and what it hands to import_module as text."""
     found = []

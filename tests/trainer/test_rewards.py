@@ -81,10 +81,7 @@ def test_a_reward_is_found_by_name_or_path():
         ("no.such.module:f", "must be importable"),
         ("gft_kernels.data.digit_sum:nothing", "module gft_kernels.data.digit_sum has no 'nothing'"),
         ("gft_kernels.data.digit_sum:DIGITS", "must be callable"),
-        (
-            "org/reward-model",
-            r"must be a function, got 'org/reward-model'; where that is a model, wrap it: \n",
-        ),
+        ("org/reward-model", r"must be a function, got 'org/reward-model'; where that is a model, wrap it: \n"),
         ("faulty:reward", "must be importable, got 'faulty:reward'; SyntaxError"),
         ("leaving:reward", "must be importable, got 'leaving:reward'; SystemExit"),
     ],

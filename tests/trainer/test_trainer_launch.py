@@ -1,4 +1,4 @@
-"""Two ranks started by accelerate with the files in examples/: every step is that of one process."""
+"""Two ranks, forked for DDP or started by accelerate with the files in examples/: every step is that of one process."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from ranks import results_in, start_ranks
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +22,7 @@ CONFIGS = ROOT / "examples" / "accelerate"
 ACCELERATE = ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2", "--mixed_precision", "no",
               "--main_process_port", "0"]  # fmt: skip
 KINDS = {"ddp.yaml": "ddp", "fsdp2.yaml": "fsdp", "zero2.yaml": "deepspeed", "zero3.yaml": "deepspeed"}
+SET_UP = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed": "DEEPSPEED"}
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; the file is only read"
 )
@@ -63,15 +65,18 @@ def ended(command: list[str], attempts: int = 2, patience: int = 300) -> tuple[i
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """What the two ranks brought back that were launched with a file; each file starts once."""
+    """What the two ranks of a file brought back; each file starts once."""
 
     @functools.cache
     def start(launcher: str) -> list[dict]:
-        path = tmp_path_factory.mktemp("launched")
-        command = [*ACCELERATE, "--config_file", str(CONFIGS / launcher), str(ROOT / "tests" / "launched_run.py")]
-        code, errors = ended([*command, KINDS[launcher], str(path)])
-        assert code == 0, errors[-6000:]
-        results = [torch.load(path / f"{rank}.pt") for rank in range(2)]
+        path, kind = tmp_path_factory.mktemp("launched"), KINDS[launcher]
+        if kind == "ddp":  # all that ddp.yaml sets is what torchrun sets, and the ranks of a fork are given
+            results = start_ranks(functools.partial(launched_run.work, kind=kind), path, 2)
+        else:
+            command = [*ACCELERATE, "--config_file", str(CONFIGS / launcher), str(ROOT / "tests" / "launched_run.py")]
+            code, errors = ended([*command, kind, str(path)])
+            assert code == 0, errors[-6000:]
+            results = results_in(path, 2)
         results[0]["saved"] = load_file(path / "saved" / "model.safetensors")
         return results
 
@@ -144,6 +149,7 @@ def test_accelerate_reads_every_file(path):
 
     config = load_config_from_file(str(path))  # unknown keys raise
     assert config.num_processes == 2 and config.mixed_precision == "bf16"
+    assert config.distributed_type == SET_UP[KINDS[path.name]]
     options = {action.dest for action in launch_command_parser()._actions}
     sections = {key: value for key, value in yaml.safe_load(path.read_text()).items() if isinstance(value, dict)}
     assert all(key in options for section in sections.values() for key in section)

@@ -43,10 +43,7 @@ def test_a_cut_keeps_the_policys_proportions():
     model, number = rig.untied_llama(), 3000
     with torch.no_grad():
         pi = model.eval()(torch.tensor([[4, 5]])).logits[0, -1].softmax(0)
-    for shape, kept in (
-        ({"top_k": 3}, pi.topk(3).indices),
-        ({"min_p": 0.5}, (pi >= 0.5 * pi.max()).nonzero()[:, 0]),
-    ):
+    for shape, kept in (({"top_k": 3}, pi.topk(3).indices), ({"min_p": 0.5}, (pi >= 0.5 * pi.max()).nonzero()[:, 0])):
         with seeded(1, device=CPU):
             sampling = dataclasses.replace(PLAIN, num_generations=number, max_new_tokens=1, **shape)
             tokens = torch.tensor([ids[0] for ids in generate(model, [[4, 5]], sampling)])

@@ -9,10 +9,7 @@ from gft_kernels import registry
 from gft_kernels.backends import cuda
 from gft_kernels.options import Credit, RowCall
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")]
 
 
 def inputs(rows=6, vocab=50257, dtype=torch.bfloat16, device="cuda", seed=0):

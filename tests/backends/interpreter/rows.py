@@ -54,8 +54,9 @@ def row_call(logits, targets, **options):
     return RowCall(logits, credit, **{"want_gradient": True, **options})
 
 
-@pytest.mark.parametrize("offset", [0, 1, 3])
-@pytest.mark.parametrize("vocabulary", [3, 9, BLOCK, 2 * BLOCK + 2])
+@pytest.mark.parametrize(  # rows of an odd length start at every alignment by themselves
+    ("vocabulary", "offset"), [(3, 0), (9, 1), (BLOCK, 0), (BLOCK, 3), (2 * BLOCK + 2, 0), (2 * BLOCK + 2, 1)]
+)
 def test_a_target_at_every_kind_of_place(vocabulary, offset):
     """Head, foot, tail, and the first and last column of each tile, in rows that start at every alignment."""
     edges = [c + d for c in range(0, vocabulary + 5, BLOCK) for d in (-4, -3, -1, 0, 1, 3, 4)]
@@ -65,8 +66,7 @@ def test_a_target_at_every_kind_of_place(vocabulary, offset):
     assert_right(call, backend.run(call))
 
 
-@pytest.mark.parametrize("row_stride", [1131, 1132, 1136])
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("row_stride", "inplace"), [(1131, False), (1131, True), (1132, True), (1136, False)])
 def test_rows_further_apart_than_they_are_long(row_stride, inplace):
     """The gradient's rows lie at other alignments than the logits'; what lies between the rows stays as it is."""
     logits = misaligned(4, 1131, 1, row_stride)
@@ -109,8 +109,9 @@ def test_rows_that_do_not_count_are_not_walked(want_gradient, monkeypatch):
         backend.run(call)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 7.0])
-@pytest.mark.parametrize(("logit_scale", "temperature"), [(0.0625, 1.0), (-1.5, 0.7), (3.0, 2.0)])
+@pytest.mark.parametrize(
+    ("logit_scale", "temperature", "softcap"), [(0.0625, 1.0, 7.0), (-1.5, 0.7, 0.0), (-1.5, 0.7, 7.0), (3.0, 2.0, 0.0)]
+)
 def test_scale_softcap_and_temperature(logit_scale, temperature, softcap):
     logits = misaligned(4, 300, 1, 300)
     call = row_call(
