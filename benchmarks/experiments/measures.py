@@ -38,7 +38,9 @@ def _mean_of(name: str) -> Callable[[dict], float]:
 
 
 def _spike(record: dict) -> float:
-    return _gradient(10)(record) / max(_gradient(5)(record), 1e-9)
+    """NaN where half of the steps had nothing to learn from: all groups were right, or all wrong."""
+    median = _gradient(5)(record)
+    return _gradient(10)(record) / median if median > 1e-6 else math.nan
 
 
 def _thousands(name: str) -> Callable[[dict], float]:
