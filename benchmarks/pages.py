@@ -17,6 +17,9 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks import extraction_report, plots, report, savings
+from benchmarks.experiments import results, verdicts
+from benchmarks.experiments.measures import MEASURES
+from benchmarks.experiments.methods import label_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -211,6 +214,28 @@ def _chunk_memory() -> str:
     return "\n".join(lines) + "\n"
 
 
+STUDY = (("gft", "sft-mix", "pass1"), ("gft", "grpo", "distinct"), ("gft", "grpo", "pass1"), ("gft", "grpo-4", "pass1"),
+         ("gft>grpo", "grpo>grpo", "pass1"), ("gft-split", "gft", "pass1"), ("gft-given", "gft", "pass1"),
+         ("gft-positive", "gft", "pass1"), ("gft-bounded", "gft", "pass1"), ("gft-split", "grpo", "pass1"))  # fmt: skip
+
+
+def _study() -> str:
+    """What the registered study of base models says of its main comparisons."""
+    found = results.read(RESULTS / "experiments" / "bases.jsonl")
+    said = {
+        (f.comparison.better, f.comparison.other, f.comparison.measure): f for f in verdicts.findings(found, "leap")
+    }
+    lines = [f"| over {len(found.usable)} base models | difference [95 %] | |", "|---|---|---|"]
+    for better, other, measure in STUDY:
+        finding = said[better, other, measure]
+        compared = f"{label_of(better)} against {label_of(other)}"
+        title, expected = MEASURES[measure].title, verdicts.SHOWN[finding.comparison.expect]
+        expected = expected.format(finding.comparison.margin)
+        shown = f"{verdicts.difference_of(finding.difference)} | {verdicts.emphasised(finding.said)}"
+        lines.append(f"| {compared}: {title}, {expected} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
 def _commands() -> str:
     lines = [report.load(path)["command"] for path in sorted(RESULTS.glob("*.json"))]
     return "```bash\n" + "\n".join(lines) + "\n```\n"
@@ -233,6 +258,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "advantages": _advantages,
     "extraction": lambda: extraction_report.table(extraction_report.read()),
     "savings": savings.table,
+    "study": _study,
     "commands": _commands,
 }
 
@@ -259,9 +285,9 @@ def main() -> None:
         if after != before:
             page.write_text(after)
             print(page.relative_to(ROOT))
-    results = sorted(RESULTS.glob("*.json"))
+    files = sorted(RESULTS.glob("*.json"))
     headline = f"{HEADLINE.format('float32')}, 1 thread"
-    drawn = [*plots.draw(results, FIGURES), plots.bars(RESULTS / "row-cpu.json", headline, FIGURES / "speed.svg")]
+    drawn = [*plots.draw(files, FIGURES), plots.bars(RESULTS / "row-cpu.json", headline, FIGURES / "speed.svg")]
     drawn += extraction_report.draw(FIGURES / "extraction.svg")
     for plot in drawn:
         print(plot.relative_to(ROOT))
