@@ -244,7 +244,7 @@ def test_a_process_of_its_own_with_modules_beside_it_and_a_console_of_ascii(run_
     """No terminal. The folder holds a matplotlib.py of the user's, who draws no curves: the real one does."""
     (tmp_path / "matplotlib.py").write_text("raise RuntimeError('shadow')\n")
     environment = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command = [sys.executable, "-m", "gft_kernels.cli", "train", "--config", run_that_shows]
     done = subprocess.run(command, capture_output=True, cwd=tmp_path, env={**os.environ, **environment}, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
