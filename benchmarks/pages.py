@@ -182,6 +182,11 @@ def _prompts() -> str:
     return table(columns)
 
 
+def _step_pretrained() -> str:
+    found = outcomes("step-pretrained-cpu.json", "step of 4 × 64 tokens, SmolLM2-135M float32, 2 threads")
+    return table([*_timed("time", found), ("memory", found, _megabytes)])
+
+
 def _step_memory() -> str:
     found = outcomes("step-memory-cpu.json", STEP)
     found = {name: outcome for name, outcome in found.items() if outcome["objective"]}
@@ -252,6 +257,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "chunk-memory": _chunk_memory,
     "prompts": _prompts,
     "step": lambda: _timed_table("quick-cpu.json", STEP),
+    "step-pretrained": _step_pretrained,
     "step-memory": _step_memory,
     "log-probs": lambda: _timed_table("quick-cpu.json", "log-probs 64 × 128 × 32000 float32, 1 thread"),
     "shards": lambda: _timed_table("quick-cpu.json", "32 × 151936 float32 peaked, 1 thread, 2 ranks"),
