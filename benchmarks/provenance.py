@@ -92,7 +92,7 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "absent"
-    return found
+    return {**found, "torch": torch.__version__}  # which names the build, as its metadata may not
 
 
 def last_level_cache_bytes() -> int:

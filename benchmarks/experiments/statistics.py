@@ -31,10 +31,10 @@ def mean(values: Sequence[float]) -> Mean:
     n = len(values)
     if n == 0:
         return Mean(math.nan, math.nan, 0)
-    value = sum(values) / n
+    value = math.fsum(values) / n  # `sum` rounds otherwise before Python 3.12 than from it on
     if n == 1:
         return Mean(value, math.nan, 1)
-    return Mean(value, math.sqrt(sum((x - value) ** 2 for x in values) / (n - 1) / n), n)
+    return Mean(value, math.sqrt(math.fsum((x - value) ** 2 for x in values) / (n - 1) / n), n)
 
 
 class Difference(Protocol):
