@@ -23,6 +23,7 @@ from benchmarks.kinds import KINDS, SWEEPS, WEIGHED
 BUDGET_S = 45.0
 """Seconds after which a contender stops taking turns in a case: some take half a minute for one step."""
 WARMUP = 1
+THREADS = {"step": 2, "prompts": 2}  # of a CPU; other kinds take one
 ROUNDS = {True: 5, False: 11}  # quick, or not
 
 
@@ -104,11 +105,11 @@ def plans(options: argparse.Namespace) -> Iterator[tuple[str, list, list]]:
     """Kinds, the cases that are timed, and those (a part of them or others) that are weighed as well."""
     if options.sweep:
         kind, cases = SWEEPS[options.sweep]
-        timed = cases(options.device, threads=options.threads or (2 if kind == "step" else 1))
+        timed = cases(options.device, threads=options.threads or THREADS.get(kind, 1))
         yield kind, timed, [] if options.no_memory or options.sweep not in WEIGHED else timed
         return
     for name in options.kinds or KINDS:
-        grid = {"quick": options.quick, "threads": options.threads or (2 if name in ("step", "prompts") else 1)}
+        grid = {"quick": options.quick, "threads": options.threads or THREADS.get(name, 1)}
         timed, weighed = KINDS[name].cases(options.device, **grid), KINDS[name].weighed(options.device, **grid)
         yield name, timed, [] if options.no_memory else timed if options.budget else weighed
 

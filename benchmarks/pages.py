@@ -18,8 +18,6 @@ from pathlib import Path
 
 from benchmarks import extraction_report, plots, report, savings
 from benchmarks.experiments import results, verdicts
-from benchmarks.experiments.measures import MEASURES
-from benchmarks.experiments.methods import label_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -227,17 +225,16 @@ STUDY = (("gft", "sft-mix", "pass1"), ("gft", "grpo", "distinct"), ("gft", "grpo
 def _study() -> str:
     """What the registered study of base models says of its main comparisons."""
     found = results.read(RESULTS / "experiments" / "bases.jsonl")
-    said = {
-        (f.comparison.better, f.comparison.other, f.comparison.measure): f for f in verdicts.findings(found, "leap")
-    }
     lines = [f"| over {len(found.usable)} base models | difference [95 %] | |", "|---|---|---|"]
-    for better, other, measure in STUDY:
-        finding = said[better, other, measure]
-        compared = f"{label_of(better)} against {label_of(other)}"
-        title, expected = MEASURES[measure].title, verdicts.SHOWN[finding.comparison.expect]
-        expected = expected.format(finding.comparison.margin)
-        shown = f"{verdicts.difference_of(finding.difference)} | {verdicts.emphasised(finding.said)}"
-        lines.append(f"| {compared}: {title}, {expected} | {shown} |")
+    for finding in verdicts.findings(found, "leap"):
+        c = finding.comparison
+        if (c.better, c.other, c.measure) in STUDY:
+            shown = (
+                verdicts.compared(c),
+                verdicts.difference_of(finding.difference),
+                verdicts.emphasised(finding.said),
+            )
+            lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 

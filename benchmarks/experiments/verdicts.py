@@ -118,12 +118,15 @@ def full_table(results: Results, expert: str) -> str:
 
 
 def _cells(found: Finding) -> list[str]:
-    c, d = found.comparison, found.difference
-    expected = SHOWN[c.expect].format(c.margin)
-    compared = f"{MEASURES[c.measure].title}: {label_of(c.better)} against {label_of(c.other)}, {expected}"
+    d = found.difference
     pairs = f"{d.pairs} of {d.pairs + found.missing}" if found.missing else str(d.pairs)
-    return [found.claim.text, compared, difference_of(d), str(d.units), pairs, _number(found.p, ".3g"),
-            _number(d.detectable(), ".3f"), emphasised(found.said)]  # fmt: skip
+    return [found.claim.text, compared(found.comparison), difference_of(d), str(d.units), pairs,
+            _number(found.p, ".3g"), _number(d.detectable(), ".3f"), emphasised(found.said)]  # fmt: skip
+
+
+def compared(one: Comparison) -> str:
+    expected = SHOWN[one.expect].format(one.margin)
+    return f"{MEASURES[one.measure].title}: {label_of(one.better)} against {label_of(one.other)}, {expected}"
 
 
 def difference_of(found: Difference) -> str:

@@ -110,9 +110,8 @@ def stage_of(study: Study, task, job: Job, rate: float, device: str) -> Stage:
 
 
 def score(study: Study, task, model, base, job: Job, purpose: int) -> dict:
-    settings, count = study.evaluation, None
-    if job.kind == jobs.TUNING and study.tuning:
-        count = study.tuning.prompts
+    settings = study.evaluation
+    count = study.tuning.prompts if study.tuning and job.kind == jobs.TUNING else None
     rows = task.held_out(purpose, count or settings.prompts, job.expert or study.grid[0].experts[0])
     longest = study.stage["max_completion_length"]
     found = evaluate(model, base, task, rows, settings, longest, tasks.stream(purpose, job.seed))
