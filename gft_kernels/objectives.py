@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gft_kernels import checks, family, formulas, sequences
+from gft_kernels import checks, formulas, sequences, surrogates
 from gft_kernels.arguments import PolicyOptions
 from gft_kernels.options import REDUCTIONS, LinearCall, Objective, RowCall, RowResult, Rule
 
@@ -262,14 +262,14 @@ def ratios(result: RowResult, call: RowCall | LinearCall, shape: torch.Size) -> 
     held_R = torch.zeros_like(live_R)
     if o.over_sequence:  # of the response, as the loss has it
         o, held_R, _ = sequences.settle(o, call.credit, log_probs_R, result.advantages_R)
-    if any(rule.surrogate in family.WITH_RATIO for rule in o.rules):
+    if any(rule.surrogate in surrogates.WITH_RATIO for rule in o.rules):
         old_R = log_probs_R if o.old_log_probs_R is None else o.old_log_probs_R
         ratios_R = torch.exp(formulas.log_ratio(log_probs_R, old_R))
         over_R, has_R = held_R, torch.zeros_like(live_R)
         for i, rule in enumerate(o.rules):
             under_R = live_R if o.given_R is None else live_R & (o.given_R if i else ~o.given_R)
-            over_R = over_R | (under_R & family.is_bounded(ratios_R, result.advantages_R, rule))
-            has_R = has_R | (under_R & (rule.surrogate in family.WITH_RATIO))
+            over_R = over_R | (under_R & surrogates.is_bounded(ratios_R, result.advantages_R, rule))
+            has_R = has_R | (under_R & (rule.surrogate in surrogates.WITH_RATIO))
         added = {"ratios": torch.where(has_R, ratios_R, 0.0), "clipped": has_R & over_R}
     if o.ref_log_probs_R is not None:
         kl_R = formulas.kl_loss(formulas.log_ratio(o.ref_log_probs_R, log_probs_R), o.kl_cap)

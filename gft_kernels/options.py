@@ -74,7 +74,7 @@ class Credit:
 
 @dataclass(frozen=True)
 class Rule:
-    """What tells one surrogate from another: how kappa and the loss follow from log pi and A (family.py).
+    """What tells one surrogate from another: how kappa and the loss follow from log pi and A (surrogates.py).
 
     A field that the surrogate does not use is not read.
     """

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gft_kernels import family, formulas
+from gft_kernels import formulas, surrogates
 from gft_kernels.advantages import RowCredit, credit_rows, rows_read
 from gft_kernels.options import (
     FP16_PEAK,
@@ -164,18 +164,20 @@ class RowTerms(NamedTuple):
 
 
 def row_terms(objective: Objective, log_pi: Tensor, advantages: Tensor, entropy: Tensor) -> RowTerms:
-    """F4, kappa and F6 of each row under its rule (family.py), with the penalties.
+    """F4, kappa and F6 of each row under its rule (surrogates.py), with the penalties.
 
-    Raises: ValueError for a surrogate that family.py does not know; kernels, which compile that text, cannot.
+    Raises: ValueError for a surrogate that surrogates.py does not know; kernels, which compile that text, cannot.
     """
     for rule in objective.rules:
         if rule.surrogate not in SURROGATES:
-            raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {rule.surrogate!r}; see family.py")
+            raise ValueError(
+                f"surrogate must be one of {', '.join(SURROGATES)}, got {rule.surrogate!r}; see surrogates.py"
+            )
     o, log_pi, entropy = objective, log_pi.double(), entropy.double()
     old_log_pi = log_pi if o.old_log_probs_R is None else o.old_log_probs_R
-    coefficient, kappa, loss = family.surrogate_terms(log_pi, old_log_pi, entropy, advantages, o)
+    coefficient, kappa, loss = surrogates.surrogate_terms(log_pi, old_log_pi, entropy, advantages, o)
     if o.given_R is not None:
-        given = family.surrogate_terms(log_pi, old_log_pi, entropy, advantages, o.given)
+        given = surrogates.surrogate_terms(log_pi, old_log_pi, entropy, advantages, o.given)
         coefficient, kappa, loss = map(partial(torch.where, o.given_R), given, (coefficient, kappa, loss))
     if o.beta != 0.0:
         log_ratio = formulas.log_ratio(o.ref_log_probs_R, log_pi)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gft_kernels import checks, distributed, family, formulas, registry, sequences
+from gft_kernels import checks, distributed, formulas, registry, sequences, surrogates
 from gft_kernels.advantages import RowCredit, credit_rows, rows_read
 from gft_kernels.linear import sparse
 from gft_kernels.linear.products import Head, multiply, precision_of
@@ -266,7 +266,7 @@ def _gradient_unit(call: LinearCall, credit: RowCredit) -> tuple[Tensor | None, 
     if not scales_gradient(call):
         return None, credit.weights_R
     o = call.objective
-    ratio = max(family.largest_coefficient(rule, RATIO_ROOM) for rule in o.rules)
+    ratio = max(surrogates.largest_coefficient(rule, RATIO_ROOM) for rule in o.rules)
     pull = max(1.0, math.expm1(min(o.kl_cap, math.log1p(RATIO_ROOM))))
     kappa_R = credit.advantages_R.abs() * ratio + o.beta * pull
     row_size_R = formulas.row_size(kappa_R, torch.full_like(kappa_R, o.entropy_coef), MAX_ENTROPY)

@@ -34,7 +34,7 @@ from gft_kernels.trainer.engines import Rollout
 from gft_kernels.trainer.groups import GroupBuilder, check_sources, denominator, row_options
 from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, signs_of_collapse
 from gft_kernels.trainer.policies import Forward
-from gft_kernels.trainer.reference import FollowsPolicy, start_model
+from gft_kernels.trainer.reference_model import FollowsPolicy, start_model
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import end_tokens, is_complete, refuse_virtual_tokens
 from gft_kernels.trainer.sharing import Sharing

@@ -1,4 +1,4 @@
-"""F1 to F7 and the family as Triton functions: the text of formulas.py and family.py, compiled a second time.
+"""F1 to F7 and the family as Triton functions: the text of formulas.py and surrogates.py, compiled a second time.
 
 Those functions use a handful of free names (exp, log, where, ...). Here the same code objects get a dictionary that
 binds the names to Triton's operations, so there is no second copy of the mathematics to keep in step.
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from gft_kernels import family, formulas
+from gft_kernels import formulas, surrogates
 from gft_kernels.options import RECTIFY, SURROGATES
 
 NEG_INF = tl.constexpr(float("-inf"))
@@ -131,7 +131,7 @@ kl_loss = _in_triton(formulas.kl_loss)
 kl_kappa = _in_triton(formulas.kl_kappa)
 kappa = _in_triton(formulas.kappa)
 token_loss = _in_triton(formulas.token_loss)  # F6
-surrogate_terms = _in_triton(family.surrogate_terms)
+surrogate_terms = _in_triton(surrogates.surrogate_terms)
 weighed = _in_triton(formulas.weighed)
 dlogit_other = _in_triton(formulas.dlogit_other)  # F7
 dlogit_target = _in_triton(formulas.dlogit_target)  # F7

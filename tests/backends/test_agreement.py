@@ -89,5 +89,5 @@ def test_a_surrogate_that_nobody_knows_is_an_error(place):
     row, objective = torch.full((1,), -0.3), options.Objective("ppo2")
     if place == "the given rows'":
         objective = options.Objective(given=options.Rule("ppo2"), given_R=torch.tensor([True]))
-    with pytest.raises(ValueError, match=r"surrogate must be one of gft, .* got 'ppo2'; see family\.py"):
+    with pytest.raises(ValueError, match=r"surrogate must be one of gft, .* got 'ppo2'; see surrogates\.py"):
         reference.row_terms(objective, row, row, row)

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "gft_kernels"
 
 LAYERS = [
     {"formulas", "options", "layout"},
-    {"family"},
+    {"surrogates"},
     {"checks", "triton_kernels", "_extension"},
     {"linear_checks", "advantages", "importance", "arguments"},
     {"sequences"},
