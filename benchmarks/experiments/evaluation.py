@@ -20,24 +20,25 @@ SCORED_SAMPLES = 4  # of each prompt's samples, for entropy and KL
 
 def evaluate(model, base_model, task, rows: Sequence[dict], settings: Evaluation, longest: int, seed: int) -> dict:
     """The metrics of one policy; the random numbers depend on `seed` alone."""
-    samples, scored = settings.samples, slice(settings.scored)
+    samples = settings.samples
     groups = sample_groups(model, task, rows, samples, longest, seed)
     right = [sum(r.reward > 0.5 for r in group.responses) for group in groups]
     distinct = [len({r.text for r in group.responses if r.reward > 0.5}) for group in groups]
-    entropy, kl = entropy_and_kl(
-        model, base_model, [Group(g.row, g.responses[:SCORED_SAMPLES]) for g in groups[scored]]
-    )
-    experts = [demonstration(task.tokenizer, row) for row in rows[scored]]
     powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
-    return {
+    found = {
         "pass_at": {str(k): mean([pass_at(k, samples, c) for c in right]).value for k in powers},
         "distinct": mean(distinct).value,
         "right_of_each": right,
         "distinct_of_each": distinct,
-        "entropy": entropy,
-        "kl": kl,
-        "expert_log_likelihood": float(log_probs(model, experts).mean()),
     }
+    if settings.scored == 0:
+        return found
+    scored = slice(settings.scored)
+    entropy, kl = entropy_and_kl(
+        model, base_model, [Group(g.row, g.responses[:SCORED_SAMPLES]) for g in groups[scored]]
+    )
+    experts = [demonstration(task.tokenizer, row) for row in rows[scored]]
+    return found | {"entropy": entropy, "kl": kl, "expert_log_likelihood": float(log_probs(model, experts).mean())}
 
 
 def sample_groups(model, task, rows, samples, longest, seed) -> list[Group]:
@@ -45,7 +46,7 @@ def sample_groups(model, task, rows, samples, longest, seed) -> list[Group]:
     tokenizer = task.tokenizer
     checked = [prompt_row(tokenizer, row) for row in rows]
     ends = end_tokens(model, tokenizer)
-    sampling = Sampling(samples, longest, 1.0, ends, tokenizer.pad_token_id)
+    sampling = Sampling(samples, longest, 1.0, ends, tokenizer.pad_token_id, share_prompts=True)
     with seeded(seed, device=model.device):
         completions = task.rollout(model, [row.prompt_ids for row in checked], sampling)
     responses = [Response(decode(tokenizer, ids, ends), ids, "sampled") for ids in completions]

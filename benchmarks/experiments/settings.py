@@ -45,7 +45,7 @@ class Tuning:
 class Evaluation:
     """After training: `samples` responses at temperature 1 to each of `prompts` held-out prompts; entropy, KL and the
     experts' likelihood at the first `scored` of them (None: all); `retention` prompts of the general tasks; `curve`
-    held-out prompts, one sample each, during training."""
+    held-out prompts, one sample each, during training. 0: that is not asked."""
 
     prompts: int = 96
     samples: int = 16

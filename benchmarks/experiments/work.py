@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from dataclasses import replace
 
 import torch
 
@@ -111,11 +112,13 @@ def stage_of(study: Study, task, job: Job, rate: float, device: str) -> Stage:
 
 def score(study: Study, task, model, base, job: Job, purpose: int) -> dict:
     settings = study.evaluation
-    count = study.tuning.prompts if study.tuning and job.kind == jobs.TUNING else None
-    rows = task.held_out(purpose, count or settings.prompts, job.expert or study.grid[0].experts[0])
+    if job.kind == jobs.TUNING:  # what is right decides
+        settings = replace(settings, prompts=study.tuning.prompts or settings.prompts, scored=0, retention=0)
+    rows = task.held_out(purpose, settings.prompts, job.expert or study.grid[0].experts[0])
     longest = study.stage["max_completion_length"]
     found = evaluate(model, base, task, rows, settings, longest, tasks.stream(purpose, job.seed))
-    found["retention"] = task.retention(model, settings.retention)
+    if settings.retention:
+        found["retention"] = task.retention(model, settings.retention)
     if job.kind != jobs.RUN:
         found = {name: value for name, value in found.items() if not isinstance(value, list)}
     return {name: value if isinstance(value, list) else _rounded(value) for name, value in found.items()}

@@ -246,7 +246,8 @@ def test_a_pretrained_model_is_studied_over_seeds_and_prompts(tmp_path, monkeypa
     assert [path.name for path in folder.path.glob("models/*")] == ["base_b0.pt"], "where other jobs start"
     record = folder.read("run_gft_json_b0_s1")
     assert record["rate"] == 1e-5 and folder.read("tuning_gft_json_b0_s100_1e-05")["rate"] == 1e-5
-    assert asked == [(3, 2), (2, 2), *[(3, 2)] * 4], "all prompts are asked; of them, some scored; fewer while tuning"
+    assert asked == [(3, 2), 2, *[(3, 2)] * 4], "all prompts are asked, some scored; fewer and none while tuning"
+    assert "retention" not in folder.read("tuning_gft_json_b0_s100_1e-05")["metrics"]
     assert len(record["metrics"]["right_of_each"]) == 3 and record["training"]["held_out"]["step"] == []
     assert record["training"]["tokens"]["generated"] > 0 and -20 < record["metrics"]["retention"] < 0
     assert folder.read("run_none_b0_s0")["metrics"]["kl"] == 0.0
