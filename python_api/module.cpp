@@ -85,8 +85,13 @@ Rule make_rule(const std::string& surrogate, double tau, const std::string& rect
 
 Objective make_objective(const Rule& rule, const Rule& given, Address given_R, double beta, double entropy_coef,
                          double kl_cap, Address old_log_probs_R, Address ref_log_probs_R) {
-    return {rule,         given,  to<const std::uint8_t>(given_R),  beta,
-            entropy_coef, kl_cap, to<const float>(old_log_probs_R), to<const float>(ref_log_probs_R)};
+    return {{rule, given},
+            to<const std::uint8_t>(given_R),
+            beta,
+            entropy_coef,
+            kl_cap,
+            to<const float>(old_log_probs_R),
+            to<const float>(ref_log_probs_R)};
 }
 
 RowCall make_call(const LogitRows& logits, const Credit& credit, const Transform& transform, const Objective& objective,

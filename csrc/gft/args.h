@@ -84,7 +84,7 @@ struct Rule {
 
 // The objective of a call: the rule of each row, and the penalties of all.
 struct Objective {
-    Rule rule, given;              // given: of the rows that given_R names
+    Rule rules[2];                 // of all rows; of those that given_R names
     const std::uint8_t* given_R;   // bool; null: no row is
     double beta, entropy_coef;     // weights of the k3 penalty and of the entropy bonus
     double kl_cap;                 // k3: beyond this log(pi_ref / pi) it goes on in a straight line; inf: nowhere
@@ -105,8 +105,8 @@ struct RowResults {
 
 // Whether a row's entropy is needed, for the caller or for the loss.
 GFT_HD bool needs_entropy(const Objective& objective, const float* entropy_R) {
-    const bool of_rule = objective.rule.surrogate == Surrogate::eaft ||
-                         (objective.given_R != nullptr && objective.given.surrogate == Surrogate::eaft);
+    const bool of_rule = objective.rules[0].surrogate == Surrogate::eaft ||
+                         (objective.given_R != nullptr && objective.rules[1].surrogate == Surrogate::eaft);
     return entropy_R != nullptr || objective.entropy_coef != 0.0 || of_rule;
 }
 

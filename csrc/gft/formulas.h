@@ -285,7 +285,7 @@ template <class Real>
 GFT_HD RowTerms<Real> row_terms(Real log_pi, Real entropy, Real advantage, std::int64_t r, const Objective& o) {
     const bool given = o.given_R != nullptr && o.given_R[r] != 0;
     const Real old_log_pi = o.old_log_probs_R == nullptr ? log_pi : Real(o.old_log_probs_R[r]);
-    RowTerms<Real> row = surrogate_terms(log_pi, old_log_pi, entropy, advantage, given ? o.given : o.rule);
+    RowTerms<Real> row = surrogate_terms(log_pi, old_log_pi, entropy, advantage, o.rules[given ? 1 : 0]);
     if (o.beta != 0.0) {
         const Real u = log_ratio(Real(o.ref_log_probs_R[r]), log_pi);
         row.kappa += Real(o.beta) * kl_kappa(u, Real(o.kl_cap));

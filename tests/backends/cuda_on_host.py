@@ -44,7 +44,7 @@ Rule = structure(
     gate_negative=f64, entropy_power=f64,
 )  # fmt: skip
 Objective = structure(
-    "Objective", rule=Rule, given=Rule, given_R=pointer, beta=f64, entropy_coef=f64, kl_cap=f64,
+    "Objective", rules=Rule * 2, given_R=pointer, beta=f64, entropy_coef=f64, kl_cap=f64,
     old_log_probs_R=pointer, ref_log_probs_R=pointer,
 )  # fmt: skip
 RowResults = structure(
@@ -193,8 +193,8 @@ class Backend:
     @classmethod
     def objective(cls, o) -> Objective:
         return Objective(
-            cls.rule(o), cls.rule(o.given), at(o.given_R), o.beta, o.entropy_coef, o.kl_cap, at(o.old_log_probs_R),
-            at(o.ref_log_probs_R),
+            (Rule * 2)(cls.rule(o), cls.rule(o.given)), at(o.given_R), o.beta, o.entropy_coef, o.kl_cap,
+            at(o.old_log_probs_R), at(o.ref_log_probs_R),
         )  # fmt: skip
 
     @staticmethod

@@ -37,8 +37,8 @@ void test_log_prob(Real tolerance) {
 
 void test_coefficients() {
     Objective all{}, positive{};
-    all.rule.tau = positive.rule.tau = 0.7;
-    positive.rule.rectify = Rectify::positive;
+    all.rules[0].tau = positive.rules[0].tau = 0.7;
+    positive.rules[0].rectify = Rectify::positive;
     CHECK(coefficient(std::log(0.7), 0.7) == 1.0);  // at pi = tau the weight is 1
     CHECK(coefficient(-kInf, 0.0) == 1.0);          // tau = 0 is SFT, also where pi = 0
     CHECK(coefficient(-kInf, 0.7) == 0.0);
@@ -55,9 +55,9 @@ void test_coefficients() {
 void test_objectives() {
     const float old_log_probs[] = {std::log(0.1f)}, ref_log_probs[] = {std::log(0.4f)};
     Objective o{};
-    o.rule.surrogate = Surrogate::grpo;
-    o.rule.clip_low = o.rule.clip_high = 0.2;
-    o.rule.delta = o.kl_cap = kInf;
+    o.rules[0].surrogate = Surrogate::grpo;
+    o.rules[0].clip_low = o.rules[0].clip_high = 0.2;
+    o.rules[0].delta = o.kl_cap = kInf;
     o.old_log_probs_R = old_log_probs;
     const double log_pi = std::log(0.2);
     CHECK(row_terms(log_pi, 3.0, 1.0, 0, o).kappa == 0.0);  // clipped
@@ -76,20 +76,20 @@ void test_objectives() {
     CHECK(is_near(capped.loss, 0.5 * (std::expm1(0.5) - 0.5 + std::expm1(0.5) * (std::log(2.0) - 0.5)) - 0.25 * 3.0,
                   1e-6));
     o.beta = o.entropy_coef = 0.0;
-    o.rule.delta = 1.5;  // rho = 2
+    o.rules[0].delta = 1.5;  // rho = 2
     CHECK(row_terms(log_pi, 3.0, -1.0, 0, o).kappa == 0.0);
     CHECK(is_near(row_terms(log_pi, 3.0, -1.0, 0, o).loss, 1.5, 1e-6));
     CHECK(is_near(row_terms(log_pi, 3.0, 1.0, 0, o).loss, -1.2, 1e-6));  // as before
-    o.rule.surrogate = Surrogate::cispo;
+    o.rules[0].surrogate = Surrogate::cispo;
     CHECK(is_near(row_terms(log_pi, 3.0, 2.0, 0, o).coefficient, 1.2, 1e-6));
     o.old_log_probs_R = nullptr;
     CHECK(row_terms(-kInf, 3.0, 2.0, 0, o).coefficient == 1.0);  // on-policy, also where pi = 0
     const std::uint8_t given[] = {0, 1};
     o.given_R = given;
-    o.given.surrogate = Surrogate::chord;
+    o.rules[1].surrogate = Surrogate::chord;
     CHECK(row_terms(log_pi, 3.0, 2.0, 0, o).coefficient == 1.0);
     CHECK(is_near(row_terms(log_pi, 3.0, 2.0, 1, o).coefficient, 0.2 * 0.8, 1e-15));
-    o.given.surrogate = static_cast<Surrogate>(7);  // of none
+    o.rules[1].surrogate = static_cast<Surrogate>(7);  // of none
     CHECK(std::isnan(row_terms(log_pi, 3.0, 2.0, 1, o).kappa) && std::isnan(row_terms(log_pi, 3.0, 2.0, 1, o).loss));
 }
 
