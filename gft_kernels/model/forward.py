@@ -117,7 +117,7 @@ class PatchedForward:
             shared_prompts.refuse(self.model, self.tried_prompts, lambda **kwargs: self.plain(kwargs))
             self.tried_prompts = True
             kwargs = shared_prompts.behind_prompts(self.model, kwargs, *prompts)
-            dropped.add("past_key_values")  # the prompts', which nobody can go on from
+            dropped.add(shared_prompts.cache_name(self.model))  # the prompts', which nobody can go on from
         elif self.takes_use_cache:
             kwargs.setdefault("use_cache", False)  # nothing is generated from a batch with labels
         try:

@@ -70,7 +70,7 @@ def behind_prompts(model: Any, kwargs: dict[str, Any], prompt_ids_GP: Tensor, pr
             f"attention_mask must be ({S}, {P + R}) and gft_prompt_of ({S},) with gft_prompt_ids of width {P}, got "
             f"{None if mask is None else tuple(mask.shape)} and {tuple(prompt_of_S.shape)}; layout() makes them"
         )
-    kwargs = {**kwargs, "past_key_values": expanded(prompts_cache(model, prompt_ids_GP), prompt_of_S)}
+    kwargs = {**kwargs, cache_name(model): expanded(prompts_cache(model, prompt_ids_GP), prompt_of_S)}
     kwargs["use_cache"] = True  # some families do not look at a cache otherwise
     if "position_ids" in inspect.signature(type(model).forward).parameters:
         # Padding repeats the position before it: one of its own might lie beyond a table of positions.
@@ -78,12 +78,16 @@ def behind_prompts(model: Any, kwargs: dict[str, Any], prompt_ids_GP: Tensor, pr
     return kwargs
 
 
+def cache_name(model: Any) -> str:
+    """What a model calls its keys and values, as an argument and in its output: `cache` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
 def prompts_cache(model: Any, prompt_ids_GP: Tensor) -> Any:
     """Keys and values of right-padded prompts. Nothing is masked: under causality no token sees the padding behind."""
     mask = torch.ones_like(prompt_ids_GP)  # without one, families that find padding advise to pass one
-    return model.base_model(
-        input_ids=prompt_ids_GP, attention_mask=mask, use_cache=True, return_dict=True
-    ).past_key_values
+    output = model.base_model(input_ids=prompt_ids_GP, attention_mask=mask, use_cache=True, return_dict=True)
+    return output[cache_name(model)]
 
 
 def expanded(cache: Any, prompt_of_S: Tensor) -> Any:

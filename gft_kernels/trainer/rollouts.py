@@ -17,7 +17,7 @@ from transformers import GenerationConfig, StoppingCriteria
 
 from gft_kernels.data import text
 from gft_kernels.model.patch import unwrapped
-from gft_kernels.model.shared_prompts import prompts_cache
+from gft_kernels.model.shared_prompts import cache_name, prompts_cache
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def prefilled(model, texts: Sequence[Tensor], sampling: Sampling) -> dict[str, A
     cache.batch_repeat_interleave(sampling.num_generations)
     whole = {"input_ids": torch.cat([before, last], 1), "attention_mask": torch.cat([mask, torch.ones_like(last)], 1)}
     repeated = {name: value.repeat_interleave(sampling.num_generations, 0) for name, value in whole.items()}
-    return {**repeated, "past_key_values": cache}
+    return {**repeated, cache_name(unwrapped(model)): cache}
 
 
 def cut(ids: list[int], eos_ids: Sequence[int]) -> list[int]:

@@ -97,7 +97,7 @@ def test_the_output_is_the_one_of_whole_rows():
     stats = whole(**whole_rows(whole, "right"), gft_return_stats=True).stats
     output = model(**shared(gft_return_stats=True))
     assert output.logits.shape == (*output.stats.log_probs.shape, VOCABULARY)
-    assert output.past_key_values is None
+    assert output.get(shared_prompts.cache_name(model)) is None
     ours = output.stats.log_probs[shared()["shift_labels"] != -100]
     torch.testing.assert_close(ours, stats.log_probs[:, :-1][live[:, 1:]])
     assert model.train()(**shared()).logits is None
