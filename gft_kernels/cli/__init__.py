@@ -69,8 +69,9 @@ def parser(keys: Iterable[str] = ()) -> argparse.ArgumentParser:
 
     init = commands.add_parser("init", help="write a commented configuration for rows of your own")
     init.add_argument("data", metavar="DATA", help="a .jsonl, .json or .parquet file of rows")
-    init.add_argument("--model", required=True, help="folder of the model to train, or its name on the hub")
+    init.add_argument("--model", required=True, help="a folder, a GGUF file, a name on the hub, or smollm2")
     init.add_argument("--out", default="gft.yaml", help="file to write (default: %(default)s)")
+    init.add_argument("--lora", action="store_true", help="train an adapter (pip install peft), not all weights")
     init.set_defaults(run=_init)
 
     plot = commands.add_parser("plot", help="write the page of a run: curves, before and after, completions")
@@ -137,7 +138,7 @@ def _train(options):
 def _init(options):
     from gft_kernels.cli.init import init
 
-    print(init(options.data, options.model, options.out))
+    print(init(options.data, options.model, options.out, options.lora))
     return DONE
 
 
