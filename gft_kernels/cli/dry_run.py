@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from gft_kernels.cli import plan
 from gft_kernels.cli.activations import activation_memory
-from gft_kernels.cli.inputs import configuration, held_out_rows, rows
+from gft_kernels.cli.inputs import configuration, held_out_rows, rows, spread
 from gft_kernels.cli.settings import RunSettings
 from gft_kernels.data import pretrained
 from gft_kernels.data.rows import Limits, Rows
@@ -20,10 +20,11 @@ from gft_kernels.trainer.groups import check_sources
 from gft_kernels.trainer.rewards import Rewards
 
 GIB = 1 << 30
+REWARDED = 64  # rows whose demonstrations are rewarded
 
 
 def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
-    """The report. Raises ValueError, TypeError, OSError for what training would refuse."""
+    """The report. Raises ValueError, TypeError, OSError, RewardError for what training would refuse."""
     on_cpu = {} if torch.cuda.is_available() else {"use_cpu": True}
     config = configuration({**options, **on_cpu})
     lora = None if settings.peft is None else adapters.lora_config(settings.peft)
@@ -65,10 +66,24 @@ def checked_rows(settings: RunSettings, config: GFTConfig, tokenizer: Any, limit
     if tokenizer is None:
         lengths = "lengths not checked: the tokenizer is not on disk"
     lines = [f"data         {len(kept)} of {len(records)} rows, columns checked; {lengths}"]
+    if tokenizer is not None and rewards and config.advantages == "group" and not kept.offline:
+        lines += reward_lines(kept, rewards)
     if eval_records is not None:
         held_out = Rows(eval_records, "eval_dataset", *of_all)
         lines.append(f"held out     {len(held_out)} of {there} rows, columns checked")
     return kept, longest, lines
+
+
+def reward_lines(kept: Rows, rewards: Rewards) -> list[str]:
+    """What the rewards give to demonstrations: one that is 0 for every expert is wrong. Raises RewardError."""
+    some = [kept[i] for i in spread(range(len(kept)), REWARDED)]
+    pairs = [(row, given) for row in some for given in row.given]
+    totals, _ = rewards.score([row for row, _ in pairs], [given.text for _, given in pairs])
+    found: dict[str, list[float]] = {}
+    for (_, given), total in zip(pairs, totals, strict=True):
+        found.setdefault(given.source, []).append(total)
+    means = ", ".join(f"{source} {sum(values) / len(values):.3g}" for source, values in found.items())
+    return [f"rewards      {means} on average, of demonstrations of {len(some)} rows"] if pairs else []
 
 
 class Unread:

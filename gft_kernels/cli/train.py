@@ -43,7 +43,7 @@ def train(
             return DONE
         with folder.locked(options["output_dir"]):
             return run(settings, options, resume or anyway, anyway)
-    except BAD as error:
+    except (*BAD, RewardError) as error:
         return ended(BAD_INPUT, one_line(error))
 
 

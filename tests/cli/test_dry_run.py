@@ -123,6 +123,20 @@ def test_held_out_rows_are_checked_too(tmp_path, capsys):
     assert main(asked) == 2 and f"{held_out}, line 1: field `prompt` must be" in capsys.readouterr().err
 
 
+def test_demonstrations_are_rewarded(tmp_path, capsys, monkeypatch):
+    asked, rows = ["train", "--config", config_file(tmp_path), "--dry-run"], rig.rows(10)
+    expert, teacher = (
+        sum(rig.digit_count([], [row["demonstrations"][i] for row in rows], [row["answer"] for row in rows])) / 10
+        for i in (0, 1)
+    )
+    assert main(asked) == 0 and expert != teacher
+    assert f"rewards      expert {expert:.3g}, teacher {teacher:.3g} on average, of d" in capsys.readouterr().out
+    (tmp_path / "divides.py").write_text("def reward(completions, **columns):\n    return 1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main([*asked, "--rewards", "divides:reward"]) == 2
+    assert "reward function reward raised ZeroDivisionError" in capsys.readouterr().err
+
+
 def test_without_any_configuration_there_is_no_estimate(tmp_path, capsys):
     config = config_file(tmp_path, model="nobody/nothing")
     assert main(["train", "--config", config, "--dry-run"]) == 0
