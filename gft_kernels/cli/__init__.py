@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 
 from gft_kernels.cli.exits import BAD_INPUT, DONE, INTERRUPTED, one_line
@@ -15,6 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a console that cannot show a character ends nothing
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = formatted
     find_here_last()
     command = parser()
     options, overrides = command.parse_known_args(arguments)
@@ -31,6 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
         sentence, code = one_line(error), BAD_INPUT
     print(f"gft {options.command}: {sentence}", file=sys.stderr)
     return code
+
+
+def formatted(message, category, filename, lineno, line=None) -> str:
+    """A warning that is meant for users is a sentence, without the line of a library's code that it arose in."""
+    place = "" if issubclass(category, UserWarning) else f" ({filename}:{lineno})"
+    return f"{category.__name__}: {message}{place}\n"
 
 
 def find_here_last() -> None:
