@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 
 from gft_kernels.cli.exits import BAD_INPUT, DONE, INTERRUPTED, one_line
@@ -15,6 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a console that cannot show a character ends nothing
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = formatted
     find_here_last()
     command = parser()
     options, overrides = command.parse_known_args(arguments)
@@ -31,6 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
         sentence, code = one_line(error), BAD_INPUT
     print(f"gft {options.command}: {sentence}", file=sys.stderr)
     return code
+
+
+def formatted(message, category, filename, lineno, line=None) -> str:
+    """A warning that is meant for users is a sentence, without the line of a library's code that it arose in."""
+    place = "" if issubclass(category, UserWarning) else f" ({filename}:{lineno})"
+    return f"{category.__name__}: {message}{place}\n"
 
 
 def find_here_last() -> None:
@@ -69,8 +77,9 @@ def parser(keys: Iterable[str] = ()) -> argparse.ArgumentParser:
 
     init = commands.add_parser("init", help="write a commented configuration for rows of your own")
     init.add_argument("data", metavar="DATA", help="a .jsonl, .json or .parquet file of rows")
-    init.add_argument("--model", required=True, help="folder of the model to train, or its name on the hub")
+    init.add_argument("--model", required=True, help="a folder, a GGUF file, a name on the hub, or smollm2")
     init.add_argument("--out", default="gft.yaml", help="file to write (default: %(default)s)")
+    init.add_argument("--lora", action="store_true", help="train an adapter (pip install peft), not all weights")
     init.set_defaults(run=_init)
 
     plot = commands.add_parser("plot", help="write the page of a run: curves, before and after, completions")
@@ -137,7 +146,7 @@ def _train(options):
 def _init(options):
     from gft_kernels.cli.init import init
 
-    print(init(options.data, options.model, options.out))
+    print(init(options.data, options.model, options.out, options.lora))
     return DONE
 
 

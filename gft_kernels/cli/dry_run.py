@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from gft_kernels.cli import plan
 from gft_kernels.cli.activations import activation_memory
-from gft_kernels.cli.inputs import configuration, rows
+from gft_kernels.cli.inputs import configuration, held_out_rows, rows, spread
 from gft_kernels.cli.settings import RunSettings
 from gft_kernels.data import pretrained
 from gft_kernels.data.rows import Limits, Rows
@@ -20,27 +20,21 @@ from gft_kernels.trainer.groups import check_sources
 from gft_kernels.trainer.rewards import Rewards
 
 GIB = 1 << 30
+REWARDED = 64  # rows whose demonstrations are rewarded
 
 
 def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
-    """The report. Raises ValueError, TypeError, OSError for what training would refuse."""
+    """The report. Raises ValueError, TypeError, OSError, RewardError for what training would refuse."""
     on_cpu = {} if torch.cuda.is_available() else {"use_cpu": True}
     config = configuration({**options, **on_cpu})
     lora = None if settings.peft is None else adapters.lora_config(settings.peft)
-    records = rows(settings.data, settings.reader, "train")
-    rewards = Rewards(settings.rewards or (), config.reward_weights)
     model = pretrained.located(settings.model)
     tokenizer = local(AutoTokenizer, pretrained.located(settings.tokenizer) if settings.tokenizer else model)
     own_config = local(AutoConfig, model)
     model_config = own_config or given_config(settings)
-    limits, required = Limits.of(model_config), sorted(rewards.required_columns())
-    kept = Rows(records, "train_dataset", tokenizer or Unread(), config, limits, required)
-    check_sources(config, kept, rewards)
-    lines = [f"settings     {described(config)}; rollout {config.rollout}, backend {config.backend}"]
-    longest = max(len(kept[i].prompt_ids) for i in range(len(kept)))
-    lengths = f"longest prompt {longest} tokens" if tokenizer else "lengths not checked: the tokenizer is not on disk"
-    lines.append(f"data         {len(kept)} of {len(records)} rows, columns checked; {lengths}")
-    records = [records[i] for i in kept.kept]
+    kept, longest, about_rows = checked_rows(settings, config, tokenizer, Limits.of(model_config))
+    lines = [f"settings     {described(config)}; rollout {config.rollout}, backend {config.backend}", *about_rows]
+    records = [kept.records[i] for i in kept.kept]
     offline = kept.offline
     group = max(len(r["responses"]) for r in records) if offline else config.num_demonstrations + config.num_generations
     found = plan.batches(config, len(records), ranks, group)
@@ -56,6 +50,40 @@ def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
     shape = plan.shape_of(model_config, lora)
     activations = activation_memory(config, model_config, shape, found, longest)
     return "\n".join(lines + memory_lines(config, shape, found, longest, activations))
+
+
+def checked_rows(settings: RunSettings, config: GFTConfig, tokenizer: Any, limits: Limits) -> tuple[Rows, int, list]:
+    """The rows to train on, the tokens of their longest prompt, and lines about them and those held out."""
+    records, (eval_records, there) = rows(settings.data, settings.reader, "train"), held_out_rows(settings)
+    rewards = Rewards(settings.rewards or (), config.reward_weights)
+    of_all = tokenizer or Unread(), config, limits, sorted(rewards.required_columns())
+    kept = Rows(records, "train_dataset", *of_all)
+    check_sources(config, kept, rewards)
+    found = (kept[i] for i in range(len(kept)))
+    sizes = [(len(row.prompt_ids), max((len(given.ids) for given in row.given), default=0)) for row in found]
+    longest, given = map(max, zip(*sizes, strict=True))
+    lengths = f"longest prompt {longest} tokens, response {given} of {config.max_completion_length} allowed"
+    if tokenizer is None:
+        lengths = "lengths not checked: the tokenizer is not on disk"
+    lines = [f"data         {len(kept)} of {len(records)} rows, columns checked; {lengths}"]
+    if tokenizer is not None and rewards and config.advantages == "group" and not kept.offline:
+        lines += reward_lines(kept, rewards)
+    if eval_records is not None:
+        held_out = Rows(eval_records, "eval_dataset", *of_all)
+        lines.append(f"held out     {len(held_out)} of {there} rows, columns checked")
+    return kept, longest, lines
+
+
+def reward_lines(kept: Rows, rewards: Rewards) -> list[str]:
+    """What the rewards give to demonstrations: one that is 0 for every expert is wrong. Raises RewardError."""
+    some = [kept[i] for i in spread(range(len(kept)), REWARDED)]
+    pairs = [(row, given) for row in some for given in row.given]
+    totals, _ = rewards.score([row for row, _ in pairs], [given.text for _, given in pairs])
+    found: dict[str, list[float]] = {}
+    for (_, given), total in zip(pairs, totals, strict=True):
+        found.setdefault(given.source, []).append(total)
+    means = ", ".join(f"{source} {sum(values) / len(values):.3g}" for source, values in found.items())
+    return [f"rewards      {means} on average, of demonstrations of {len(some)} rows"] if pairs else []
 
 
 class Unread:

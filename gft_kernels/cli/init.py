@@ -13,15 +13,17 @@ from gft_kernels.cli.dry_run import local
 from gft_kernels.cli.inputs import rows
 from gft_kernels.cli.keys import TRAINING, Key, as_yaml, sections
 from gft_kernels.data.answers import NUMBER
+from gft_kernels.data.pretrained import located
 
 OWN_REWARD = "rewards_of_mine:reward"
 RESPONSES = 4  # sampled for a prompt
 TOKENS = 32  # max_completion_length is a multiple of this
 RATE = 1e-5  # the default, the paper's 1e-6, moves next to nothing in a run this short
+LORA = {"peft": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}, "learning_rate": 1e-4}
 
 
-def init(data: str, model: str, out: str) -> str:
-    """Write the file and return what to do next.
+def init(data: str, model: str, out: str, lora: bool = False) -> str:
+    """Write the file, of a LoRA adapter or of all weights, and return what to do next.
 
     Raises: ValueError, OSError if the rows cannot be read or the file is there already.
     """
@@ -30,6 +32,7 @@ def init(data: str, model: str, out: str) -> str:
     if not records:
         raise ValueError(f"DATA must hold rows, got none in {data!r}.")
     chosen = {"model": model, "data": data, "output_dir": f"runs/{Path(data).stem}", **of_rows(records, model)}
+    chosen |= LORA if lora else {}
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text_of(chosen, f"{len(records)} rows of {data}, whose fields are {', '.join(records[0])}"))
@@ -48,7 +51,7 @@ def of_rows(records: Sequence[dict], model: str) -> dict[str, Any]:
     chosen["num_generations"] = 0 if given == "responses" else RESPONSES
     if given == "demonstrations":
         chosen["rewards"] = [ready_reward(records) or OWN_REWARD]
-    tokenizer = local(AutoTokenizer, model)
+    tokenizer = local(AutoTokenizer, located(model))
     longest = max((text for each in texts for text in each), key=len, default=None)
     if tokenizer is not None and longest is not None:
         chosen["max_completion_length"] = -(-(len(tokenizer(longest)["input_ids"]) + 1) // TOKENS) * TOKENS
@@ -89,6 +92,8 @@ def line_of(key: Key, chosen: dict[str, Any]) -> str:
 
 def next_steps(path: Path, chosen: dict[str, Any]) -> list[str]:
     lines = [f"wrote        {path}"]
+    if chosen.get("num_demonstrations") == 0:
+        lines.append("groups       of samples alone: not every row has `demonstrations`, a list of texts")
     if chosen.get("rewards") == [OWN_REWARD]:
         lines += [
             "reward       the rows hold no `answer`: write rewards_of_mine.py beside where you train, with",

@@ -77,6 +77,14 @@ def rows(path: str, reader: str | None, split: str) -> Sequence:
         raise ValueError(f"reader must read {path!r}, got {blamed(error)}; see {reader}.") from None
 
 
+def held_out_rows(settings: RunSettings) -> tuple[Sequence | None, int]:
+    """The rows that are evaluated, and how many there are to choose from; None and 0 without eval_data."""
+    if settings.eval_data is None:
+        return None, 0
+    found = rows(settings.eval_data, settings.eval_reader or settings.reader, "test")
+    return spread(found, settings.eval_rows), len(found)
+
+
 def spread(records: Sequence, count: int | None) -> Sequence:
     """As many of the rows, evenly apart, for files are often sorted; None: all. Raises ValueError below 1."""
     if count is not None and count < 1:

@@ -72,6 +72,7 @@ def content(run: str | Path, lines: list[dict]) -> dict[str, Any]:
         "left_out": len(groups) - len(shown),
         "settings": settings,
         "options": yaml.safe_load(settings) or {},
+        "adapter": (folder / "adapter_config.json").is_file(),
         "saved": any(any(folder.glob(kind)) for kind in MODELS),
         "files": [name for name in (METRICS_FILE, COMPLETIONS_FILE, RECORD) if (folder / name).is_file()],
     }

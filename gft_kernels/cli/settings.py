@@ -24,7 +24,7 @@ OF_THE_COMMAND = ("config", "resume", "resume_anyway", "dry_run", "ranks")
 class RunSettings:
     """What a run needs beside the training options: model, data, rewards."""
 
-    model: str = option(MISSING, "The model to train: a folder, or a name on the hub.", section="Run")
+    model: str = option(MISSING, "The model to train: a folder, a GGUF file, or a name.", section="Run")
     data: str = option(MISSING, "Training rows: a .jsonl, .json or .parquet file, or what `reader` takes.")
     eval_data: str | None = option(
         None, "Held-out rows, evaluated at the end; eval_on_start, eval_strategy: before, between."
@@ -36,7 +36,7 @@ class RunSettings:
     eval_reader: str | None = option(None, "The same for eval_data; null: as reader.")
     rewards: list[str] | None = option(None, "Reward functions: names of ready ones, or dotted paths.")  # noqa: RUF009
     rollout_fn: str | None = option(None, "Dotted path of a function that samples in place of `generate`.")
-    peft: dict | None = option(None, "An adapter is trained: options of peft.LoraConfig, and `merge`.")  # noqa: RUF009
+    peft: dict | None = option(None, "An adapter is trained: options of peft.LoraConfig, such as {r: 16}, and `merge`.")  # noqa: RUF009
 
 
 class Secret(str):

@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from gft_kernels.cli import folder, report
 from gft_kernels.cli.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED, one_line
-from gft_kernels.cli.inputs import BAD, configuration, rows, spread, tokenizer_of
+from gft_kernels.cli.inputs import BAD, configuration, held_out_rows, rows, tokenizer_of
 from gft_kernels.cli.plan import batches
 from gft_kernels.cli.settings import RunSettings, load
 from gft_kernels.trainer import GFTTrainer, RewardError, SaveOnInterrupt, adapters
@@ -43,7 +43,7 @@ def train(
             return DONE
         with folder.locked(options["output_dir"]):
             return run(settings, options, resume or anyway, anyway)
-    except BAD as error:
+    except (*BAD, RewardError) as error:
         return ended(BAD_INPUT, one_line(error))
 
 
@@ -101,9 +101,8 @@ def build(
     anyway: bool,
 ) -> GFTTrainer:
     """The trainer of a run, everything about it checked; what is to be said of it is added to `notes`."""
-    held_out = settings.eval_data
     given, options = options, {**options, **({"eval_on_start": False} if checkpoint is not None else {})}
-    if held_out is None and (given.get("eval_on_start") or given.get("eval_strategy", "no") != "no"):
+    if settings.eval_data is None and (given.get("eval_on_start") or given.get("eval_strategy", "no") != "no"):
         raise ValueError(
             "eval_data must be given where eval_on_start or eval_strategy asks for evaluation, got nothing."
         )
@@ -112,12 +111,9 @@ def build(
     rewards = [find(name) for name in settings.rewards or ()]  # before the rows, which take longer
     rollout_fn = find(settings.rollout_fn, "rollout_fn") if settings.rollout_fn else None
     train_rows = rows(settings.data, settings.reader, "train")
-    eval_rows = None
-    if held_out is not None:
-        found = rows(held_out, settings.eval_reader or settings.reader, "test")
-        eval_rows = spread(found, settings.eval_rows)
-        if len(eval_rows) < len(found):
-            notes.append(f"{len(eval_rows)} of {len(found)} held-out rows are evaluated; eval_rows: null takes all")
+    eval_rows, there = held_out_rows(settings)
+    if eval_rows is not None and len(eval_rows) < there:
+        notes.append(f"{len(eval_rows)} of {there} held-out rows are evaluated; eval_rows: null takes all")
     made_of = folder.run_of(settings, given, train_rows)
     if checkpoint is not None:
         notes += folder.changes(checkpoint, made_of, anyway)

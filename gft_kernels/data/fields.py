@@ -36,8 +36,9 @@ def check_record(record: Any, where: str) -> dict[str, Any]:
 
     def require(holds: bool, name: str, condition: str) -> None:
         if not holds:
-            raise RowError(f"{where}: field `{name}` must {condition}, got {_excerpt(row.get(name))}.")
+            raise RowError(f"{where}: field `{name}` must {condition}, got {_excerpt(row.get(name))}{others}.")
 
+    others = "" if "prompt" in row else f" beside {', '.join(row) or 'nothing'}; rename fields, or write a `reader`"
     prompt, responses, rewards = row.get("prompt"), row.get("responses"), row.get("rewards")
     require(is_text(prompt) or is_messages(prompt), "prompt", "be text or a list of {role, content} messages")
     for name in ("demonstrations", "responses"):

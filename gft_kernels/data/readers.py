@@ -56,7 +56,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{path}, line {number}"
-                yield where, _parsed(line, path, where, number)
+                yield where, _parsed(line.rstrip(), path, where, number)
 
 
 def _json(path: Path) -> Iterator[tuple[str, object]]:
@@ -75,7 +75,8 @@ def _parsed(data: bytes, path: Path, where: str, line: int) -> object:
     except UnicodeDecodeError as error:
         where, fault = f"{path}, line {line + data[: error.start].count(10)}", f"be UTF-8, got {error}"
     except json.JSONDecodeError as error:
-        where, fault = f"{path}, line {line + error.lineno - 1}", f"be one JSON object, got {error}"
+        where = f"{path}, line {line + error.lineno - 1}"
+        fault = f"be one JSON object, got {error.msg} in column {error.colno}"
     except RecursionError:
         fault = "be nested less deeply, got more levels than can be read"
     except ValueError as error:  # of _fields, or of a number with thousands of digits

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gft_kernels.data.pretrained import transformers_at_rest
 from gft_kernels.trainer.config_checks import nearest
 
 MERGE = "merge"  # the one key of ours beside those of peft.LoraConfig
@@ -36,7 +37,21 @@ def adapted(model: Any, lora: Any) -> Any:
 
     if hasattr(model, "peft_config"):
         raise ValueError("model must be without an adapter where one is asked for, got one with; merge that first.")
-    return get_peft_model(model, lora)
+    refuse_unknown_targets(model, lora.target_modules)
+    with transformers_at_rest():
+        return get_peft_model(model, lora)
+
+
+def refuse_unknown_targets(model: Any, targets: Any) -> None:
+    """Raises ValueError for names of layers the model has not: peft passes over one beside others that it finds."""
+    paths = [f".{path}" for path, _ in model.named_modules()]
+    found = () if targets is None or isinstance(targets, str) else sorted(targets)
+    if missing := [name for name in found if not any(path.endswith(f".{name}") for path in paths)]:
+        layers = {path.split(".")[-2]: None for path, weight in model.named_parameters() if weight.ndim == 2}
+        raise ValueError(
+            f"key `target_modules` of peft must name layers of the model, got {', '.join(missing)}; "
+            f"it has {', '.join(layers)}, or say all-linear."
+        )
 
 
 def refuse_merging(distributed_type: Any) -> None:

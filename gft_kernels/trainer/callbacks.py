@@ -152,6 +152,7 @@ class SaveOnInterrupt(TrainerCallback):
 def read_metrics(run: str | Path) -> list[dict]:
     """The log lines of a run in step order; where a resumed run logged a step again, the later line counts.
 
+    Each time it ended it says how long it took, at the same step too if it was resumed with none left.
     Lines cut short by a crash or a full disk are left out, with a warning.
     Raises: FileNotFoundError if the directory holds no metrics.jsonl.
     """
@@ -168,7 +169,7 @@ def read_metrics(run: str | Path) -> list[dict]:
             torn.append(str(number))
             continue
         kind = "eval" if any(key.startswith("eval_") for key in line) else "end" if "train_runtime" in line else "train"
-        lines[step, kind] = line
+        lines[step, kind, number if kind == "end" else 0] = line
     if torn:
         warnings.warn(
             f"{path}: line {', '.join(torn)} was cut short and is left out.", stacklevel=1

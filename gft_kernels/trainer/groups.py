@@ -237,4 +237,7 @@ def check_sources(args: GFTConfig, rows: Rows, rewards: Rewards) -> None:
     if args.num_demonstrations + args.num_generations == 0:
         raise ValueError("num_demonstrations + num_generations must be at least 1, got 0; a group would be empty.")
     if args.advantages == "group" and not rewards:
-        raise ValueError("reward_funcs must hold at least one function, got none; or set advantages to 'ones' for SFT.")
+        raise ValueError(
+            "reward_funcs (a configuration's `rewards`) must hold at least one function, got none; "
+            "or set advantages to 'ones' for SFT."
+        )

@@ -25,7 +25,7 @@ def logits(model):
 
 
 @needs_peft
-def test_a_run_trains_an_adapter_goes_on_with_it_and_merges_it(tmp_path, model_path, capsys):
+def test_a_run_trains_an_adapter_goes_on_with_it_and_merges_it(tmp_path, model_path, capsys, recwarn):
     import peft
 
     config = write_run(tmp_path, model_path, peft=LORA, max_steps=2, learning_rate=0.05)
@@ -33,7 +33,9 @@ def test_a_run_trains_an_adapter_goes_on_with_it_and_merges_it(tmp_path, model_p
     assert main(["train", "--config", config]) == 0
     weights = sum(p.numel() for p in rig.llama().parameters())
     assert f"{(weights + 256) / 1e6:.1f} M parameters on cpu, 0.00 M of them trained" in capsys.readouterr().out
+    assert not [w for w in recwarn if "is_gradient_checkpointing" in str(w.message)]  # peft's, read by nobody here
     assert not (run / "model.safetensors").exists()
+    assert f"gft merge {run} --out FOLDER" in (run / "README.md").read_text()
     trained = load_file(run / "adapter_model.safetensors")
     assert all("lora" in name for name in trained) and any(value.abs().sum() > 0 for value in trained.values())
 
@@ -63,7 +65,7 @@ def test_a_dry_run_counts_what_is_trained(tmp_path, model_path, capsys):
         ({"rank": 8}, "key `rank` of peft must be an option of peft.LoraConfig, got one that is not"),
         ({"lora_alfa": 8}, "did you mean `lora_alpha`?"),
         ({"merge": "yes"}, "key `merge` of peft must be true or false, got 'yes'"),
-        ({"target_modules": ["nothing"]}, "nothing"),
+        ({"target_modules": ["q_proj", "nothing"]}, "layers of the model, got nothing; it has embed_tokens, q_proj"),
         (["r"], "key `peft` must be dict, got ['r']"),
     ],
     ids=str,

@@ -26,7 +26,8 @@ def test_a_run_trains_evaluates_draws_and_says_where_everything_lies(tmp_path, m
         assert (run / name).is_file(), name
     for word in ("eval_reward", "eval_expert_log_likelihood", "reward/sampled", *written, "tau 0.5"):
         assert word in shown
-    assert yaml.safe_load((run / "run.yaml").read_text())["learning_rate"] == 0.01
+    record = yaml.safe_load((run / "run.yaml").read_text())
+    assert record["learning_rate"] == 0.01 and "eval_rows" not in record  # what was set alone
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps if "eval_runtime" in s] == [0, 3]  # before and after
     assert main(["plot", str(run), "--out", str(tmp_path / "new" / "a.png")]) == 0

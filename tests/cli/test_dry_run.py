@@ -107,11 +107,34 @@ def test_what_is_on_disk_is_read(tmp_path, capsys):
     config = config_file(tmp_path, beta=0.1, overlong="drop", max_prompt_length=4)
     assert main(["train", "--config", config, "--dry-run", "--ranks", "2"]) == 0
     shown = capsys.readouterr().out
-    assert "5 of 10 rows, columns checked; longest prompt 4 tokens" in shown  # the even ones have 8
+    assert "5 of 10 rows, columns checked; longest prompt 4 tokens, response 7 of 10" in shown  # the even ones have 8
     assert "2 ranks × 2 prompts × 1 micro-batches = 4 prompts" in shown and "3 steps in all" in shown
     assert "copy of the starting weights" in shown and "not on disk" not in shown
     assert "activations at most: responses of full length, no prompt shared" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_rows_are_checked_too(tmp_path, capsys):
+    config, held_out = config_file(tmp_path), tmp_path / "held-out.jsonl"
+    held_out.write_text(json.dumps(rig.rows(1)[0]))
+    asked = ["train", "--config", config, "--eval_data", str(held_out), "--dry-run"]
+    assert main(asked) == 0 and "1 of 1 rows, columns checked" in capsys.readouterr().out
+    held_out.write_text('{"prompt": 3}')
+    assert main(asked) == 2 and f"{held_out}, line 1: field `prompt` must be" in capsys.readouterr().err
+
+
+def test_demonstrations_are_rewarded(tmp_path, capsys, monkeypatch):
+    asked, rows = ["train", "--config", config_file(tmp_path), "--dry-run"], rig.rows(10)
+    expert, teacher = (
+        sum(rig.digit_count([], [row["demonstrations"][i] for row in rows], [row["answer"] for row in rows])) / 10
+        for i in (0, 1)
+    )
+    assert main(asked) == 0 and expert != teacher
+    assert f"rewards      expert {expert:.3g}, teacher {teacher:.3g} on average, of d" in capsys.readouterr().out
+    (tmp_path / "divides.py").write_text("def reward(completions, **columns):\n    return 1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main([*asked, "--rewards", "divides:reward"]) == 2
+    assert "reward function reward raised ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_without_any_configuration_there_is_no_estimate(tmp_path, capsys):

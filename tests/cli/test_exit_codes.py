@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,13 @@ def test_a_console_of_one_byte_a_character_ends_nothing(run_that_shows, monkeypa
     sys.stdout.flush()
     assert code == 0, error.getvalue()
     assert rb"scored \U0001f680 \u23ce" in shown.getvalue() and b"step     1  loss" in shown.getvalue()
+
+
+def test_a_warning_for_users_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which the command sets
+    assert main(["plot", "nowhere"]) == 2
+    of = {kind: warnings.formatwarning("rewards differ", kind, "a.py", 7) for kind in (UserWarning, FutureWarning)}
+    assert list(of.values()) == ["UserWarning: rewards differ\n", "FutureWarning: rewards differ (a.py:7)\n"]
 
 
 def test_a_token_is_in_no_file_of_the_run(run, tmp_path):

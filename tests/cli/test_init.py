@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 
@@ -43,10 +44,10 @@ def test_a_shell_can_complete_every_key():
     assert set(vars(shown)) >= {key.name for key in KEYS}
 
 
-def start(tmp_path, row, model) -> str:
+def start(tmp_path, row, model, *flags) -> str:
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for _ in range(3)))
     out = str(tmp_path / "gft.yaml")
-    assert main(["init", str(tmp_path / "rows.jsonl"), "--model", str(model), "--out", out]) == 0
+    assert main(["init", str(tmp_path / "rows.jsonl"), "--model", str(model), "--out", out, *flags]) == 0
     return out
 
 
@@ -70,7 +71,7 @@ def test_the_file_trains_as_it_stands(tmp_path, model_path, capsys):
         (GIVEN | {"demonstrations": ["\\boxed{5}"]}, {"rewards": ["boxed_answer"], "num_demonstrations": 1}),
         (GIVEN | {"demonstrations": ['{"a": 5}', "x"], "answer": {"a": 5}}, {"rewards": ["json_answer"]}),
         (GIVEN | {"demonstrations": ["2024-05-03", "x"], "answer": "2024-05-03"}, {"rewards": ["exact_answer"]}),
-        ({"prompt": "2 + 3 ="}, {"rewards": ["rewards_of_mine:reward"], "num_demonstrations": 0}),
+        ({"prompt": "2", "completion": "5"}, {"rewards": ["rewards_of_mine:reward"], "num_demonstrations": 0}),
     ],
     ids=["offline", "boxed", "json", "text", "prompts"],
 )
@@ -78,7 +79,22 @@ def test_the_rows_decide(tmp_path, model_path, row, expected, capsys):
     settings, options = load(start(tmp_path, row, model_path), [], None)
     for name, value in expected.items():
         assert {**vars(settings), **options}[name] == value, name
-    assert ("rewards_of_mine.py" in capsys.readouterr().out) == (expected["rewards"] == ["rewards_of_mine:reward"])
+    shown = capsys.readouterr().out
+    assert ("rewards_of_mine.py" in shown) == (expected["rewards"] == ["rewards_of_mine:reward"])
+    assert ("not every row has `demonstrations`" in shown) == (expected.get("num_demonstrations") == 0)
+
+
+@pytest.mark.pretrained
+def test_the_tokenizer_of_a_ready_model_says_how_long_responses_are(tmp_path):
+    assert load(start(tmp_path, GIVEN, "smollm2"), [], None)[1]["max_completion_length"] == 32
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+def test_an_adapter_is_asked_for_by_a_flag(tmp_path, model_path, capsys):
+    out = start(tmp_path, GIVEN, model_path, "--lora")
+    assert load(out, [], None)[1]["learning_rate"] == 1e-4
+    assert main(["train", "--config", out, "--use_cpu", "true", "--dry-run"]) == 0
+    assert "M of them trained" in capsys.readouterr().out
 
 
 def test_what_is_commented_out_is_the_default(tmp_path, model_path):

@@ -34,12 +34,12 @@ def run(tmp_path):
               "grad_norm": 0.5, "rectified": 0.2, "tokens_per_second": 100.0} for s in range(1, 41)]  # fmt: skip
     held_out = [{"step": s, "eval_reward": r, "eval_runtime": 1.0} for s, r in ((0, 0.25), (20, 0.5), (40, 0.75))]
     again = {"step": 40, "loss": 0.1, "reward/sampled": 0.875, "train_loss": 1.0}
-    end = {"step": 40, "train_runtime": 61.5}
+    ends = [{"step": 40, "train_runtime": t} for t in (61.5, 0.25)]  # resumed once more, with no step left
     groups = [response(s, 1, r, f"step {s}: {r}") for s in range(0, 40, 2) for r in (0.0, 1.0)]
     groups += [response(38, 2, None, "<script>alert(1)</script>"), response(38, 2, 1.0, LONG, "expert")]
     groups += [response(6, 1, 0.25, "step 6 once more")]
     write = lambda name, lines: (folder / name).write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4')  # noqa: E731
-    write("metrics.jsonl", [*steps, *held_out, again, end])
+    write("metrics.jsonl", [*steps, *held_out, again, *ends])
     write("completions.jsonl", groups)
     (folder / "run.yaml").write_text("model: some/model\ndata: rows <1>.jsonl\n")
     return folder

@@ -41,7 +41,7 @@ GOOD = b'{"prompt": "a"}'
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.jsonl", GOOD + b'\n{"prompt":', r"a.jsonl, line 2: must be one JSON object, got Expecting value"),
+        ("a.jsonl", GOOD + b'\n{"prompt":\r\n' + GOOD, r"a.jsonl, line 2: .* object, got Expecting value in column 11"),
         ("a.jsonl", b"[1]", r"a.jsonl, line 1: must be an object with fields, got list"),
         ("a.jsonl", GOOD + b'\n\n{"prompt": "\xff"}', r"a.jsonl, line 3: must be UTF-8, got 'utf-8' codec"),
         ("a.jsonl", GOOD.decode().encode("utf-16"), r"a.jsonl, line 1: must be UTF-8"),

@@ -21,7 +21,7 @@ from gft_kernels.trainer.groups import Group, collate
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({}, "field `prompt` must be text or a list of {role, content} messages, got nothing"),
+        ({"label": "a", "text": "b"}, "field `prompt` must be text .* got nothing beside label, text; rename"),
         ({"prompt": 3}, r"field `prompt` must be text .* got int 3"),
         ({"prompt": "  "}, "field `prompt` must be text"),
         ({"prompt": [{"role": "user"}]}, "field `prompt` must be text or a list"),
@@ -229,7 +229,7 @@ def test_an_unknown_option_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("train", "options", "message"),
     [
-        (rig.rows(), {"reward_funcs": ()}, "reward_funcs must hold at least one function"),
+        (rig.rows(), {"reward_funcs": ()}, "must hold at least one function, got none"),
         (
             rig.rows(),
             {"num_demonstrations": 0, "num_generations": 0},
