@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
+from transformers.integrations import get_available_reporting_integrations
 
 from gft_kernels.cli.exits import one_line
 from gft_kernels.cli.settings import RunSettings
@@ -20,18 +21,23 @@ from gft_kernels.trainer import GFTConfig, read_records
 from gft_kernels.trainer.rewards import find
 
 BAD = (ValueError, TypeError, OSError, SafetensorError)  # how bad input shows in libraries
+TRACKERS = ("tensorboard", "trackio", "wandb")  # which transformers misses when the model has been loaded already
 
 
 def configuration(options: dict[str, Any]) -> GFTConfig:
     """The configuration of the trainer. Raises ValueError for whatever TrainingArguments makes of wrong options."""
     try:
-        return GFTConfig(**options)
+        found = GFTConfig(**options)
     except (*BAD, ImportError):
         raise
     except Exception as error:
         raise ValueError(
             f"options must be those of GFTConfig, got {type(error).__name__}: {one_line(error)}"
         ) from error
+    asked: Any = found.report_to  # which transformers has made a list
+    for name in {*TRACKERS}.intersection(asked).difference(get_available_reporting_integrations()):
+        raise ValueError(f"report_to must name what is installed, got {name!r}, which is not; pip install {name}.")
+    return found
 
 
 def tokenizer_of(settings: RunSettings) -> Any:

@@ -177,7 +177,10 @@ def finish(trainer: GFTTrainer, merge: bool) -> None:
     output_dir, step = str(trainer.args.output_dir), trainer.state.global_step
     trainer.save_model(str(Path(output_dir, "adapter")) if merge else output_dir)
     evaluated = {line["step"] for line in trainer.state.log_history if "eval_runtime" in line}
-    if trainer.eval_dataset is not None and step not in evaluated:
+    held_out: Any = trainer.eval_dataset
+    if held_out is not None and step not in evaluated:
+        if trainer.is_world_process_zero():
+            say(f"evaluating {len(held_out)} held-out rows")  # which may take as long as many steps
         trainer.evaluate()
     if merge and trainer.args.should_save:
         adapters.save_merged(trainer.model, trainer.processing_class, output_dir)

@@ -24,7 +24,8 @@ def test_a_run_trains_evaluates_draws_and_says_where_everything_lies(tmp_path, m
     written = ("metrics.jsonl", "completions.jsonl", "curves.png", "README.md", "report.html")
     for name in ("model.safetensors", "tokenizer.json", *written):
         assert (run / name).is_file(), name
-    for word in ("eval_reward", "eval_expert_log_likelihood", "reward/sampled", *written, "tau 0.5"):
+    words = ("eval_reward", "eval_expert_log_likelihood", "reward/sampled", "tau 0.5", "evaluating 8 held-out rows")
+    for word in (*words, *written):
         assert word in shown
     record = yaml.safe_load((run / "run.yaml").read_text())
     assert record["learning_rate"] == 0.01 and "eval_rows" not in record  # what was set alone

@@ -263,6 +263,14 @@ def test_a_console_of_one_byte_a_character_ends_nothing(run_that_shows, monkeypa
     assert rb"scored \U0001f680 \u23ce" in shown.getvalue() and b"step     1  loss" in shown.getvalue()
 
 
+def test_a_tracker_that_is_not_installed_is_named(run, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    assert main(["train", "--config", run(), "--report_to", "wandb"]) == 2
+    assert_one_sentence(
+        capsys.readouterr().err, "report_to must name what is installed, got 'wandb', which is not; pip install wandb."
+    )
+
+
 def test_a_warning_for_users_is_a_sentence(monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which the command sets
     assert main(["plot", "nowhere"]) == 2
