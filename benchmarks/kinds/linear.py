@@ -55,7 +55,7 @@ class LinearCase(Case):
     dead_share: float = 0.5
     states: str = "leaning"
     """Where the rows come from: `leaning`, normal numbers that lean towards one token, which leaves a flat tail;
-    `trained`, 4 times as long, so that few tokens have the mass, as with a trained head; `smollm2`, recorded."""
+    `trained`, over a random head as sure as a trained model is; `smollm2`, recorded."""
 
     @property
     def of_one_length(self) -> bool:
@@ -184,25 +184,53 @@ class LinearProblem(Rows):
 
 def build(case: LinearCase) -> LinearProblem:
     """Normal hidden states, each leaning towards one token's row of the head so that π is about .5 to .999 there; or
-    as the case says."""
+    as the case says. Every eighth `trained` row has the second of its likely tokens for its target, not the first."""
     generator = torch.Generator(case.device).manual_seed(case.seed)
     if case.states == "smollm2":
         return _problem(case, *_recorded(case.rows))
     weight_VD = torch.randn(case.vocab, case.hidden, generator=generator, device=case.device).div_(case.hidden**0.5)
-    hidden_ND = torch.randn(case.rows, case.hidden, generator=generator, device=case.device)
     if case.states == "trained":
-        hidden_ND *= 4.0
-    targets_N = torch.randint(case.vocab, (case.rows,), generator=generator, device=case.device)
-    # the other logits are about standard normal: log Σ e^z = log V + 1/2
-    height_N = torch.logit(peak_shares(case.rows, case.device)) + math.log(case.vocab) + 0.5
-    peak_ND = weight_VD[peak_tokens(targets_N, case.vocab, generator)]
-    if case.states == "leaning":
+        hidden_ND, likely_NK = trained_states(weight_VD, case.rows, generator)
+        targets_N = torch.where(torch.arange(case.rows, device=case.device) % 8 == 7, likely_NK[:, 1], likely_NK[:, 0])
+    else:
+        hidden_ND = torch.randn(case.rows, case.hidden, generator=generator, device=case.device)
+        targets_N = torch.randint(case.vocab, (case.rows,), generator=generator, device=case.device)
+        # the other logits are about standard normal: log Σ e^z = log V + 1/2
+        height_N = torch.logit(peak_shares(case.rows, case.device)) + math.log(case.vocab) + 0.5
+        peak_ND = weight_VD[peak_tokens(targets_N, case.vocab, generator)]
         hidden_ND += (height_N / peak_ND.square().sum(1))[:, None] * peak_ND
-    else:  # the target is the likeliest token in half of the rows
-        likeliest_N = torch.cat([(rows @ weight_VD.t()).argmax(1) for rows in hidden_ND.split(64)])
-        targets_N = torch.where(torch.arange(case.rows, device=case.device) % 2 == 0, likeliest_N, targets_N)
     advantages_N, targets_N = credit(case, targets_N, generator)
     return _problem(case, hidden_ND, targets_N, advantages_N, weight_VD)
+
+
+LIKELY = 32  # tokens that a row of `trained` states leans to
+TAIL = 0.05  # what all others have of what the likeliest leaves
+
+
+def trained_states(weight_VD: Tensor, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Hidden states (N, D) that make a random head, rows N(0, 1/D), as sure as a trained one, and tokens (N, LIKELY).
+
+    All rows share how common a token is, logits of N(0, 1.9²). On top each leans to tokens drawn by that: the first of
+    log-odds N(3.9, 3²), the k-th after it as k^-1.5 of the rest. Over such a head Σ e^z is V·e^(|x|²/2D).
+    """
+    vocab, hidden = weight_VD.shape
+    shared_D = torch.zeros(hidden, device=weight_VD.device)
+    shared_D[0] = 1.9 * hidden**0.5
+    chances_NV = (weight_VD @ shared_D).softmax(0).expand(rows, vocab)
+    tokens_NK = torch.multinomial(chances_NV, LIKELY, generator=generator)
+    odds_N1 = 3.9 + 3.0 * torch.randn(rows, 1, generator=generator, device=weight_VD.device)
+    first_N1 = torch.sigmoid(odds_N1).clamp(0.05, 0.9999)
+    fall_K = torch.arange(1, LIKELY, device=weight_VD.device) ** -1.5
+    shares_NK = torch.cat([first_N1, (1 - TAIL) * (1 - first_N1) * fall_K / fall_K.sum()], 1)
+    likely_NKD = weight_VD[tokens_NK]
+    gram_NKK, apart_NK = likely_NKD @ likely_NKD.mT, shares_NK.log() - likely_NKD @ shared_D
+    hidden_ND = shared_D.expand(rows, hidden)
+    for _ in range(20):  # |x| decides what the others sum to, and that how far the logits of these must stand out
+        log_tail_N1 = math.log(vocab) + hidden_ND.square().sum(1, True) / (2 * hidden)
+        log_mass_N1 = log_tail_N1 - torch.log(TAIL * (1 - first_N1))
+        lean_NK = torch.linalg.solve(gram_NKK, apart_NK + log_mass_N1)
+        hidden_ND = shared_D + (lean_NK[:, None] @ likely_NKD)[:, 0]
+    return hidden_ND, tokens_NK
 
 
 def _recorded(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
