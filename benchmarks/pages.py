@@ -25,6 +25,7 @@ FIGURES = ROOT / "docs" / "figures"
 BLOCK = re.compile(r"(?P<open><!-- generated: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(?P<close><!-- end -->)", re.S)
 
 HEADLINE, DTYPES = "128 × 151936 {} peaked", ("float32", "bfloat16")
+SPARSE, STATES = "linear-sparse-cpu.json", "{} × 576 × 49152 float32, smollm2, 1 thread"
 IN_PLACE, LEAN, PAPER = "gft_loss cpu, in place", "eager PyTorch, lean", "eager PyTorch, paper's formulation"
 LINEAR = "512 × 896 × 151936 float32"
 STEP = "step of 4 × 32 tokens, 2 layers × 64 × 151936 float32, 2 threads"
@@ -141,7 +142,7 @@ def _linear_words() -> str:
 
 
 def _recorded_states(rows: int) -> dict[str, dict]:
-    return outcomes("linear-sparse-cpu.json", f"{rows} × 576 × 49152 float32, smollm2, 1 thread")
+    return outcomes(SPARSE, STATES.format(rows))
 
 
 def _sparse_words() -> str:
@@ -290,7 +291,12 @@ def main() -> None:
             print(page.relative_to(ROOT))
     files = sorted(RESULTS.glob("*.json"))
     headline = f"{HEADLINE.format('float32')}, 1 thread"
-    drawn = [*plots.draw(files, FIGURES), plots.bars(RESULTS / "row-cpu.json", headline, FIGURES / "speed.svg")]
+    passes, products = "reading and writing the logits once", "three bare products"
+    drawn = [
+        *plots.draw(files, FIGURES),
+        plots.bars(RESULTS / "row-cpu.json", headline, FIGURES / "speed.svg", passes, (1, 2, 5, 10, 20, 50)),
+        plots.bars(RESULTS / SPARSE, STATES.format(2048), FIGURES / "sparse.svg", products, (0.5, 1, 1.5)),
+    ]
     drawn += extraction_report.draw(FIGURES / "extraction.svg")
     for plot in drawn:
         print(plot.relative_to(ROOT))

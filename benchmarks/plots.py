@@ -238,7 +238,7 @@ def _roofline(axes, row: dict, linear: dict) -> None:
 # The front page.
 
 
-def bars(path: Path, label: str, svg: Path) -> Path:
+def bars(path: Path, label: str, svg: Path, floor: str, ticks: tuple[float, ...]) -> Path:
     """Everyone's time over the floor in one case, of those who computed the same, fastest first."""
     result = next(r for r in report.load(path)["results"] if r["label"] == label)
     shown = sorted((o for o in timed(result) if o["objective"] in (None, "gft")), key=lambda o: o["median_s"])
@@ -246,10 +246,11 @@ def bars(path: Path, label: str, svg: Path) -> Path:
     def paint(axes) -> None:
         colours = [WON if is_ours(o) else OTHER for o in shown]
         drawn = axes.barh([o["name"] for o in shown], [o["over_floor"] for o in shown], color=colours, height=0.7)
-        axes.bar_label(drawn, [f"{o['over_floor']:.1f}" for o in shown], padding=3)
+        axes.bar_label(drawn, [f"{o['over_floor']:.2f}" for o in shown], padding=3)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set(xscale="log", xlabel="time over the floor: reading and writing the logits once")
-        axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+        axes.set(xscale="log", xlabel=f"time over the floor: {floor}")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
 
     return painted(svg, [path], paint, f"Loss and gradient, {label}", (7, 2.6), legend=False)
