@@ -294,8 +294,8 @@ def main() -> None:
     passes, products = "reading and writing the logits once", "three bare products"
     drawn = [
         *plots.draw(files, FIGURES),
-        plots.bars(RESULTS / "row-cpu.json", headline, FIGURES / "speed.svg", passes, (1, 2, 5, 10, 20, 50)),
-        plots.bars(RESULTS / SPARSE, STATES.format(2048), FIGURES / "sparse.svg", products, (0.5, 1, 1.5)),
+        plots.bars(RESULTS / "row-cpu.json", headline, FIGURES / "speed.svg", passes, "log", (1, 2, 5, 10, 20, 50)),
+        plots.bars(RESULTS / SPARSE, STATES.format(2048), FIGURES / "sparse.svg", products, "linear", (0, 0.5, 1, 1.5)),
     ]
     drawn += extraction_report.draw(FIGURES / "extraction.svg")
     for plot in drawn:

@@ -40,7 +40,7 @@ def save(figure, path: Path, sources: list[Path]) -> Path:
 def _compact(svg: str) -> str:
     """Tenths of a point, no comments or metadata, a line for each group."""
     svg = re.sub(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r"-?\d+\.\d{2,}(?:e-?\d+)?", lambda m: f"{float(m[0]):.1f}".removesuffix(".0"), svg)
+    svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"-?\d+\.\d{2,}(?:e-?\d+)?", _tenths, tag[0]), svg)  # not in texts
     svg = re.sub(r"font-family: [^;\"]*", "font-family: sans-serif", svg)
     svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
     svg = re.sub(r'<g id="(?!legend|axes|figure)[^"]*"', "<g", svg)  # nothing refers to a group
@@ -48,6 +48,10 @@ def _compact(svg: str) -> str:
     while svg != (inner := re.sub(r"<g>(<(?:use|path|text)[^<]*/>|<text[^<]*<(?!g)[^<]*</text>|)</g>", r"\1", svg)):
         svg = inner
     return re.sub(r'<g id="', '\n<g id="', svg)
+
+
+def _tenths(number: re.Match) -> str:
+    return f"{float(number[0]):.1f}".removesuffix(".0")
 
 
 def digest(path: Path) -> str:
@@ -238,7 +242,7 @@ def _roofline(axes, row: dict, linear: dict) -> None:
 # The front page.
 
 
-def bars(path: Path, label: str, svg: Path, floor: str, ticks: tuple[float, ...]) -> Path:
+def bars(path: Path, label: str, svg: Path, floor: str, scale: str, ticks: tuple[float, ...]) -> Path:
     """Everyone's time over the floor in one case, of those who computed the same, fastest first."""
     result = next(r for r in report.load(path)["results"] if r["label"] == label)
     shown = sorted((o for o in timed(result) if o["objective"] in (None, "gft")), key=lambda o: o["median_s"])
@@ -246,11 +250,11 @@ def bars(path: Path, label: str, svg: Path, floor: str, ticks: tuple[float, ...]
     def paint(axes) -> None:
         colours = [WON if is_ours(o) else OTHER for o in shown]
         drawn = axes.barh([o["name"] for o in shown], [o["over_floor"] for o in shown], color=colours, height=0.7)
-        axes.bar_label(drawn, [f"{o['over_floor']:.2f}" for o in shown], padding=3)
+        axes.bar_label(drawn, [f"{o['over_floor']:.{1 if o['over_floor'] > 2 else 2}f}" for o in shown], padding=3)
+        axes.margins(x=0.1)  # room for the labels
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set(xscale="log", xlabel=f"time over the floor: {floor}")
+        axes.set(xscale=scale, xlabel=f"time over the floor: {floor}")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
 
     return painted(svg, [path], paint, f"Loss and gradient, {label}", (7, 2.6), legend=False)
