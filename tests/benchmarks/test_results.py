@@ -234,17 +234,22 @@ def test_every_plot_is_drawn_from_a_file_and_carries_its_digest(tmp_path):
     written = {path.name: path for path in plots.draw([source], tmp_path)}
     curves = {f"all-cpu-{stem}-float32.svg" for stem in ("time", "memory", "live")}
     assert written.keys() == curves | {"roofline.svg"}
-    written["bars.svg"] = plots.bars(source, SMALL.label(), tmp_path / "bars.svg")
+    bars = plots.bars(source, SMALL.label(), tmp_path / "bars.svg", "a product", "linear", (0, 0.25, 1))
+    assert {"0.25", "1.00", "time over the floor: a product"} <= {t.text for t in texts(bars)}, "labels keep digits"
+    written["bars.svg"] = bars
     for path in written.values():
         assert plots.sources(path) == {"all-cpu.json": plots.digest(source)}
-        drawn = ElementTree.parse(path).getroot()
-        assert drawn.findall(".//{*}text") and path.read_text().count("\n") < 12
+        assert texts(path) and path.read_text().count("\n") < 12
     assert "someone else is faster" in written["all-cpu-time-float32.svg"].read_text()
     assert plots.LOST in written["all-cpu-time-float32.svg"].read_text()
     assert "someone else is faster" not in written["all-cpu-live-float32.svg"].read_text()
     before = written["roofline.svg"].read_bytes()
     plots.draw([source], tmp_path)
     assert written["roofline.svg"].read_bytes() == before, "the same file gives the same plot"
+
+
+def texts(plot):
+    return ElementTree.parse(plot).getroot().findall(".//{*}text")
 
 
 def test_the_live_sweep_is_ordered_by_what_is_alive(tmp_path):
