@@ -141,12 +141,15 @@ def compile_and_measure(
     return measure_cubin(compiled.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
 
 
+SPELLED_OUT = {"triton.language.float32": "fp32"}  # an annotation that Triton 3.3 has no short name for
+
+
 def argument_type(parameter, dtype: str) -> str:
     """Triton's name for a kernel argument's type: from its annotation, or what it points to."""
     if parameter.is_constexpr:
         return "constexpr"
-    if parameter.annotation_type:
-        return parameter.annotation_type
+    if named := parameter.annotation_type or SPELLED_OUT.get(parameter.annotation):
+        return named
     return TRITON_NAMES[dtype] if parameter.name in LOGITS else POINTERS.get(parameter.name, "*fp32")
 
 
