@@ -12,9 +12,11 @@ demo: $(VENV)/.built
 	$(BIN)/python -m benchmarks row --quick --only "gft_loss auto, in place" --only "PyTorch, lean"
 	$(BIN)/gft demo --out runs/demo
 
-# One worker a core, one thread a worker; a file's tests stay together, for what they build they share.
+# One worker a core, one thread a worker; a file's tests stay together, for what they build they share. One that hangs
+# says where, and fails alone.
 test: $(VENV)/.built
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder \
+	  --timeout 900 --durations 10
 
 # On a machine with a GPU: builds, tests and measures there, with the Python that is there; at most 8 files into RESULTS.
 gpu:

@@ -1,6 +1,6 @@
 """What one rank does when test_trainer_launch.py starts two: small runs of the trainer, their weights into a folder.
 
-Forked for DDP; started by accelerate launch, as `launched_run.py fsdp|deepspeed FOLDER`, for what it sets up.
+Started by start_ranks for DDP; by accelerate launch, as `launched_run.py fsdp|deepspeed FOLDER`, for what it sets up.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""Processes that form a group, forked from the tests' own, where everything they need is imported."""
+"""Processes that form a group."""
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
-import sys
 from pathlib import Path
 
 import torch
+from processes import CONTEXT
 
-START = "forkserver" if torch.cuda.is_available() else "fork"
-"""With a GPU autograd has threads, which no fork takes along: each rank then imports for itself."""
+PATIENCE = 300
+"""Seconds until ranks that still run say where they are, and end."""
 
 
 def start_ranks(work, folder: Path, count: int) -> list:
@@ -21,7 +22,8 @@ def start_ranks(work, folder: Path, count: int) -> list:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(_started, (work, folder, port, count), count, start_method=START)
+    method = CONTEXT.get_start_method()
+    torch.multiprocessing.start_processes(_started, (work, folder, port, count), count, start_method=method)
     return results_in(folder, count)
 
 
@@ -30,13 +32,9 @@ def results_in(folder: Path, count: int) -> list:
 
 
 def _started(rank: int, work, folder: Path, port: int, count: int) -> None:
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if "accelerate" in sys.modules:  # a test before may have told it that it is alone
-        from accelerate.state import AcceleratorState, GradientState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
     bring_back(work, rank, folder)
 
 

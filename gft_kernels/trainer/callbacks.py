@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -24,6 +25,16 @@ def say(text: str, file=None, write=print) -> None:
     with contextlib.suppress(OSError, ValueError):  # a terminal that hung up, a full disk, a closed stream
         write(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
         file.flush()
+
+
+def let_go_of_lost_terminal() -> None:
+    """What a terminal that hung up cannot show goes nowhere: whoever writes there fails, a bar of transformers too."""
+    for number in (1, 2):
+        try:
+            os.write(number, b"")
+        except OSError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), number)
 
 
 class RunLog(TrainerCallback):
@@ -133,6 +144,7 @@ class SaveOnInterrupt(TrainerCallback):
             self.interrupted = bool(flag.item())
         if self.interrupted:
             control.should_save = control.should_training_stop = True
+        let_go_of_lost_terminal()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.restore()

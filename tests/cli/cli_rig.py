@@ -1,21 +1,22 @@
-"""A run of `gft train` small enough for a test: its configuration and data, and the command in a forked process."""
+"""A run of `gft train` small enough for a test: its configuration and data, and the command in a process of its own."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import termios
 import time
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 
-import pytest
 import torch
 import trainer_rig as rig
 import yaml
+from processes import CONTEXT
 
 from gft_kernels.cli import main
 
@@ -37,27 +38,33 @@ def write_run(tmp_path, model_path, data=None, **options):
     return str(path)
 
 
-def gft(errors: Path, *arguments: str, terminal: tuple[int, int] | None = None) -> multiprocessing.process.BaseProcess:
-    """The command in a process forked from this one, which has imported what a new one takes seconds to.
+def gft(errors: Path, *arguments: str, terminal: int | None = None) -> BaseProcess:
+    """The command in a process that leads the terminal, if one is given, and says all there.
 
-    `errors` is the file that takes what it says. With a terminal (both its ends) it leads that and says all there.
+    Without one, `errors` is the file that takes what it says.
     """
-    if torch.cuda.is_available():
-        pytest.skip("with a GPU autograd has threads, which no fork takes along")
-    process = multiprocessing.get_context("fork").Process(
-        target=_forked, args=(errors, arguments, terminal), daemon=True
-    )
+    shown = None if terminal is None else _Passed(terminal)
+    process = CONTEXT.Process(target=_started, args=(errors, arguments, shown), daemon=True)
     process.start()
     return process
 
 
-def _forked(errors: Path, arguments: tuple[str, ...], terminal: tuple[int, int] | None) -> None:
+class _Passed:
+    """A file descriptor on its way into a process that is being started."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self):
+        return DupFd(self.number).detach, ()
+
+
+def _started(errors: Path, arguments: tuple[str, ...], terminal: int | None) -> None:
     torch.set_num_threads(1)
     if terminal is None:
         shown = os.open(errors, os.O_WRONLY | os.O_CREAT)
     else:
-        other_end, shown = terminal
-        os.close(other_end)  # or the terminal would stay as long as this process
+        shown = terminal
         os.setsid()
         fcntl.ioctl(shown, termios.TIOCSCTTY, 0)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
@@ -67,7 +74,7 @@ def _forked(errors: Path, arguments: tuple[str, ...], terminal: tuple[int, int] 
     sys.exit(main(list(arguments)))
 
 
-def wait_for_steps(process: multiprocessing.process.BaseProcess, run: Path, count: int = 3) -> None:
+def wait_for_steps(process: BaseProcess, run: Path, count: int = 3) -> None:
     """Until the run has logged some steps."""
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 90
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= count):

@@ -310,7 +310,7 @@ def test_a_hang_up_of_the_terminal_saves(tmp_path, model_path):
         tmp_path, model_path, max_steps=100_000, save_steps=100_000, log_completions_steps=1, disable_tqdm=False
     )
     ours, theirs = os.openpty()
-    process = gft(tmp_path / "unused", "train", "--config", config, terminal=(ours, theirs))
+    process = gft(tmp_path / "unused", "train", "--config", config, terminal=theirs)
     os.close(theirs)
     reading = subprocess.Popen(["cat"], stdin=ours, stdout=subprocess.DEVNULL)
     wait_for_steps(process, tmp_path / "run")

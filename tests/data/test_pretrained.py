@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from chat_tokenizers import chatml
+from processes import CONTEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gft_kernels.data import pretrained, text
@@ -74,9 +75,16 @@ def test_a_stopped_conversion_leaves_nothing_under_the_name(cached, monkeypatch)
     assert [p for p in (cached / "cache").iterdir() if p.is_dir()] == [folder]
 
 
+def ready(folder: Path, together) -> None:
+    """In another process the fixture's changes have to be made again; a conversion takes long enough to be met."""
+    os.environ[pretrained.CACHE] = str(folder / "cache")
+    pretrained.convert = lambda file, folder: (time.sleep(0.5), copied(file, folder))
+    together.wait(60)
+
+
 def test_two_processes_convert_once(cached):
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        found = pool.map(pretrained.folder_of, [cached / "tiny.gguf"] * 4, chunksize=1)
+    with CONTEXT.Pool(2, ready, (cached, CONTEXT.Barrier(2))) as pool:
+        found = pool.map_async(pretrained.folder_of, [cached / "tiny.gguf"] * 2, chunksize=1).get(timeout=120)
     assert len(set(found)) == 1 and conversions(cached) == 1
 
 

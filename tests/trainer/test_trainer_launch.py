@@ -1,4 +1,4 @@
-"""Two ranks, forked for DDP or started by accelerate with the files in examples/: every step is that of one process."""
+"""Two ranks, started as torchrun does or by accelerate with the files in examples/, take the steps of one process."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def launched(tmp_path_factory):
     @functools.cache
     def start(launcher: str) -> list[dict]:
         path, kind = tmp_path_factory.mktemp("launched"), KINDS[launcher]
-        if kind == "ddp":  # all that ddp.yaml sets is what torchrun sets, and the ranks of a fork are given
+        if kind == "ddp":  # all that ddp.yaml sets is what torchrun sets, and start_ranks gives
             results = start_ranks(functools.partial(launched_run.work, kind=kind), path, 2)
         else:
             command = [*ACCELERATE, "--config_file", str(CONFIGS / launcher), str(ROOT / "tests" / "launched_run.py")]
