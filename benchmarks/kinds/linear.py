@@ -210,8 +210,9 @@ TAIL = 0.05  # what all others have of what the likeliest leaves
 def trained_states(weight_VD: Tensor, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Hidden states (N, D) that make a random head, rows N(0, 1/D), as sure as a trained one, and tokens (N, LIKELY).
 
-    All rows share how common a token is, logits of N(0, 1.9²). On top each leans to tokens drawn by that: the first of
-    log-odds N(3.9, 3²), the k-th after it as k^-1.5 of the rest. Over such a head Σ e^z is V·e^(|x|²/2D).
+    All rows share how common a token is: logits of N(0, 1.9²), and of N(0, 2.4²) once each leans to tokens drawn by it:
+    the first of log-odds N(3.9, 3²), the k-th after it as k^-1.5 of the rest. Over such a head Σ e^z is V·e^(|x|²/2D);
+    below a D of about 900 no row need have that.
     """
     vocab, hidden = weight_VD.shape
     shared_D = torch.zeros(hidden, device=weight_VD.device)

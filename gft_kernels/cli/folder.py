@@ -184,8 +184,8 @@ def begin(output_dir: str, settings: RunSettings, options: dict[str, Any], fresh
         if fresh and (folder / name).is_file():
             os.replace(folder / name, folder / f"{name}.before")
             notes.append(f"{folder / name} is of another run and now called {name}.before")
-    own = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    values = {**{f.name: own[f.name] for f in dataclasses.fields(settings) if own[f.name] != f.default}, **options}
+    defaults = {f.name: f.default for f in dataclasses.fields(settings)}
+    values = {**{name: value for name, value in vars(settings).items() if value != defaults[name]}, **options}
     kept = without_secrets(values)
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     text += "".join(f"# {key} is not written down\n" for key in values if key not in kept)

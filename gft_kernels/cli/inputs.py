@@ -35,8 +35,10 @@ def configuration(options: dict[str, Any]) -> GFTConfig:
             f"options must be those of GFTConfig, got {type(error).__name__}: {one_line(error)}"
         ) from error
     asked: Any = found.report_to  # which transformers has made a list
-    for name in {*TRACKERS}.intersection(asked).difference(get_available_reporting_integrations()):
-        raise ValueError(f"report_to must name what is installed, got {name!r}, which is not; pip install {name}.")
+    installed = get_available_reporting_integrations()
+    for name in TRACKERS:
+        if name in asked and name not in installed:
+            raise ValueError(f"report_to must name what is installed, got {name!r}, which is not; pip install {name}.")
     return found
 
 

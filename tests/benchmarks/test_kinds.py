@@ -208,6 +208,21 @@ def test_bare_products_are_the_three_products():
         assert torch.allclose(made if made.shape == truth.shape else made.t(), truth, rtol=1e-4, atol=1e-3)
 
 
+def test_trained_states_are_as_sure_as_they_say():
+    draws = torch.Generator().manual_seed(3)
+    weight_VD = torch.randn(32_003, 1_024, generator=draws) / 32
+    hidden_ND, tokens_NK = linear.trained_states(weight_VD, 256, draws)
+    pi_NK = (hidden_ND @ weight_VD.t()).softmax(1).gather(1, tokens_NK)
+    low, middle, high = torch.logit(pi_NK[:, 0]).quantile(torch.tensor([0.25, 0.5, 0.75]))
+    assert 3.2 < middle < 4.6 and 3.2 < high - low < 4.9  # quartiles of N(3.9, 3²) are 4.05 apart
+    after_NK = pi_NK[:, 1:] / pi_NK[:, 1:2]
+    assert torch.allclose(after_NK, torch.arange(1, linear.LIKELY) ** -1.5, rtol=1e-3)
+    others_N = (1 - pi_NK.sum(1)) / (1 - pi_NK[:, 0])
+    assert 0.03 < others_N.median() < 0.07
+    commonness_V = (hidden_ND @ weight_VD.t()).median(0).values
+    assert 2.2 < commonness_V.std() < 2.6
+
+
 def test_a_case_of_our_chunk_size_asks_nobody_else():
     problem = problem_of("linear", chunk_rows=7)
     entries = {entry.name: entry for entry in KINDS["linear"].invite(problem)}

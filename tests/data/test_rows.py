@@ -229,7 +229,11 @@ def test_an_unknown_option_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("train", "options", "message"),
     [
-        (rig.rows(), {"reward_funcs": ()}, "must hold at least one function, got none"),
+        (
+            rig.rows(),
+            {"reward_funcs": ()},
+            r"reward_funcs \(a configuration's `rewards`\) must hold at least one function, got none",
+        ),
         (
             rig.rows(),
             {"num_demonstrations": 0, "num_generations": 0},
