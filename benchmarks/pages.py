@@ -224,19 +224,22 @@ STUDY = (("gft", "sft-mix", "pass1"), ("gft", "grpo", "distinct"), ("gft", "grpo
 
 
 def _study() -> str:
-    """What the registered study of base models says of its main comparisons."""
-    found = results.read(RESULTS / "experiments" / "bases.jsonl")
-    lines = [f"| over {len(found.usable)} base models | difference [95 %] | |", "|---|---|---|"]
-    for finding in verdicts.findings(found, "leap"):
-        c = finding.comparison
-        if (c.better, c.other, c.measure) in STUDY:
-            shown = (
-                verdicts.compared(c),
-                verdicts.difference_of(finding.difference),
-                verdicts.emphasised(finding.said),
-            )
-            lines.append(f"| {' | '.join(shown)} |")
+    """What the registered studies say of their main comparisons."""
+    lines = ["| small bases, sums of digits | difference [95 %] | |", "|---|---|---|"]
+    lines += _findings("bases", "leap", STUDY)
+    lines += ["| **SmolLM2-135M-Instruct, JSON of a sentence** | | |", *_findings("smollm2", "json")]
     return "\n".join(lines) + "\n"
+
+
+def _findings(study: str, expert: str, shown: Sequence[tuple] | None = None) -> list[str]:
+    """A line of each comparison, or of those shown: (better, other, measure)."""
+    lines = []
+    for found in verdicts.findings(results.read(RESULTS / "experiments" / f"{study}.jsonl"), expert):
+        c = found.comparison
+        if shown is None or (c.better, c.other, c.measure) in shown:
+            difference, said = verdicts.difference_of(found.difference), verdicts.emphasised(found.said)
+            lines.append(f"| {verdicts.compared(c)} | {difference} | {said} |")
+    return lines
 
 
 def _commands() -> str:

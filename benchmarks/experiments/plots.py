@@ -17,15 +17,16 @@ from benchmarks.plots import STYLE, save
 
 COMPARED = {
     "sft": "#c0392b", "sft-same": "#e67e22", "sft-mix": "#b7950b", "dft": "#7d3c98", "grpo": "#1e8449",
-    "gft": "#1f6f8b", "gft-positive": "#2c3e50",
+    "grpo-4": "#58d68d", "gft": "#1f6f8b", "gft-positive": "#2c3e50", "gft-positive-same": "#85929e",
+    "gft-given": "#5dade2",
 }  # fmt: skip
 BARS = ("sft", "sft-same", "gft", "grpo", "sft>grpo", "sft-same>grpo", "gft>grpo", "grpo>grpo", "sft>gft",
         "sft-same>gft", "sft-same>gft>grpo")  # fmt: skip
-GRADIENTS = ("sft", "sft-same", "dft", "gft-tau-0", "gft", "grpo")
+GRADIENTS = ("sft", "sft-same", "sft-mix", "dft", "gft-tau-0", "gft", "gft-given", "grpo", "grpo-4")
 
 
 def draw(results: Results, experts: Sequence[str], page: Path) -> list[tuple[str, str]]:
-    """Title and path, relative to the page, of every plot; a panel for each expert."""
+    """Title and path, relative to the page, of every plot that has something to show; a panel for each expert."""
     folder, made = page.with_suffix(""), []
     for stem, (title, panel) in PLOTS.items():
         with matplotlib.rc_context(STYLE):
@@ -33,6 +34,10 @@ def draw(results: Results, experts: Sequence[str], page: Path) -> list[tuple[str
             for axes, expert in zip(figure.subplots(1, len(experts), squeeze=False).flat, experts, strict=True):
                 axes.set_title(f"{results.study.name}, expert {expert}")
                 panel(axes, results, expert)
+                if axes.get_legend_handles_labels()[0]:
+                    axes.legend(fontsize=6)
+            if not any(axes.has_data() for axes in figure.axes):
+                continue
             name = f"{results.study.name}-{stem}.svg"
             save(figure, folder / name, [results.file])
         made.append((title, f"{folder.name}/{name}"))
@@ -49,13 +54,14 @@ def _arms(results: Results, expert: str, chains: Sequence[str]):
 def curves(axes, results: Results, expert: str) -> None:
     for chain, label, records in _arms(results, expert, tuple(COMPARED)):
         steps = records[0]["training"]["held_out"]["step"]
+        if not steps:
+            continue
         rewards = numpy.array([record["training"]["held_out"]["eval_reward"] for record in records])
         middle = rewards.mean(0)
         spread = rewards.std(0, ddof=1) / len(records) ** 0.5 if len(records) > 1 else 0.0 * middle
         axes.plot(steps, middle, label=label, color=COMPARED[chain])
         axes.fill_between(steps, middle - spread, middle + spread, color=COMPARED[chain], alpha=0.15, linewidth=0)
     axes.set(xlabel="optimizer step", ylabel="held-out reward, one sample a prompt", ylim=(0, 1))
-    axes.legend(fontsize=6)
 
 
 def entropy(axes, results: Results, expert: str) -> None:
@@ -63,17 +69,17 @@ def entropy(axes, results: Results, expert: str) -> None:
         points = [[MEASURES[name].of(record) for record in records] for name in ("entropy", "pass1")]
         axes.scatter(*points, label=label, color=COMPARED[chain], s=14)
     axes.set(xlabel="entropy of the policy's own samples (nats per token)", ylabel="pass@1", ylim=(0, 1))
-    axes.legend(fontsize=6)
 
 
 def pass_at_k(axes, results: Results, expert: str) -> None:
     for chain, label, records in _arms(results, expert, tuple(COMPARED)):
         ks = [int(k) for k in records[0]["metrics"]["pass_at"]]
+        if max(ks) < 4:
+            continue
         found = [mean([record["metrics"]["pass_at"][str(k)] for record in records]).value for k in ks]
         axes.plot(ks, found, label=label, color=COMPARED[chain], marker="o", markersize=3)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="k", ylabel="pass@k", ylim=(0, 1.02))
-    axes.legend(fontsize=6)
 
 
 def gradients(axes, results: Results, expert: str) -> None:
@@ -84,11 +90,12 @@ def gradients(axes, results: Results, expert: str) -> None:
         axes.plot(middle, shares, label=label, color=COMPARED.get(chain, "#7f8c8d"), marker="o", markersize=2)
     axes.set_xscale("log")
     axes.set(xlabel="gradient norm before clipping", ylabel="share of steps with a smaller one")
-    axes.legend(fontsize=6)
 
 
 def synergy(axes, results: Results, expert: str) -> None:
     arms = list(_arms(results, expert, BARS))
+    if not any(">" in chain for chain, _, _ in arms):
+        return
     found = [mean([MEASURES["pass1"].of(record) for record in records]) for _, _, records in arms]
     colours = ["#1f6f8b" if "gft" in chain else "#1e8449" if "sft" not in chain else "#c0392b" for chain, _, _ in arms]
     places = range(len(arms))

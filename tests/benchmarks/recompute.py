@@ -28,8 +28,8 @@ DRAWS = 20_000
 MEASURES = {
     "pass1": lambda r: r["metrics"]["pass_at"]["1"],
     "distinct": lambda r: r["metrics"]["distinct"],
-    "kl": lambda r: r["metrics"]["kl"],
-    "retention": lambda r: r["metrics"]["retention"],
+    "kl": lambda r: r["metrics"].get("kl", math.nan),  # which tuning need not have
+    "retention": lambda r: r["metrics"].get("retention", math.nan),
     "grad_max": lambda r: max(r["training"]["grad_norm"]) if "training" in r else math.nan,
 }
 PER_PROMPT = {
