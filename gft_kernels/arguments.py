@@ -200,12 +200,18 @@ class _Policy(TypedDict, total=False):
     ]
     gate_negative: Annotated[float | None, None, "of sapo: the same where A < 0. None: 1.05."]
     entropy_power: Annotated[float | None, None, "of eaft: the power of the entropy a token is weighed by. None: 1."]
-    beta: Annotated[float, 0.0, "weight of the k3 estimate of KL(pi, pi_ref) added to each token's loss."]
+    beta: Annotated[float, 0.0, "weight of the estimate of KL(pi, pi_ref) added to each token's loss."]
+    kl_estimator: Annotated[
+        str | None,
+        None,
+        'of that penalty, u = log(pi_ref / pi): "k1", -u, which pulls nowhere on average of samples; "k2", '
+        'u^2 / 2, which pulls as that KL; "k3", e^u - 1 - u, as KL(pi_ref, pi). None: "k3".',
+    ]
     kl_cap: Annotated[
         float | None,
         None,
-        "in nats: where log(pi_ref / pi) is beyond it, the k3 estimate goes on along its tangent, so that one "
-        "token's pull is bounded by beta·(e^kl_cap - 1). None: no bound.",
+        "in nats: where log(pi_ref / pi) is beyond it, the penalty goes on along its tangent, so that one token's pull "
+        "is bounded, of k3 by beta·(e^kl_cap - 1), of k2 by beta·kl_cap. None: no bound.",
     ]
     entropy_coef: Annotated[
         float, 0.0, "lambda; each token's loss has -lambda·H added, H the entropy of its whole distribution in nats."

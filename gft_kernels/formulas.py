@@ -155,20 +155,29 @@ def gated_loss(ratio, advantage, gate_positive, gate_negative):
     return where(advantage == 0.0, 0.0, -4.0 * per_gate / (1.0 + rest))
 
 
-def kl_loss(u, kl_cap):
-    """The k3 estimate of KL(pi, pi_ref) at one token, e^u - 1 - u >= 0 with u = log pi_ref - log pi.
-
-    Beyond u = kl_cap its tangent there goes on; inf: the estimate itself everywhere.
-    """
+def kl_kappa(u, kl_cap, estimator):
+    """What an estimate of the KL adds to kappa, per unit of its weight: its slope by u, held at u = kl_cap."""
     held = where(u > kl_cap, kl_cap, u)
     slope = expm1(held)
-    beyond = where(u > kl_cap, slope * (u - held), 0.0)
-    return where(u == -NEG_INF, -NEG_INF, slope - held + beyond)  # +inf there, not inf - inf
+    if estimator == 1:
+        slope = where(held == held, -1.0, held)
+    elif estimator == 2:
+        slope = held
+    return slope
 
 
-def kl_kappa(u, kl_cap):
-    """What the k3 estimate adds to kappa, per unit of its weight: its slope, e^u - 1, held at kl_cap."""
-    return expm1(where(u > kl_cap, kl_cap, u))
+def kl_loss(u, kl_cap, estimator):
+    """An estimate of KL(pi, pi_ref) at one token, u = log pi_ref - log pi: k1 = -u, k2 = u^2 / 2, k3 = e^u - 1 - u.
+
+    `estimator` is its number. Beyond u = kl_cap its tangent there goes on; inf: the estimate itself everywhere.
+    """
+    held = where(u > kl_cap, kl_cap, u)
+    value = where(held == -NEG_INF, held, expm1(held) - held)  # +inf there, not inf - inf
+    if estimator == 1:
+        value = -held
+    elif estimator == 2:
+        value = 0.5 * held * held
+    return value + where(u > kl_cap, kl_kappa(u, kl_cap, estimator) * (u - held), 0.0)
 
 
 def kappa(advantage, coefficient):

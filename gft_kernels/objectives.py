@@ -16,6 +16,7 @@ from gft_kernels import checks, formulas, sequences, surrogates
 from gft_kernels.arguments import PolicyOptions
 from gft_kernels.options import REDUCTIONS, LinearCall, Objective, RowCall, RowResult, Rule
 
+KL_ESTIMATORS = ("k1", "k2", "k3")  # of Schulman 2020, as Objective.kl_estimator numbers them
 RULE_FIELDS = tuple(field.name for field in fields(Rule))
 """Written out for torch.compile: PyTorch 2.11 does not trace vars() of a dataclass as arguments."""
 
@@ -131,7 +132,7 @@ def objective_of(asked: PolicyOptions, targets: Tensor) -> Objective:
         given_R=_given_rows(asked["given"], wants, targets, sequence_ids),
         beta=beta,
         entropy_coef=checks.fits_float32("entropy_coef", bonus, "pass a smaller one"),
-        kl_cap=_kl_cap(asked["kl_cap"], beta, asked["ref_log_probs"], asked["return_stats"]),
+        **_penalty(asked, beta),
         old_log_probs_R=_log_probs("old_log_probs", options["old_log_probs"], targets),
         ref_log_probs_R=_log_probs("ref_log_probs", asked["ref_log_probs"], targets),
     )
@@ -227,22 +228,30 @@ def _bounds(given: dict[str, Any]) -> tuple[float, float, float]:
     return low, high, checks.fits_float32("delta", delta, remedy)
 
 
-def _kl_cap(kl_cap: Any, beta: float, ref_log_probs: Tensor | None, return_stats: bool) -> float:
-    """The cap, inf for none; and that penalty and reference come together."""
+def _penalty(asked: PolicyOptions, beta: float) -> dict[str, Any]:
+    """The estimator's number and the cap, inf for none; and that penalty and reference come together."""
+    ref_log_probs, estimator, kl_cap = asked["ref_log_probs"], asked["kl_estimator"], asked["kl_cap"]
     if beta != 0.0 and ref_log_probs is None:
         raise ValueError(
             f"ref_log_probs must be given with beta={beta:g}, got None; pass the reference's token_log_probs, or beta=0"
         )
-    if beta == 0.0 and ref_log_probs is not None and not return_stats:
+    if beta == 0.0 and ref_log_probs is not None and not asked["return_stats"]:
         raise ValueError(
             "ref_log_probs must be left out with beta=0, got a tensor; nothing uses it but return_stats=True"
         )
+    if estimator is not None:
+        checks.one_of("kl_estimator", estimator, KL_ESTIMATORS)
+        if beta == 0.0:
+            raise ValueError(f"kl_estimator must be left out with beta=0, got {estimator!r}; there is no penalty")
+    number = 1 + KL_ESTIMATORS.index(estimator or "k3")
     if kl_cap is None:
-        return math.inf
+        return {"kl_estimator": number, "kl_cap": math.inf}
     kl_cap = checks.positive_float32("kl_cap", kl_cap, "None is no cap")
     if beta == 0.0:
         raise ValueError(f"kl_cap must be left out with beta=0, got {kl_cap:g}; there is no penalty to bound")
-    return kl_cap
+    if estimator == "k1":
+        raise ValueError(f"kl_cap must be left out with kl_estimator='k1', got {kl_cap:g}; its pull is beta everywhere")
+    return {"kl_estimator": number, "kl_cap": kl_cap}
 
 
 def _log_probs(name: str, value: Tensor | None, targets: Tensor) -> Tensor | None:
@@ -272,6 +281,6 @@ def ratios(result: RowResult, call: RowCall | LinearCall, shape: torch.Size) -> 
             has_R = has_R | (under_R & (rule.surrogate in surrogates.WITH_RATIO))
         added = {"ratios": torch.where(has_R, ratios_R, 0.0), "clipped": has_R & over_R}
     if o.ref_log_probs_R is not None:
-        kl_R = formulas.kl_loss(formulas.log_ratio(o.ref_log_probs_R, log_probs_R), o.kl_cap)
+        kl_R = formulas.kl_loss(formulas.log_ratio(o.ref_log_probs_R, log_probs_R), o.kl_cap, o.kl_estimator)
         added["kl"] = torch.where(live_R, kl_R, 0.0)
     return {name: values_R.view(shape) for name, values_R in added.items()}

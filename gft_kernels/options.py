@@ -102,11 +102,12 @@ class Objective(Rule):
     over_sequence: str = ""  # one of SEQUENCE_RATIOS: rho is a response's, and no backend sees it yet; "": a token's
     given: Rule = field(default_factory=Rule)
     given_R: Tensor | None = None  # (R,) bool: the rows under the rule `given`; None: none
-    beta: float = 0.0  # weight of the k3 penalty
+    beta: float = 0.0  # weight of the KL penalty
     entropy_coef: float = 0.0  # lambda of -lambda·H
-    kl_cap: float = math.inf  # k3: beyond this log(pi_ref / pi), in nats, the penalty goes on in a straight line
+    kl_cap: float = math.inf  # beyond this log(pi_ref / pi), in nats, the penalty goes on in a straight line
+    kl_estimator: int = 3  # of the penalty: 1, 2, 3 are k1, k2, k3
     old_log_probs_R: Tensor | None = None  # (R,) float32, of rho; None: on-policy, rho = 1
-    ref_log_probs_R: Tensor | None = None  # (R,) float32, of k3; given where beta is not 0
+    ref_log_probs_R: Tensor | None = None  # (R,) float32, of the KL; given where beta is not 0
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -250,7 +251,7 @@ class TokenStats:
     unless asked for.
 
     `policy_loss` adds, where there is such a thing: ratios, pi / pi_old. clipped (bool): the ratio is beyond its bound.
-    kl: the k3 estimate of KL(pi, pi_ref), in nats.
+    kl: the estimate of KL(pi, pi_ref), in nats: k3 where no other is asked for.
 
     kept: under `filter_eps`, the share of the vocabulary (of this rank's, where it is sharded) that the two backward
     products of a row took in full, 0 for a row without a gradient; None where nothing is left out, or not yet.

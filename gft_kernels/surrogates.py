@@ -4,6 +4,8 @@ As in formulas.py the functions use free names only, so that Triton compiles the
 there a name of a surrogate is its place in `options.SURROGATES`. C++ has its own, csrc/gft/formulas.h.
 """
 
+import math
+
 from torch import exp
 
 from gft_kernels.formulas import (
@@ -22,7 +24,7 @@ from gft_kernels.formulas import (
     token_loss,
     uncertainty,
 )
-from gft_kernels.options import RECTIFY, SURROGATES, Rule
+from gft_kernels.options import RECTIFY, SURROGATES, Objective, Rule
 
 GFT, GRPO, CISPO, SAPO, LUFFY, CHORD, EAFT = SURROGATES
 ALL = RECTIFY[0]
@@ -82,3 +84,9 @@ def largest_coefficient(rule: Rule, room: float) -> float:
     if rule.surrogate == SAPO:  # rho·sech^2(x / 2) is at most 1 + (2 / gate)·max u·sech^2 u
         return 1.0 + 0.9 / min(rule.gate_positive, rule.gate_negative)
     return 1.0
+
+
+def largest_pull(objective: Objective, room: float) -> float:
+    """The same of what the KL penalty adds to kappa, per unit of beta, which counts up to `room` too."""
+    capped = max(1.0, math.expm1(min(objective.kl_cap, math.log1p(room))))
+    return {1: 1.0, 2: room, 3: capped}[objective.kl_estimator]

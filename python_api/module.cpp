@@ -84,12 +84,13 @@ Rule make_rule(const std::string& surrogate, double tau, const std::string& rect
 }
 
 Objective make_objective(const Rule& rule, const Rule& given, Address given_R, double beta, double entropy_coef,
-                         double kl_cap, Address old_log_probs_R, Address ref_log_probs_R) {
+                         double kl_cap, int kl_estimator, Address old_log_probs_R, Address ref_log_probs_R) {
     return {{rule, given},
             to<const std::uint8_t>(given_R),
             beta,
             entropy_coef,
             kl_cap,
+            kl_estimator,
             to<const float>(old_log_probs_R),
             to<const float>(ref_log_probs_R)};
 }
@@ -127,7 +128,7 @@ void bind_arguments(py::module_& m) {
                                     "gate_negative"_a, "entropy_power"_a);
     py::class_<Objective>(m, "Objective")
         .def(py::init(&make_objective), py::kw_only(), "rule"_a, "given"_a, "given_R"_a, "beta"_a, "entropy_coef"_a,
-             "kl_cap"_a, "old_log_probs_R"_a, "ref_log_probs_R"_a);
+             "kl_cap"_a, "kl_estimator"_a, "old_log_probs_R"_a, "ref_log_probs_R"_a);
     py::class_<RowCall>(m, "RowCall")
         .def(py::init(&make_call), py::kw_only(), "logits"_a, "credit"_a, "transform"_a, "objective"_a,
              "read_every_row"_a, "loss"_a, "log_probs_R"_a, "coefficients_R"_a, "advantages_R"_a, "entropy_R"_a,

@@ -118,16 +118,25 @@ def surrogate(
     return -torch.minimum(outer * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
 
-def k3(u, cap=None):
-    """Schulman's estimate of the KL divergence at one token; past the cap, its tangent there."""
-    if cap is None or float(u.detach()) <= cap:
-        return torch.exp(u) - 1 - u
-    return math.exp(cap) - 1 - cap + (math.exp(cap) - 1) * (u - cap)
+def kl_estimate(log_ratio, name="k3", cap=None):
+    """Schulman's estimates of the KL divergence at one token, of log(pi / pi_ref); below -cap, the tangent there."""
+    estimate = {
+        "k1": lambda r: r,
+        "k2": lambda r: r**2 / 2,
+        "k3": lambda r: torch.exp(-r) - 1 + r,
+    }[name]
+    if cap is None or float(log_ratio.detach()) >= -cap:
+        return estimate(log_ratio)
+    at = torch.tensor(-float(cap), dtype=torch.float64, requires_grad=True)
+    value = estimate(at)
+    (slope,) = torch.autograd.grad(value, at)
+    return value.detach() + slope * (log_ratio - at.detach())
 
 
 def policy_losses(
     logits, targets, live, advantage, *, objective, old=None, ref=None, beta=0.0, entropy_coef=0.0, kl_cap=None,
-    temperature=1.0, softcap=None, logit_scale=1.0, given=None, given_objective=None, given_terms=None, **terms,
+    kl_estimator="k3", temperature=1.0, softcap=None, logit_scale=1.0, given=None, given_objective=None,
+    given_terms=None, **terms,
 ):  # fmt: skip
     """Per-row loss (R,) in float64 of a named objective, differentiable in `logits` (R, V).
 
@@ -148,7 +157,7 @@ def policy_losses(
         name, numbers = (given_objective, given_terms) if of_row else (objective, terms)
         loss = surrogate(name, chosen, float(advantage[r]), before, entropy.detach(), **numbers)
         if beta:
-            loss = loss + beta * k3(ref[r].double() - chosen, kl_cap)
+            loss = loss + beta * kl_estimate(chosen - ref[r].double(), kl_estimator, kl_cap)
         losses.append(loss - entropy_coef * entropy if entropy_coef else loss)
     return torch.stack(losses)
 

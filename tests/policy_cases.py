@@ -23,6 +23,7 @@ CLIPS = {
 """Of psft the upper one counts; sapo has none, and its rows lie on both sides of these."""
 PENALTIES = {"beta": 0.3, "entropy_coef": 0.2}
 CLIPPED = ("grpo", "dapo", "dr_grpo")
+ESTIMATORS = ({"kl_estimator": "k1"}, {"kl_estimator": "k2"}, {"kl_estimator": "k2", "kl_cap": 0.4})
 BOUNDS = {"delta": 1.5, "beta": 0.3, "kl_cap": 0.4}  # each holds some rows of every problem
 
 
@@ -68,6 +69,8 @@ class PolicyProblem:
         """The same problem as a backend sees it, for backends that are asked without `policy_loss`."""
         low, high = CLIPS.get(self.objective, (0.0, 0.0))
         terms = {k: v for k, v in self.options.items() if k in ("beta", "entropy_coef", "delta", "kl_cap")}
+        if "kl_estimator" in self.options:
+            terms["kl_estimator"] = int(self.options["kl_estimator"][1])
         objective = Objective(surrogate, clip_low=low, clip_high=high, old_log_probs_R=self.old.flatten(),
                               ref_log_probs_R=self.ref.flatten(), **terms)  # fmt: skip
         credit = Credit(self.targets.flatten(), self.mask.flatten(), advantages_R=self.advantages.flatten(),

@@ -86,10 +86,11 @@ struct Rule {
 struct Objective {
     Rule rules[2];                 // of all rows; of those that given_R names
     const std::uint8_t* given_R;   // bool; null: no row is
-    double beta, entropy_coef;     // weights of the k3 penalty and of the entropy bonus
-    double kl_cap;                 // k3: beyond this log(pi_ref / pi) it goes on in a straight line; inf: nowhere
+    double beta, entropy_coef;     // weights of the KL penalty and of the entropy bonus
+    double kl_cap;                 // beyond this log(pi_ref / pi) the penalty goes on in a straight line; inf: nowhere
+    int kl_estimator;              // of the penalty: 1, 2, 3 are k1, k2, k3
     const float* old_log_probs_R;  // of rho; null: on-policy, rho = 1
-    const float* ref_log_probs_R;  // of k3; read where beta is not 0
+    const float* ref_log_probs_R;  // of the KL; read where beta is not 0
 };
 
 // Where the results go. Per-row arrays are contiguous, R long.

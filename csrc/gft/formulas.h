@@ -208,20 +208,24 @@ GFT_HD Real gated_loss(Real ratio, Real advantage, Real gate_positive, Real gate
     return Real(-4) * (advantage / gate) / (Real(1) + std::exp(-gate * (ratio - Real(1))));
 }
 
-// What the k3 estimate adds to kappa, per unit of its weight: its slope, e^u - 1 with u = log pi_ref - log pi, which
-// stays what it is at kl_cap; inf: no such bound.
+// What an estimate of the KL adds to kappa, per unit of its weight: its slope by u = log pi_ref - log pi, held at
+// u = kl_cap; inf: nowhere.
 template <class Real>
-GFT_HD Real kl_kappa(Real u, Real kl_cap) {
-    return std::expm1(u > kl_cap ? kl_cap : u);
+GFT_HD Real kl_kappa(Real u, Real kl_cap, int estimator) {
+    const Real held = u > kl_cap ? kl_cap : u;
+    if (estimator == 1) return held == held ? Real(-1) : held;
+    return estimator == 2 ? held : std::expm1(held);
 }
 
-// The k3 estimate of KL(pi, pi_ref) at one token, e^u - 1 - u >= 0; beyond u = kl_cap its tangent there. +inf at u =
-// +inf.
+// An estimate of KL(pi, pi_ref) at one token: k1 = -u, k2 = u^2 / 2, k3 = e^u - 1 - u >= 0, by number. Beyond
+// u = kl_cap its tangent there goes on.
 template <class Real>
-GFT_HD Real kl_loss(Real u, Real kl_cap) {
-    if (u == -neg_inf<Real>()) return u;
-    const Real slope = kl_kappa(u, kl_cap);
-    return u > kl_cap ? slope - kl_cap + slope * (u - kl_cap) : slope - u;
+GFT_HD Real kl_loss(Real u, Real kl_cap, int estimator) {
+    const Real held = u > kl_cap ? kl_cap : u;
+    Real value = held == -neg_inf<Real>() ? held : std::expm1(held) - held;  // +inf there, not inf - inf
+    if (estimator == 1) value = -held;
+    if (estimator == 2) value = Real(0.5) * held * held;
+    return u > kl_cap ? value + kl_kappa(u, kl_cap, estimator) * (u - held) : value;
 }
 
 // The row coefficient of the gradient, A*C(pi): all that tells one objective of the family from another.
@@ -288,8 +292,8 @@ GFT_HD RowTerms<Real> row_terms(Real log_pi, Real entropy, Real advantage, std::
     RowTerms<Real> row = surrogate_terms(log_pi, old_log_pi, entropy, advantage, o.rules[given ? 1 : 0]);
     if (o.beta != 0.0) {
         const Real u = log_ratio(Real(o.ref_log_probs_R[r]), log_pi);
-        row.kappa += Real(o.beta) * kl_kappa(u, Real(o.kl_cap));
-        row.loss += Real(o.beta) * kl_loss(u, Real(o.kl_cap));
+        row.kappa += Real(o.beta) * kl_kappa(u, Real(o.kl_cap), o.kl_estimator);
+        row.loss += Real(o.beta) * kl_loss(u, Real(o.kl_cap), o.kl_estimator);
     }
     if (o.entropy_coef != 0.0) row.loss -= Real(o.entropy_coef) * entropy;
     return row;

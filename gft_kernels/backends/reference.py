@@ -181,8 +181,8 @@ def row_terms(objective: Objective, log_pi: Tensor, advantages: Tensor, entropy:
         coefficient, kappa, loss = map(partial(torch.where, o.given_R), given, (coefficient, kappa, loss))
     if o.beta != 0.0:
         log_ratio = formulas.log_ratio(o.ref_log_probs_R, log_pi)
-        kappa = kappa + o.beta * formulas.kl_kappa(log_ratio, o.kl_cap)
-        loss = loss + o.beta * formulas.kl_loss(log_ratio, o.kl_cap)
+        kappa = kappa + o.beta * formulas.kl_kappa(log_ratio, o.kl_cap, o.kl_estimator)
+        loss = loss + o.beta * formulas.kl_loss(log_ratio, o.kl_cap, o.kl_estimator)
     if o.entropy_coef != 0.0:
         loss = loss - o.entropy_coef * entropy
     return RowTerms(coefficient, kappa, loss)

@@ -216,6 +216,7 @@ def _objective(objective: Objective) -> dict[str, float]:
         **_rule("given_", objective.given),
         "beta": objective.beta,
         "kl_cap": objective.kl_cap,
+        "kl_estimator": objective.kl_estimator,
         "entropy_coef": objective.entropy_coef,
         "has_given": int(objective.given_R is not None),
         "has_old": int(objective.old_log_probs_R is not None),

@@ -9,7 +9,6 @@ Sizes: L rows chosen, C rows of a chunk, D hidden size; S, T, R, V as in options
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields
 from functools import partial
 from typing import NamedTuple
@@ -254,7 +253,7 @@ def scales_gradient(call: LinearCall) -> bool:
 
 
 MAX_ENTROPY = 16.0  # nats: of 9 million tokens, all alike; the same bound on every rank, as the unit must be
-RATIO_ROOM = 16.0  # what rho (where A < 0) and e^u may be before a float16 gradient overflows, without delta and kl_cap
+RATIO_ROOM = 16.0  # what rho (where A < 0) and the KL's pull may be before a float16 gradient overflows, without bounds
 
 
 def _gradient_unit(call: LinearCall, credit: RowCredit) -> tuple[Tensor | None, Tensor]:
@@ -267,8 +266,7 @@ def _gradient_unit(call: LinearCall, credit: RowCredit) -> tuple[Tensor | None, 
         return None, credit.weights_R
     o = call.objective
     ratio = max(surrogates.largest_coefficient(rule, RATIO_ROOM) for rule in o.rules)
-    pull = max(1.0, math.expm1(min(o.kl_cap, math.log1p(RATIO_ROOM))))
-    kappa_R = credit.advantages_R.abs() * ratio + o.beta * pull
+    kappa_R = credit.advantages_R.abs() * ratio + o.beta * surrogates.largest_pull(o, RATIO_ROOM)
     row_size_R = formulas.row_size(kappa_R, torch.full_like(kappa_R, o.entropy_coef), MAX_ENTROPY)
     size_R = (credit.weights_R * row_size_R * (call.logit_scale / call.temperature)).abs()
     largest = torch.where(torch.isfinite(size_R), size_R, 0.0).amax() if size_R.numel() else size_R.sum()

@@ -25,7 +25,7 @@ if Version(transformers.__version__) < Version(OLDEST):
 
 SHAPES = ("gamma", "gate_positive", "gate_negative", "entropy_power")
 CHOSEN = ("tau", "rectify", "clip_low", "clip_high", "delta", *SHAPES)  # options that only some objectives take
-OF_THE_LOSS = ("objective", "given_objective", "beta", "entropy_coef", "kl_cap", *CHOSEN)
+OF_THE_LOSS = ("objective", "given_objective", "beta", "entropy_coef", "kl_estimator", "kl_cap", *CHOSEN)
 LOGGING_STEPS = 10  # that a long run has between its log lines
 EVALUATED = 8  # prompts of an evaluation's batch, TrainingArguments' own default
 CLIP = 0.2  # PPO's range, in which to count the ratios of an objective that does not clip
@@ -91,6 +91,7 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     gate_negative: float | None = option(None, "sapo: the same where A < 0; None: 1.05.")
     entropy_power: float | None = option(None, "eaft: of the entropy a token is weighed by; None: 1.")
     beta: float = option(0.0, "Weight of the KL to the starting weights; above 0 a frozen copy of them is kept.")
+    kl_estimator: str | None = option(None, "With beta: 'k1', 'k2' or 'k3', docs/objectives.md; None: k3.")
     kl_cap: float | None = option(None, "With beta: beyond this log(pi_start / pi), in nats, the penalty is linear.")
     sync_ref_model: bool = option(False, "With beta: the KL's copy follows the policy.")
     ref_model_sync_steps: int = option(512, "With sync_ref_model: steps between two of its moves.")
@@ -177,7 +178,7 @@ def described(config: GFTConfig) -> str:
     """The objective and its options, for a line of text."""
     given = [
         f"{name} {getattr(config, name)}"
-        for name in ("given_objective", *CHOSEN, "kl_cap")
+        for name in ("given_objective", *CHOSEN, "kl_estimator", "kl_cap")
         if getattr(config, name) is not None
     ]
     return ", ".join([config.objective, *given])

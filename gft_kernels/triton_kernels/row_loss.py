@@ -35,6 +35,7 @@ class Penalties(NamedTuple):
 
     beta: tl.tensor
     kl_cap: tl.tensor
+    kl_estimator: tl.tensor
     entropy_coef: tl.tensor
     ref_log_probs_R: tl.tensor
 
@@ -92,8 +93,8 @@ def penalised(r, log_pi, h, k, loss, o, ENTROPY: tl.constexpr):
     """kappa and loss of row r with what o, `Penalties`, adds to them."""
     if o.beta != 0.0:
         u = formulas.log_ratio(tl.load(o.ref_log_probs_R + r), log_pi)
-        k += o.beta * formulas.kl_kappa(u, o.kl_cap)
-        loss += o.beta * formulas.kl_loss(u, o.kl_cap)
+        k += o.beta * formulas.kl_kappa(u, o.kl_cap, o.kl_estimator)
+        loss += o.beta * formulas.kl_loss(u, o.kl_cap, o.kl_estimator)
     if ENTROPY:
         loss -= tl.where(o.entropy_coef == 0.0, 0.0, o.entropy_coef * h)
     return k, loss
@@ -153,6 +154,7 @@ def row_loss_kernel(
     given_entropy_power: tl.float32,
     beta: tl.float32,
     kl_cap: tl.float32,
+    kl_estimator: tl.int32,
     entropy_coef: tl.float32,
     has_given: tl.int32,  # 0: no row is under the given rule
     has_old: tl.int32,  # 0: on-policy
@@ -207,7 +209,8 @@ def row_loss_kernel(
                 tl.where(given, given_entropy_power, entropy_power),
             ),
         )  # fmt: skip
-        k, loss = penalised(r, log_pi, h, k, loss, Penalties(beta, kl_cap, entropy_coef, ref_log_probs_R), ENTROPY)
+        penalties = Penalties(beta, kl_cap, kl_estimator, entropy_coef, ref_log_probs_R)
+        k, loss = penalised(r, log_pi, h, k, loss, penalties, ENTROPY)
         loss, scale = formulas.weighed(weight, loss), formulas.weighed(weight, k)
         if ENTROPY:
             tilt = weight * entropy_coef

@@ -44,7 +44,7 @@ Rule = structure(
     gate_negative=f64, entropy_power=f64,
 )  # fmt: skip
 Objective = structure(
-    "Objective", rules=Rule * 2, given_R=pointer, beta=f64, entropy_coef=f64, kl_cap=f64,
+    "Objective", rules=Rule * 2, given_R=pointer, beta=f64, entropy_coef=f64, kl_cap=f64, kl_estimator=i32,
     old_log_probs_R=pointer, ref_log_probs_R=pointer,
 )  # fmt: skip
 RowResults = structure(
@@ -193,7 +193,7 @@ class Backend:
     @classmethod
     def objective(cls, o) -> Objective:
         return Objective(
-            (Rule * 2)(cls.rule(o), cls.rule(o.given)), at(o.given_R), o.beta, o.entropy_coef, o.kl_cap,
+            (Rule * 2)(cls.rule(o), cls.rule(o.given)), at(o.given_R), o.beta, o.entropy_coef, o.kl_cap, o.kl_estimator,
             at(o.old_log_probs_R), at(o.ref_log_probs_R),
         )  # fmt: skip
 

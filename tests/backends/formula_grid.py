@@ -16,7 +16,7 @@ CLIPS = (RATIOS, (0.0, 2.0, -2.0, NAN), (0.0, 0.25), (0.0, 0.25), (1.5, INF))
 GATED = (RATIOS, (0.0, 2.0, -2.0, NAN), (1.0, 0.1), (1.05, 9.0))
 GAMMAS = (0.0, 1e-6, 0.1, 30.0)
 LOG_RATIOS = (0.0, 1e-2, -0.3, 2.0, 80.0, 200.0, -200.0, INF, -INF, NAN)
-CAPPED = (LOG_RATIOS, (2.0, 20.0, INF))
+CAPPED = (LOG_RATIOS, (2.0, 20.0, INF), (1, 2, 3))
 GRID = {  # formula: the values of each of its arguments
     "transform": (LOGITS, (1.0, -0.5), (0.0, 30.0), (1.0, 0.6)),
     "transform_slope": ((*LOGITS, 600.0), (1.0, -0.5), (0.0, 30.0), (1.0, 0.6)),

@@ -23,7 +23,7 @@ PRECISIONS = {"formulas64": (torch.float64, 1e-14), "formulas32": (torch.float32
 
 def evaluate_python(name: str, arguments: tuple, dtype: torch.dtype) -> tuple[float, ...]:
     """The Python text on one point; options that choose a branch (softcap, booleans) stay plain numbers."""
-    plain = {"softcap", "rectify_all", "logit_scale", "temperature"}
+    plain = {"softcap", "rectify_all", "logit_scale", "temperature", "estimator"}
     function = getattr(formulas, name)
     parameters = inspect.signature(function).parameters
     given = [

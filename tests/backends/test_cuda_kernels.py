@@ -13,7 +13,7 @@ import test_policy as policy
 import torch
 from cases import DTYPES
 from cuda_on_host import Backend
-from policy_cases import OBJECTIVES, OF_RESPONSES, PENALTIES, WITH_RATIO, assert_right, bounded_problem
+from policy_cases import ESTIMATORS, OBJECTIVES, OF_RESPONSES, PENALTIES, WITH_RATIO, assert_right, bounded_problem
 
 from gft_kernels import registry
 from gft_kernels.options import AgreedRows, Credit, Objective, RowCall
@@ -153,6 +153,12 @@ def test_bounds_of_the_ratio_and_of_the_penalty(launch, dtype):
     assert result.loss.isfinite()
     gradient = launch.scale(result.gradient_STV, result.row_scale_R, torch.tensor(1.0), inplace=False)
     assert_right(case, result.loss, gradient, upstream=1.0)
+
+
+@pytest.mark.parametrize("launch", ["two blocks", "two passes"], indirect=True)
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_estimates_of_the_penalty(launch, estimator):
+    policy.test_every_estimate_of_the_kl("cuda", estimator, torch.float32)
 
 
 @pytest.mark.parametrize("launch", ["two blocks", "two passes"], indirect=True)

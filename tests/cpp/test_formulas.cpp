@@ -58,6 +58,7 @@ void test_objectives() {
     o.rules[0].surrogate = Surrogate::grpo;
     o.rules[0].clip_low = o.rules[0].clip_high = 0.2;
     o.rules[0].delta = o.kl_cap = kInf;
+    o.kl_estimator = 3;
     o.old_log_probs_R = old_log_probs;
     const double log_pi = std::log(0.2);
     CHECK(row_terms(log_pi, 3.0, 1.0, 0, o).kappa == 0.0);  // clipped
@@ -75,6 +76,14 @@ void test_objectives() {
     CHECK(is_near(capped.kappa, 0.5 * std::expm1(0.5), 1e-6));
     CHECK(is_near(capped.loss, 0.5 * (std::expm1(0.5) - 0.5 + std::expm1(0.5) * (std::log(2.0) - 0.5)) - 0.25 * 3.0,
                   1e-6));
+    o.kl_estimator = 2;  // the tangent of u^2 / 2
+    CHECK(is_near(row_terms(log_pi, 3.0, 0.0, 0, o).kappa, 0.5 * 0.5, 1e-6));
+    CHECK(is_near(row_terms(log_pi, 3.0, 0.0, 0, o).loss, 0.5 * (0.125 + 0.5 * (std::log(2.0) - 0.5)) - 0.25 * 3.0,
+                  1e-6));
+    o.kl_cap = kInf;
+    o.kl_estimator = 1;
+    CHECK(is_near(row_terms(log_pi, 3.0, 0.0, 0, o).kappa, -0.5, 1e-6));
+    CHECK(is_near(row_terms(log_pi, 3.0, 0.0, 0, o).loss, -0.5 * std::log(2.0) - 0.25 * 3.0, 1e-6));
     o.beta = o.entropy_coef = 0.0;
     o.rules[0].delta = 1.5;  // rho = 2
     CHECK(row_terms(log_pi, 3.0, -1.0, 0, o).kappa == 0.0);

@@ -132,7 +132,10 @@ class Draw:
             ref = log_pi + self.normal(self.rows, size=1.0)
             self.options |= {"beta": 0.3, "ref_log_probs": ref.view(self.targets.shape)}
             of_oracle |= {"beta": 0.3, "ref": ref}
-            if self.one_of(False, True):
+            estimator = self.one_of(None, "k1", "k2", "k3")
+            if estimator is not None:
+                self.options["kl_estimator"] = of_oracle["kl_estimator"] = estimator
+            if estimator != "k1" and self.one_of(False, True):
                 self.options["kl_cap"] = of_oracle["kl_cap"] = 0.5
         if self.one_of(False, False, True):
             self.options["entropy_coef"] = of_oracle["entropy_coef"] = self.one_of(0.2, -0.1)

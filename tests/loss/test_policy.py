@@ -12,6 +12,7 @@ from policy_cases import (
     BOUNDS,
     CLIPPED,
     CLIPS,
+    ESTIMATORS,
     OBJECTIVES,
     OF_RESPONSES,
     PENALTIES,
@@ -231,6 +232,31 @@ def test_every_objective_within_bounds(backend, objective, dtype):
     assert (case.mask & (case.ref - stats.log_probs > BOUNDS["kl_cap"])).any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_every_estimate_of_the_kl(backend, estimator, dtype):
+    case = problem("gft", dtype=dtype, beta=0.3, **estimator)
+    (loss, stats), gradient = case.run(backend=backend, return_stats=True)
+    assert_right(case, loss, gradient)
+    u = case.ref - stats.log_probs
+    expected = -u if estimator["kl_estimator"] == "k1" else u**2 / 2
+    if "kl_cap" in estimator:
+        assert (case.mask & (u > 0.4)).any()
+        expected = torch.where(u > 0.4, 0.4**2 / 2 + 0.4 * (u - 0.4), expected)
+    torch.testing.assert_close(stats.kl, torch.where(case.mask, expected, 0.0), rtol=1e-5, atol=1e-6)
+
+
+def test_k2_is_an_advantage_further_from_the_reference(backend):
+    """On-policy: its gradient is that of grpo with A + beta·(log pi_ref - log pi), detached."""
+    case = problem("grpo", beta=0.3, kl_estimator="k2")
+    case.old = None
+    _, gradient = case.run(backend=backend)
+    log_pi = case.run(backend=backend, return_stats=True)[0][1].log_probs
+    other = problem("grpo")
+    other.old, other.advantages = None, case.advantages + 0.3 * (case.ref - log_pi)
+    torch.testing.assert_close(gradient, other.run(backend=backend)[1], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("objective", ["gft", "dapo", "cispo"])
 @pytest.mark.parametrize(
     ("vocabulary", "options"),
@@ -334,7 +360,8 @@ def test_reductions(backend, reduction):
     ("objective", "dtype", "terms"),
     [(name, torch.float32, PENALTIES) for name in OBJECTIVES]
     + [("grpo", dtype, PENALTIES) for dtype in DTYPES[1:]]
-    + [("dapo", torch.float32, BOUNDS), ("gft", torch.float32, OWN_NUMBERS["gft"])],
+    + [("dapo", torch.float32, BOUNDS), ("gft", torch.float32, OWN_NUMBERS["gft"])]
+    + [("gft", torch.float32, {"beta": 0.3, **ESTIMATORS[1]})],
     ids=str,
 )
 def test_linear_is_the_loss_over_its_logits(backend, objective, dtype, terms):
@@ -360,14 +387,19 @@ def test_linear_is_the_loss_over_its_logits(backend, objective, dtype, terms):
 
 
 @pytest.mark.parametrize(
-    ("objective", "kappa"), [("gft", 2.0), ("cispo", 10.0), ("grpo", 60.0), ("dapo", 60.0), ("sapo", 3.2)]
-)
-def test_fp16_products_have_room_for_the_largest_kappa(objective, kappa):
-    """A = -2 at rho = 30 is kappa = -60 for grpo: times the scaled weight it must stay below 65504, yet near it."""
+    ("objective", "penalty", "kappa"),
+    [("gft", {}, 2.0), ("cispo", {}, 10.0), ("grpo", {}, 60.0), ("dapo", {}, 60.0), ("sapo", {}, 3.2),
+     ("gft", {"beta": 10.0, "kl_estimator": 1}, 12.0), ("gft", {"beta": 10.0, "kl_estimator": 2}, 202.0),
+     ("gft", {"beta": 10.0}, 202.0), ("gft", {"beta": 10.0, "kl_cap": 0.5}, 12.0)],
+    ids=str,
+)  # fmt: skip
+def test_fp16_products_have_room_for_the_largest_kappa(objective, penalty, kappa):
+    """A = -2 at rho = 30 is kappa = -60 for grpo, u = 20 nats of k2 are 10·20 more: times the scaled weight that must
+    stay below 65504, yet near it."""
     preset = objectives.PRESETS[objective]
     call = LinearCall(
         torch.zeros(1, 1, 3), torch.zeros(5, 3), None, Credit(torch.zeros(1, dtype=torch.long)),
-        Objective(preset.surrogate, clip_high=preset.options.get("clip_high", 0.0)),
+        Objective(preset.surrogate, clip_high=preset.options.get("clip_high", 0.0), **penalty),
         product_dtype=torch.float16, want_hidden=True,
     )  # fmt: skip
     for weight in (1.0, 1 / 8192):

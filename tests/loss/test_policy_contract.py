@@ -95,6 +95,21 @@ REFUSED = {
     ),
     "infinite delta": (dict(objective="grpo", delta=float("inf")), ValueError, "delta must be finite and above"),
     "kl_cap alone": (dict(kl_cap=2.0), ValueError, "kl_cap must be left out with beta=0, got 2; there is no penalty"),
+    "kl_estimator alone": (
+        dict(kl_estimator="k2"),
+        ValueError,
+        "kl_estimator must be left out with beta=0, got 'k2'; there is no penalty",
+    ),
+    "kl_estimator": (
+        dict(beta=0.1, ref_log_probs=LOG_PROBS, kl_estimator="k4"),
+        ValueError,
+        "kl_estimator must be one of k1, k2, k3, got 'k4'",
+    ),
+    "kl_cap of k1": (
+        dict(beta=0.1, ref_log_probs=LOG_PROBS, kl_estimator="k1", kl_cap=2.0),
+        ValueError,
+        "kl_cap must be left out with kl_estimator='k1', got 2; its pull is beta everywhere",
+    ),
     "kl_cap": (
         dict(beta=0.1, ref_log_probs=LOG_PROBS, kl_cap=0.0),
         ValueError,

@@ -22,7 +22,7 @@ TENSORS = {
     "policy_loss": ["inputs", "targets"],
     "token_log_probs": ["hidden", "weight", "targets"],
 }
-COUNT = {"gft_loss": 24, "gft_linear_loss": 29, "policy_loss": 44, "token_log_probs": 11}
+COUNT = {"gft_loss": 24, "gft_linear_loss": 29, "policy_loss": 45, "token_log_probs": 11}
 
 
 @pytest.mark.parametrize("name", OF)

@@ -75,6 +75,7 @@ NEEDS = {  # what must be there for an argument to be looked at as itself
     "ref_log_probs": torch.zeros(4, 3)}, "chunk_rows": WITH_HEAD, "accum_dtype": WITH_HEAD, "logits_dtype": WITH_HEAD,
     "bias": WITH_HEAD, "filter_eps": WITH_HEAD, "weight": {"inputs": HIDDEN},
     "beta": {"ref_log_probs": torch.zeros(4, 3)},
+    "kl_estimator": {"beta": 0.1, "ref_log_probs": torch.zeros(4, 3)},
     "gamma": {"rectify": "bounded"}, "given": {"rectify": "given"}, "gate_positive": {"objective": "sapo"},
     "gate_negative": {"objective": "sapo"}, "entropy_power": {"objective": "eaft"},
     "given_objective": {"given": torch.ones(4, dtype=torch.bool)},
@@ -114,7 +115,7 @@ RIGHT = {  # what an argument takes of WRONG
 NONE_IS_ABSENT = {
     "rewards", "advantages", "group_size", "group_ids", "sequence_ids", "mask", "tau", "rectify", "reduction", "bias",
     "chunk_rows", "filter_eps", "accum_dtype", "logits_dtype", "process_group", "old_log_probs", "ref_log_probs",
-    "weight", "weights", "given", "given_objective",
+    "weight", "weights", "given", "given_objective", "kl_estimator",
 }  # fmt: skip
 TAKES = {
     "temperature": {"beyond int64", "beyond float32"}, "softcap": {"beyond int64", "beyond float32"},

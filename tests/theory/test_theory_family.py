@@ -4,6 +4,8 @@ Each surrogate below is written from its own definition and differentiated by au
 gradient is kappa·(pi - 1[v = y]) with the kappa of the document's table.
 """
 
+import math
+
 import pytest
 import torch
 from tiny_policy import f64
@@ -81,7 +83,15 @@ FAMILY = {
     ),
     "k3": (
         lambda lp, a, old, ref: BETA * ((ref - lp).exp() - 1.0 - (ref - lp)),
-        lambda lp, a, old, ref: BETA * formulas.kl_kappa(ref - lp, INF),
+        lambda lp, a, old, ref: BETA * formulas.kl_kappa(ref - lp, INF, 3),
+    ),
+    "k1": (
+        lambda lp, a, old, ref: BETA * (lp - ref),
+        lambda lp, a, old, ref: BETA * formulas.kl_kappa(ref - lp, INF, 1),
+    ),
+    "k2": (
+        lambda lp, a, old, ref: BETA * (lp - ref) ** 2 / 2,
+        lambda lp, a, old, ref: BETA * formulas.kl_kappa(ref - lp, INF, 2),
     ),
 }
 
@@ -105,18 +115,39 @@ def test_k3_pulls_towards_the_reference():
     assert kappa[0] > 0 > kappa[1]
 
 
-def test_a_capped_k3_goes_on_in_a_straight_line():
+@pytest.mark.parametrize(("estimator", "steepest"), [(2, CAP), (3, math.expm1(CAP))])
+def test_a_capped_estimate_goes_on_in_a_straight_line(estimator, steepest):
     """Value and slope are continuous at the cap, the slope is that of the value everywhere, and both stay finite."""
     u = f64([-2.0, 0.2, CAP, CAP, 0.5, 5.0, 200.0])
     u[3] += 1e-9
     u.requires_grad_()
-    (slope,) = torch.autograd.grad(formulas.kl_loss(u, CAP).sum(), u)
-    close(slope, formulas.kl_kappa(u.detach(), CAP))
+    (slope,) = torch.autograd.grad(formulas.kl_loss(u, CAP, estimator).sum(), u)
+    close(slope, formulas.kl_kappa(u.detach(), CAP, estimator))
     u = u.detach()
-    assert formulas.kl_loss(u[3], CAP) - formulas.kl_loss(u[2], CAP) <= 1e-9
-    close(formulas.kl_loss(u[:3], CAP), formulas.kl_loss(u[:3], INF))
-    assert torch.equal(formulas.kl_kappa(u[3:], CAP), torch.expm1(f64(CAP)).expand(4))
-    assert formulas.kl_loss(u[-1].float(), CAP).isfinite() and not formulas.kl_loss(u[-1].float(), INF).isfinite()
+    assert formulas.kl_loss(u[3], CAP, estimator) - formulas.kl_loss(u[2], CAP, estimator) <= 1e-9
+    close(formulas.kl_loss(u[:3], CAP, estimator), formulas.kl_loss(u[:3], INF, estimator))
+    close(formulas.kl_kappa(u[3:], CAP, estimator), f64(steepest).expand(4))
+    far, free = (formulas.kl_loss(u[-1].float(), cap, estimator) for cap in (CAP, INF))
+    assert far.isfinite() and far < free
+
+
+def test_what_the_estimates_pull_on_average_of_samples():
+    """Over the vocabulary: k1 not at all, k2 as the KL, k3 as the one the other way round. k1, k3 have its value."""
+    for logits_V, ref_V in zip(LOGITS_RV, LOGITS_RV.roll(1, 0), strict=True):
+        leaf_V = logits_V.clone().requires_grad_()
+        log_pi_V, log_ref_V = log_softmax(leaf_V, 0), log_softmax(ref_V, 0)
+        kl = (log_pi_V.exp() * (log_pi_V - log_ref_V)).sum()
+        (pull_V,) = torch.autograd.grad(kl, leaf_V)
+        pi_V, u_V = log_pi_V.detach().exp(), (log_ref_V - log_pi_V).detach()
+        of = {k: pi_V * formulas.kl_kappa(u_V, INF, k) for k in (1, 2, 3)}  # each token's gradient is kappa·(pi - 1[y])
+        mean_V = {k: kappa_V.sum() * pi_V - kappa_V for k, kappa_V in of.items()}
+        close(mean_V[1], torch.zeros(5).double())
+        close(mean_V[2], pull_V)
+        close(mean_V[3], pi_V - log_ref_V.exp())  # the gradient of KL(pi_ref, pi)
+        values = [(pi_V * formulas.kl_loss(u_V, INF, k)).sum() for k in (1, 2, 3)]
+        close(values[0], kl.detach())
+        close(values[2], kl.detach())
+        assert abs(values[1] - kl.detach()) > 0.02
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])

@@ -123,6 +123,23 @@ def test_a_step_keeps_to_the_bounds_of_ratio_and_penalty(tmp_path):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_a_step_takes_the_estimate_that_is_asked_for(tmp_path):
+    trainer = rig.trainer(
+        tmp_path, rig.gpt2(dropout=0.0), beta=0.7, kl_estimator="k2", steps_per_rollout=2, max_steps=4, **OFFLINE,
+    )  # fmt: skip
+    trainer.state.max_steps = 4
+    micro_batches, num_items = window(trainer)
+    inputs = micro_batches[0]
+    shaken(trainer.model)
+    loss = trainer.compute_loss(trainer.model.eval(), dict(inputs), num_items_in_batch=num_items)
+    live = inputs["targets"] != IGNORE
+    old, new = (log_pi(m, trainer, inputs)[live] for m in (rig.gpt2(dropout=0.0), trainer.model))
+    a = inputs["advantages"].double()[:, None].expand_as(live)[live]
+    c = torch.where(new.exp() < 0.7, new.exp(), 1.0)
+    expected = (-a * c * new + 0.7 * (new - old) ** 2 / 2).sum() / num_items
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_dr_grpo_divides_by_no_deviation(tmp_path):
     assert rig.config(tmp_path, objective="dr_grpo").normalize == "mean"
     assert rig.config(tmp_path, objective="dr_grpo", normalize="std").normalize == "std"

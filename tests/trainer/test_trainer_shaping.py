@@ -82,6 +82,8 @@ def test_an_engine_refuses_what_it_does_not_serve(tmp_path, option):
         ({"delta": 0.5, "objective": "grpo"}, r"delta must be finite and above 1 \+ clip_high = 1.2, got 0.5"),
         ({"delta": 2.0}, "delta must be left out with objective='gft', got 2.0; grpo, bnpo, dapo, dr_grpo use it"),
         ({"delta": 2.0, "objective": "cispo"}, "delta must be left out with objective='cispo'"),
+        ({"kl_estimator": "k2"}, "kl_estimator must be left out with beta=0, got 'k2'"),
+        ({"kl_estimator": "mse", "beta": 0.1}, "kl_estimator must be one of k1, k2, k3, got 'mse'"),
         ({"kl_cap": 5.0}, "kl_cap must be left out with beta=0, got 5"),
         ({"kl_cap": 0.0, "beta": 0.1}, "kl_cap must be finite and positive, got 0.0"),
     ],

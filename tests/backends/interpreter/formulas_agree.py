@@ -65,6 +65,12 @@ def evaluate_rectified(inputs, first, function: tl.constexpr, N: tl.constexpr):
     tl.store(first + at, function(log_pi, advantage, tau, everywhere, gamma))
 
 
+@triton.jit
+def evaluate_penalty(inputs, first, function: tl.constexpr, estimator, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(first + at, function(tl.load(inputs + at), tl.load(inputs + N + at), estimator))
+
+
 def in_triton(name: str, columns: torch.Tensor) -> list[torch.Tensor]:
     """A formula over padded columns (5, N), by a kernel."""
     n = columns.shape[1]
@@ -75,6 +81,12 @@ def in_triton(name: str, columns: torch.Tensor) -> list[torch.Tensor]:
             out = torch.empty(n)
             evaluate_softcap[(1,)](columns, out, function=function, SOFTCAP=cap, N=n)
             first[columns[2] == cap] = out[columns[2] == cap]
+        return [first]
+    if name.startswith("kl_"):
+        for estimator in (1, 2, 3):  # a choice for all rows of a launch
+            out = torch.empty(n)
+            evaluate_penalty[(1,)](columns, out, function=function, estimator=estimator, N=n)
+            first[columns[2] == estimator] = out[columns[2] == estimator]
         return [first]
     of_a_flag = {"row_tau": evaluate_row_tau, "rectified_coefficient": evaluate_rectified}
     if name in of_a_flag:
