@@ -74,9 +74,10 @@ def load_average() -> float | None:
 
 
 def commit() -> dict:
-    """Commit of the measured tree; dirty where a tracked file differs from it."""
+    """Commit of the measured tree; dirty where a tracked file differs from it that is not itself a measurement."""
     revision = _git("rev-parse", "HEAD")
-    return {"revision": revision or "not a git checkout", "dirty": bool(_git("status", "--porcelain", "-uno"))}
+    changed = _git("status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)benchmarks/results")
+    return {"revision": revision or "not a git checkout", "dirty": bool(changed)}
 
 
 def last_change(path: Path) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -108,6 +109,20 @@ def test_a_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert outcome["status"] == "timed" and outcome["rounds"] == 2
     assert outcome["p10_s"] <= outcome["median_s"] <= outcome["p90_s"] and outcome["error"] < 1e-5
     assert command.main(["--again", str(file)]) == 0 and report.load(file)["command"] == raw["command"]
+
+
+def test_a_tree_is_as_committed_whatever_has_been_measured_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "benchmarks" / "provenance.py"))
+    code, result = tmp_path / "code.py", tmp_path / "benchmarks" / "results" / "row.json"
+    result.parent.mkdir(parents=True)
+    for file in (code, result):
+        file.write_text("before")
+    for arguments in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm first"):
+        subprocess.run(["git", *arguments.split()], cwd=tmp_path, check=True)
+    result.write_text("after")
+    assert not provenance.commit()["dirty"] and len(provenance.commit()["revision"]) == 40
+    code.write_text("after")
+    assert provenance.commit()["dirty"]
 
 
 def test_a_file_holds_no_default_and_loads_with_all_of_them(tmp_path):
