@@ -100,13 +100,11 @@ def items(trainer, objective) -> int:
     return len(responses) if objective == "grpo" else sum(len(text) + 1 for text in responses)
 
 
-def test_a_step_keeps_to_the_bounds_of_ratio_and_penalty(tmp_path):
-    """Against their definitions, in float64: delta holds rho where A < 0, kl_cap the growth of the penalty."""
-    delta, cap, beta = 1.25, 0.05, 0.7
+def drifted(tmp_path, **options):
+    """The loss of a micro-batch after the policy was shaken; per token A and, in float64, log pi before and after."""
     trainer = rig.trainer(
-        tmp_path, rig.gpt2(dropout=0.0), objective="dapo", delta=delta, kl_cap=cap, beta=beta, steps_per_rollout=2,
-        clip_high=0.1, max_steps=4, **OFFLINE,
-    )  # fmt: skip
+        tmp_path, rig.gpt2(dropout=0.0), beta=0.7, steps_per_rollout=2, max_steps=4, **options, **OFFLINE
+    )
     trainer.state.max_steps = 4
     micro_batches, num_items = window(trainer)
     inputs = micro_batches[0]
@@ -114,30 +112,24 @@ def test_a_step_keeps_to_the_bounds_of_ratio_and_penalty(tmp_path):
     loss = trainer.compute_loss(trainer.model.eval(), dict(inputs), num_items_in_batch=num_items)
     live = inputs["targets"] != IGNORE
     old, new = (log_pi(m, trainer, inputs)[live] for m in (rig.gpt2(dropout=0.0), trainer.model))
-    a = inputs["advantages"].double()[:, None].expand_as(live)[live]
+    return loss.item() * num_items, inputs["advantages"].double()[:, None].expand_as(live)[live], old, new
+
+
+def test_a_step_keeps_to_the_bounds_of_ratio_and_penalty(tmp_path):
+    """Against their definitions, in float64: delta holds rho where A < 0, kl_cap the growth of the penalty."""
+    delta, cap = 1.25, 0.05
+    loss, a, old, new = drifted(tmp_path, objective="dapo", delta=delta, kl_cap=cap, clip_high=0.1)
     rho, u = (new - old).exp(), old - new  # the run starts from the policy that sampled
     surrogate = -torch.min(rho.clamp(max=delta) * a, rho.clamp(0.8, 1.1) * a)
     penalty = torch.where(u <= cap, u.expm1() - u, math.exp(cap) - cap - 1 + math.expm1(cap) * (u - cap))
-    expected = (surrogate + beta * penalty).sum() / num_items
     assert ((rho > delta) & (a < 0)).any() and (u > cap).any()  # both bounds act
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss == pytest.approx((surrogate + 0.7 * penalty).sum().item(), rel=1e-4)
 
 
 def test_a_step_takes_the_estimate_that_is_asked_for(tmp_path):
-    trainer = rig.trainer(
-        tmp_path, rig.gpt2(dropout=0.0), beta=0.7, kl_estimator="k2", steps_per_rollout=2, max_steps=4, **OFFLINE,
-    )  # fmt: skip
-    trainer.state.max_steps = 4
-    micro_batches, num_items = window(trainer)
-    inputs = micro_batches[0]
-    shaken(trainer.model)
-    loss = trainer.compute_loss(trainer.model.eval(), dict(inputs), num_items_in_batch=num_items)
-    live = inputs["targets"] != IGNORE
-    old, new = (log_pi(m, trainer, inputs)[live] for m in (rig.gpt2(dropout=0.0), trainer.model))
-    a = inputs["advantages"].double()[:, None].expand_as(live)[live]
+    loss, a, old, new = drifted(tmp_path, kl_estimator="k2")
     c = torch.where(new.exp() < 0.7, new.exp(), 1.0)
-    expected = (-a * c * new + 0.7 * (new - old) ** 2 / 2).sum() / num_items
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss == pytest.approx((-a * c * new + 0.7 * (new - old) ** 2 / 2).sum().item(), rel=1e-4)
 
 
 def test_dr_grpo_divides_by_no_deviation(tmp_path):
