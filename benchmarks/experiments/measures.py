@@ -62,5 +62,6 @@ MEASURES = {
     "generated": Measure("generated, 1000 tokens", _thousands("generated"), 1),
     "trained": Measure("trained, 1000 tokens", _thousands("trained"), 1),
     "zero_std": Measure("zero-std groups", _mean_of("zero_std_groups"), 2),
+    "seconds": Measure("processor s, with evaluation", lambda record: record.get("cpu_seconds", math.nan), 0),
     "rectified": Measure("rectified", _mean_of("rectified"), 2),
 }

@@ -24,7 +24,7 @@ SWEEPS = {
     "Normalisation of the advantage": ("gft", "gft-mean", "gft-leave-one-out"),
 }  # fmt: skip
 OUTCOME = ("pass1", "pass16", "distinct", "entropy", "kl", "retention", "expert")
-DYNAMICS = ("grad_median", "grad_max", "spike", "zero_std", "rectified", "generated", "trained")
+DYNAMICS = ("grad_median", "grad_max", "spike", "zero_std", "rectified", "generated", "trained", "seconds")
 
 INTRODUCTION = """# Experiments
 
