@@ -171,13 +171,13 @@ def kl_loss(u, kl_cap, estimator):
 
     `estimator` is its number. Beyond u = kl_cap its tangent there goes on; inf: the estimate itself everywhere.
     """
-    held = where(u > kl_cap, kl_cap, u)
-    value = where(held == -NEG_INF, held, expm1(held) - held)  # +inf there, not inf - inf
+    held, slope = where(u > kl_cap, kl_cap, u), kl_kappa(u, kl_cap, estimator)
+    value = where(held == -NEG_INF, held, slope - held)  # +inf there, not inf - inf
     if estimator == 1:
         value = -held
     elif estimator == 2:
         value = 0.5 * held * held
-    return value + where(u > kl_cap, kl_kappa(u, kl_cap, estimator) * (u - held), 0.0)
+    return value + where(u > kl_cap, slope * (u - held), 0.0)
 
 
 def kappa(advantage, coefficient):

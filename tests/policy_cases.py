@@ -69,8 +69,6 @@ class PolicyProblem:
         """The same problem as a backend sees it, for backends that are asked without `policy_loss`."""
         low, high = CLIPS.get(self.objective, (0.0, 0.0))
         terms = {k: v for k, v in self.options.items() if k in ("beta", "entropy_coef", "delta", "kl_cap")}
-        if "kl_estimator" in self.options:
-            terms["kl_estimator"] = int(self.options["kl_estimator"][1])
         objective = Objective(surrogate, clip_low=low, clip_high=high, old_log_probs_R=self.old.flatten(),
                               ref_log_probs_R=self.ref.flatten(), **terms)  # fmt: skip
         credit = Credit(self.targets.flatten(), self.mask.flatten(), advantages_R=self.advantages.flatten(),

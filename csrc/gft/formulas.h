@@ -221,11 +221,11 @@ GFT_HD Real kl_kappa(Real u, Real kl_cap, int estimator) {
 // u = kl_cap its tangent there goes on.
 template <class Real>
 GFT_HD Real kl_loss(Real u, Real kl_cap, int estimator) {
-    const Real held = u > kl_cap ? kl_cap : u;
-    Real value = held == -neg_inf<Real>() ? held : std::expm1(held) - held;  // +inf there, not inf - inf
+    const Real held = u > kl_cap ? kl_cap : u, slope = kl_kappa(u, kl_cap, estimator);
+    Real value = held == -neg_inf<Real>() ? held : slope - held;  // +inf there, not inf - inf
     if (estimator == 1) value = -held;
     if (estimator == 2) value = Real(0.5) * held * held;
-    return u > kl_cap ? value + kl_kappa(u, kl_cap, estimator) * (u - held) : value;
+    return u > kl_cap ? value + slope * (u - held) : value;
 }
 
 // The row coefficient of the gradient, A*C(pi): all that tells one objective of the family from another.

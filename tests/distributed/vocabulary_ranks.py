@@ -202,8 +202,8 @@ def each_shard_leaves_out_its_own_columns(ranks: Ranks):
 def every_objective_matches_the_oracle(ranks: Ranks):
     """Penalties on, A = 0 in some rows, NaN where rows are masked; the second row's targets lie on the last rank."""
     penalties, names = policy_cases.PENALTIES, ("grpo", "cispo", "sapo", "luffy", "eaft", "chord", "psft")
-    bounds = {"dapo": policy_cases.BOUNDS, "gft": {"rectify": "bounded", "gamma": 0.3}}
-    bounds["dr_grpo"] = {"beta": 0.3, **policy_cases.ESTIMATORS[2]}
+    bounds = {"dapo": policy_cases.BOUNDS, "gft": {"rectify": "bounded", "gamma": 0.3},
+              "dr_grpo": {"beta": 0.3, **policy_cases.ESTIMATORS[2]}}  # fmt: skip
     of_float32 = [*zip(names, [penalties] * len(names), strict=True), *bounds.items()]
     for objective, terms, dtype in [(*of, torch.float32) for of in of_float32] + [("gft", penalties, torch.float16)]:
         case = policy_cases.problem(objective, 3, 3, VOCABULARY, dtype, seed=2, **terms, softcap=20.0)

@@ -27,6 +27,7 @@ LOGITS, HIDDEN, HEAD = torch.randn(4, 3, 7), torch.randn(4, 3, 5), torch.randn(7
 REWARDS = torch.tensor([1.0, 0.0, 1.0, 1.0])
 GROUPS = {"rewards": REWARDS, "group_size": 2}
 RATIO = {"objective": "grpo", "old_log_probs": torch.zeros(4, 3)}
+PENALTY = {"beta": 0.1, "ref_log_probs": torch.zeros(4, 3)}
 WITH_HEAD = {"inputs": HIDDEN, "weight": HEAD}
 
 
@@ -71,11 +72,10 @@ FUNCTIONS = {
 NEEDS = {  # what must be there for an argument to be looked at as itself
     "group_size": GROUPS, "group_ids": {"rewards": REWARDS}, "rewards": {"group_size": 2}, "normalize": GROUPS,
     "eps": GROUPS, "singleton": GROUPS, "clip_low": RATIO, "clip_high": RATIO, "delta": RATIO, "old_log_probs": RATIO,
-    "ref_log_probs": {"beta": 0.1, "ref_log_probs": torch.zeros(4, 3)}, "kl_cap": {"beta": 0.1,
-    "ref_log_probs": torch.zeros(4, 3)}, "chunk_rows": WITH_HEAD, "accum_dtype": WITH_HEAD, "logits_dtype": WITH_HEAD,
+    "ref_log_probs": PENALTY, "kl_cap": PENALTY, "kl_estimator": PENALTY,
+    "chunk_rows": WITH_HEAD, "accum_dtype": WITH_HEAD, "logits_dtype": WITH_HEAD,
     "bias": WITH_HEAD, "filter_eps": WITH_HEAD, "weight": {"inputs": HIDDEN},
     "beta": {"ref_log_probs": torch.zeros(4, 3)},
-    "kl_estimator": {"beta": 0.1, "ref_log_probs": torch.zeros(4, 3)},
     "gamma": {"rectify": "bounded"}, "given": {"rectify": "given"}, "gate_positive": {"objective": "sapo"},
     "gate_negative": {"objective": "sapo"}, "entropy_power": {"objective": "eaft"},
     "given_objective": {"given": torch.ones(4, dtype=torch.bool)},
