@@ -18,6 +18,8 @@ from pathlib import Path
 
 from benchmarks import extraction_report, plots, report, savings
 from benchmarks.experiments import results, verdicts
+from benchmarks.experiments.measures import MEASURES
+from benchmarks.experiments.methods import label_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -224,22 +226,26 @@ STUDY = (("gft", "sft-mix", "pass1"), ("gft", "grpo", "distinct"), ("gft", "grpo
 
 
 def _study() -> str:
-    """What the registered studies say of their main comparisons."""
-    lines = ["| small bases, sums of digits | difference [95 %] | |", "|---|---|---|"]
-    lines += _findings("bases", "leap", STUDY)
-    lines += ["| **SmolLM2-135M-Instruct, JSON of a sentence** | | |", *_findings("smollm2", "json")]
-    return "\n".join(lines) + "\n"
+    """What the registered studies say of their main comparisons, and how far the runs of a real model lie apart."""
+    bases, real = (results.read(RESULTS / "experiments" / f"{name}.jsonl") for name in ("bases", "smollm2"))
+    lines = [f"| {len(bases.usable)} small bases, sums of digits | difference [95 %] | |", "|---|---|---|"]
+    lines += [_finding(found) for found in verdicts.findings(bases, "leap") if _compared(found) in STUDY]
+    lines += ["| **SmolLM2-135M-Instruct, JSON of a sentence** | | |"]
+    lines += [_finding(found) for found in verdicts.findings(real, "json")]
+    apart = []
+    for chain in ("gft", "grpo-4", "sft-mix"):
+        scores = [MEASURES["pass1"].of(record) for record in real.of(chain, "json")]
+        apart.append(f"{label_of(chain)} within {min(scores):.2f} and {max(scores):.2f}")
+    return "\n".join([*lines, "", f"pass@1 of the real model over {len(scores)} seeds: {'; '.join(apart)}."]) + "\n"
 
 
-def _findings(study: str, expert: str, shown: Sequence[tuple] | None = None) -> list[str]:
-    """A line of each comparison, or of those shown: (better, other, measure)."""
-    lines = []
-    for found in verdicts.findings(results.read(RESULTS / "experiments" / f"{study}.jsonl"), expert):
-        c = found.comparison
-        if shown is None or (c.better, c.other, c.measure) in shown:
-            difference, said = verdicts.difference_of(found.difference), verdicts.emphasised(found.said)
-            lines.append(f"| {verdicts.compared(c)} | {difference} | {said} |")
-    return lines
+def _compared(found: verdicts.Finding) -> tuple[str, str, str]:
+    return found.comparison.better, found.comparison.other, found.comparison.measure
+
+
+def _finding(found: verdicts.Finding) -> str:
+    difference, said = verdicts.difference_of(found.difference), verdicts.emphasised(found.said)
+    return f"| {verdicts.compared(found.comparison)} | {difference} | {said} |"
 
 
 def _commands() -> str:

@@ -200,7 +200,8 @@ def cell(measure, records) -> str:
     return measure.show(found.value) + error
 
 
-def of_what(tuning: settings.Tuning) -> str:
+def tuned_on(tuning: settings.Tuning) -> str:
+    """What a study's rates were tried on, beside its runs."""
     if len(tuning.bases) > 1:
         return f"the mean over {len(tuning.bases)} base models kept for this"
     return f"{tuning.prompts} prompts and {len(tuning.seeds)} seed kept for this"
@@ -212,7 +213,7 @@ def tuning_tables(results: Results, experts: Sequence[str]) -> list[str]:
     records = [record for record in results.records if record["kind"] == TUNING]
     if tuning is None or not records:
         return []
-    parts = ["### Learning rates", LEARNING_RATES_TEXT.format(of_what(tuning))]
+    parts = ["### Learning rates", LEARNING_RATES_TEXT.format(tuned_on(tuning))]
     for expert in experts:
         rates = [float(rate) for rate in tuning.rates]
         lines = [f"| expert `{expert}` | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]

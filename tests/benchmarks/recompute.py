@@ -123,19 +123,21 @@ def word(p: float, value: float, expect: str, margin: float) -> str:
     return "held" if rises else "did not hold: the opposite"
 
 
+def claims_of(path: Path) -> list[dict]:
+    head, _ = table_of(path)
+    return head["claims"]["entries"] if "claims" in head else yaml.safe_load((CLAIMS / "exploratory.yaml").read_text())
+
+
 def verdicts(path: Path, expert: str, weak: bool = False, first: bool = False) -> list[dict]:
     """One row a comparison, in the order of the page. weak: over every base. first: as the study was read at first."""
     head, found = table_of(path)
-    entries = (
-        head["claims"]["entries"] if "claims" in head else yaml.safe_load((CLAIMS / "exploratory.yaml").read_text())
-    )
     grid = set(itertools.chain(*(cells["bases"] for cells in head["study"]["grid"])))
     bases = found[(found.kind == "base") & found.base.isin(grid)]
     limit = head["study"]["least_base"] if first else USABLE
     kept = bases[weak | (bases.pass1 >= limit)].base
     runs = found[(found.kind == "run") & found.base.isin(kept)]
     rows = []
-    for entry in entries:
+    for entry in claims_of(path):
         for better, other in entry.get("pairs", []):
             expect, margin = entry["expect"], entry.get("margin", 0.0)
             if first and margin:

@@ -86,7 +86,8 @@ def test_the_summary_says_what_its_comparisons_say_now_and_said_at_first(path):
         expert, first = title.split("`")[1], "at first" in title
         found = summary(RECOMPUTE["verdicts"](path, expert, first=first))
         lines = [cells(line) for line in text.split(header)[1].split("\n\n")[0].splitlines()[2:]]
-        assert {line[0] for line in lines} >= found.keys() and len(found) > 3
+        decidable = [entry["claim"] for entry in RECOMPUTE["claims_of"](path) if entry.get("pairs")]
+        assert [line[0] for line in lines] == decidable
         for line in lines:
             assert line[column] == found.get(line[0], "–"), (title, line[0])
 
