@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -240,3 +241,19 @@ def test_sources_from_a_clock_that_is_ahead_become_of_today(module):
     os.utime(source, (2e9, 2e9 + 86400 * 36500))
     prebuilt.touch_what_is_ahead()
     assert source.stat().st_mtime <= time.time() + 1
+
+
+def test_wheels_that_share_a_package_or_bring_a_path_file_are_found(tmp_path):
+    """As quack's compiler comes: one package in two wheels, and a third that adds a folder to the path."""
+    contents = {"one": {"shared/a.py": "X = 1"}, "two": {"shared/b.py": "Y = 2"},
+                "three": {"more.pth": "inner", "inner/deep.py": "Z = 3"}}  # fmt: skip
+    for name, files in contents.items():
+        with zipfile.ZipFile(tmp_path / f"{name}-1-py3-none-any.whl", "w") as wheel:
+            for path, text in files.items():
+                wheel.writestr(path, text)
+    run = Run(tmp_path, tmp_path / "scratch")
+    command = gpu.wheels(run, tmp_path).command(run)
+    subprocess.run(command, check=True)
+    code = "import shared.a, shared.b, deep; print(shared.a.X + shared.b.Y + deep.Z)"
+    found = subprocess.run([sys.executable, "-c", code], env=run.environment, capture_output=True, text=True)
+    assert found.stdout == "6\n", found.stderr
