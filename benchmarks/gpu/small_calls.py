@@ -61,7 +61,7 @@ def clusters(dtype: torch.dtype, blocks: int) -> None:
 
 def main() -> None:
     for dtype in DTYPES:
-        for blocks in (1, 2, 4, 8, 16) if torch.cuda.get_device_capability()[0] >= 9 else (1,):
+        for blocks in (1, 2, 5, 7, 8, 16) if torch.cuda.get_device_capability()[0] >= 9 else (1,):
             clusters(dtype, blocks)
         for vocab in VOCABULARIES:
             compare(vocab, dtype, inplace=vocab % 2 == 0)

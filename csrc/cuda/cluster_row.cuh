@@ -2,13 +2,25 @@
 //
 // A thread copies, reads and refills only its own slots (i = thread, thread + threads, ...), so a slot needs no
 // barrier: while the gradient of this row is written, each slot that has been read takes a vector of the cluster's next
-// row. Thus loads and stores are in flight together in every block, and once more across the two blocks of a
-// multiprocessor. What is done once a row is done by the first warp of each block, which tells the others.
+// row. Thus loads and stores are in flight together in every block, and once more across the blocks of a
+// multiprocessor. What is done once a row is done by one warp of each block, which tells the others; meanwhile another
+// one looks for the row after the next. And while a row is read, the next one comes as near as the L2 cache: memory has
+// work also when every slot is taken.
 #pragma once
 
 #include "cuda/row.cuh"
 
 namespace gft::cuda {
+
+// A row that is to come, as a block knows it.
+template <class T>
+struct Ahead {
+    Part<T> part;
+    Edge edges[2 * kEdge];  // of the first lanes
+    int keeper;             // the thread with the slot of its target, if this block has it
+};
+
+constexpr int kAhead = 4;  // the row that is here, the next one, and the one after it that is being looked up
 
 // What a block shares beside its slots.
 template <class T>
@@ -17,64 +29,67 @@ struct alignas(kVectorBytes) ClusterShared {
     Mailbox mailboxes[2];
     Softmax warps[kMaxWarps];
     Verdict verdict;  // on the row that is here
-    Part<T> next;     // the row to come
-    int keeper;       // the thread with the slot of its target, if this block has it
+    Ahead<T> rows[kAhead];
 };
 
 // The cluster's first row from `row` on whose logits matter; a warp looks at 32 rows at once. Edges: each lane has its
-// own. What is read here is in registers before the row's letters are sent, so in place nobody has overwritten it.
+// own.
 template <class T>
 GFT_DEVICE Part<T> next_part(const RowTask& task, long long row, long long step, int capacity) {
+    const int lane = thread_index() % kWarp;
     for (const long long rows = row_count(task.logits); row < rows; row += kWarp * step) {
-        const long long mine = row + thread_index() * step;
+        const long long mine = row + lane * step;
         const int first = first_lane(mine < rows && row_matters(task, mine));
         if (first < kWarp) return open_part<T>(task, row + first * step, capacity, cluster_rank(), cluster_blocks());
     }
     return no_part<T>(row);
 }
 
-// To the block, which reads it behind its next barrier.
+// By the first warp: the row from `row` on that comes next, for the block to read behind a barrier. Two rows ahead of
+// its gradient nobody writes to it, in place neither.
 template <class T>
-GFT_DEVICE Edge announce(ClusterShared<T>& shared, const Verdict& verdict, const Part<T>& next) {
-    warp_barrier();  // every lane has read what stood there
+GFT_DEVICE long long look_ahead(const RowTask& task, Ahead<T>& ahead, long long row, long long step, int capacity) {
+    const Part<T> part = next_part<T>(task, row, step, capacity);
+    if (thread_index() < 2 * kEdge) ahead.edges[thread_index()] = part.edge;
     if (thread_index() == 0) {
-        shared.verdict = verdict;
-        shared.next = next;
-        shared.keeper = target_vector(next) < next.vectors ? target_vector(next) % thread_count() : -1;
+        ahead.part = part;
+        ahead.keeper = target_vector(part) < part.vectors ? target_vector(part) % thread_count() : -1;
     }
-    return next.edge;
+    return part.row;
 }
 
-// What a row needs once, by the first warp: the block's state to all blocks and theirs back, the verdict, the edges'
-// gradient, and the row to come, whose `edge` it returns.
+template <class T>
+GFT_DEVICE void fetch_part(const Part<T>& part) {
+    if (part.read) fetch_to_l2(part.logits + part.first, part.vectors * kVectorBytes);
+}
+
+// What a row needs once, by one warp: the block's state to all blocks and theirs back, the verdict, the edges'
+// gradient.
 //
 // One exchange a row is enough: row n + 2 sends where row n was read, and no block gets there before it has the letters
 // of row n + 1 from all others, who send them behind their reading of row n.
 template <bool kEntropy, class T>
-GFT_DEVICE Edge lead(const RowTask& task, ClusterShared<T>& shared, Edge edge, int turn, long long step, int capacity) {
-    const int lane = thread_index(), blocks = cluster_blocks();
-    Part<T> part = shared.next;
-    part.edge = edge;
+GFT_DEVICE void lead(const RowTask& task, ClusterShared<T>& shared, int turn) {
+    const int lane = thread_index() % kWarp, blocks = cluster_blocks();
+    Part<T> part = shared.rows[turn % kAhead].part;
+    part.edge = lane < 2 * kEdge ? shared.rows[turn % kAhead].edges[lane] : Edge{-1, 0.0f};
     Softmax state = lane < thread_count() / kWarp ? shared.warps[lane] : empty_softmax();
-    if (edge.element >= 0) {
-        float logit[1] = {edge.logit};
-        observe_others<kEntropy>(state, logit, edge.element == part.target, 0, task.view);
+    if (part.edge.element >= 0) {
+        float logit[1] = {part.edge.logit};
+        observe_others<kEntropy>(state, logit, part.edge.element == part.target, 0, task.view);
     }
     state = merge_lanes<kEntropy>(state);
-    uint4* const letters = shared.letters[turn % 2];
-    Mailbox* const mailbox = shared.mailboxes + turn % 2;
     if (blocks > 1) {
+        uint4* const letters = shared.letters[turn % 2];
+        Mailbox* const mailbox = shared.mailboxes + turn % 2;
         if (lane == 0) expect_letters(mailbox, blocks);
         if (lane < blocks) send_letter(letter_of(state), letters + cluster_rank(), mailbox, lane);
-    }
-    const Part<T> next = next_part<T>(task, part.row + step, step, capacity);  // while the letters travel
-    if (blocks > 1) {
         await_letters(mailbox, turn / 2 % 2);
         state = merge_lanes<kEntropy>(lane < blocks ? state_of(letters[lane]) : empty_softmax());
     }
     const Verdict verdict = settle<kEntropy>(task, part, state, cluster_rank() == 0 && lane == 0);
     shade_edge<kEntropy>(part, verdict, task.view);
-    return announce(shared, verdict, next);
+    if (lane == 0) shared.verdict = verdict;
 }
 
 // The rows on the way to the next one: nobody reads them.
@@ -147,28 +162,33 @@ GFT_DEVICE void observe_stage(Softmax& state, uint4* slots, int stage, const Par
 
 // grid: any number of clusters of up to 16 blocks; threads: 64 to 512; shared: ClusterShared, then `capacity` vectors.
 template <class T, bool kEntropy>
-GFT_KERNEL(kMaxThreads, 2)
+GFT_KERNEL(kMaxThreads, 3)
 cluster_row(const RowTask task, const int capacity) {
     auto& shared = *reinterpret_cast<ClusterShared<T>*>(shared_memory());
     auto* slots = reinterpret_cast<uint4*>(shared_memory() + sizeof(ClusterShared<T>));
     const int stage = static_cast<int>(ceil_div(capacity, kStages * thread_count())) * thread_count();
+    const int warp = thread_index() / kWarp;
     const long long step = block_count() / cluster_blocks();
 
     Part<T> part = no_part<T>(block_index() / cluster_blocks() - step);
     int target_slot = -1;  // of this thread
-    Edge edge{};           // of the first warp's threads
     if (thread_index() < 2) open_mailbox(shared.mailboxes + thread_index());
-    if (thread_index() < kWarp) edge = announce(shared, Verdict{}, next_part<T>(task, part.row + step, step, capacity));
+    if (warp == 0) {
+        const long long first = look_ahead<T>(task, shared.rows[0], part.row + step, step, capacity);
+        look_ahead<T>(task, shared.rows[1], first + step, step, capacity);
+    }
     cluster_barrier();  // all blocks run, and their mailboxes are open
     for (int turn = 0;; ++turn) {
-        const Part<T> next = shared.next;
+        const Ahead<T>& ahead = shared.rows[turn % kAhead];
+        const Part<T> next = ahead.part;
         const Verdict verdict = shared.verdict;
         turn_over<kEntropy>(slots, capacity, stage, part, next, verdict, task.view);
         if (target_slot >= 0) write_target(part, verdict);
         clear_rows<T>(task, part.row + step, next.row, step, capacity);
         if (!next.read) return;  // nobody writes to this block any more: the letters of its last row have come
         part = next;
-        target_slot = thread_index() == shared.keeper ? target_vector(part) : -1;
+        target_slot = thread_index() == ahead.keeper ? target_vector(part) : -1;
+        if (thread_index() == 0) fetch_part(shared.rows[(turn + 1) % kAhead].part);
 
         Softmax state = empty_softmax();
         observe_stage<0, kEntropy>(state, slots, stage, part, target_slot, task.view);
@@ -176,9 +196,13 @@ cluster_row(const RowTask task, const int capacity) {
         observe_stage<2, kEntropy>(state, slots, stage, part, target_slot, task.view);
         observe_stage<3, kEntropy>(state, slots, stage, part, target_slot, task.view);
         state = merge_lanes<kEntropy>(state);
-        if (thread_index() % kWarp == 0) shared.warps[thread_index() / kWarp] = state;
+        if (thread_index() % kWarp == 0) shared.warps[warp] = state;
         block_barrier();
-        if (thread_index() < kWarp) edge = lead<kEntropy>(task, shared, edge, turn, step, capacity);
+        if (warp == 0) {
+            const long long row = shared.rows[(turn + 1) % kAhead].part.row;
+            look_ahead<T>(task, shared.rows[(turn + 2) % kAhead], row + step, step, capacity);
+        }
+        if (warp == 1) lead<kEntropy>(task, shared, turn);
         block_barrier();
     }
 }

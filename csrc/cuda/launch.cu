@@ -49,8 +49,8 @@ auto with_type(Dtype dtype, Act act) {
     return dtype == Dtype::bf16 ? act(Bf16{}) : act(F16{});
 }
 
-// With a gradient: the first cluster plan that the device can place, on as many clusters as fit at once (each walks
-// over its rows, loading the next while it writes this one); else, and for statistics, two_pass_row.
+// With a gradient: the cluster plan, on as many clusters as fit at once (each walks over its rows, loading the next
+// while it writes this one); for statistics, and where the device can place no cluster, two_pass_row.
 template <class T, bool kEntropy>
 LaunchPlan plan_logits(const RowShape& shape, Place place) {
     const Device device = device_at(place.device);
@@ -62,27 +62,28 @@ LaunchPlan plan_logits(const RowShape& shape, Place place) {
                     0,
                     at_most(shape.rows, kMaxGrid),
                     outcome(device.error, "asking what the device has")};
+    if (!shape.gradient) return plan;
+    const auto residents = [&](const ClusterPlan& cluster) {
+        const auto* kernel = reinterpret_cast<const void*>(cluster_row<T, kEntropy>);
+        const Residents found = resident_clusters(kernel, cluster, place.device);
+        if (found.refused.code != 0) plan.refused = found.refused;
+        return found.clusters;
+    };
     constexpr int header = sizeof(ClusterShared<T>);
-    for (int choice = 0; shape.gradient && (choice == 0 || place.cluster == 0); ++choice) {
-        const ClusterPlan cluster = place.cluster != 0
-                                        ? plan_of(place.cluster, shape.V, sizeof(T), header)
-                                        : cluster_plan(device.machine, shape.rows, shape.V, sizeof(T), header, choice);
-        if (cluster.blocks == 0) break;
-        const Residents residents =
-            resident_clusters(reinterpret_cast<const void*>(cluster_row<T, kEntropy>), cluster, place.device);
-        if (residents.refused.code != 0) plan.refused = residents.refused;
-        if (residents.clusters == 0) continue;
-        const int most = place.clusters != 0 ? at_most(place.clusters, residents.clusters) : residents.clusters;
-        return {"cluster_row",
-                cluster.blocks,
-                cluster.threads,
-                cluster.shared_bytes,
-                cluster.capacity,
-                residents.clusters,
-                at_most(shape.rows, std::int64_t{most}) * cluster.blocks,
-                plan.refused};
-    }
-    return plan;
+    const ClusterPlan cluster = place.cluster != 0
+                                    ? plan_of(device.machine, place.cluster, shape.V, sizeof(T), header)
+                                    : cluster_plan(device.machine, shape.rows, shape.V, sizeof(T), header, residents);
+    const int resident = cluster.blocks == 0 ? 0 : residents(cluster);
+    if (resident == 0) return plan;
+    const int most = place.clusters != 0 ? at_most(place.clusters, resident) : resident;
+    return {"cluster_row",
+            cluster.blocks,
+            cluster.threads,
+            cluster.shared_bytes,
+            cluster.capacity,
+            resident,
+            at_most(shape.rows, std::int64_t{most}) * cluster.blocks,
+            plan.refused};
 }
 
 template <class T, bool kEntropy>

@@ -65,7 +65,7 @@ Shard = structure("Shard", logits=LogitRows, columns_R=pointer, transform=Transf
 NativeChoice = structure("NativeChoice", blocks=i32, threads=i32, grid=i32, seed=c.c_uint)
 Machine = structure("Machine", multiprocessors=i32, shared_per_multiprocessor=i32, shared_per_block=i32,
                     shared_reserved=i32, max_cluster=i32)  # fmt: skip
-ClusterPlan = structure("ClusterPlan", blocks=i32, threads=i32, capacity=i32, shared_bytes=i32)
+ClusterPlan = structure("ClusterPlan", blocks=i32, threads=i32, capacity=i32, shared_bytes=i32, together=i32)
 
 
 def absent() -> str | None:

@@ -46,9 +46,8 @@ class Kernel:
     """How a kernel moves a row of VOCABULARY elements.
 
     load: of a vector that is observed or shaded; refill: what comes into its place. threads: on a row, by the bytes of
-    an element; passes: over the logits, as memory moves them. warps: of a block, one of which walks the row path for
-    the others, doing the work `leads`; without it every warp does the same. more: how many times the threads on a
-    target whose shared memory holds smaller slices.
+    an element, and `elsewhere` on a target whose shared memory holds smaller slices; passes: over the logits, as memory
+    moves them. warps: of a block; each of `leads` is what one of them does for the others on the row path.
     """
 
     load: str
@@ -56,11 +55,11 @@ class Kernel:
     passes: int
     refill: str | None = None
     warps: int = 1
-    leads: Mapping[str, int] = field(default_factory=dict)
-    more: Mapping[str, int] = field(default_factory=dict)
+    leads: Sequence[Mapping[str, int]] = ()
+    elsewhere: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
 
     def threads_on(self, target: str, item: int) -> int:
-        return self.threads[item] * self.more.get(target, 1)
+        return self.elsewhere.get(target, self.threads)[item]
 
     @property
     def shades(self) -> dict[str, int]:
@@ -68,10 +67,11 @@ class Kernel:
 
 
 KERNELS = {
-    # The leading warp merges lanes, warps and blocks (10 shuffles each), finds the next row, reads its five numbers and
-    # sends the block's state.
-    "cluster_row": Kernel(r"LDS\.128", {2: 4 * 512, 4: 8 * 512}, 2, "LDGSTS", 16,
-                          {"SHFL": 30, "VOTE": 1, r"LDG?\.": 5, "STAS": 1}, {"sm_120": 2}),
+    # One warp merges warps and blocks (10 shuffles each, as all do with their lanes before) and sends the block's
+    # state; another finds the row after the next and reads its five numbers.
+    "cluster_row": Kernel(r"LDS\.128", {2: 6 * 256, 4: 11 * 256}, 2, "LDGSTS", 8,
+                          ({"SHFL": 30, "STAS": 1}, {"VOTE": 1, r"LDG?\.": 5}),
+                          {"sm_120": {2: 10 * 256, 4: 13 * 384}}),
     "two_pass_row": Kernel(r"LDG?\.\S*128", {2: 1024, 4: 1024}, 3),
     "row_loss": Kernel(r"LDG?\.\S*128", {2: 512, 4: 512}, 3),
 }  # fmt: skip
@@ -162,4 +162,5 @@ def row_path(graph: Graph, every: Sequence[Loop], kernel: Kernel, hot: Sequence[
         extra = sum(graph.count(set(blocks) - inside) for blocks in again if blocks)
         return graph.count(set(path) - inside) + (STAGES - 1) * extra
 
-    return ((kernel.warps - 1) * walk({}) + walk(kernel.leads)) / kernel.warps
+    led = [walk(work) for work in kernel.leads]
+    return ((kernel.warps - len(led)) * walk({}) + sum(led)) / kernel.warps

@@ -114,8 +114,14 @@ bool emulate_shade_shard(const Shard* shard, const AgreedRows* agreed, const Log
 
 int header_bytes() { return sizeof(ClusterShared<Bf16>); }
 
-ClusterPlan plan_cluster(const Machine* machine, std::int64_t rows, std::int64_t V, int element_bytes, int choice) {
-    return cluster_plan(*machine, rows, V, element_bytes, sizeof(ClusterShared<float>), choice);
+// The rule with a device that holds as many clusters as its shared memory and registers have room for, if there is no
+// `lost` (a cluster size of which it holds none).
+ClusterPlan plan_cluster(const Machine* machine, std::int64_t rows, std::int64_t V, int element_bytes, int lost) {
+    const auto clusters = [&](const ClusterPlan& plan) {
+        const int together = at_most(plan.together, 65536 / (56 * plan.threads));
+        return plan.blocks == lost ? 0 : machine->multiprocessors * together / plan.blocks;
+    };
+    return cluster_plan(*machine, rows, V, element_bytes, sizeof(ClusterShared<float>), clusters);
 }
 
 // How often each element of a row is looked after, by some thread of some block as vector or edge element: all 1.
