@@ -123,6 +123,8 @@ def test_a_tree_is_as_committed_whatever_has_been_measured_there(tmp_path, monke
     assert not provenance.commit()["dirty"] and len(provenance.commit()["revision"]) == 40
     code.write_text("after")
     assert provenance.commit()["dirty"]
+    monkeypatch.setenv("GFT_COMMIT", "abc")
+    assert provenance.commit() == {"revision": "abc", "dirty": False}, "a copy of a tree, which git cannot speak for"
 
 
 def test_a_file_holds_no_default_and_loads_with_all_of_them(tmp_path):
