@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from benchmarks.gpu import traffic
+from benchmarks.gpu import summary, traffic
 
 
 @dataclass
@@ -87,6 +87,10 @@ def tests(file: str, paths: tuple[str, ...], run: Run) -> list[str]:
     return python("-m", "benchmarks.gpu.lines", str(run.results / file), *paths, "--device", "cuda", "--tb=short")
 
 
+def counted(file: str, run: Run, output: str) -> dict:
+    return {"tests": summary.counts(run.results / file)}
+
+
 def sanitizer(tool: str, run: Run) -> list[str] | str:
     """Our kernels only: under a sanitizer torch's own kernels would take the time.
 
@@ -125,8 +129,10 @@ PROFILES = {
         (BUILD,),
         (Stage("calls", 25, lambda run: python("-m", "benchmarks.gpu.small_calls")),),
         (
-            Stage("gpu-tests", 105, partial(tests, "gpu-tests.jsonl", GPU_TESTS), FEW_THREADS),
-            Stage("oracle-tests", 105, partial(tests, "oracle-tests.jsonl", ORACLE_TESTS), FEW_THREADS),
+            Stage("gpu-tests", 105, partial(tests, "gpu-tests.jsonl", GPU_TESTS), FEW_THREADS,
+                  partial(counted, "gpu-tests.jsonl")),
+            Stage("oracle-tests", 105, partial(tests, "oracle-tests.jsonl", ORACLE_TESTS), FEW_THREADS,
+                  partial(counted, "oracle-tests.jsonl")),
             *(Stage(tool, 105, partial(sanitizer, tool), UNCACHED) for tool in ("memcheck", "racecheck", "synccheck")),
         ),
     )),
