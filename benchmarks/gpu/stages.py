@@ -77,8 +77,8 @@ def last_json_line(run: Run, output: str) -> dict:
 
 
 GPU_TESTS = ("tests/backends/gpu",)
-ORACLE_TESTS = ("tests/loss/test_loss.py", "tests/loss/test_autograd.py", "tests/loss/test_advantages.py",
-                "tests/linear/test_linear_gradients.py", "tests/linear/test_linear.py",
+ORACLE_TESTS = ("tests/loss/test_loss.py", "tests/loss/test_policy.py", "tests/loss/test_autograd.py",
+                "tests/loss/test_advantages.py", "tests/linear/test_linear_gradients.py", "tests/linear/test_linear.py",
                 "tests/linear/test_sparse.py")  # fmt: skip
 """Every file whose tests take the device that is asked for; a process each."""
 
