@@ -12,17 +12,27 @@ The words around a block are free of figures, so that nothing but this command h
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import extraction_report, plots, report, savings
+from benchmarks import extraction_report, gpu_report, plots, report, savings
 from benchmarks.experiments import results, verdicts
 from benchmarks.experiments.measures import MEASURES
 from benchmarks.experiments.methods import label_of
+from benchmarks.tables import (
+    RESULTS,
+    Column,
+    cases,
+    duration,
+    error,
+    megabytes,
+    outcomes,
+    over_floor,
+    table,
+    timed_columns,
+)
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
 BLOCK = re.compile(r"(?P<open><!-- generated: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(?P<close><!-- end -->)", re.S)
 
@@ -33,41 +43,8 @@ LINEAR = "512 × 896 × 151936 float32"
 STEP = "step of 4 × 32 tokens, 2 layers × 64 × 151936 float32, 2 threads"
 
 
-@cache
-def _cases(file: str) -> dict[str, dict]:
-    return {result["label"]: result for result in report.load(RESULTS / file)["results"]}
-
-
-def outcomes(file: str, label: str) -> dict[str, dict]:
-    """Everyone who was timed in a case, by name; the floor first, then the fastest."""
-    found = sorted(report.timed(_cases(file)[label]), key=lambda o: (o["objective"] is not None, o["median_s"]))
-    return {outcome["name"]: outcome for outcome in found}
-
-
 def _seconds(file: str, label: str, name: str) -> float:
     return outcomes(file, label)[name]["median_s"]
-
-
-# How a figure is shown.
-
-
-def _duration(outcome: dict) -> str:
-    return report.duration(outcome["median_s"])
-
-
-def _over_floor(outcome: dict) -> str:
-    return f"{outcome['over_floor']:.2f}"
-
-
-def _error(outcome: dict) -> str:
-    return f"{outcome['error']:.0e}" if outcome["error"] is not None else "–"
-
-
-def _megabytes(outcome: dict) -> str:
-    if outcome["extra_bytes"] is None:
-        return "–"
-    value = outcome["extra_bytes"] / 1e6
-    return f"{value:.0f} MB" if value >= 10 else f"{value:.2f} MB"
 
 
 def _longest(outcome: dict) -> str:
@@ -78,37 +55,15 @@ def _times(value: float) -> str:
     return f"{value:.2f} times"
 
 
-Column = tuple[str, dict[str, dict], Callable[[dict], str]]  # title, outcomes by name, what is shown
-
-
-def table(columns: Sequence[Column], names: Sequence[str] | None = None) -> str:
-    """A row a contender, as the first column orders them; what computes something else than ours says so."""
-    first = columns[0][1]
-    lines = ["| | " + " | ".join(title for title, _, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name in names or first:
-        cells = [shown(found[name]) if name in found else "–" for _, found, shown in columns]
-        objective = first[name]["objective"]
-        other = f" ({objective})" if objective in ("cross-entropy", "grpo") else ""
-        lines.append(f"| {name}{other} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _timed(title: str, found: dict[str, dict]) -> list[Column]:
-    return [(title, found, _duration), ("over the floor", found, _over_floor)]
-
-
 def _timed_table(file: str, label: str) -> str:
-    return table(_timed("time", outcomes(file, label)))
-
-
-# The blocks.
+    return table(timed_columns("time", outcomes(file, label)))
 
 
 def _row() -> str:
     columns: list[Column] = []
     for dtype in DTYPES:
         found = outcomes("row-cpu.json", f"{HEADLINE.format(dtype)}, 1 thread")
-        columns += [*_timed(dtype, found), ("extra memory", found, _megabytes)]
+        columns += [*timed_columns(dtype, found), ("extra memory", found, megabytes)]
     return table(columns)
 
 
@@ -150,7 +105,7 @@ def _recorded_states(rows: int) -> dict[str, dict]:
 def _sparse_words() -> str:
     found = _recorded_states(2048)
     names = ("gft_linear_loss, filter_eps", "gft_linear_loss cpu", LEAN)
-    ours, exact, eager = (_over_floor(found[name]) for name in names)
+    ours, exact, eager = (over_floor(found[name]) for name in names)
     return (
         f"- {ours} times the three products over 2048 states of SmolLM2-135M-Instruct and its head, one thread of a\n"
         f"  CPU; exact {exact}, eager PyTorch {eager}.\n"
@@ -161,31 +116,31 @@ def _sparse() -> str:
     columns: list[Column] = []
     for rows in (258, 2048):
         found = _recorded_states(rows)
-        columns += _timed(f"{rows} rows", found)
-    return table([*columns, ("gradients' error", columns[-1][1], _error)])
+        columns += timed_columns(f"{rows} rows", found)
+    return table([*columns, ("gradients' error", columns[-1][1], error)])
 
 
 def _sparse_large() -> str:
     """Synthetic states over a larger head: as sure as a trained model, and with tails too heavy to be cut."""
     columns: list[Column] = []
-    for label, case in _cases("linear-sparse-large-cpu.json").items():
-        columns += _timed(f"{case['case']['states']} states", outcomes("linear-sparse-large-cpu.json", label))
+    for label, case in cases("linear-sparse-large-cpu.json").items():
+        columns += timed_columns(f"{case['case']['states']} states", outcomes("linear-sparse-large-cpu.json", label))
     return table(columns)
 
 
 def _prompts() -> str:
     """A row a layout, a pair of columns a case: how long prompts and responses are, then time and memory."""
     columns: list[Column] = []
-    for label, case in _cases("prompts-cpu.json").items():
+    for label, case in cases("prompts-cpu.json").items():
         found, shape = outcomes("prompts-cpu.json", label), case["case"]
         found = {name: outcome for name, outcome in found.items() if outcome["objective"]}
-        columns += [(f"{shape['prompt']}:{shape['response']}", found, _duration), ("memory", found, _megabytes)]
+        columns += [(f"{shape['prompt']}:{shape['response']}", found, duration), ("memory", found, megabytes)]
     return table(columns)
 
 
 def _step_pretrained() -> str:
     found = outcomes("step-pretrained-cpu.json", "step of 4 × 64 tokens, SmolLM2-135M float32, 2 threads")
-    return table([*_timed("time", found), ("memory", found, _megabytes)])
+    return table([*timed_columns("time", found), ("memory", found, megabytes)])
 
 
 def _step_memory() -> str:
@@ -193,7 +148,7 @@ def _step_memory() -> str:
     found = {name: outcome for name, outcome in found.items() if outcome["objective"]}
     budget = next(iter(found.values()))["budget_bytes"] >> 20
     return table(
-        [("memory at 32 tokens", found, _megabytes), (f"longest within {budget} MiB (tokens)", found, _longest)]
+        [("memory at 32 tokens", found, megabytes), (f"longest within {budget} MiB (tokens)", found, _longest)]
     )
 
 
@@ -201,7 +156,7 @@ def _advantages() -> str:
     ways = {
         how: outcomes("quick-cpu.json", f"64 rewards in groups of 8 {how}, 1 thread") for how in ("together", "by id")
     }
-    return table([(how, found, _duration) for how, found in ways.items()])
+    return table([(how, found, duration) for how, found in ways.items()])
 
 
 def _chunk_memory() -> str:
@@ -249,11 +204,14 @@ def _finding(found: verdicts.Finding) -> str:
 
 
 def _commands() -> str:
-    lines = [report.load(path)["command"] for path in sorted(RESULTS.glob("*.json"))]
+    saved = map(report.load, sorted(RESULTS.glob("*.json")))
+    lines = [one["command"] for one in saved if "gpu" not in one["machine"]]
     return "```bash\n" + "\n".join(lines) + "\n```\n"
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "gpu-short": gpu_report.short,
+    "gpu": gpu_report.whole,
     "row": _row,
     "row-words": _row_words,
     "linear": lambda: _timed_table("linear-peers-cpu.json", f"{LINEAR}, 2 threads"),

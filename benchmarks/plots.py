@@ -185,7 +185,7 @@ ROW_FLOP = 22
 
 
 def _roofline_cases(paths: list[Path]) -> tuple[dict, dict, list[Path]] | None:
-    """The largest plain float32 row and linear case under the same number of threads (of equals the fullest)."""
+    """A CPU's largest plain float32 row and linear case under as many threads (of equals the fullest)."""
     found = [(r, path) for path in paths for r in report.load(path)["results"] if _is_plain(r)]
     linear, linear_path = max((f for f in found if f[0]["benchmark"] == "linear"), key=_size, default=(None, None))
     threads = linear["case"]["threads"] if linear else None
@@ -196,7 +196,7 @@ def _roofline_cases(paths: list[Path]) -> tuple[dict, dict, list[Path]] | None:
 
 def _is_plain(result: dict) -> bool:
     case = result["case"]
-    if result["benchmark"] not in ("row", "linear"):
+    if result["benchmark"] not in ("row", "linear") or case["device"] != "cpu":
         return False
     return (case["dtype"], case["dead"], case.get("logits", "peaked")) == ("float32", "none", "peaked")
 

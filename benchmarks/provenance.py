@@ -74,7 +74,12 @@ def load_average() -> float | None:
 
 
 def commit() -> dict:
-    """Commit of the measured tree; dirty where a tracked file differs from it that is not itself a measurement."""
+    """Commit of the measured tree; dirty where a tracked file differs from it that is not itself a measurement.
+
+    `GFT_COMMIT` in the environment names it where the tree is a copy that git cannot speak for.
+    """
+    if given := os.environ.get("GFT_COMMIT"):
+        return {"revision": given, "dirty": False}
     revision = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)benchmarks/results")
     return {"revision": revision or "not a git checkout", "dirty": bool(changed)}

@@ -93,7 +93,17 @@ class PolicyProblem:
 
 
 def problem(objective, responses=6, length=4, vocabulary=131, dtype=torch.float32, std=3.0, seed=0, **options):
-    """Every kind of row: log rho from -0.7 to 0.7, A of both signs and 0, a fifth masked, the last column a target."""
+    """Every kind of row: log rho from -0.7 to 0.7, A of both signs and 0, a fifth masked, the last column a target.
+
+    On torch's default device, with the same numbers on each.
+    """
+    with torch.device("cpu"):
+        tensors = _tensors(responses, length, vocabulary, dtype, std, seed, options)
+    return PolicyProblem(objective, *(x.to(torch.get_default_device()) for x in tensors), options)
+
+
+def _tensors(responses, length, vocabulary, dtype, std, seed, options):
+    """Logits, targets, mask, advantages, old and reference log-probabilities."""
     generator = torch.Generator().manual_seed(seed)
     rows = (responses, length)
     logits = (torch.randn(*rows, vocabulary, generator=generator) * std).to(dtype)
@@ -111,7 +121,7 @@ def problem(objective, responses=6, length=4, vocabulary=131, dtype=torch.float3
         rows
     )
     ref = log_pi + torch.randn(rows, generator=generator) * 0.7
-    return PolicyProblem(objective, logits, targets, mask, advantages, old, ref, options)
+    return logits, targets, mask, advantages, old, ref
 
 
 def bounded_problem(dtype=torch.float32) -> PolicyProblem:

@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.gpu import programs, summary
@@ -15,32 +16,26 @@ from benchmarks.gpu.stages import PROFILES, Profile, Run, Stage
 
 ENOUGH_S = 3.0
 """A stage that would have less is not begun."""
+POLL_S = 0.05
 ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
-    before = {number: signal.signal(number, stop) for number in ENDINGS}
+    told: list[str] = []  # the signals that came: what runs is ended, its line is written, and the summary stands
+    before = {number: signal.signal(number, lambda n, _: told.append(signal.Signals(n).name)) for number in ENDINGS}
     lines: list[dict] = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        run = Run(options.results.resolve(), Path(scratch), options.stub, options.commit)
+        run = Run(options.results.resolve(), Path(scratch), options.stub)
         if not os.access(run.environment.get("HOME", ""), os.W_OK):  # Triton and torch.compile keep their work there
             run.environment |= {"HOME": scratch, "USER": "nobody"}
-        try:
-            every(PROFILES[options.profile], run, options, lines)
-        except programs.StoppedError as told:
-            programs.say(f"ended by {told}")
+        if options.commit:
+            run.environment["GFT_COMMIT"] = options.commit
+        every(PROFILES[options.profile], run, options, lines, told)
         programs.say(summary.text(run.results, lines))
     for number, handler in before.items():
         signal.signal(number, handler)
     return 0 if lines and all(line["outcome"] in ("passed", "skipped") for line in lines) else 1
-
-
-def stop(number: int, frame: object) -> None:
-    """Once: what stage there is ends, its line is written, and the summary stands."""
-    for ending in ENDINGS:
-        signal.signal(ending, signal.SIG_IGN)
-    raise programs.StoppedError(signal.Signals(number).name)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -49,11 +44,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, required=True, help="folder for the results")
     parser.add_argument("--stages", default=None, help="some of the profile's, separated by commas")
     parser.add_argument("--wheels", type=Path, default=os.environ.get("GFT_WHEELS"), help="folder of wheels to use")
-    parser.add_argument("--commit", default="", help="what is measured, where this is no git checkout")
+    parser.add_argument("--commit", default=os.environ.get("GFT_COMMIT"), help="measured, where git cannot say it")
     parser.add_argument("--limit", type=float, default=None, help="seconds for everything (default: the profile's)")
     parser.add_argument("--stub", action="store_true", help="rehearse: a stand-in answers as a GPU would")
     options = parser.parse_args(argv)
-    names = [stage.name for stage in PROFILES[options.profile].stages]
+    names = [stage.name for step in PROFILES[options.profile].steps for stage in step]
     options.stages = options.stages.split(",") if options.stages else names
     unknown = [name for name in options.stages if name not in names]
     if unknown:
@@ -65,35 +60,54 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def every(profile: Profile, run: Run, options: argparse.Namespace, lines: list[dict]) -> None:
-    """The stages in turn. One may take what is left beside the reserves of those after it."""
+def every(profile: Profile, run: Run, options: argparse.Namespace, lines: list[dict], told: list[str]) -> None:
+    """The steps in turn. One may take what is left beside the reserves of those after it."""
     deadline = time.monotonic() + (options.limit or profile.limit_s)
-    stages = [stage for stage in profile.stages if stage.name in options.stages]
-    file = run.results / f"{options.profile}.jsonl"
+    steps = [[stage for stage in step if stage.name in options.stages] for step in profile.steps]
     if options.wheels:
-        stages.insert(0, wheels(run, Path(options.wheels)))
-    for number, stage in enumerate(stages):
-        reserved = sum(later.reserve_s for later in stages[number + 1 :])
-        line = one(stage, run, deadline - time.monotonic() - reserved)
-        lines.append(line)
-        programs.append(file, line)
-        programs.say(f"{stage.name}: {line['outcome']} in {line['seconds']:.0f} s. {line['why']}")
-        if line["outcome"] == "stopped":
-            break
+        steps.insert(0, [wheels(run, Path(options.wheels))])
+    for number, step in enumerate(steps):
+        reserved = sum(max((stage.reserve_s for stage in later), default=0.0) for later in steps[number + 1 :])
+        for line in together(step, run, deadline - time.monotonic() - reserved, told):
+            lines.append(line)
+            programs.append(run.results / f"{options.profile}.jsonl", line)
+            programs.say(f"{line['stage']}: {line['outcome']} in {line['seconds']:.0f} s. {line['why']}")
+        if told:
+            return
 
 
-def one(stage: Stage, run: Run, limit_s: float) -> dict:
-    """Run a stage, and keep of it what it says and what its `read` finds."""
+def together(step: list[Stage], run: Run, limit_s: float, told: list[str]) -> Iterator[dict]:
+    """Run the stages of a step at once, each under the same limit; the line of each as it ends."""
+    running = []
+    for stage in step:
+        begun = begin(stage, run, limit_s)
+        if isinstance(begun, programs.Ended):
+            yield begun.line(stage.name)
+        else:
+            running.append((stage, begun))
+    while running:
+        for stage, program in list(running):
+            if ended := program.ended(told):
+                running.remove((stage, program))
+                yield line_of(stage, run, ended)
+        time.sleep(POLL_S)
+
+
+def begin(stage: Stage, run: Run, limit_s: float) -> programs.Program | programs.Ended:
     if limit_s < ENOUGH_S:
-        return programs.Ended("out of time", 0.0, "no time was left").line(stage.name)
+        return programs.Ended("out of time", 0.0, "no time was left")
     command = stage.command(run)
     if isinstance(command, str):
-        return programs.Ended("skipped", 0.0, command).line(stage.name)
+        return programs.Ended("skipped", 0.0, command)
     try:
-        ended = programs.run(run.rehearsed(stage.name, command), limit_s, run.scratch / f"{stage.name}.log",
-                             {**run.environment, **stage.environment})  # fmt: skip
+        return programs.Program(run.rehearsed(stage.name, command), limit_s, run.scratch / f"{stage.name}.log",
+                                {**run.environment, **stage.environment})  # fmt: skip
     except OSError as error:  # no room for its output, no process to be had
-        return programs.Ended("failed", 0.0, repr(error)).line(stage.name)
+        return programs.Ended("failed", 0.0, f"{command[0]} does not start: {error!r}")
+
+
+def line_of(stage: Stage, run: Run, ended: programs.Ended) -> dict:
+    """What a stage says, and what its `read` finds."""
     try:
         found = stage.read(run, ended.output)
     except Exception as error:  # what a broken tool prints must not end the run

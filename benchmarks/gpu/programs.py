@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,6 @@ READ_BYTES = 1 << 20  # of its output at most, half from the beginning
 FILE_BYTES = 16 << 30  # of any file that it writes, its output included: who prints without end must not fill the disk
 # Ends the program's group when the pipe from its starter closes without a word: also if that one was killed.
 GUARD = "import os, signal, sys; sys.stdin.read() or os.killpg(int(sys.argv[1]), signal.SIGKILL)"
-
-
-class StoppedError(BaseException):
-    """The run has been told to end (by a signal): its program is ended, and what there is is written."""
 
 
 @dataclass(frozen=True)
@@ -72,36 +69,52 @@ def lines_of(file: Path) -> list[dict]:
     return found
 
 
-def run(command: list[str], limit_s: float, log: Path, environment: dict[str, str]) -> Ended:
-    """Run it in the repository's root, in a process group of its own, its output in `log`."""
-    started = time.monotonic()
-    with log.open("wb") as output:
+class Program:
+    """A program in the repository's root, in a process group of its own, its output in `log`.
+
+    Raises OSError where it does not start, or there is no room for its output.
+    """
+
+    def __init__(self, command: list[str], limit_s: float, log: Path, environment: dict[str, str]):
+        self.log, self.started, self.interrupted = log, time.monotonic(), False
+        self.patience_s = max(0.1, limit_s - GRACE_S)
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                                            stderr=subprocess.STDOUT, start_new_session=True,
+                                            preexec_fn=_prepare)  # fmt: skip
         try:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                                       stderr=subprocess.STDOUT, start_new_session=True,
-                                       preexec_fn=_prepare)  # fmt: skip
-        except OSError as error:
-            return Ended("failed", 0.0, f"{command[0]} does not start: {error}")
-        guard = None
-        try:
-            guard = subprocess.Popen([sys.executable, "-S", "-c", GUARD, str(process.pid)], stdin=subprocess.PIPE,
-                                     start_new_session=True)  # fmt: skip
-            status = process.wait(max(0.1, limit_s - GRACE_S))
+            self.guard = subprocess.Popen([sys.executable, "-S", "-c", GUARD, str(self.process.pid)],
+                                          stdin=subprocess.PIPE, start_new_session=True)  # fmt: skip
+        except OSError:
+            self._signal(signal.SIGKILL)
+            raise
+
+    def ended(self, told: Sequence[str] = ()) -> Ended | None:
+        """What became of it; None: it runs. Near its limit it is interrupted, GRACE_S later killed.
+
+        told: the signals that have told the run to end: it is killed at once.
+        """
+        status, seconds = self.process.poll(), time.monotonic() - self.started
+        if status is None and not told and seconds < self.patience_s + GRACE_S:
+            if seconds > self.patience_s and not self.interrupted:
+                self.interrupted = True
+                self._signal(signal.SIGINT)
+            return None
+        if self.interrupted:
+            outcome, why = "out of time", f"ended after {seconds:.0f} s"
+        elif status is None:
+            outcome, why = "stopped", f"ended by {told[0]}"
+        else:
             outcome, why = ("passed", "") if status == 0 else ("failed", f"exit status {status}")
-        except subprocess.TimeoutExpired:
-            _signal(process, signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
-            outcome, why = "out of time", f"ended after {time.monotonic() - started:.0f} s"
-        except StoppedError as told:
-            outcome, why = "stopped", f"ended by {told}"
-        finally:
-            _signal(process, signal.SIGKILL)  # whatever it has started and left behind
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)  # who hangs in a driver's call does not even die
-            if guard:
-                guard.communicate(b"done")
-    return Ended(outcome, time.monotonic() - started, why, _output(log))
+        self._signal(signal.SIGKILL)  # whatever it has started and left behind
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE_S)  # who hangs in a driver's call does not even die
+        self.guard.communicate(b"done")
+        return Ended(outcome, seconds, why, _output(self.log))
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
 
 def _output(log: Path) -> str:
@@ -119,8 +132,3 @@ def _prepare() -> None:
     """A driver in a script's background ignores SIGINT; what it starts must not, or it saves nothing at its end."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-
-
-def _signal(process: subprocess.Popen, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)

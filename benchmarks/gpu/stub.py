@@ -52,7 +52,8 @@ def leave_behind(command: list[str], partly: bool) -> None:
         profile()
     else:
         machine = {"gpu": "a stub", "home": os.access(os.environ["HOME"], os.W_OK)}
-        print(json.dumps({"machine": machine, "versions": {}, "nvidia_smi": "580.0, 1980 MHz"}))
+        commit = {"revision": os.environ.get("GFT_COMMIT"), "dirty": False}
+        print(json.dumps({"machine": machine, "versions": {}, "commit": commit, "nvidia_smi": "580.0, 1980 MHz"}))
 
 
 def benchmark(file: Path, sweep: str, partly: bool) -> None:

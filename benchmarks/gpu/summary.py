@@ -24,11 +24,19 @@ def text(results: Path, lines: list[dict]) -> str:
     return "\n".join([*parts, *_traffic(lines)])
 
 
+def tests_of(file: Path) -> dict[str, dict]:
+    """By name, the last line of each test."""
+    return {line["test"]: line for line in lines_of(file)}
+
+
+def counts(file: Path) -> dict[str, int]:
+    """How many tests had which outcome."""
+    return dict(Counter(test["outcome"] for test in tests_of(file).values()))
+
+
 def _tests(file: Path) -> Iterator[str]:
-    tests = {line["test"]: line for line in lines_of(file)}  # the last of each
-    counts = Counter(test["outcome"] for test in tests.values())
-    yield f"{file.name}: " + ", ".join(f"{number} {outcome}" for outcome, number in counts.items())
-    bad = [test for test in tests.values() if test["outcome"] in ("failed", "begun")]
+    yield f"{file.name}: " + ", ".join(f"{number} {outcome}" for outcome, number in counts(file).items())
+    bad = [test for test in tests_of(file).values() if test["outcome"] in ("failed", "begun")]
     yield from (f"  {test['outcome'].upper()} {test['test']}: {_last(test['why'])}" for test in bad[:NAMED])
     if len(bad) > NAMED:
         yield f"  and {len(bad) - NAMED} more"

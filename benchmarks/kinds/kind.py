@@ -102,6 +102,8 @@ class Kind:
             return True
         if "auto" in name and not any("auto" in word for word in only):
             return False  # the twin of another entry
+        if "cpu" in name and case.device != "cpu":
+            return False  # its kernels read the memory of a CPU
         if getattr(case, "chunk_rows", None) and not name.startswith(OURS):
             return False  # a case that sets our chunk size has nothing new to ask of others
         return (not only or any(word in name for word in only)) and not any(word in name for word in skip)

@@ -20,6 +20,10 @@ from benchmarks.gpu.stages import PROFILES, Run
 ROOT = Path(__file__).parents[2]
 
 
+def names(profile: str) -> set[str]:
+    return {stage.name for step in PROFILES[profile].steps for stage in step}
+
+
 def rehearse(tmp_path, profile: str, *options: str) -> tuple[int, dict[str, dict], list[Path]]:
     code = gpu.main([profile, "--results", str(tmp_path), "--stub", "--commit", "abc", *options])
     lines = [json.loads(line) for line in (tmp_path / f"{profile}.jsonl").read_text().splitlines()]
@@ -30,14 +34,14 @@ def rehearse(tmp_path, profile: str, *options: str) -> tuple[int, dict[str, dict
 def test_every_stage_is_reached_and_the_summary_comes_last(tmp_path, capsys, monkeypatch, profile):
     monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
     code, found, files = rehearse(tmp_path, profile)
-    assert code == 0 and list(found) == [stage.name for stage in PROFILES[profile].stages]
+    assert code == 0 and found.keys() == names(profile)
     assert {line["outcome"] for line in found.values()} == {"passed"}, found
-    assert len(files) <= 4 and found["machine"]["commit_given"] == "abc" and found["machine"]["nvidia_smi"]
+    assert len(files) <= 4 and found["machine"]["commit"]["revision"] == "abc" and found["machine"]["nvidia_smi"]
     assert found["machine"]["machine"]["home"], "one that can be written, where HOME says nothing of use"
     printed = capsys.readouterr().out
     table = printed[printed.index("stage            outcome") :]
     if profile == "correctness":
-        assert "gpu-tests.jsonl: 1 passed" in table and "oracle-tests.jsonl: 3 passed" in table
+        assert "gpu-tests.jsonl: 1 passed" in table and "oracle-tests.jsonl: 7 passed" in table
     else:
         assert "row.json: 8192 × 128256 row" in table and "1.20 × floor" in table and "OutOfMemoryError" in table
         assert "traffic-0: void cluster_row" in table and "2.00 passes (floor 2), 71 % of issue slots" in table
@@ -45,14 +49,14 @@ def test_every_stage_is_reached_and_the_summary_comes_last(tmp_path, capsys, mon
 
 def test_reserves_add_up_and_bfloat16_comes_first():
     for profile in PROFILES.values():
-        assert sum(stage.reserve_s for stage in profile.stages) <= profile.limit_s
+        assert sum(max(stage.reserve_s for stage in step) for step in profile.steps) <= profile.limit_s
     assert PROFILES["correctness"].limit_s <= 240 and PROFILES["speed"].limit_s <= 360
     assert traffic.CASES[0][2] == "bfloat16"
 
 
 FAULTY = {
     "correctness": {"build": "fail", "calls": "sticky", "gpu-tests": "oom", "oracle-tests": "torn",
-                    "memcheck": "missing", "racecheck": "silent"},
+                    "memcheck": "missing", "racecheck": "silent", "synccheck": "flood"},
     "speed": {"machine": "silent", "build": "missing", "row": "oom", "linear": "torn", "small": "fail",
               "traffic-0": "silent", "machine-after": "flood"},
 }  # fmt: skip
@@ -63,7 +67,7 @@ def test_every_kind_of_failure_is_kept_and_the_rest_goes_on(tmp_path, capsys, mo
     faults = FAULTY[profile]
     monkeypatch.setenv("GFT_STUB", ",".join(f"{stage}={fault}" for stage, fault in faults.items()))
     code, found, _ = rehearse(tmp_path, profile)
-    assert code == 1 and list(found) == [stage.name for stage in PROFILES[profile].stages]
+    assert code == 1 and found.keys() == names(profile)
     wrong = {stage for stage, fault in faults.items() if fault not in ("silent", "flood")}
     assert {name for name, line in found.items() if line["outcome"] == "failed"} == wrong
     assert {line["outcome"] for name, line in found.items() if name not in wrong} == {"passed"}
@@ -72,7 +76,7 @@ def test_every_kind_of_failure_is_kept_and_the_rest_goes_on(tmp_path, capsys, mo
     printed = capsys.readouterr().out
     if profile == "correctness":
         assert "FAILED tests/backends/gpu::test: E   assert 1 == 2" in printed, "by name"
-        assert "oracle-tests.jsonl: 2 failed" in printed, "the third line is torn"
+        assert "oracle-tests.jsonl: 6 failed" in printed, "the last line is torn"
     else:
         assert "read_failed" in found["machine"], "a tool that prints nothing"
         assert "row.json: 8192 × 151936 row" in printed, "the case that was done before it failed"
@@ -94,24 +98,44 @@ def test_who_hangs_is_interrupted_killed_with_its_children_and_the_reserves_hold
     monkeypatch.setenv("GFT_STUB", "build=hang")
     monkeypatch.setattr(programs, "GRACE_S", 0.5)
     started = time.monotonic()
-    code, found, _ = rehearse(tmp_path, "correctness", "--stages", "build,calls", "--limit", "26")
-    assert code == 1 and found["build"]["outcome"] == "out of time" and found["build"]["seconds"] < 9
-    assert found["calls"]["outcome"] == "passed" and time.monotonic() - started < 26
+    code, found, _ = rehearse(tmp_path, "correctness", "--stages", "build,calls", "--limit", "29")
+    assert code == 1 and found["build"]["outcome"] == "out of time" and 3 < found["build"]["seconds"] < 9
+    assert found["calls"]["outcome"] == "passed" and time.monotonic() - started < 29
+
+
+def test_the_stages_of_a_step_run_at_once_and_each_has_its_own_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("GFT_STUB", "gpu-tests=hang,memcheck=hang,racecheck=oom")
+    monkeypatch.setattr(programs, "GRACE_S", 0.5)
+    started = time.monotonic()
+    stages = "gpu-tests,oracle-tests,memcheck,racecheck"
+    _, found, _ = rehearse(tmp_path, "correctness", "--stages", stages, "--limit", "3.1")
+    assert time.monotonic() - started < 5, "two that hang, one after the other, would take 6 s"
+    outcomes = {"gpu-tests": "out of time", "memcheck": "out of time", "racecheck": "failed", "oracle-tests": "passed"}
+    assert {name: line["outcome"] for name, line in found.items()} == outcomes
+    assert set(list(found)[2:]) == {"gpu-tests", "memcheck"}, "who is done is written down before who hangs"
 
 
 def test_interrupted_it_writes_what_it_has(tmp_path):
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('written')"
-    ended = programs.run([sys.executable, "-c", code], 6.0, tmp_path / "log", dict(os.environ))
+    program = programs.Program([sys.executable, "-c", code], 6.0, tmp_path / "log", dict(os.environ))
+    while not (ended := program.ended()):
+        time.sleep(0.05)
     assert (ended.outcome, ended.output.strip()) == ("out of time", "written") and ended.seconds < 8
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stage_never_outlives_its_driver(tmp_path, end):
-    options = ["--stub", "--stages", "gpu-tests,memcheck", "--results", str(tmp_path)]
-    driver = subprocess.Popen([sys.executable, "-m", "benchmarks.gpu", "correctness", *options], cwd=ROOT, text=True,
-                              env={**os.environ, "GFT_STUB": "gpu-tests=hang"}, stdout=subprocess.PIPE)  # fmt: skip
+@pytest.mark.parametrize(
+    ("profile", "stages", "hang", "end"),
+    [("correctness", "gpu-tests,oracle-tests", ("gpu-tests", "oracle-tests"), signal.SIGTERM),
+     ("correctness", "gpu-tests,oracle-tests", ("gpu-tests", "oracle-tests"), signal.SIGKILL),
+     ("speed", "row,linear", ("row",), signal.SIGTERM)],
+)  # fmt: skip
+def test_a_stage_never_outlives_its_driver(tmp_path, profile, stages, hang, end):
+    options = ["--stub", "--stages", stages, "--results", str(tmp_path)]
+    driver = subprocess.Popen([sys.executable, "-m", "benchmarks.gpu", profile, *options], cwd=ROOT, text=True,
+                              env={**os.environ, "GFT_STUB": ",".join(f"{stage}=hang" for stage in hang)},
+                              stdout=subprocess.PIPE)  # fmt: skip
     deadline = time.monotonic() + 20
-    own = 3  # the driver, its program, and what that started
+    own = 1 + 2 * len(hang)  # the driver, its programs, and what those started
     while len(alive(str(tmp_path))) < own and time.monotonic() < deadline:
         time.sleep(0.1)
     driver.send_signal(end)
@@ -120,9 +144,10 @@ def test_a_stage_never_outlives_its_driver(tmp_path, end):
         time.sleep(0.1)
     assert alive(str(tmp_path)) == []
     if end == signal.SIGTERM:
-        (line,) = programs.lines_of(tmp_path / "correctness.jsonl")
-        assert (line["outcome"], line["why"]) == ("stopped", "ended by SIGTERM")
-        assert "gpu-tests        stopped" in printed and "memcheck" not in printed, "the summary, and no further stage"
+        lines = {line["stage"]: line for line in programs.lines_of(tmp_path / f"{profile}.jsonl")}
+        assert lines.keys() == set(hang), "and no further stage"
+        assert {(line["outcome"], line["why"]) for line in lines.values()} == {("stopped", "ended by SIGTERM")}
+        assert f"{hang[0]:<16} stopped" in printed, "the summary"
 
 
 def test_results_that_no_file_takes_are_printed(capsys):
@@ -167,18 +192,27 @@ def test_hangs(): time.sleep(60)
 def test_crashes(): os.abort()
 def test_last(): pass
 """
+BESIDE = """
+import time, pytest
+@pytest.fixture(params=range(30), autouse=True)
+def passed_before_it_ends(): yield; time.sleep(0.2)
+def test_good(): pass
+"""
 
 
 def test_what_one_test_breaks_the_others_do_not_notice(tmp_path, capsys):
     """A failure goes on; after a GPU that is lost, a hang or a crash the tests that are left run in a new process."""
-    (tmp_path / "test_it.py").write_text(TESTS)
-    file = tmp_path / "gpu-tests.jsonl"
-    assert lines.main(file, [str(tmp_path), "--test-limit", "3"]) == pytest.ExitCode.INTERRUPTED, "the first's"
-    ended = {line["test"].partition("::")[2]: line["outcome"] for line in programs.lines_of(file)}
+    for name, text in (("test_it", TESTS), ("test_beside", BESIDE)):
+        (tmp_path / f"{name}.py").write_text(text)
+    file, paths = tmp_path / "gpu-tests.jsonl", [str(tmp_path / f"{name}.py") for name in ("test_it", "test_beside")]
+    assert lines.main(file, [*paths, "--test-limit", "3"]) == pytest.ExitCode.INTERRUPTED, "the first's"
+    found = {line["test"]: line for line in programs.lines_of(file)}
+    ended = {name.partition("::")[2]: line["outcome"] for name, line in found.items() if "test_it" in name}
     outcomes = ("passed", "failed", "failed", "passed", "begun", "begun", "passed")
     assert tuple(ended.values()) == outcomes and list(ended)[4:6] == ["test_hangs", "test_crashes"]
+    assert len({line["process"] for line in found.values()}) == 5, "one for the other file"
     table = summary.text(tmp_path, [])
-    assert "3 passed, 2 failed, 2 begun" in table and "::test_hangs: it ended the process, or took 3 s" in table
+    assert "33 passed, 2 failed, 2 begun" in table and "::test_hangs: it ended the process, or took 3 s" in table
 
 
 def test_of_many_failures_the_first_are_named(tmp_path):

@@ -235,6 +235,11 @@ def test_whom_only_and_skip_leave():
     assert names == {row.FLOOR, "gft_loss cpu", "gft_loss cpu, in place", "eager PyTorch, lean"}
     auto = {entry.name for entry in KINDS["row"].invite(problem_of("row"), only=["auto, in place"])}
     assert auto == {row.FLOOR, "gft_loss auto, in place"}
+    on_gpu = replace(problem_of("row"), case=replace(problem_of("row").case, device="cuda"))
+    assert {entry.name for entry in KINDS["row"].invite(on_gpu, only=["cpu", "lean"], skip=["compile"])} == {
+        row.FLOOR,
+        "eager PyTorch, lean",
+    }, "kernels of a CPU cannot take part on a GPU"
 
 
 # ---- whole steps

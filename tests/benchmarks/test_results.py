@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, replace
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compare, plots, provenance, report
+from benchmarks import compare, gpu_report, plots, provenance, report
+from benchmarks.gpu.programs import append
 from benchmarks.harness import Outcome
 from benchmarks.kinds import KINDS, row
 from benchmarks.kinds.linear import LinearCase
@@ -123,6 +125,8 @@ def test_a_tree_is_as_committed_whatever_has_been_measured_there(tmp_path, monke
     assert not provenance.commit()["dirty"] and len(provenance.commit()["revision"]) == 40
     code.write_text("after")
     assert provenance.commit()["dirty"]
+    monkeypatch.setenv("GFT_COMMIT", "abc")
+    assert provenance.commit() == {"revision": "abc", "dirty": False}, "a copy of a tree, which git cannot speak for"
 
 
 def test_a_file_holds_no_default_and_loads_with_all_of_them(tmp_path):
@@ -139,9 +143,54 @@ def test_a_file_holds_no_default_and_loads_with_all_of_them(tmp_path):
 def test_committed_files_are_small_and_name_their_command(path):
     loaded = report.load(path)
     assert path.stat().st_size < 50_000 and "samples" not in path.read_text()
-    assert loaded["command"].endswith(f"--save benchmarks/results/{path.name}")
+    if "gpu" in loaded["machine"]:  # left by benchmarks.gpu, and put here with the card's name
+        *_, written = shlex.split(loaded["command"])
+        assert Path(written).name == path.name.replace(f"-{gpu_report.CARD}", "") != path.name
+        assert not loaded["commit"]["dirty"] and len(loaded["commit"]["revision"]) == 40
+    else:
+        assert loaded["command"].endswith(f"--save benchmarks/results/{path.name}")
     for result in loaded["results"]:
         assert KINDS[result["benchmark"]].case(**result["case"]).label() == result["label"]
+
+
+# ---- the blocks about a GPU
+
+GPU = {"gpu": "NVIDIA X", "multiprocessors": 7, "compute_capability": "9.0", "cuda": "13.0"}
+
+
+def test_without_files_a_gpu_is_not_yet_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "RESULTS", tmp_path)
+    assert gpu_report.short() == gpu_report.whole() == gpu_report.NOTHING
+
+
+def test_files_of_a_gpu_become_tables_that_say_what_was_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "RESULTS", tmp_path)
+    bf16, wide = (RowCase(8, 99, "bfloat16", device="cuda"), RowCase(8, 999, "bfloat16", device="cuda"))
+    commit = {"revision": "0123456789abcdef", "dirty": False}
+    head = LinearCase(8, 16, 64, "bfloat16", device="cuda")
+    saved(tmp_path / "row-h200.json", result_of(bf16, FLOOR, timed("gft_loss cuda", 2.0), timed("peer", 3.0, "grpo")),
+          result_of(wide, FLOOR, timed("gft_loss cuda", 3.0), timed("peer", 2.0, "grpo"),
+                    Outcome("broken", "failed", why="no room")), machine=GPU, commit=commit)  # fmt: skip
+    short = gpu_report.short()
+    assert "NVIDIA X" in short and "0123456789ab" in short and f"torch {torch.__version__}" in short
+    assert "| peer (grpo) | 3 s | 3.00 |" in short and "999 |" not in short, "one case of a dtype"
+    slower = "**Slower** at 8 × 999 bfloat16: peer is 1.50 times as fast."
+    assert slower in short
+    saved(tmp_path / "linear-h200.json", result_of(head, timed("gft_linear_loss cuda", 1.0), kind="linear"),
+          machine=GPU, commit=commit)  # fmt: skip
+    launch = {"kernel": "void gft::cuda::cluster_row<gft::cuda::Bf16, false>(RowTask, int)", "read_bytes": 1.5e9,
+              "written_bytes": 1e9, "nanoseconds": 1e6, "issue_active_percent": 38.6, "passes": 2.01}  # fmt: skip
+    append(
+        tmp_path / "speed-h200.jsonl", {"stage": "traffic-0", "case": "4 × 9", "launches": [launch, {"kernel": "x"}]}
+    )
+    for line in ({"stage": "memcheck", "outcome": "failed"}, {"stage": "gpu-tests", "tests": {"passed": 5}}):
+        append(tmp_path / "correctness-h200.jsonl", line)
+    whole = gpu_report.whole()
+    assert "7 multiprocessors" in whole and "| gft_loss cuda | 2 s (2.00) | 3 s (3.00) |" in whole and slower in whole
+    assert "- broken: failed: no room." in whole and "| gft_linear_loss cuda | 1 s (1.00) |" in whole
+    assert "| 4 × 9 | `cluster_row<Bf16, false>` | 2.01 | 2.50 TB/s | 39 % |" in whole
+    assert "memcheck: failed; gpu-tests: 5 passed." in whole, "what failed is told"
+    assert whole.count("Nobody was faster") == 1
 
 
 # ---- comparison
@@ -261,6 +310,13 @@ def test_every_plot_is_drawn_from_a_file_and_carries_its_digest(tmp_path):
     before = written["roofline.svg"].read_bytes()
     plots.draw([source], tmp_path)
     assert written["roofline.svg"].read_bytes() == before, "the same file gives the same plot"
+
+
+def test_the_roofline_is_a_cpus(tmp_path):
+    ours, on_cpu = timed("gft_loss cuda", 1.0), sweeps(tmp_path)
+    large = [result_of(replace(SMALL, rows=n, device="cuda"), ours) for n in (999, 1999)]
+    _, _, drawn_from = plots._roofline_cases([on_cpu, saved(tmp_path / "row-gpu.json", *large)])
+    assert drawn_from == [on_cpu]
 
 
 def texts(plot):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,13 +257,14 @@ def test_half_operands_with_float32_sums(dtype, reduction, items):
 def test_a_gpu_is_waited_for_once(device, dtype):
     if device.type != "cuda":
         pytest.skip("needs a CUDA device")
-    case = problem(4, 3, 64, 1003, dtype)
-    case.gradients(torch.tensor(2.0))  # loads kernels and asks what the device can do
+    case, upstream = problem(4, 3, 64, 1003, dtype), torch.tensor(2.0)  # whose copy to the GPU waits too
+    case.gradients(upstream)  # loads kernels and asks what the device can do
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as waits:
+        with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            case.gradients(torch.tensor(2.0))
+            case.gradients(upstream)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1
+    waits = [f"{Path(w.filename).name}:{w.lineno}" for w in told if "synchroniz" in str(w.message)]
+    assert len(waits) == 1 and waits[0].startswith("chunks.py:"), waits

@@ -95,7 +95,9 @@ def test_without_gradients_nothing_is_materialised(backend, device, inplace, mon
     assert [call.want_gradient for call in calls] == [False, False]
     assert torch.equal(leaf.detach().cpu(), case.logits), "in place without a gradient leaves the logits alone"
     loud = bound(case, backend, device)(leaf)
-    assert torch.equal(quiet, loud) and torch.equal(frozen, loud) and not quiet.requires_grad
+    assert torch.equal(quiet, frozen) and not quiet.requires_grad
+    # the cuda backend's kernel for statistics alone adds up in another order; an ulp of a row's loss is allowed
+    torch.testing.assert_close(quiet, loud.detach(), rtol=0.0, atol=2.0**-20 if backend == "cuda" else 0.0)
 
 
 def of_head(logits, reduction, backend):
@@ -375,7 +377,8 @@ def test_shapes_and_options_that_change_compile(backend, device, inplace):
     torch._dynamo.reset()
 
     def loss(z, y, items, delta):
-        options = {"objective": "grpo", "advantages": -torch.ones(y.shape), "old_log_probs": torch.full(y.shape, -3.0)}
+        minus_one = torch.full(y.shape, -1.0, device=y.device)
+        options = {"objective": "grpo", "advantages": minus_one, "old_log_probs": 3 * minus_one}
         options |= {"num_items_in_batch": items, "delta": delta, "reduction": "token-mean"}
         return 1.7 * policy_loss(z * 2, y, inplace=inplace, backend=backend, **options)
 

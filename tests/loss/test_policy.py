@@ -28,6 +28,11 @@ from gft_kernels.linear import chunks
 from gft_kernels.options import Credit, LinearCall, Objective
 
 NAN, INF = float("nan"), float("inf")
+pytestmark = pytest.mark.usefixtures("on_device")
+
+
+def seeded(seed):
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +176,7 @@ def test_ratios_of_responses_over_a_head(backend, objective):
 def test_row_weights(backend, reduction, objective):
     """Weights multiply a row's share, penalties and all; a row of weight 0 is out, whatever it holds, yet counts."""
     case = problem(objective, **PENALTIES)
-    case.weights = torch.rand(6, 4, generator=torch.Generator().manual_seed(1)) * 2
+    case.weights = torch.rand(6, 4, generator=seeded(1)) * 2
     out = torch.rand(6, 4) < 0.3
     case.weights[out] = 0.0
     weights = oracle.row_weights(case.mask.flatten(), [r // 4 for r in range(24)], reduction)
@@ -365,7 +370,7 @@ def test_reductions(backend, reduction):
     ids=str,
 )
 def test_linear_is_the_loss_over_its_logits(backend, objective, dtype, terms):
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     case = problem(objective, vocabulary=53, **terms)
     leaves = [torch.randn(*s, generator=generator).to(dtype).requires_grad_(True) for s in [(6, 4, 8), (53, 8), (53,)]]
     wide = [x.detach().float().requires_grad_(True) for x in leaves]
@@ -605,8 +610,7 @@ def test_an_entropy_bonus_spreads_and_a_kl_penalty_pulls(backend):
 @pytest.mark.parametrize("target", [0, 1])
 def test_an_entropy_bonus_on_peaked_rows(backend, target):
     """One token has all but 1e-2 to 1e-9 of the mass: what is left of H and of the gradient is right to its digits."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(15, 1003, generator=generator)
+    logits = torch.randn(15, 1003, generator=seeded(0))
     logits[:, 0] = torch.linspace(12.0, 28.0, 15)
     targets, advantages = torch.full((15,), target), torch.zeros(15)
     leaf = logits.clone().requires_grad_(True)

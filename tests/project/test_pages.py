@@ -52,6 +52,12 @@ def test_plots_are_drawn_from_the_result_files_as_they_are(plot):
     assert plot.stat().st_size < 40_000
 
 
+@PAGES
+def test_whether_a_gpu_was_measured_is_said_in_blocks_alone(page):
+    by_hand = pages.BLOCK.sub("", page.read_text())
+    assert not re.search(r"not\s+(yet\s+)?measured\s+on\s+a\s+GPU", by_hand, re.I), "it is untrue once it was"
+
+
 def test_every_block_is_on_a_page_and_every_name_on_a_page_is_a_block():
     text = "".join(page.read_text() for page in pages.pages())
     assert sorted(match["name"] for match in pages.BLOCK.finditer(text)) == sorted(pages.BLOCKS)
