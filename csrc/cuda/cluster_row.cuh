@@ -4,8 +4,7 @@
 // barrier: while the gradient of this row is written, each slot that has been read takes a vector of the cluster's next
 // row. Thus loads and stores are in flight together in every block, and once more across the blocks of a
 // multiprocessor. What is done once a row is done by one warp of each block, which tells the others; meanwhile another
-// one looks for the row after the next. And while a row is read, the next one comes as near as the L2 cache: memory has
-// work also when every slot is taken.
+// one looks for the row after the next.
 #pragma once
 
 #include "cuda/row.cuh"
@@ -56,11 +55,6 @@ GFT_DEVICE long long look_ahead(const RowTask& task, Ahead<T>& ahead, long long 
         ahead.keeper = target_vector(part) < part.vectors ? target_vector(part) % thread_count() : -1;
     }
     return part.row;
-}
-
-template <class T>
-GFT_DEVICE void fetch_part(const Part<T>& part) {
-    if (part.read) fetch_to_l2(part.logits + part.first, part.vectors * kVectorBytes);
 }
 
 // What a row needs once, by one warp: the block's state to all blocks and theirs back, the verdict, the edges'
@@ -188,7 +182,6 @@ cluster_row(const RowTask task, const int capacity) {
         if (!next.read) return;  // nobody writes to this block any more: the letters of its last row have come
         part = next;
         target_slot = thread_index() == ahead.keeper ? target_vector(part) : -1;
-        if (thread_index() == 0) fetch_part(shared.rows[(turn + 1) % kAhead].part);
 
         Softmax state = empty_softmax();
         observe_stage<0, kEntropy>(state, slots, stage, part, target_slot, task.view);

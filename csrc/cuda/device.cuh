@@ -133,15 +133,6 @@ GFT_DEVICE void copy_async(uint4* shared, const uint4* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
-// On their way into the L2 cache, by one thread; `from` and `bytes` are multiples of 16.
-GFT_DEVICE void fetch_to_l2(const void* from, int bytes) {
-#if __CUDA_ARCH__ >= 900
-    if (bytes > 0)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes)
-                     : "memory");
-#endif
-}
-
 GFT_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPendingGroups>

@@ -120,10 +120,6 @@ GFT_DEVICE void copy_async(uint4* shared, const uint4* global) {
     me().groups.back().push_back(copy);
 }
 
-GFT_DEVICE void fetch_to_l2(const void* from, int bytes) {
-    if (bytes > 0 && (reinterpret_cast<std::uintptr_t>(from) % 16 != 0 || bytes % 16 != 0)) __builtin_trap();
-}
-
 GFT_DEVICE void commit_copies() { me().groups.emplace_back(); }
 
 template <int kPendingGroups>
