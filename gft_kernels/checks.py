@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gft_kernels.layout import shares_memory
 from gft_kernels.options import NORMALIZE, RECTIFY, SINGLETON, SPLIT, Credit, Objective
+from gft_kernels.remembered import by_value
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG_PROB_DTYPES = (*LOGIT_DTYPES, torch.float64)
@@ -149,6 +150,7 @@ def check_coefficient(tau: Any, rectify: Any, choices: Sequence[str] = RECTIFY) 
     return real("tau", tau, lambda x: 0.0 <= x <= 1.0, "lie in [0, 1]", remedy)
 
 
+@by_value
 def check_transform(temperature: Any, softcap: Any, logit_scale: Any) -> tuple[float, float, float]:
     """(temperature, softcap or 0 for none, logit_scale) as floats. Raises ValueError, TypeError."""
     scale, remedy = 1.0, "pass None for no scale"
@@ -161,6 +163,7 @@ def check_transform(temperature: Any, softcap: Any, logit_scale: Any) -> tuple[f
     )
 
 
+@by_value
 def check_normalisation(normalize: Any, eps: Any, singleton: Any) -> None:
     one_of("normalize", normalize, NORMALIZE)
     one_of("singleton", singleton, SINGLETON)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gft_kernels"
 
 LAYERS = [
-    {"formulas", "options", "layout"},
+    {"formulas", "options", "layout", "remembered"},
     {"surrogates"},
     {"checks", "triton_kernels", "_extension"},
     {"linear_checks", "advantages", "importance", "arguments"},
