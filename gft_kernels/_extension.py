@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import lru_cache
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -61,9 +62,10 @@ def address(tensor: Tensor | None) -> int:
 
 def logit_rows(rows_STV: Tensor) -> object:
     """Logits or their gradient with their strides over S and T; the kernels need unit stride over V."""
-    shape, strides = tuple(rows_STV.shape), tuple(rows_STV.stride())
     dtype = str(rows_STV.dtype).removeprefix("torch.")
-    return kernels().LogitRows(data=address(rows_STV), dtype=dtype, shape=shape, strides=strides[:2])
+    return kernels().LogitRows(
+        data=rows_STV.data_ptr(), dtype=dtype, shape=rows_STV.shape, strides=rows_STV.stride()[:2]
+    )
 
 
 def empty_result(call: RowCall) -> RowResult:
@@ -89,16 +91,10 @@ def empty_result(call: RowCall) -> RowResult:
 
 def native_call(call: RowCall, result: RowResult) -> object:
     """A call as the C++ struct. It holds addresses only: keep `call` and `result` alive while a kernel uses it."""
-    rewards_S = call.credit.rewards_S
-    assert rewards_S is None or rewards_S.dtype == torch.float64, "C++ reads rewards as doubles"
     return kernels().RowCall(
         logits=logit_rows(call.logits_STV),
-        credit=kernels().Credit(
-            S=_responses(call.credit),
-            R=call.credit.targets_R.numel(),
-            **{**_native_fields(call.credit), "tokens_per_response": max(call.credit.tokens_per_response, 1)},
-        ),
-        transform=_transform(call),
+        credit=_credit(call.credit),
+        transform=_transform(call.logit_scale, call.softcap, call.temperature),
         objective=_objective(call.objective),
         read_every_row=call.reads_every_live_row,
         loss=address(result.loss),
@@ -168,41 +164,58 @@ def shard_gradient(native: ModuleType, call: RowCall, columns_R: Tensor, agreed:
 
 def _shard(call: RowCall, columns_R: Tensor) -> object:
     logits = logit_rows(call.logits_STV.detach())
-    return kernels().Shard(logits=logits, columns_R=address(columns_R), transform=_transform(call))
+    transform = _transform(call.logit_scale, call.softcap, call.temperature)
+    return kernels().Shard(logits=logits, columns_R=address(columns_R), transform=transform)
 
 
 def misaligned(call: RowCall) -> str | None:
     """Why C++ cannot read this call's memory: a tensor that starts in the middle of one of its elements."""
-    given = {"logits_STV": call.logits_STV}
-    for part in (call.credit, call.objective):
-        given |= {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
-    for name, tensor in given.items():
-        size = tensor.element_size()
-        if past := tensor.data_ptr() % size:
-            argument = name.rpartition("_")[0]
+    for place, tensor in zip(_TENSORS, _tensors_of(call), strict=True):
+        if tensor is not None and (past := tensor.data_ptr() % tensor.element_size()):
+            argument, size = place.rpartition(".")[2].rpartition("_")[0], tensor.element_size()
             return f"{argument} must start at a multiple of {size} bytes, got {past} bytes past one; clone() it"
     return None
 
 
-def _transform(call: RowCall) -> object:
-    return kernels().Transform(logit_scale=call.logit_scale, softcap=call.softcap, temperature=call.temperature)
+def _tensor_names(part: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(part) if str(field.type).startswith("Tensor"))
+
+
+def _credit(credit: Credit) -> object:
+    rewards_S = credit.rewards_S
+    assert rewards_S is None or rewards_S.dtype == torch.float64, "C++ reads rewards as doubles"
+    given = vars(credit) | {name: address(getattr(credit, name)) for name in _OF_CREDIT}
+    given["tokens_per_response"] = max(credit.tokens_per_response, 1)
+    return kernels().Credit(S=_responses(credit), R=credit.targets_R.numel(), **given)
 
 
 def _objective(objective: Objective) -> object:
-    own = _native_fields(objective)
-    rules = {"rule": objective, "given": objective.given}
-    native = {place: {f.name: getattr(rule, f.name) for f in fields(Rule)} for place, rule in rules.items()}
-    elsewhere = {*native["rule"], "given", "over_sequence"}  # the last is settled before a backend is asked
-    rest = {name: value for name, value in own.items() if name not in elsewhere}
-    return kernels().Objective(**{place: kernels().Rule(**given) for place, given in native.items()}, **rest)
+    addresses = map(address, _objective_tensors(objective))
+    return _objective_of(_numbers_of(objective), _rule_of(objective), _rule_of(objective.given), *addresses)
 
 
-def _native_fields(part: Credit | Objective) -> dict[str, object]:
-    """The fields of a dataclass as its C++ twin takes them: addresses for tensors (0: absent), all else as it is."""
-    return {
-        name: address(value) if value is None or isinstance(value, Tensor) else value
-        for name, value in vars(part).items()
-    }
+# Made of numbers and addresses alone, and so the same for the same ones.
+
+
+@lru_cache(maxsize=256)
+def _objective_of(numbers: tuple, rule: tuple, given: tuple, *addresses: int) -> object:
+    rules = (kernels().Rule(**dict(zip(_RULE, values, strict=True))) for values in (rule, given))
+    rest = dict(zip((*_NUMBERS, *_OF_OBJECTIVE), (*numbers, *addresses), strict=True))
+    return kernels().Objective(**dict(zip(("rule", "given"), rules, strict=True)), **rest)
+
+
+@lru_cache(maxsize=256)
+def _transform(logit_scale: float, softcap: float, temperature: float) -> object:
+    return kernels().Transform(logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+
+
+_OF_CREDIT, _OF_OBJECTIVE = _tensor_names(Credit), _tensor_names(Objective)
+_TENSORS = ("logits_STV", *(f"credit.{name}" for name in _OF_CREDIT), *(f"objective.{name}" for name in _OF_OBJECTIVE))
+_RULE = tuple(field.name for field in fields(Rule))
+_ELSEWHERE = {*_RULE, *_OF_OBJECTIVE, "given", "over_sequence"}  # the last is settled before a backend is asked
+_NUMBERS = tuple(field.name for field in fields(Objective) if field.name not in _ELSEWHERE)
+_tensors_of, _objective_tensors = attrgetter(*_TENSORS), attrgetter(*_OF_OBJECTIVE)
+_rule_of, _numbers_of = attrgetter(*_RULE), attrgetter(*_NUMBERS)
 
 
 def _responses(credit: Credit) -> int:

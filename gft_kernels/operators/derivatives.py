@@ -42,9 +42,11 @@ def first_only(backward: Callable) -> Callable:
 
     @wraps(backward)
     def wrapped(ctx, *upstream):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *upstream)
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return gradients
         sources = [x for x in (ctx.path, *upstream) if x is not None and x.requires_grad]
         return tuple(None if x is None else _refusing(x, *sources) for x in gradients)
