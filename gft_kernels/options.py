@@ -126,7 +126,7 @@ class Objective(Rule):
     def of_rows(self, rows: Tensor) -> Objective:
         """The same objective for some of the rows."""
         per_row: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **per_row)
+        return replace(self, **per_row) if per_row else self
 
 
 @dataclass(frozen=True)
