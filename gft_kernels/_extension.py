@@ -6,7 +6,7 @@ The extension is optional: an install without a compiler has none. It is looked 
 from __future__ import annotations
 
 from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import attrgetter
 from types import ModuleType
 from typing import Any
@@ -25,6 +25,8 @@ from gft_kernels.options import (
     ShardStatistics,
     gradient_for,
 )
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @lru_cache(maxsize=1)
@@ -62,37 +64,34 @@ def address(tensor: Tensor | None) -> int:
 
 def logit_rows(rows_STV: Tensor) -> object:
     """Logits or their gradient with their strides over S and T; the kernels need unit stride over V."""
-    dtype = str(rows_STV.dtype).removeprefix("torch.")
+    strides = rows_STV.stride()[:2]
     return kernels().LogitRows(
-        data=rows_STV.data_ptr(), dtype=dtype, shape=rows_STV.shape, strides=rows_STV.stride()[:2]
+        data=rows_STV.data_ptr(), dtype=_DTYPES[rows_STV.dtype], shape=rows_STV.shape, strides=strides
     )
 
 
 def empty_result(call: RowCall) -> RowResult:
     """Memory for what a kernel hands back, uninitialised; in place the gradient is the logits' own."""
     logits, rows = call.logits_STV.detach(), call.credit.targets_R.numel()
-
-    def per_row(wanted: bool = True) -> Tensor | None:
-        return torch.empty(rows, dtype=torch.float32, device=logits.device) if wanted else None
-
-    loss_shape = (rows,) if call.credit.reduction == "none" else ()
-    log_probs, coefficients, advantages = per_row(), per_row(), per_row()
-    assert log_probs is not None and coefficients is not None and advantages is not None
+    new = partial(torch.empty, dtype=torch.float32, device=logits.device)
     return RowResult(
-        loss=torch.empty(loss_shape, dtype=torch.float32, device=logits.device),
-        log_probs_R=log_probs,
-        coefficients_R=coefficients,
-        advantages_R=advantages,
+        loss=new(rows if call.credit.reduction == "none" else ()),
+        log_probs_R=new(rows),
+        coefficients_R=new(rows),
+        advantages_R=new(rows),
         gradient_STV=gradient_for(logits, call.inplace) if call.want_gradient else None,
-        row_scale_R=per_row(call.defer_scale),
-        entropy_R=per_row(call.want_entropy),
+        row_scale_R=new(rows) if call.defer_scale else None,
+        entropy_R=new(rows) if call.want_entropy else None,
     )
 
 
 def native_call(call: RowCall, result: RowResult) -> object:
     """A call as the C++ struct. It holds addresses only: keep `call` and `result` alive while a kernel uses it."""
+    logits, gradient = logit_rows(call.logits_STV), None
+    if result.gradient_STV is not None:
+        gradient = logits if call.inplace else logit_rows(result.gradient_STV)
     return kernels().RowCall(
-        logits=logit_rows(call.logits_STV),
+        logits=logits,
         credit=_credit(call.credit),
         transform=_transform(call.logit_scale, call.softcap, call.temperature),
         objective=_objective(call.objective),
@@ -103,7 +102,7 @@ def native_call(call: RowCall, result: RowResult) -> object:
         advantages_R=address(result.advantages_R),
         entropy_R=address(result.entropy_R),
         row_scale_R=address(result.row_scale_R),
-        gradient=None if result.gradient_STV is None else logit_rows(result.gradient_STV),
+        gradient=gradient,
     )
 
 
@@ -129,10 +128,10 @@ def scale(
 ) -> Tensor:
     """gradient·row_scale·upstream, one product in float32 and one rounding; upstream is () or (R,)."""
     out = gradient_for(gradient_STV, inplace)
-    upstream = upstream.to(torch.float32).contiguous()
+    upstream, rows = upstream.to(torch.float32).contiguous(), logit_rows(gradient_STV)
     native.scale_rows(
-        gradient=logit_rows(gradient_STV),
-        out=logit_rows(out),
+        gradient=rows,
+        out=rows if inplace else logit_rows(out),
         row_scale_R=address(row_scale_R),
         upstream=address(upstream),
         upstream_per_row=upstream.dim() > 0,

@@ -176,9 +176,8 @@ def credit_rows(credit: Credit) -> RowCredit:
     live_R = credit.live_R
     advantages_R, weights_R = _advantages(credit), credit.weights_R
     ones_R = live_R.float()  # where rows count, 0 elsewhere: nothing else has to be masked
-    zero = None if advantages_R is weights_R is None else torch.zeros((), device=live_R.device)
-    advantages_R = ones_R if advantages_R is None else torch.where(live_R, advantages_R, zero)
-    weights_R = ones_R if weights_R is None else torch.where(live_R, weights_R, zero)
+    advantages_R = ones_R if advantages_R is None else torch.where(live_R, advantages_R, 0.0)
+    weights_R = ones_R if weights_R is None else torch.where(live_R, weights_R, 0.0)
     return RowCredit(live_R, advantages_R, _reduced(weights_R, credit, live_R))
 
 

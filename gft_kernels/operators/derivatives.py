@@ -29,7 +29,7 @@ def keep_path(ctx, *inputs: Tensor | None) -> None:
 
 def _refusing(value: Tensor, *sources: Tensor) -> Tensor:
     """The value as a function of the sources, whose derivative raises."""
-    return torch._C._functions.DelayedError(_TWICE, 1 + len(sources))(value.detach(), *sources)[0]
+    return torch._C._functions.DelayedError(_TWICE, 1 + len(sources))(value, *sources)[0]
 
 
 def first_only(backward: Callable) -> Callable:
@@ -49,7 +49,7 @@ def first_only(backward: Callable) -> Callable:
         if torch.compiler.is_compiling():
             return gradients
         sources = [x for x in (ctx.path, *upstream) if x is not None and x.requires_grad]
-        return tuple(None if x is None else _refusing(x, *sources) for x in gradients)
+        return tuple(None if x is None else _refusing(x.detach(), *sources) for x in gradients)
 
     return wrapped
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import weakref
 
 import pytest
 import torch
@@ -254,3 +255,18 @@ def test_group_advantages_checks_its_arguments():
         group_advantages(torch.ones(2), group_size=2, normalize="split")
     with pytest.raises(ValueError, match="normalize must be one of std, mean, leave-one-out, got 'split'"):
         gft_loss(LOGITS, TARGETS, rewards=torch.ones(len(LOGITS)), group_size=1, normalize="split")
+
+
+def test_what_is_remembered_of_options_is_of_their_values_and_kinds():
+    """True is no 1.0, which it equals; a tensor of one number may hold another the next time, and is not kept."""
+    logits, targets = torch.randn(2, 7), torch.tensor([1, 2])
+    for option in ("temperature", "tau"):
+        gft_loss(logits, targets, **{option: 1.0})
+        with pytest.raises(TypeError, match=f"{option} must"):
+            gft_loss(logits, targets, **{option: True})
+    tau = torch.tensor(0.0)
+    sft = gft_loss(logits, targets, tau=tau)
+    assert sft != gft_loss(logits, targets, tau=tau.fill_(1.0)) == gft_loss(logits, targets, tau=1)
+    kept = weakref.ref(tau)
+    del tau
+    assert kept() is None
