@@ -119,12 +119,12 @@ def objective_of(asked: PolicyOptions, targets: Tensor) -> Objective:
     _check_sequences(names, targets, sequence_ids)
     _check_reference(asked, numbers.beta)
     wants = given_objective is not None or asked["rectify"] == "given"
-    tensors: dict[str, Any] = {
-        "given_R": _given_rows(asked["given"], wants, targets, sequence_ids),
-        "old_log_probs_R": _log_probs("old_log_probs", asked["old_log_probs"], targets),
-        "ref_log_probs_R": _log_probs("ref_log_probs", asked["ref_log_probs"], targets),
-    }
-    return numbers if all(value is None for value in tensors.values()) else replace(numbers, **tensors)
+    given_R = _given_rows(asked["given"], wants, targets, sequence_ids)
+    old_R = _log_probs("old_log_probs", asked["old_log_probs"], targets)
+    ref_R = _log_probs("ref_log_probs", asked["ref_log_probs"], targets)
+    if given_R is old_R is ref_R is None:
+        return numbers
+    return replace(numbers, given_R=given_R, old_log_probs_R=old_R, ref_log_probs_R=ref_R)
 
 
 @by_value
