@@ -120,6 +120,16 @@ def group_advantages(
     return advantages_S
 
 
+def all_finite(values: Tensor) -> bool:
+    """Of contiguous float32 numbers on the CPU."""
+    return kernels().all_finite(values.data_ptr(), values.numel())
+
+
+def all_within(ids: Tensor, stop: int) -> bool:
+    """Whether contiguous int64 ids on the CPU lie in [0, stop)."""
+    return kernels().all_within(ids.data_ptr(), ids.numel(), stop)
+
+
 # Calls that the two modules of kernels have alike: `_C` and `_C.cuda`, each told in its own words where to run.
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from gft_kernels import _extension
 from gft_kernels.layout import shares_memory
 from gft_kernels.options import NORMALIZE, RECTIFY, SINGLETON, SPLIT, Credit, Objective
 from gft_kernels.remembered import by_value
@@ -317,7 +318,7 @@ def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
         _in_range("sequence_ids", credit.sequence_ids_R, credit, stop, "number the responses from 0")
     if credit.rewards_S is not None:
         check_reward_values(credit.rewards_S, credit.normalize, credit.group_size, credit.group_ids_S)
-    if credit.advantages_S is not None and not _largest(credit.advantages_S) < math.inf:
+    if credit.advantages_S is not None and not _all_finite(credit.advantages_S):
         counts_S = torch.zeros(credit.advantages_S.shape, dtype=torch.bool)
         counts_S.index_fill_(0, credit.responses_R[credit.live_R], True)
         check_finite("advantages", credit.advantages_S, counts_S, "drop or score that response")
@@ -327,7 +328,7 @@ def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
         ("ref_log_probs", objective.ref_log_probs_R),
         ("weights", credit.weights_R),
     ):
-        if values_R is not None and not _largest(values_R) < math.inf:
+        if values_R is not None and not _all_finite(values_R):
             where_R = credit.live_R
             if name == "old_log_probs":  # A = 0, or weight 0, decides before the ratio is looked at
                 for factor_R in (credit.advantages_R, credit.weights_R):
@@ -396,11 +397,26 @@ def _largest(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, math.inf)) if values.numel() else 0.0
 
 
+def _all_finite(values: Tensor) -> bool:
+    """Of float32 numbers."""
+    return _extension.all_finite(values) if _is_plain(values) else _largest(values) < math.inf
+
+
+def _all_within(ids: Tensor, stop: int) -> bool:
+    """Whether int64 ids lie in [0, stop)."""
+    if _is_plain(ids):
+        return _extension.all_within(ids, stop)
+    low, high = ids.aminmax() if ids.numel() else (0, -1)
+    return int(low) >= 0 and int(high) < stop
+
+
+def _is_plain(values: Tensor) -> bool:
+    """Whether C++ can look at them, at a tenth of an operator's price."""
+    return type(values) is Tensor and _extension.absent() is None
+
+
 def _in_range(name: str, values_R: Tensor, credit: Credit, stop: int, remedy: str) -> None:
-    if not values_R.numel():
-        return
-    low, high = values_R.aminmax()
-    if int(low) >= 0 and int(high) < stop:
+    if _all_within(values_R, stop):
         return
     bad_R = ((values_R < 0) | (values_R >= stop)) & credit.live_R
     if bool(bad_R.any()):

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "gft_kernels"
 
 LAYERS = [
     {"formulas", "options", "layout", "remembered"},
-    {"surrogates"},
-    {"checks", "triton_kernels", "_extension"},
+    {"surrogates", "_extension"},
+    {"checks", "triton_kernels"},
     {"linear_checks", "advantages", "importance", "arguments"},
     {"sequences"},
     {"objectives"},
