@@ -7,7 +7,7 @@ V vocabulary (of this rank's shard, where it is sharded). Suffixes name shapes: 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +100,7 @@ class Objective(Rule):
     """
 
     over_sequence: str = ""  # one of SEQUENCE_RATIOS: rho is a response's, and no backend sees it yet; "": a token's
-    given: Rule = Rule()
+    given: Rule = field(default_factory=Rule)  # not one for all: PyTorch 2.11 does not trace an object as a default
     given_R: Tensor | None = None  # (R,) bool: the rows under the rule `given`; None: none
     beta: float = 0.0  # weight of the KL penalty
     entropy_coef: float = 0.0  # lambda of -lambda·H
@@ -135,7 +135,7 @@ class RowCall:
 
     logits_STV: Tensor  # float32, bfloat16 or float16; any strides
     credit: Credit
-    objective: Objective = Objective()
+    objective: Objective = field(default_factory=Objective)
     logit_scale: float = 1.0
     softcap: float = 0.0  # 0: none
     temperature: float = 1.0
@@ -165,7 +165,7 @@ class LinearCall:
     weight_VD: Tensor  # one of the same dtypes
     bias_V: Tensor | None
     credit: Credit
-    objective: Objective = Objective()
+    objective: Objective = field(default_factory=Objective)
     logit_scale: float = 1.0  # this and the next five as in RowCall
     softcap: float = 0.0
     temperature: float = 1.0
