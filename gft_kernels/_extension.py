@@ -6,7 +6,8 @@ The extension is optional: an install without a compiler has none. It is looked 
 from __future__ import annotations
 
 from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, partial
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,8 @@ from gft_kernels.options import (
     ShardStatistics,
     gradient_for,
 )
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @lru_cache(maxsize=1)
@@ -61,44 +64,36 @@ def address(tensor: Tensor | None) -> int:
 
 def logit_rows(rows_STV: Tensor) -> object:
     """Logits or their gradient with their strides over S and T; the kernels need unit stride over V."""
-    shape, strides = tuple(rows_STV.shape), tuple(rows_STV.stride())
-    dtype = str(rows_STV.dtype).removeprefix("torch.")
-    return kernels().LogitRows(data=address(rows_STV), dtype=dtype, shape=shape, strides=strides[:2])
+    strides = rows_STV.stride()[:2]
+    return kernels().LogitRows(
+        data=rows_STV.data_ptr(), dtype=_DTYPES[rows_STV.dtype], shape=rows_STV.shape, strides=strides
+    )
 
 
 def empty_result(call: RowCall) -> RowResult:
     """Memory for what a kernel hands back, uninitialised; in place the gradient is the logits' own."""
     logits, rows = call.logits_STV.detach(), call.credit.targets_R.numel()
-
-    def per_row(wanted: bool = True) -> Tensor | None:
-        return torch.empty(rows, dtype=torch.float32, device=logits.device) if wanted else None
-
-    loss_shape = (rows,) if call.credit.reduction == "none" else ()
-    log_probs, coefficients, advantages = per_row(), per_row(), per_row()
-    assert log_probs is not None and coefficients is not None and advantages is not None
+    new = partial(torch.empty, dtype=torch.float32, device=logits.device)
     return RowResult(
-        loss=torch.empty(loss_shape, dtype=torch.float32, device=logits.device),
-        log_probs_R=log_probs,
-        coefficients_R=coefficients,
-        advantages_R=advantages,
+        loss=new(rows if call.credit.reduction == "none" else ()),
+        log_probs_R=new(rows),
+        coefficients_R=new(rows),
+        advantages_R=new(rows),
         gradient_STV=gradient_for(logits, call.inplace) if call.want_gradient else None,
-        row_scale_R=per_row(call.defer_scale),
-        entropy_R=per_row(call.want_entropy),
+        row_scale_R=new(rows) if call.defer_scale else None,
+        entropy_R=new(rows) if call.want_entropy else None,
     )
 
 
 def native_call(call: RowCall, result: RowResult) -> object:
     """A call as the C++ struct. It holds addresses only: keep `call` and `result` alive while a kernel uses it."""
-    rewards_S = call.credit.rewards_S
-    assert rewards_S is None or rewards_S.dtype == torch.float64, "C++ reads rewards as doubles"
+    logits, gradient = logit_rows(call.logits_STV), None
+    if result.gradient_STV is not None:
+        gradient = logits if call.inplace else logit_rows(result.gradient_STV)
     return kernels().RowCall(
-        logits=logit_rows(call.logits_STV),
-        credit=kernels().Credit(
-            S=_responses(call.credit),
-            R=call.credit.targets_R.numel(),
-            **{**_native_fields(call.credit), "tokens_per_response": max(call.credit.tokens_per_response, 1)},
-        ),
-        transform=_transform(call),
+        logits=logits,
+        credit=_credit(call.credit),
+        transform=_transform(call.logit_scale, call.softcap, call.temperature),
         objective=_objective(call.objective),
         read_every_row=call.reads_every_live_row,
         loss=address(result.loss),
@@ -107,7 +102,7 @@ def native_call(call: RowCall, result: RowResult) -> object:
         advantages_R=address(result.advantages_R),
         entropy_R=address(result.entropy_R),
         row_scale_R=address(result.row_scale_R),
-        gradient=None if result.gradient_STV is None else logit_rows(result.gradient_STV),
+        gradient=gradient,
     )
 
 
@@ -125,6 +120,16 @@ def group_advantages(
     return advantages_S
 
 
+def all_finite(values: Tensor) -> bool:
+    """Of contiguous float32 numbers on the CPU."""
+    return kernels().all_finite(values.data_ptr(), values.numel())
+
+
+def all_within(ids: Tensor, stop: int) -> bool:
+    """Whether contiguous int64 ids on the CPU lie in [0, stop)."""
+    return kernels().all_within(ids.data_ptr(), ids.numel(), stop)
+
+
 # Calls that the two modules of kernels have alike: `_C` and `_C.cuda`, each told in its own words where to run.
 
 
@@ -133,10 +138,10 @@ def scale(
 ) -> Tensor:
     """gradient·row_scale·upstream, one product in float32 and one rounding; upstream is () or (R,)."""
     out = gradient_for(gradient_STV, inplace)
-    upstream = upstream.to(torch.float32).contiguous()
+    upstream, rows = upstream.to(torch.float32).contiguous(), logit_rows(gradient_STV)
     native.scale_rows(
-        gradient=logit_rows(gradient_STV),
-        out=logit_rows(out),
+        gradient=rows,
+        out=rows if inplace else logit_rows(out),
         row_scale_R=address(row_scale_R),
         upstream=address(upstream),
         upstream_per_row=upstream.dim() > 0,
@@ -168,41 +173,58 @@ def shard_gradient(native: ModuleType, call: RowCall, columns_R: Tensor, agreed:
 
 def _shard(call: RowCall, columns_R: Tensor) -> object:
     logits = logit_rows(call.logits_STV.detach())
-    return kernels().Shard(logits=logits, columns_R=address(columns_R), transform=_transform(call))
+    transform = _transform(call.logit_scale, call.softcap, call.temperature)
+    return kernels().Shard(logits=logits, columns_R=address(columns_R), transform=transform)
 
 
 def misaligned(call: RowCall) -> str | None:
     """Why C++ cannot read this call's memory: a tensor that starts in the middle of one of its elements."""
-    given = {"logits_STV": call.logits_STV}
-    for part in (call.credit, call.objective):
-        given |= {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
-    for name, tensor in given.items():
-        size = tensor.element_size()
-        if past := tensor.data_ptr() % size:
-            argument = name.rpartition("_")[0]
+    for place, tensor in zip(_TENSORS, _tensors_of(call), strict=True):
+        if tensor is not None and (past := tensor.data_ptr() % tensor.element_size()):
+            argument, size = place.rpartition(".")[2].rpartition("_")[0], tensor.element_size()
             return f"{argument} must start at a multiple of {size} bytes, got {past} bytes past one; clone() it"
     return None
 
 
-def _transform(call: RowCall) -> object:
-    return kernels().Transform(logit_scale=call.logit_scale, softcap=call.softcap, temperature=call.temperature)
+def _tensor_names(part: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(part) if str(field.type).startswith("Tensor"))
+
+
+def _credit(credit: Credit) -> object:
+    rewards_S = credit.rewards_S
+    assert rewards_S is None or rewards_S.dtype == torch.float64, "C++ reads rewards as doubles"
+    given = vars(credit) | {name: address(getattr(credit, name)) for name in _OF_CREDIT}
+    given["tokens_per_response"] = max(credit.tokens_per_response, 1)
+    return kernels().Credit(S=_responses(credit), R=credit.targets_R.numel(), **given)
 
 
 def _objective(objective: Objective) -> object:
-    own = _native_fields(objective)
-    rules = {"rule": objective, "given": objective.given}
-    native = {place: {f.name: getattr(rule, f.name) for f in fields(Rule)} for place, rule in rules.items()}
-    elsewhere = {*native["rule"], "given", "over_sequence"}  # the last is settled before a backend is asked
-    rest = {name: value for name, value in own.items() if name not in elsewhere}
-    return kernels().Objective(**{place: kernels().Rule(**given) for place, given in native.items()}, **rest)
+    addresses = map(address, _objective_tensors(objective))
+    return _objective_of(_numbers_of(objective), _rule_of(objective), _rule_of(objective.given), *addresses)
 
 
-def _native_fields(part: Credit | Objective) -> dict[str, object]:
-    """The fields of a dataclass as its C++ twin takes them: addresses for tensors (0: absent), all else as it is."""
-    return {
-        name: address(value) if value is None or isinstance(value, Tensor) else value
-        for name, value in vars(part).items()
-    }
+# Made of numbers and addresses alone, and so the same for the same ones.
+
+
+@lru_cache(maxsize=256)
+def _objective_of(numbers: tuple, rule: tuple, given: tuple, *addresses: int) -> object:
+    rules = (kernels().Rule(**dict(zip(_RULE, values, strict=True))) for values in (rule, given))
+    rest = dict(zip((*_NUMBERS, *_OF_OBJECTIVE), (*numbers, *addresses), strict=True))
+    return kernels().Objective(**dict(zip(("rule", "given"), rules, strict=True)), **rest)
+
+
+@lru_cache(maxsize=256)
+def _transform(logit_scale: float, softcap: float, temperature: float) -> object:
+    return kernels().Transform(logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+
+
+_OF_CREDIT, _OF_OBJECTIVE = _tensor_names(Credit), _tensor_names(Objective)
+_TENSORS = ("logits_STV", *(f"credit.{name}" for name in _OF_CREDIT), *(f"objective.{name}" for name in _OF_OBJECTIVE))
+_RULE = tuple(field.name for field in fields(Rule))
+_ELSEWHERE = {*_RULE, *_OF_OBJECTIVE, "given", "over_sequence"}  # the last is settled before a backend is asked
+_NUMBERS = tuple(field.name for field in fields(Objective) if field.name not in _ELSEWHERE)
+_tensors_of, _objective_tensors = attrgetter(*_TENSORS), attrgetter(*_OF_OBJECTIVE)
+_rule_of, _numbers_of = attrgetter(*_RULE), attrgetter(*_NUMBERS)
 
 
 def _responses(credit: Credit) -> int:

@@ -174,10 +174,11 @@ def _run_sums(values_NS: Tensor, ids_S: Tensor) -> Tensor:
 def credit_rows(credit: Credit) -> RowCredit:
     """Spread a call's rewards or advantages over its rows and weigh each row by the reduction."""
     live_R = credit.live_R
-    zero = torch.zeros((), device=live_R.device)
-    advantages_R = torch.where(live_R, _advantages(credit, live_R), zero)
-    weights_R = torch.where(live_R, _weights(credit, live_R), zero)
-    return RowCredit(live_R, advantages_R, weights_R)
+    advantages_R, weights_R = _advantages(credit), credit.weights_R
+    ones_R = live_R.float()  # where rows count, 0 elsewhere: nothing else has to be masked
+    advantages_R = ones_R if advantages_R is None else torch.where(live_R, advantages_R, 0.0)
+    weights_R = ones_R if weights_R is None else torch.where(live_R, weights_R, 0.0)
+    return RowCredit(live_R, advantages_R, _reduced(weights_R, credit, live_R))
 
 
 def rows_read(credit: RowCredit, objective: Objective, every: bool) -> Tensor:
@@ -188,26 +189,26 @@ def rows_read(credit: RowCredit, objective: Objective, every: bool) -> Tensor:
     return credit.live_R & acts_R & (credit.weights_R != 0.0)
 
 
-def _advantages(credit: Credit, live_R: Tensor) -> Tensor:
-    if credit.advantages_R is not None:
-        return credit.advantages_R
+def _advantages(credit: Credit) -> Tensor | None:
+    """(R,), of rows that do not count anything; None: 1 for all."""
     if credit.advantages_S is not None:
         return _on_rows(credit.advantages_S, credit)
     if credit.rewards_S is None:
-        return torch.ones(live_R.shape, device=live_R.device)
+        return credit.advantages_R
     how = (credit.group_size, credit.group_ids_S, credit.normalize, credit.eps, credit.singleton)
     return _on_rows(normalise(credit.rewards_S, *how), credit)
 
 
-def _weights(credit: Credit, live_R: Tensor) -> Tensor:
-    given_R = torch.ones(live_R.shape, device=live_R.device) if credit.weights_R is None else credit.weights_R
+def _reduced(weights_R: Tensor, credit: Credit, live_R: Tensor) -> Tensor:
+    """The rows' own weights, 0 where they do not count, over what the reduction divides by."""
     if credit.reduction in ("sum", "none"):
-        return given_R
+        return weights_R
     if credit.reduction == "token-mean":
-        return given_R / (live_R.sum().clamp(min=1).float() if credit.num_items is None else credit.num_items)
+        return weights_R / (live_R.sum().clamp(min=1) if credit.num_items is None else credit.num_items)
     live_tokens_S = _live_tokens(credit, live_R)
     responses = (live_tokens_S > 0).sum().clamp(min=1).float() if credit.num_items is None else credit.num_items
-    return given_R * _on_rows(1.0 / (live_tokens_S.clamp(min=1) * responses), credit)
+    share_R = _on_rows(1.0 / (live_tokens_S.clamp(min=1) * responses), credit)
+    return torch.where(live_R, weights_R * share_R, weights_R)  # the id of a row that does not count may be none
 
 
 def _live_tokens(credit: Credit, live_R: Tensor) -> Tensor:

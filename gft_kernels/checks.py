@@ -17,8 +17,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from gft_kernels import _extension
 from gft_kernels.layout import shares_memory
 from gft_kernels.options import NORMALIZE, RECTIFY, SINGLETON, SPLIT, Credit, Objective
+from gft_kernels.remembered import by_value
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG_PROB_DTYPES = (*LOGIT_DTYPES, torch.float64)
@@ -149,6 +151,7 @@ def check_coefficient(tau: Any, rectify: Any, choices: Sequence[str] = RECTIFY) 
     return real("tau", tau, lambda x: 0.0 <= x <= 1.0, "lie in [0, 1]", remedy)
 
 
+@by_value
 def check_transform(temperature: Any, softcap: Any, logit_scale: Any) -> tuple[float, float, float]:
     """(temperature, softcap or 0 for none, logit_scale) as floats. Raises ValueError, TypeError."""
     scale, remedy = 1.0, "pass None for no scale"
@@ -161,6 +164,7 @@ def check_transform(temperature: Any, softcap: Any, logit_scale: Any) -> tuple[f
     )
 
 
+@by_value
 def check_normalisation(normalize: Any, eps: Any, singleton: Any) -> None:
     one_of("normalize", normalize, NORMALIZE)
     one_of("singleton", singleton, SINGLETON)
@@ -201,7 +205,7 @@ def check_tensor(
         raise TypeError(f"{name} must be {allowed}, got {value.dtype}; cast it first")
     if dtypes is None and (value.is_complex() or value.is_quantized):
         raise TypeError(f"{name} must be real numbers, got {value.dtype}; cast it first")
-    if shape is not None and tuple(value.shape) != tuple(shape):
+    if shape is not None and value.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}; {remedy}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device} like the logits, got {value.device}; move it there")
@@ -300,34 +304,38 @@ def check_groups(responses: int, group_size: Any, group_ids: Any, device: torch.
 
 
 def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
-    """Targets, response ids and the numbers of live rows of a call on the CPU. Raises ValueError."""
+    """Targets, response ids and the numbers of live rows of a call on the CPU. Raises ValueError.
+
+    All rows are looked at first; which of them count is asked only where one is not as it should be.
+    """
     if credit.targets_R.device.type != "cpu":
         return
-    live_R = credit.live_R
     remedy = f"mark rows that do not count with ignore_index={credit.ignore_index} or mask=False"
-    _in_range("targets", credit.targets_R, live_R, vocabulary, remedy)
+    _in_range("targets", credit.targets_R, credit, vocabulary, remedy)
     per_response = credit.rewards_S if credit.rewards_S is not None else credit.advantages_S
     if credit.sequence_ids_R is not None:
-        stop = live_R.numel() if per_response is None else per_response.numel()
-        _in_range("sequence_ids", credit.sequence_ids_R, live_R, stop, "number the responses from 0")
+        stop = credit.targets_R.numel() if per_response is None else per_response.numel()
+        _in_range("sequence_ids", credit.sequence_ids_R, credit, stop, "number the responses from 0")
     if credit.rewards_S is not None:
         check_reward_values(credit.rewards_S, credit.normalize, credit.group_size, credit.group_ids_S)
-    if credit.advantages_S is not None and not _largest(credit.advantages_S) < math.inf:
+    if credit.advantages_S is not None and not _all_finite(credit.advantages_S):
         counts_S = torch.zeros(credit.advantages_S.shape, dtype=torch.bool)
-        counts_S.index_fill_(0, credit.responses_R[live_R], True)
+        counts_S.index_fill_(0, credit.responses_R[credit.live_R], True)
         check_finite("advantages", credit.advantages_S, counts_S, "drop or score that response")
-    weighed_R = live_R if credit.advantages_R is None else live_R & (credit.advantages_R != 0.0)
-    weighed_R = weighed_R if credit.weights_R is None else weighed_R & (credit.weights_R != 0.0)
-    for name, values_R, where_R in (
-        ("advantages", credit.advantages_R, live_R),
-        ("old_log_probs", objective.old_log_probs_R, weighed_R),  # A = 0 decides before the ratio is looked at
-        ("ref_log_probs", objective.ref_log_probs_R, live_R),
+    for name, values_R in (
+        ("advantages", credit.advantages_R),
+        ("old_log_probs", objective.old_log_probs_R),
+        ("ref_log_probs", objective.ref_log_probs_R),
+        ("weights", credit.weights_R),
     ):
-        if values_R is not None:
+        if values_R is not None and not _all_finite(values_R):
+            where_R = credit.live_R
+            if name == "old_log_probs":  # A = 0, or weight 0, decides before the ratio is looked at
+                for factor_R in (credit.advantages_R, credit.weights_R):
+                    where_R = where_R if factor_R is None else where_R & (factor_R != 0.0)
             check_finite(name, values_R, where_R, "mask rows that do not count with mask=False")
-    if credit.weights_R is not None:
-        check_finite("weights", credit.weights_R, live_R, "mask rows that do not count with mask=False")
-        negative_R = live_R & (credit.weights_R < 0.0)
+    if credit.weights_R is not None and bool((credit.weights_R < 0.0).any()):
+        negative_R = credit.live_R & (credit.weights_R < 0.0)
         if bool(negative_R.any()):
             at = int(negative_R.nonzero()[0])
             raise ValueError(
@@ -389,10 +397,28 @@ def _largest(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, math.inf)) if values.numel() else 0.0
 
 
-def _in_range(name: str, values_R: Tensor, live_R: Tensor, stop: int, remedy: str) -> None:
-    if not values_R.numel():
+def _all_finite(values: Tensor) -> bool:
+    """Of float32 numbers."""
+    return _extension.all_finite(values) if _is_plain(values) else _largest(values) < math.inf
+
+
+def _all_within(ids: Tensor, stop: int) -> bool:
+    """Whether int64 ids lie in [0, stop)."""
+    if _is_plain(ids):
+        return _extension.all_within(ids, stop)
+    low, high = ids.aminmax() if ids.numel() else (0, -1)
+    return int(low) >= 0 and int(high) < stop
+
+
+def _is_plain(values: Tensor) -> bool:
+    """Whether C++ can look at them, at a tenth of an operator's price."""
+    return type(values) is Tensor and _extension.absent() is None
+
+
+def _in_range(name: str, values_R: Tensor, credit: Credit, stop: int, remedy: str) -> None:
+    if _all_within(values_R, stop):
         return
-    low, high = torch.where(live_R, values_R, 0).aminmax()
-    if int(low) < 0 or int(high) >= max(stop, 1) or (stop < 1 and bool(live_R.any())):
-        at = int((((values_R < 0) | (values_R >= stop)) & live_R).nonzero()[0])
+    bad_R = ((values_R < 0) | (values_R >= stop)) & credit.live_R
+    if bool(bad_R.any()):
+        at = int(bad_R.nonzero()[0])
         raise ValueError(f"{name} must lie in [0, {stop}), got {int(values_R[at])} at row {at}; {remedy}")

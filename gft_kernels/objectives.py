@@ -15,6 +15,7 @@ from torch import Tensor
 from gft_kernels import checks, formulas, sequences, surrogates
 from gft_kernels.arguments import PolicyOptions
 from gft_kernels.options import REDUCTIONS, LinearCall, Objective, RowCall, RowResult, Rule
+from gft_kernels.remembered import by_value
 
 KL_ESTIMATORS = ("k1", "k2", "k3")  # of Schulman 2020, as Objective.kl_estimator numbers them
 RULE_FIELDS = tuple(field.name for field in fields(Rule))
@@ -67,6 +68,9 @@ RECTIFIES = ("all", "positive", "bounded", "given")
 """Where gft's C acts; the last two are rules of the first two with a gamma, or on some rows alone."""
 OWN = tuple(dict.fromkeys(name for preset in PRESETS.values() for name in preset.options))
 """Options that only some objectives take."""
+OWN_NUMBERS = tuple(name for name in OWN if name != "old_log_probs")
+NUMBERS = ("objective", "given_objective", "beta", "entropy_coef", "kl_estimator", "kl_cap", *OWN_NUMBERS)
+"""Options that make an objective without a tensor."""
 
 
 def resolve(given: PolicyOptions, targets: Any) -> tuple[Objective, str]:
@@ -108,33 +112,47 @@ def _check_given_credit(given: PolicyOptions) -> None:
 def objective_of(asked: PolicyOptions, targets: Tensor) -> Objective:
     """The objective of options, each of which one of its objectives takes. Raises ValueError, TypeError."""
     name, given_objective, sequence_ids = asked["objective"], asked["given_objective"], asked["sequence_ids"]
+    checks.check_tensor("targets", targets, checks.INDEX_DTYPES, None, None, "pass one token id per row")
+    numbers = _numbers(*[asked[option] for option in NUMBERS])  # type: ignore[literal-required]
+    names = [name] if given_objective is None else [name, given_objective]
+    _refuse_foreign(names, {"old_log_probs": asked["old_log_probs"]})
+    _check_sequences(names, targets, sequence_ids)
+    _check_reference(asked, numbers.beta)
+    wants = given_objective is not None or asked["rectify"] == "given"
+    given_R = _given_rows(asked["given"], wants, targets, sequence_ids)
+    old_R = _log_probs("old_log_probs", asked["old_log_probs"], targets)
+    ref_R = _log_probs("ref_log_probs", asked["ref_log_probs"], targets)
+    if given_R is old_R is ref_R is None:
+        return numbers
+    return replace(numbers, given_R=given_R, old_log_probs_R=old_R, ref_log_probs_R=ref_R)
+
+
+@by_value
+def _numbers(
+    name: Any, given_objective: Any, beta: Any, entropy_coef: Any, kl_estimator: Any, kl_cap: Any, *own: Any
+) -> Objective:
+    """The objective without its tensors, from `NUMBERS`. Raises ValueError, TypeError."""
     checks.one_of("objective", name, tuple(PRESETS))
     names = [name]
     if given_objective is not None:
         checks.one_of("given_objective", given_objective, tuple(PRESETS))
         names.append(given_objective)
-    options = {option: asked[option] for option in OWN}  # type: ignore[literal-required]
-    checks.check_tensor("targets", targets, checks.INDEX_DTYPES, None, None, "pass one token id per row")
+    options = dict(zip(OWN_NUMBERS, own, strict=True))
     _refuse_foreign(names, options)
-    _check_sequences(names, targets, sequence_ids)
-    rule, other = _rule(name, options), _rule(given_objective or name, options)
+    rule, other = _rule(name, options), _rule(names[-1], options)
     if options["rectify"] == "given":
         rule, other = replace(rule, rectify="all", tau=0.0), replace(other, rectify="all")
-    wants = given_objective is not None or options["rectify"] == "given"
-    beta = checks.not_negative("beta", asked["beta"], "0 is none: no penalty")
+    beta = checks.not_negative("beta", beta, "0 is none: no penalty")
     if beta == 0.0 and any(PRESETS[each].anchored for each in names):
         raise ValueError("beta must be positive with objective 'asft', got 0; without its anchor that is dft")
-    bonus = checks.real("entropy_coef", asked["entropy_coef"], checks.is_finite, "be finite", "0 is none: no bonus")
+    bonus = checks.real("entropy_coef", entropy_coef, checks.is_finite, "be finite", "0 is none: no bonus")
     return Objective(
         **{name: getattr(rule, name) for name in RULE_FIELDS},
         over_sequence=PRESETS[name].over_sequence,
         given=other,
-        given_R=_given_rows(asked["given"], wants, targets, sequence_ids),
         beta=beta,
         entropy_coef=checks.fits_float32("entropy_coef", bonus, "pass a smaller one"),
-        **_penalty(asked, beta),
-        old_log_probs_R=_log_probs("old_log_probs", options["old_log_probs"], targets),
-        ref_log_probs_R=_log_probs("ref_log_probs", asked["ref_log_probs"], targets),
+        **_penalty(kl_estimator, kl_cap, beta),
     )
 
 
@@ -228,17 +246,20 @@ def _bounds(given: dict[str, Any]) -> tuple[float, float, float]:
     return low, high, checks.fits_float32("delta", delta, remedy)
 
 
-def _penalty(asked: PolicyOptions, beta: float) -> dict[str, Any]:
-    """The estimator's number and the cap, inf for none; and that penalty and reference come together."""
-    ref_log_probs, estimator, kl_cap = asked["ref_log_probs"], asked["kl_estimator"], asked["kl_cap"]
-    if beta != 0.0 and ref_log_probs is None:
+def _check_reference(asked: PolicyOptions, beta: float) -> None:
+    """Penalty and reference come together. Raises ValueError."""
+    if beta != 0.0 and asked["ref_log_probs"] is None:
         raise ValueError(
             f"ref_log_probs must be given with beta={beta:g}, got None; pass the reference's token_log_probs, or beta=0"
         )
-    if beta == 0.0 and ref_log_probs is not None and not asked["return_stats"]:
+    if beta == 0.0 and asked["ref_log_probs"] is not None and not asked["return_stats"]:
         raise ValueError(
             "ref_log_probs must be left out with beta=0, got a tensor; nothing uses it but return_stats=True"
         )
+
+
+def _penalty(estimator: Any, kl_cap: Any, beta: float) -> dict[str, Any]:
+    """The estimator's number and the cap, inf for none."""
     if estimator is not None:
         checks.one_of("kl_estimator", estimator, KL_ESTIMATORS)
         if beta == 0.0:

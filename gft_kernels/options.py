@@ -100,7 +100,7 @@ class Objective(Rule):
     """
 
     over_sequence: str = ""  # one of SEQUENCE_RATIOS: rho is a response's, and no backend sees it yet; "": a token's
-    given: Rule = field(default_factory=Rule)
+    given: Rule = field(default_factory=Rule)  # not one for all: PyTorch 2.11 does not trace an object as a default
     given_R: Tensor | None = None  # (R,) bool: the rows under the rule `given`; None: none
     beta: float = 0.0  # weight of the KL penalty
     entropy_coef: float = 0.0  # lambda of -lambda·H
@@ -123,10 +123,10 @@ class Objective(Rule):
     def needs_entropy(self) -> bool:
         return self.entropy_coef != 0.0 or any(rule.surrogate == "eaft" for rule in self.rules)
 
-    def of_rows(self, rows: Tensor) -> Objective:
+    def of_rows(self, rows: Tensor | slice) -> Objective:
         """The same objective for some of the rows."""
         per_row: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **per_row)
+        return replace(self, **per_row) if per_row else self
 
 
 @dataclass(frozen=True)

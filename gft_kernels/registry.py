@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ from gft_kernels.options import BackendUnavailable, RowCall
 ORDER = ("cuda", "triton", "cpu", "reference")
 
 
+@cache
 def backend(name: str) -> ModuleType:
     """The backend's module, imported on first use."""
     return import_module(f"gft_kernels.backends.{name}")

@@ -179,6 +179,12 @@ void group_advantages(std::int64_t S, Address rewards_S, std::int64_t group_size
     cpu::normalise_rewards(credit, to<float>(advantages_S));
 }
 
+bool all_within(Address values, std::int64_t count, std::int64_t stop) {
+    return cpu::all_within(to<const std::int64_t>(values), count, stop);
+}
+
+bool all_finite(Address values, std::int64_t count) { return cpu::all_finite(to<const float>(values), count); }
+
 void shard_statistics(const Shard& shard, Address read_R, Address top_R, Address mass_R, Address gap_R,
                       Address target_logit_R, const std::string& instruction_set, int threads) {
     const ShardStatistics<double> out{to<double>(top_R), to<double>(mass_R), to<double>(gap_R),
@@ -204,6 +210,9 @@ void bind_cpu(py::module_& m) {
           "Loss, statistics and gradient of a call.");
     m.def("group_advantages", &group_advantages, unlocked, "S"_a, "rewards_S"_a, "group_size"_a, "group_ids_S"_a,
           "normalize"_a, "eps"_a, "singleton"_a, "advantages_S"_a, "Advantages of (S,) rewards (float64).");
+    m.def("all_within", &all_within, "values"_a, "count"_a, "stop"_a,
+          "Whether all of (count,) int64 lie in [0, stop).");
+    m.def("all_finite", &all_finite, "values"_a, "count"_a, "Whether all of (count,) float32 are finite.");
     m.def("shard_statistics", &shard_statistics, unlocked, "shard"_a, py::kw_only(), "read_R"_a, "top_R"_a, "mass_R"_a,
           "gap_R"_a, "target_logit_R"_a, "instruction_set"_a = "", "threads"_a = 1,
           "A vocabulary shard's part of each row's softmax (float64), without the target.");

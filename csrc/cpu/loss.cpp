@@ -166,6 +166,18 @@ void row_loss(const RowCall& call, const Execution& execution) {
     if (call.credit.reduction != Reduction::none) *call.out.loss = static_cast<float>(total);
 }
 
+bool all_within(const std::int64_t* values, std::int64_t count, std::int64_t stop) {
+    bool all = true;
+    for (std::int64_t i = 0; i < count; ++i) all &= values[i] >= 0 && values[i] < stop;
+    return all;
+}
+
+bool all_finite(const float* values, std::int64_t count) {
+    bool all = true;
+    for (std::int64_t i = 0; i < count; ++i) all &= std::fabs(values[i]) <= FLT_MAX;
+    return all;
+}
+
 void normalise_rewards(const Credit& credit, float* advantages_S) {
     const std::vector<float> advantages = group_advantages(credit);
     std::copy(advantages.begin(), advantages.end(), advantages_S);

@@ -15,6 +15,10 @@ struct Execution {
 // Loss, statistics and, if wanted, the gradient of a call. A row whose target or response id is out of range is NaN.
 void row_loss(const RowCall& call, const Execution& execution);
 
+// Whether a call's numbers can be taken as they are: all ids in [0, stop), no number infinite or NaN.
+bool all_within(const std::int64_t* values, std::int64_t count, std::int64_t stop);
+bool all_finite(const float* values, std::int64_t count);
+
 // F5: an advantage for each of the call's rewards.
 void normalise_rewards(const Credit& credit, float* advantages_S);
 

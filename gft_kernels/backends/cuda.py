@@ -7,6 +7,8 @@ How a row travels: docs/kernels.md#cuda. Sizes: S, T, R, V as in options.py.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ MAX_VOCABULARY = (1 << 31) - 1024
 """Columns are counted in 32 bits, with room for a step past the end."""
 
 
+@cache
 def absent() -> str | None:
     """Why this machine has no use for the backend; None: ready."""
     if (reason := _extension.absent()) is not None:
@@ -88,7 +91,7 @@ def run(call: RowCall, **shape: int) -> RowResult:
     For tests, `shape` overrules the plan: cluster, the blocks that share a row, and clusters, how many at most at once.
     """
     cuda = _extension.kernels().cuda
-    with torch.cuda.device(call.logits_STV.device):
+    with torch.cuda.device(call.logits_STV.device.index):
         result = _extension.empty_result(call)
         native = _extension.native_call(call, result)
         workspace = torch.empty(cuda.workspace_bytes(native), dtype=torch.uint8, device=call.logits_STV.device)
@@ -98,23 +101,24 @@ def run(call: RowCall, **shape: int) -> RowResult:
 
 def scale(gradient_STV: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool) -> Tensor:
     """As `_extension.scale`; upstream is read on the device only."""
-    with torch.cuda.device(gradient_STV.device):
+    with torch.cuda.device(gradient_STV.device.index):
         native, where = _extension.kernels().cuda, _place(gradient_STV)
         return _extension.scale(native, gradient_STV, row_scale_R, upstream, inplace, **where)
 
 
 def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardStatistics:
-    with torch.cuda.device(call.logits_STV.device):
+    with torch.cuda.device(call.logits_STV.device.index):
         native, where = _extension.kernels().cuda, _place(call.logits_STV)
         return _extension.shard_statistics(native, call, columns_R, read_R, torch.float32, **where)
 
 
 def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tensor:
-    with torch.cuda.device(call.logits_STV.device):
+    with torch.cuda.device(call.logits_STV.device.index):
         native, where = _extension.kernels().cuda, _place(call.logits_STV)
         return _extension.shard_gradient(native, call, columns_R, agreed, **where)
 
 
 def _place(tensor: Tensor) -> dict[str, int]:
-    """The device and PyTorch's current stream on it."""
-    return {"device": tensor.device.index, "stream": torch.cuda.current_stream(tensor.device).cuda_stream}
+    """The device and PyTorch's current stream on it, by the call that Triton makes too: no object is made of it."""
+    index = tensor.device.index
+    return {"device": index, "stream": torch._C._cuda_getCurrentRawStream(index)}

@@ -62,9 +62,10 @@ def run(call: RowCall) -> RowResult:
     out = {name: torch.zeros(rows, device=logits.device) for name in ("loss", "log_prob", "coefficient", "entropy")}
     row_scale_R = torch.zeros(rows, device=logits.device) if call.defer_scale else None
     gradient = gradient_for(logits, call.inplace) if call.want_gradient else None
-    for chosen, where in _row_blocks(logits, torch.arange(rows, device=logits.device)):
+    for chosen, where in _row_blocks(logits):
         part = RowCredit(*(column[chosen] for column in credit))
-        block = statistics(call, logits[where], call.credit.targets_R[chosen])
+        logits_CV, targets_C = logits[where].flatten(0, 1), call.credit.targets_R[chosen]
+        block = statistics(call, logits_CV, targets_C)
         read_C = rows_read(part, call.objective, call.reads_every_live_row)
         entropy_C = entropy(block) if call.needs_entropy else torch.zeros_like(block.log_pi_C)
         row = row_terms(call.objective.of_rows(chosen), block.log_pi_C, part.advantages_R, entropy_C)
@@ -76,7 +77,8 @@ def run(call: RowCall) -> RowResult:
             scales, unit = row_scales(call, part.weights_R, row.kappa, entropy_C, read_C)
             if row_scale_R is not None:
                 row_scale_R[chosen] = unit
-            gradient[where] = block_gradient(call, block, logits[where], call.credit.targets_R[chosen], scales)
+            into = gradient[where]
+            into.copy_(block_gradient(call, block, logits_CV, targets_C, scales).view(into.shape))
     loss = out["loss"] if call.credit.reduction == "none" else out["loss"].double().sum().float()
     return RowResult(
         loss=loss,
@@ -127,12 +129,12 @@ def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardS
     """F1 over a vocabulary shard, in float64; see `ShardStatistics`."""
     out_4R = torch.zeros(4, columns_R.numel(), dtype=torch.float64, device=columns_R.device)
     out_4R[0] = formulas.NEG_INF
-    for chosen, where in _row_blocks(call.logits_STV, read_R.nonzero()[:, 0]):
-        _, target_logit_C, _, others_CV = _apart(call, call.logits_STV[where], columns_R[chosen])
+    for chosen, where in _row_blocks(call.logits_STV):
+        _, target_logit_C, _, others_CV = _apart(call, call.logits_STV[where].flatten(0, 1), columns_R[chosen])
         top_C, mass_C, share_CV = _state(others_CV)
         gap_CV = torch.where(share_CV == 0.0, 0.0, share_CV * (others_CV - top_C[:, None]))
-        for column, value in zip(out_4R, (top_C, mass_C, gap_CV.sum(1), target_logit_C), strict=True):
-            column[chosen] = value.double()
+        for column, value in zip(out_4R[:, chosen], (top_C, mass_C, gap_CV.sum(1), target_logit_C), strict=True):
+            column.copy_(torch.where(read_R[chosen], value.double(), column))
     return ShardStatistics(*out_4R)
 
 
@@ -140,19 +142,24 @@ def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tens
     """F7 over a vocabulary shard, from what is known of the whole rows."""
     logits = call.logits_STV.detach()
     gradient = gradient_for(logits, call.inplace)
-    for chosen, where in _row_blocks(logits, torch.arange(columns_R.numel(), device=logits.device)):
-        z_CV = formulas.transform(_widened(call, logits[where]), call.logit_scale, call.softcap, call.temperature)
+    for chosen, where in _row_blocks(logits):
+        logits_CV, into = logits[where].flatten(0, 1), gradient[where]
+        z_CV = formulas.transform(_widened(call, logits_CV), call.logit_scale, call.softcap, call.temperature)
         part = AgreedRows(*(x[chosen] for x in agreed))
         block = Block(z_CV, part.top_R, part.log_mass_R, part.log_pi_R)
         scales = RowScales(part.scale_R, part.tilt_R, part.entropy_R)
-        gradient[where] = block_gradient(call, block, logits[where], columns_R[chosen], scales)
+        into.copy_(block_gradient(call, block, logits_CV, columns_R[chosen], scales).view(into.shape))
     return gradient
 
 
-def _row_blocks(logits_STV: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
-    """Rows a block at a time, flat and as indices into S and T."""
-    for chosen in rows.split(max(1, BLOCK_BYTES // (4 * max(logits_STV.shape[-1], 1)))):
-        yield chosen, (chosen // logits_STV.shape[1], chosen % logits_STV.shape[1])
+def _row_blocks(logits_STV: Tensor) -> Iterator[tuple[slice, tuple[slice, slice]]]:
+    """Consecutive rows a block at a time, flat and as places in S and T: some whole responses, or a part of one."""
+    responses, tokens, vocabulary = logits_STV.shape
+    rows = max(1, BLOCK_BYTES // (4 * max(vocabulary, 1)))
+    for s in range(0, responses, tall := max(1, rows // max(tokens, 1))):
+        for t in range(0, tokens, rows):
+            first, end = s * tokens + t, min(s + tall, responses) * tokens
+            yield slice(first, min(first + tall * rows, end)), (slice(s, s + tall), slice(t, t + rows))
 
 
 class RowTerms(NamedTuple):
@@ -243,9 +250,8 @@ def block_gradient(call: RowCall, block: Block, logits_CV: Tensor, targets_C: Te
 def scale(gradient: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool) -> Tensor:
     """gradient·row_scale·upstream in float32, rounded once; upstream is () or (R,)."""
     factor = upstream.float() if row_scale_R is None else row_scale_R * upstream.float()
-    rows = gradient.shape[0] * gradient.shape[1]
-    factor_STV = factor.expand(rows).reshape(*gradient.shape[:2], 1)
+    factor_STV = factor.expand(gradient.shape[0] * gradient.shape[1]).reshape(*gradient.shape[:2], 1)
     out = gradient_for(gradient, inplace)
-    for _, where in _row_blocks(gradient, torch.arange(rows, device=gradient.device)):
-        out[where] = (gradient[where].float() * factor_STV[where]).to(gradient.dtype)
+    for _, where in _row_blocks(gradient):
+        out[where] = gradient[where].float() * factor_STV[where]
     return out

@@ -10,7 +10,9 @@ import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
-from functools import cache
+from functools import cache, lru_cache
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,13 +57,18 @@ def refuses(call: RowCall) -> str | None:
     if kind != ("cpu" if _interpreted() else "cuda"):
         where = "on the CPU under TRITON_INTERPRET=1" if _interpreted() else "on a GPU"
         return f"logits must be {where}, got {kind}"
-    if kind == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(logits.device) < MIN_CAPABILITY:
+    if kind == "cuda" and not _is_new_enough(logits.device.index):
         return "the GPU must have compute capability 8.0 or later"
     if logits.shape[-1] > MAX_VOCABULARY:
         return f"the vocabulary must be at most {MAX_VOCABULARY}, got {logits.shape[-1]}"
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         return f"logits must have stride 1 along the vocabulary, got {logits.stride(-1)}; pass logits.contiguous()"
     return None
+
+
+@cache
+def _is_new_enough(device_index: int) -> bool:
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device_index) >= MIN_CAPABILITY
 
 
 def run(call: RowCall) -> RowResult:
@@ -195,7 +202,7 @@ def _interpreted() -> bool:
 
 def _on(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return torch.cuda.device(device.index) if device.type == "cuda" else nullcontext()
 
 
 def _row_launch(logits: Tensor, softcap: float = 0.0):
@@ -212,8 +219,8 @@ def _float32(like: Tensor, rows: int) -> Tensor:
 def _objective(objective: Objective) -> dict[str, float]:
     """The numbers of an objective, as the row kernel takes them."""
     return {
-        **_rule("", objective),
-        **_rule("given_", objective.given),
+        **_rule("", *_numbers_of(objective)),
+        **_rule("given_", *_numbers_of(objective.given)),
         "beta": objective.beta,
         "kl_cap": objective.kl_cap,
         "kl_estimator": objective.kl_estimator,
@@ -223,11 +230,17 @@ def _objective(objective: Objective) -> dict[str, float]:
     }
 
 
-def _rule(prefix: str, rule: Rule) -> dict[str, float]:
+_RULE = tuple(field.name for field in fields(Rule))
+_numbers_of = attrgetter(*_RULE)
+
+
+@lru_cache(maxsize=64, typed=True)
+def _rule(prefix: str, *values: Any) -> dict[str, float]:
     """A rule's numbers, and its names by their place."""
-    numbers = {prefix + field.name: getattr(rule, field.name) for field in fields(Rule)}
-    surrogate, rectify = SURROGATES.index(rule.surrogate), RECTIFY.index(rule.rectify)
-    return {**numbers, f"{prefix}surrogate": surrogate, f"{prefix}rectify": rectify}
+    numbers = dict(zip(_RULE, values, strict=True))
+    numbers["surrogate"] = SURROGATES.index(numbers["surrogate"])
+    numbers["rectify"] = RECTIFY.index(numbers["rectify"])
+    return {prefix + name: number for name, number in numbers.items()}
 
 
 def _transform(call: RowCall) -> dict[str, float]:

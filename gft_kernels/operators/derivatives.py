@@ -29,7 +29,7 @@ def keep_path(ctx, *inputs: Tensor | None) -> None:
 
 def _refusing(value: Tensor, *sources: Tensor) -> Tensor:
     """The value as a function of the sources, whose derivative raises."""
-    return torch._C._functions.DelayedError(_TWICE, 1 + len(sources))(value.detach(), *sources)[0]
+    return torch._C._functions.DelayedError(_TWICE, 1 + len(sources))(value, *sources)[0]
 
 
 def first_only(backward: Callable) -> Callable:
@@ -42,12 +42,14 @@ def first_only(backward: Callable) -> Callable:
 
     @wraps(backward)
     def wrapped(ctx, *upstream):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *upstream)
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return gradients
         sources = [x for x in (ctx.path, *upstream) if x is not None and x.requires_grad]
-        return tuple(None if x is None else _refusing(x, *sources) for x in gradients)
+        return tuple(None if x is None else _refusing(x.detach(), *sources) for x in gradients)
 
     return wrapped
 

@@ -24,15 +24,17 @@ from gft_kernels.options import Credit, RowCall, RowResult
 
 _PACKING = Packing(RowCall)
 _ARGUMENTS = _PACKING.schema.removeprefix("Tensor logits_STV, ")
+_ROW_SCALE = 4  # its place in
 _PER_ROW = "Tensor loss, Tensor log_probs, Tensor coefficients, Tensor advantages, Tensor row_scale, Tensor entropy"
 
 
 def row_loss(call: RowCall, backend: str) -> RowResult:
     """Run a call through its operator; the loss carries the gradient if `call.want_gradient`."""
     derivatives.refuse_others(call.logits_STV)
+    traced = torch.compiler.is_compiling()
     if call.want_gradient and call.inplace:
-        outputs = _InPlace.apply(call.logits_STV, *_pack(call, backend))
-    elif call.want_gradient and not torch.compiler.is_compiling():
+        outputs = _InPlace.apply(call.logits_STV, *(_pack(call, backend) if traced else (call, backend)))
+    elif call.want_gradient and not traced:
         outputs = _OutOfPlace.apply(call.logits_STV, call, backend)
     else:
         *outputs, _gradient = _run(call.logits_STV, call, backend)
@@ -53,18 +55,14 @@ def _result(call: RowCall, outputs: Sequence[Tensor]) -> RowResult:
     return RowResult(loss, log_probs, coefficients, advantages, entropy_R=entropy if call.want_entropy else None)
 
 
-def _compute(call: RowCall, backend: str) -> tuple[Tensor, ...]:
-    """Check the values, choose the backend, run it. An operator returns no None: what was not asked for is empty."""
-    logits = call.logits_STV
+def _compute(call: RowCall, backend: str) -> tuple[Tensor | None, ...]:
+    """Check the values, choose the backend, run it. The operators' outputs, None where they were not asked for."""
     if not call.process_group:  # else the vocabulary's size is known once the ranks have met
-        checks.check_values(call.credit, call.objective, logits.shape[-1])
+        checks.check_values(call.credit, call.objective, call.logits_STV.shape[-1])
     module = registry.choose(backend, call)
-    result = _passes(distributed.VocabularyParallel(module) if call.process_group else module, call)
-    empty = [
-        logits.new_empty(0, dtype=torch.float32) if x is None else x for x in (result.row_scale_R, result.entropy_R)
-    ]
-    gradient = logits.new_empty(0) if result.gradient_STV is None else result.gradient_STV
-    return result.loss, result.log_probs_R, result.coefficients_R, result.advantages_R, *empty, gradient
+    r = _passes(distributed.VocabularyParallel(module) if call.process_group else module, call)
+    statistics = (r.log_probs_R, r.coefficients_R, r.advantages_R) if call.reads_every_live_row else (None,) * 3
+    return r.loss, *statistics, r.row_scale_R, r.entropy_R, r.gradient_STV
 
 
 def _passes(module: Any, call: RowCall) -> RowResult:
@@ -76,7 +74,10 @@ def _passes(module: Any, call: RowCall) -> RowResult:
 
 
 def _row_loss(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
-    return _compute(*_unpack(logits, arguments))
+    """An operator returns no None: what was not asked for is empty."""
+    *outputs, gradient = _compute(*_unpack(logits, arguments))
+    gradient = logits.new_empty(0) if gradient is None else gradient
+    return *(logits.new_empty(0, dtype=torch.float32) if x is None else x for x in outputs), gradient
 
 
 def _row_loss_(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
@@ -91,7 +92,8 @@ def _fake_per_row(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
         return logits.new_empty(rows if wanted else 0, dtype=torch.float32)
 
     loss = per_row() if call.credit.reduction == "none" else logits.new_empty((), dtype=torch.float32)
-    return loss, per_row(), per_row(), per_row(), per_row(call.defer_scale), per_row(call.want_entropy)
+    statistics = (per_row(call.reads_every_live_row) for _ in range(3))
+    return loss, *statistics, per_row(call.defer_scale), per_row(call.want_entropy)
 
 
 def _fake(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
@@ -106,12 +108,12 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     _keep(ctx, logits, arguments, per_row, gradient)
 
 
-def _keep(ctx, logits: Tensor, arguments: Sequence, per_row: Sequence[Tensor], gradient: Tensor) -> None:
+def _keep(ctx, logits: Tensor, arguments: Sequence, per_row: Sequence[Tensor | None], gradient: Tensor | None) -> None:
     """What a backward needs of a forward; the last argument is the backend."""
-    _loss, *others, row_scale, _entropy = per_row
-    ctx.mark_non_differentiable(*others, row_scale, _entropy)
+    _loss, *others = per_row
+    ctx.mark_non_differentiable(*[x for x in others if x is not None])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(gradient, row_scale)
+    ctx.save_for_backward(gradient, per_row[_ROW_SCALE])
     derivatives.keep_path(ctx, logits)
     ctx.backend, ctx.nothing = arguments[-1], (None,) * len(arguments)
 
@@ -123,10 +125,20 @@ def _backward(ctx, upstream: Tensor | None, *_non_differentiable) -> tuple:
     return torch.ops.gft.scale(*ctx.saved_tensors, upstream, ctx.backend), *ctx.nothing
 
 
-def _scaled_itself(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    """The gradient, scaled where it lies; at factor 1 nothing is touched."""
-    if row_scale.numel() or not _is_one(upstream):
-        torch.ops.gft.scale_(gradient, row_scale, upstream, backend)
+def _scaled(gradient: Tensor, row_scale: Tensor | None, upstream: Tensor, backend: str, inplace: bool) -> Tensor:
+    """`gft::scale`, or `gft::scale_`: the gradient scaled where it lies, which at factor 1 touches nothing."""
+    row_scale = None if row_scale is None or not row_scale.numel() else row_scale
+    if inplace and row_scale is None and _is_one(upstream):
+        return gradient.detach()
+    if not (_is_watched(gradient) or _is_watched(upstream) or derivatives.is_batched(upstream)):
+        if inplace:
+            torch.autograd.graph.increment_version(gradient)
+        scaled = _scale_with(gradient, row_scale, upstream, backend, inplace)
+        return scaled.detach() if inplace else scaled
+    arguments = (gradient, gradient.new_empty(0, dtype=torch.float32) if row_scale is None else row_scale, upstream)
+    if not inplace:
+        return torch.ops.gft.scale(*arguments, backend)
+    torch.ops.gft.scale_(*arguments, backend)
     return gradient.detach()
 
 
@@ -139,22 +151,21 @@ def _is_one(upstream: Tensor) -> bool:
 
 
 def _scale(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    return _scale_with(gradient, row_scale, upstream, backend, inplace=False)
+    return _scale_with(gradient, row_scale if row_scale.numel() else None, upstream, backend, inplace=False)
 
 
 def _scale_(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str) -> None:
-    _scale_with(gradient, row_scale, upstream, backend, inplace=True)
+    _scale_with(gradient, row_scale if row_scale.numel() else None, upstream, backend, inplace=True)
 
 
-def _scale_with(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str, inplace: bool) -> Tensor:
+def _scale_with(gradient: Tensor, row_scale: Tensor | None, upstream: Tensor, backend: str, inplace: bool) -> Tensor:
     if not gradient.numel():  # no rows, or an empty shard of the vocabulary: nothing to launch
         return gradient if inplace else torch.empty_like(gradient, memory_format=torch.contiguous_format)
-    call = RowCall(gradient, Credit(targets_R=gradient.new_empty(0, dtype=torch.int64)), inplace=inplace)
-    module = registry.choose(backend, call)
-    return module.scale(gradient, row_scale if row_scale.numel() else None, upstream.contiguous(), inplace)
+    asked = RowCall(gradient, Credit(targets_R=gradient))  # a backend that serves this memory; it has no rows' credit
+    return registry.choose(backend, asked).scale(gradient, row_scale, upstream.contiguous(), inplace)
 
 
-def _run(logits: Tensor, call: RowCall, backend: str) -> tuple[Tensor, ...]:
+def _run(logits: Tensor, call: RowCall, backend: str) -> tuple[Tensor | None, ...]:
     """`gft::row_loss` of a call; logits: its own, as autograd hands them on.
 
     Where nobody watches it is no operator: torch's way through one fetches the whole schema once for each argument, for
@@ -183,8 +194,7 @@ class _OutOfPlace(torch.autograd.Function):
             return None, *ctx.nothing
         gradient, row_scale = ctx.saved_tensors
         last = derivatives.may_overwrite(gradient, upstream)
-        scale = _scaled_itself if last else torch.ops.gft.scale
-        return scale(gradient, row_scale, upstream, ctx.backend), *ctx.nothing
+        return _scaled(gradient, row_scale, upstream, ctx.backend, inplace=last), *ctx.nothing
 
 
 class _InPlace(torch.autograd.Function):
@@ -209,15 +219,15 @@ class _InPlace(torch.autograd.Function):
             )
         ctx.spent = True
         gradient, row_scale = ctx.saved_tensors
-        return _scaled_itself(gradient, row_scale, upstream, ctx.backend), *ctx.nothing
+        return _scaled(gradient, row_scale, upstream, ctx.backend, inplace=True), *ctx.nothing
 
 
-def _overwrite(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
-    """`gft::row_loss_`; where nobody watches it is no operator either."""
+def _overwrite(logits: Tensor, *arguments) -> tuple[Tensor | None, ...]:
+    """`gft::row_loss_`, of a call and its backend or, where they are traced, of what an operator takes of both."""
     if _is_watched(logits):
-        return torch.ops.gft.row_loss_(logits, *arguments)
+        return torch.ops.gft.row_loss_(logits, *(arguments if torch.compiler.is_compiling() else _pack(*arguments)))
     torch.autograd.graph.increment_version(logits)
-    return _row_loss_(logits, *arguments)
+    return _compute(*arguments)[:-1]
 
 
 def _is_watched(logits: Tensor) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import oracle
 import pytest
@@ -21,6 +23,7 @@ from gft_kernels.options import AgreedRows, Credit, Objective, RowCall
 if (absence := cpu.absent()) is not None:
     pytest.skip(absence, allow_module_level=True)
 
+PACKAGE = str(Path(_extension.__file__).parent)
 SETS = _extension.kernels().instruction_sets()
 RUNS = {name: partial(cpu.run, instruction_set=name) for name in SETS} | {"reference": reference.run}
 NAN, INF = float("nan"), float("inf")
@@ -437,3 +440,67 @@ def test_float_denormals_still_work_afterwards():
     """The kernels flush denormals for speed; the caller's arithmetic must not notice."""
     cpu.run(rows_call(torch.randn(2, 100), [0, 1], want_gradient=True))
     assert float(torch.tensor(1e-40) * 1.0) > 0.0
+
+
+class Asked:
+    """How often the library's functions are called, and they call functions of C, on this thread."""
+
+    def __init__(self):
+        self.python = self.native = 0
+
+    def __enter__(self):
+        sys.setprofile(self.note)
+        return self
+
+    def __exit__(self, *error):
+        sys.setprofile(None)
+
+    def note(self, frame, event, argument):
+        if frame.f_code.co_filename.startswith(PACKAGE):
+            self.python += event == "call"
+            self.native += event == "c_call"
+
+
+GROUPS = {"rewards": torch.tensor([1.0, 0.5]), "group_size": 2, "mask": torch.ones(2, 3, dtype=torch.bool)}
+HOST = {  # of a step: calls of Python functions, of C's
+    "out of place": ({}, 160, 120),
+    "in place": ({"inplace": True}, 170, 120),
+    "forward": ({}, 115, 80),
+    "rewards": (
+        {"rewards": torch.tensor([1.0, 0.5]), "group_size": 2, "mask": torch.ones(2, 3, dtype=torch.bool)},
+        170,
+        150,
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "python", "native"), HOST.values(), ids=HOST)
+def test_a_small_loss_is_no_work_for_the_host(options, python, native, request):
+    """Rows that take microseconds wait for Python; what does not change between two calls is not asked again."""
+    grad = "forward" not in request.node.name
+
+    def step():
+        logits = torch.randn(2, 3, 19).requires_grad_(grad) * 1
+        loss = gft_loss(logits, torch.tensor([[1, 2, 3]] * 2), backend="cpu", **options)
+        if grad:
+            loss.backward(torch.tensor(0.3))
+
+    step()
+    with Asked() as asked:
+        step()
+    assert asked.python <= python and asked.native <= native, vars(asked)
+
+
+@pytest.mark.parametrize("room", [1, 2, 5, 7, 99])
+def test_the_reference_reads_any_rows_a_block_at_a_time(room, monkeypatch):
+    """Whole responses, or parts of one, of logits that no view makes one dimension of."""
+    case = problem(3, 5, 7, group_size=3)
+    logits = torch.randn(3, 6, 7)[:, :-1]
+    monkeypatch.setattr(reference, "BLOCK_BYTES", room * 4 * 7)
+    places = [place for rows, place in reference._row_blocks(logits)]
+    assert max(logits[place].numel() for place in places) <= room * 7
+    found, expected = (run(call_of(case, logits_STV=logits)) for run in (reference.run, cpu.run))
+    for name in ("loss", "log_probs_R", "coefficients_R", "advantages_R", "gradient_STV"):
+        assert_close(getattr(found, name), getattr(expected, name), rtol=2e-6, atol=1e-7)
+    scaled = reference.scale(logits, None, torch.arange(15.0), False)
+    assert_close(scaled, logits * torch.arange(15.0).view(3, 5, 1))

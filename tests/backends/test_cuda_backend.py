@@ -39,7 +39,7 @@ def test_a_named_backend_that_cannot_run_says_why():
 def test_what_is_missing_is_named(monkeypatch, missing, sentence):
     for name, answer in missing.items():
         monkeypatch.setattr(_extension, name, answer)
-    assert sentence in cuda.absent()
+    assert sentence in cuda.absent.__wrapped__()  # what a machine has is asked once
 
 
 def test_calls_it_cannot_serve():

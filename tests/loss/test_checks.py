@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import weakref
 
 import pytest
 import torch
 
-from gft_kernels import BackendUnavailable, gft_loss, group_advantages
+from gft_kernels import BackendUnavailable, _extension, gft_loss, group_advantages
 from gft_kernels.layout import shares_memory
 
 LOGITS, TARGETS = torch.randn(4, 3, 7), torch.zeros(4, 3, dtype=torch.long)
@@ -254,3 +255,39 @@ def test_group_advantages_checks_its_arguments():
         group_advantages(torch.ones(2), group_size=2, normalize="split")
     with pytest.raises(ValueError, match="normalize must be one of std, mean, leave-one-out, got 'split'"):
         gft_loss(LOGITS, TARGETS, rewards=torch.ones(len(LOGITS)), group_size=1, normalize="split")
+
+
+def test_what_is_remembered_of_options_is_of_their_values_and_kinds():
+    """True is no 1.0, which it equals; a tensor of one number may hold another the next time, and is not kept."""
+    logits, targets = torch.randn(2, 7), torch.tensor([1, 2])
+    for option in ("temperature", "tau"):
+        gft_loss(logits, targets, **{option: 1.0})
+        with pytest.raises(TypeError, match=f"{option} must"):
+            gft_loss(logits, targets, **{option: True})
+    tau = torch.tensor(0.0)
+    sft = gft_loss(logits, targets, tau=tau)
+    assert sft != gft_loss(logits, targets, tau=tau.fill_(1.0)) == gft_loss(logits, targets, tau=1)
+    kept = weakref.ref(tau)
+    del tau
+    assert kept() is None
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["C++", "torch"])
+def test_numbers_are_looked_at_by_the_kernels_or_by_torch(built, monkeypatch):
+    """The last of a hundred, and both ends: those of rows that do not count are nobody's business."""
+    if not built:
+        monkeypatch.setattr(_extension, "absent", lambda: "not built")
+    logits, advantages, mask = torch.randn(101, 7), torch.ones(101), torch.ones(101, dtype=torch.bool)
+    for wrong in (-1, 7, 2**40):
+        targets = torch.full((101,), 6)
+        targets[100] = wrong
+        with pytest.raises(ValueError, match=rf"targets must lie in \[0, 7\), got {wrong} at row 100"):
+            gft_loss(logits, targets, mask=mask, backend="reference")
+        assert gft_loss(logits, targets, mask=mask.index_fill(0, torch.tensor([100]), False)).isfinite()
+    targets, largest = torch.full((101,), 6), torch.finfo(torch.float32).max
+    for wrong in (math.nan, math.inf, -math.inf):
+        advantages[100] = wrong
+        with pytest.raises(ValueError, match=rf"advantages must be finite, got {wrong} at position 100"):
+            gft_loss(logits, targets, advantages=advantages, backend="reference")
+    gft_loss(logits, targets, advantages=advantages.index_fill(0, torch.tensor([100]), largest), backend="reference")
+    assert gft_loss(logits[:0], targets[:0], backend="reference") == 0.0

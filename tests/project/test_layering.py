@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gft_kernels"
 
 LAYERS = [
-    {"formulas", "options", "layout"},
-    {"surrogates"},
-    {"checks", "triton_kernels", "_extension"},
+    {"formulas", "options", "layout", "remembered"},
+    {"surrogates", "_extension"},
+    {"checks", "triton_kernels"},
     {"linear_checks", "advantages", "importance", "arguments"},
     {"sequences"},
     {"objectives"},
