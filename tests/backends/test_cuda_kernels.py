@@ -11,7 +11,7 @@ import pytest
 import test_loss as semantics
 import test_policy as policy
 import torch
-from cases import DTYPES
+from cases import DTYPES, assert_rounded_over_its_logits
 from cuda_on_host import Backend
 from policy_cases import ESTIMATORS, OBJECTIVES, OF_RESPONSES, PENALTIES, WITH_RATIO, assert_right, bounded_problem
 
@@ -237,6 +237,23 @@ def test_an_upstream_of_one_in_place_leaves_every_bit(dtype):
     assert torch.equal(gradient.view(torch.uint8), before.view(torch.uint8))
     Backend().scale(gradient, None, torch.tensor([1.0, 1.0, 2.0]), inplace=True)
     assert torch.equal(gradient[0, 2], before[0, 2] * 2) and torch.equal(gradient[0, 0], before[0, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("vocabulary", "offset", "row_stride"), [(1, 0, 1), (7, 1, 9), (1000, 0, 1000), (1003, 0, 1008), (4099, 3, 4100)]
+)
+def test_a_gradient_rounded_as_it_is_written(launch, dtype, vocabulary, offset, row_stride):
+    assert_rounded_over_its_logits(launch, dtype, vocabulary, offset, row_stride)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_float32_gradient_is_scaled_and_rounded_at_once(launch, dtype):
+    """At any width and start of its rows, and of what they are rounded to."""
+    for width in (1, 5, 77, 1024):
+        gradient, upstream = torch.randn(1, 5, width + 3)[..., 3:] * 1e-3, torch.tensor(-0.3)
+        scaled = launch.scale(gradient, None, upstream, inplace=False, dtype=dtype)
+        assert torch.equal(scaled, (gradient * upstream).to(dtype))
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.7}, {"logit_scale": -0.5}], ids=str)
