@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from gft_kernels import checks, distributed, registry, sequences
 from gft_kernels.operators import derivatives
 from gft_kernels.operators.packing import Packing
-from gft_kernels.options import Credit, RowCall, RowResult
+from gft_kernels.options import Credit, RowCall, RowResult, gradient_for
 
 _PACKING = Packing(RowCall)
 _ARGUMENTS = _PACKING.schema.removeprefix("Tensor logits_STV, ")
@@ -96,7 +96,8 @@ def _fake_per_row(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
 
 def _fake(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
     call, _ = _unpack(logits, arguments)
-    return (*_fake_per_row(logits, *arguments), logits.new_empty(logits.shape if call.want_gradient else (0,)))
+    gradient = logits.new_empty(logits.shape if call.want_gradient else (0,), dtype=call.gradient_dtype)
+    return (*_fake_per_row(logits, *arguments), gradient)
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -123,7 +124,7 @@ def _backward(ctx, upstream: Tensor | None, *_non_differentiable) -> tuple:
     return torch.ops.gft.scale(*ctx.saved_tensors, upstream, ctx.backend), *ctx.nothing
 
 
-def _scaled_itself(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str) -> Tensor:
+def scaled_itself(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str) -> Tensor:
     """The gradient, scaled where it lies; at factor 1 nothing is touched."""
     if row_scale.numel() or not _is_one(upstream):
         torch.ops.gft.scale_(gradient, row_scale, upstream, backend)
@@ -138,20 +139,24 @@ def _is_one(upstream: Tensor) -> bool:
     return upstream.device.type == "cpu" and upstream.dim() == 0 and float(upstream) == 1.0
 
 
-def _scale(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    return _scale_with(gradient, row_scale, upstream, backend, inplace=False)
+def _scale(
+    gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    return _scale_with(gradient, row_scale, upstream, backend, False, dtype)
 
 
 def _scale_(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str) -> None:
-    _scale_with(gradient, row_scale, upstream, backend, inplace=True)
+    _scale_with(gradient, row_scale, upstream, backend, True, None)
 
 
-def _scale_with(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str, inplace: bool) -> Tensor:
+def _scale_with(
+    gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str, inplace: bool, dtype: torch.dtype | None
+) -> Tensor:
     if not gradient.numel():  # no rows, or an empty shard of the vocabulary: nothing to launch
-        return gradient if inplace else torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        return gradient_for(gradient, inplace, dtype)
     call = RowCall(gradient, Credit(targets_R=gradient.new_empty(0, dtype=torch.int64)), inplace=inplace)
     module = registry.choose(backend, call)
-    return module.scale(gradient, row_scale if row_scale.numel() else None, upstream.contiguous(), inplace)
+    return module.scale(gradient, row_scale if row_scale.numel() else None, upstream.contiguous(), inplace, dtype)
 
 
 def _run(logits: Tensor, call: RowCall, backend: str) -> tuple[Tensor, ...]:
@@ -183,7 +188,7 @@ class _OutOfPlace(torch.autograd.Function):
             return None, *ctx.nothing
         gradient, row_scale = ctx.saved_tensors
         last = derivatives.may_overwrite(gradient, upstream)
-        scale = _scaled_itself if last else torch.ops.gft.scale
+        scale = scaled_itself if last else torch.ops.gft.scale
         return scale(gradient, row_scale, upstream, ctx.backend), *ctx.nothing
 
 
@@ -209,7 +214,7 @@ class _InPlace(torch.autograd.Function):
             )
         ctx.spent = True
         gradient, row_scale = ctx.saved_tensors
-        return _scaled_itself(gradient, row_scale, upstream, ctx.backend), *ctx.nothing
+        return scaled_itself(gradient, row_scale, upstream, ctx.backend), *ctx.nothing
 
 
 def _overwrite(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
@@ -236,8 +241,10 @@ torch.library.custom_op(
     "gft::row_loss_", _row_loss_, mutates_args={"logits"}, schema=f"(Tensor(a!) logits, {_ARGUMENTS}) -> ({_PER_ROW})"
 ).register_fake(_fake_per_row)
 _SCALE = "gradient, Tensor row_scale, Tensor upstream, str backend"
-torch.library.custom_op("gft::scale", _scale, mutates_args=(), schema=f"(Tensor {_SCALE}) -> Tensor").register_fake(
-    lambda gradient, row_scale, upstream, backend: torch.empty_like(gradient, memory_format=torch.contiguous_format)
+torch.library.custom_op(
+    "gft::scale", _scale, mutates_args=(), schema=f"(Tensor {_SCALE}, ScalarType? dtype=None) -> Tensor"
+).register_fake(
+    lambda gradient, row_scale, upstream, backend, dtype=None: gradient_for(gradient, inplace=False, dtype=dtype)
 )
 torch.library.custom_op(
     "gft::scale_", _scale_, mutates_args={"gradient"}, schema=f"(Tensor(a!) {_SCALE}) -> ()"

@@ -182,7 +182,6 @@ def operator_arguments(monkeypatch, dtype, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_opcheck(monkeypatch, dtype, options):
     torch.library.opcheck(torch.ops.gft.linear_loss.default, operator_arguments(monkeypatch, dtype, **options))
-    torch.library.opcheck(torch.ops.gft.linear_scale.default, (torch.randn(3, 4), torch.tensor(2.0), dtype))
 
 
 @pytest.mark.parametrize("reduction", ["token-mean", "none"])
