@@ -123,7 +123,7 @@ class Objective(Rule):
     def needs_entropy(self) -> bool:
         return self.entropy_coef != 0.0 or any(rule.surrogate == "eaft" for rule in self.rules)
 
-    def of_rows(self, rows: Tensor) -> Objective:
+    def of_rows(self, rows: Tensor | slice) -> Objective:
         """The same objective for some of the rows."""
         per_row: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **per_row)
