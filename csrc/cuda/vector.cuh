@@ -135,8 +135,8 @@ GFT_DEVICE void narrow(F16* to, float value) { to->bits = static_cast<std::uint1
 template <class T, int kSize>
 GFT_DEVICE void write_vector(T* to, int i, const float (&values)[kSize], bool aligned) {
     if (aligned) {
-        const auto vector = pack(values, T{});
-        store_vector(reinterpret_cast<decltype(pack(values, T{}))*>(to) + i, vector);
+        using Vector = decltype(pack(values, T{}));
+        store_vector(reinterpret_cast<Vector*>(to) + i, pack(values, T{}));
         return;
     }
 #pragma unroll
