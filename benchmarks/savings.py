@@ -42,14 +42,10 @@ def whole_logits(rows: int, vocabulary: int, bytes_each: int) -> int:
     return 2 * bytes_each * rows * vocabulary
 
 
-def chunked_head(rows: int, hidden: int, vocabulary: int, bytes_each: int) -> int:
-    """Bytes beside inputs and gradients in the model's type: a chunk of logits, dW and dX in float32.
-
-    A product of 16-bit numbers reads a copy of the chunk's gradient rounded to them.
-    """
-    per_logit = 4 + (bytes_each if bytes_each < 4 else 0)
-    chunk = min(chunk_rows(rows, vocabulary, per_logit, "cuda"), rows)
-    return per_logit * chunk * vocabulary + 4 * vocabulary * hidden + 4 * rows * hidden
+def chunked_head(rows: int, hidden: int, vocabulary: int) -> int:
+    """Bytes beside inputs and gradients in the model's type: a chunk of logits, dW and dX in float32."""
+    chunk = min(chunk_rows(rows, vocabulary, 4, "cuda"), rows)
+    return 4 * chunk * vocabulary + 4 * vocabulary * hidden + 4 * rows * hidden
 
 
 def seconds(rows: int, vocabulary: int, bytes_each: int, bandwidth: float, passes: Passes) -> float:
@@ -66,7 +62,7 @@ def table(rows: int = 16384, bytes_each: int = 2, gpu: str = "H100 SXM") -> str:
     ]
     for name, (hidden, vocabulary) in MODELS.items():
         memory = [*(whole_logits(rows, vocabulary, b) for b in (4, bytes_each)),
-                  chunked_head(rows, hidden, vocabulary, bytes_each)]  # fmt: skip
+                  chunked_head(rows, hidden, vocabulary)]  # fmt: skip
         times = [seconds(rows, vocabulary, bytes_each, GPUS[gpu].bandwidth, p) for p in (PASSES, GPUS[gpu].passes)]
         cells = [*(f"{size / 1e9:.2f} GB" for size in memory), *(f"{1e3 * time:.1f} ms" for time in times)]
         lines.append(f"| {name}: D {hidden:,}, V {vocabulary:,} | " + " | ".join(cells) + " |")

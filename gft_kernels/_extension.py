@@ -79,7 +79,7 @@ def empty_result(call: RowCall) -> RowResult:
         log_probs_R=new(rows),
         coefficients_R=new(rows),
         advantages_R=new(rows),
-        gradient_STV=gradient_for(logits, call.inplace) if call.want_gradient else None,
+        gradient_STV=gradient_for(logits, call.inplace, call.gradient_dtype) if call.want_gradient else None,
         row_scale_R=new(rows) if call.defer_scale else None,
         entropy_R=new(rows) if call.want_entropy else None,
     )
@@ -134,10 +134,19 @@ def all_within(ids: Tensor, stop: int) -> bool:
 
 
 def scale(
-    native: ModuleType, gradient_STV: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool, **where: Any
+    native: ModuleType,
+    gradient_STV: Tensor,
+    row_scale_R: Tensor | None,
+    upstream: Tensor,
+    inplace: bool,
+    dtype: torch.dtype | None,
+    **where: Any,
 ) -> Tensor:
-    """gradient·row_scale·upstream, one product in float32 and one rounding; upstream is () or (R,)."""
-    out = gradient_for(gradient_STV, inplace)
+    """gradient·row_scale·upstream, one product in float32 and one rounding; upstream is () or (R,).
+
+    dtype: of the result, where it is not the gradient's own; then the gradient is float32, and not scaled in place.
+    """
+    out = gradient_for(gradient_STV, inplace, dtype)
     upstream, rows = upstream.to(torch.float32).contiguous(), logit_rows(gradient_STV)
     native.scale_rows(
         gradient=rows,
@@ -163,7 +172,8 @@ def shard_statistics(
 
 def shard_gradient(native: ModuleType, call: RowCall, columns_R: Tensor, agreed: AgreedRows, **where: Any) -> Tensor:
     """F7 over a vocabulary shard; a row whose scale and tilt are 0 is not read, and its gradient exactly 0."""
-    out, given = gradient_for(call.logits_STV.detach(), call.inplace), agreed._asdict()
+    out = gradient_for(call.logits_STV.detach(), call.inplace, call.gradient_dtype)
+    given = agreed._asdict()
     if call.objective.entropy_coef == 0.0:  # then there is no tilt to read
         given |= {"tilt_R": None, "entropy_R": None}
     rows = kernels().AgreedRows(**{name: address(numbers) for name, numbers in given.items()})

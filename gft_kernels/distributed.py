@@ -22,7 +22,7 @@ from torch import Tensor
 from gft_kernels import checks, formulas
 from gft_kernels.advantages import credit_rows, rows_read
 from gft_kernels.backends import reference
-from gft_kernels.options import AgreedRows, RowCall, RowResult
+from gft_kernels.options import AgreedRows, RowCall, RowResult, gradient_for
 
 
 class Shard(NamedTuple):
@@ -130,6 +130,6 @@ class VocabularyParallel:
     ) -> Tensor:
         """This shard's gradient."""
         if not call.logits_STV.numel():
-            return call.logits_STV.detach() if call.inplace else torch.empty_like(call.logits_STV)
+            return gradient_for(call.logits_STV.detach(), call.inplace, call.gradient_dtype)
         agreed = AgreedRows(*(x.float() for x in (log_pi_R, row.top_R, row.log_mass_R, *scales)))
         return self.module.shard_gradient(call, columns_R, agreed)

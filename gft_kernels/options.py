@@ -141,6 +141,7 @@ class RowCall:
     temperature: float = 1.0
     want_gradient: bool = False
     inplace: bool = False  # the gradient is written where the logits are
+    gradient_dtype: torch.dtype | None = None  # a half-precision one, of float32 logits; None: the logits'
     want_stats: bool = False  # live rows with A = 0 are read as well, for their log-probabilities
     want_entropy: bool = False
     defer_scale: bool = False  # fp16: store the gradient at FP16_PEAK and hand back row_scale_R
@@ -187,9 +188,12 @@ class LinearCall:
         return self.want_hidden or self.want_weight or self.want_bias
 
 
-def gradient_for(logits: Tensor, inplace: bool) -> Tensor:
-    """Where a gradient of the logits goes: their own memory, or contiguous memory, uninitialised."""
-    return logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+def gradient_for(logits: Tensor, inplace: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Where a gradient of the logits goes, in their dtype or a narrower one: contiguous memory, uninitialised, or their
+    own. There a narrower one takes the first part of each row's."""
+    if not inplace:
+        return torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
+    return logits if dtype in (None, logits.dtype) else logits.view(dtype)[..., : logits.shape[-1]]
 
 
 class ShardStatistics(NamedTuple):
@@ -220,7 +224,7 @@ class RowResult:
     log_probs_R: Tensor  # F3; 0 on rows that were not read
     coefficients_R: Tensor  # kappa / A without the penalties (F4); 0 on rows that were not read
     advantages_R: Tensor  # F5; 0 on masked rows
-    gradient_STV: Tensor | None = None  # in the logits' dtype; times row_scale_R where that is given
+    gradient_STV: Tensor | None = None  # in the dtype asked for; times row_scale_R where that is given
     row_scale_R: Tensor | None = None
     entropy_R: Tensor | None = None
     kept_R: Tensor | None = None  # of a linear loss under filter_eps: as LinearResult's

@@ -2,7 +2,9 @@
 #include "cuda/launch.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -28,8 +30,9 @@ void run_rows(const RowCall& call, Address workspace, int device, Address stream
     raise_failure(cuda::run_rows(call, to<void>(workspace), place_of(device, stream, cluster, clusters)));
 }
 
-py::dict plan_rows(const LogitRows& logits, bool gradient, bool entropy, int device) {
-    const cuda::RowShape shape{row_count(logits), logits.V, logits.dtype, gradient, entropy};
+py::dict plan_rows(const LogitRows& logits, const std::optional<LogitRows>& gradient, bool entropy, int device) {
+    const cuda::RowShape shape{
+        row_count(logits), logits.V, logits.dtype, gradient.has_value(), gradient.value_or(logits).dtype, entropy};
     const cuda::LaunchPlan plan = cuda::plan_rows(shape, place_of(device, 0));
     return py::dict("kernel"_a = plan.kernel, "cluster"_a = plan.cluster, "threads"_a = plan.threads,
                     "shared_bytes"_a = plan.shared_bytes, "resident"_a = plan.resident, "grid"_a = plan.grid,

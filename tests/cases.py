@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import oracle
 import torch
+
+from gft_kernels.options import Credit, RowCall
 
 VOCABULARIES = {
     1: "one token: pi = 1, loss and gradient are 0",
@@ -94,10 +96,42 @@ def eager_gradient(case: Problem, upstream: float) -> torch.Tensor:
     return z.grad
 
 
+def misaligned(rows, vocabulary, offset, row_stride, dtype=torch.float32):
+    """Logits (1, R, V) that begin `offset` elements after a 16-byte boundary; NaN wherever they have no business."""
+    storage = torch.full((rows * row_stride + offset + 64,), float("nan"), dtype=dtype)
+    skip = -storage.data_ptr() % 16 // dtype.itemsize
+    view = storage[skip + offset :].as_strided((1, rows, vocabulary), (rows * row_stride, row_stride, 1))
+    view.copy_(torch.randn(1, rows, vocabulary) * 3)
+    return view
+
+
 def assert_loss(loss: torch.Tensor, losses: torch.Tensor) -> None:
     """The sum of the rows' losses, to float32's digits of what was added up."""
     error = abs(float(loss.detach().double().sum()) - float(losses.sum()))
     assert error <= 1e-5 * float(losses.abs().sum()) + 1e-30, f"{error:.3e} off {float(losses.sum()):.6e}"
+
+
+def assert_rounded_over_its_logits(backend, dtype, vocabulary, offset, row_stride) -> None:
+    """A backend's gradient of float32 logits in a half type, over them and elsewhere: the truth, rounded once. The
+    first row does not count and holds NaN; what lies between the rows stays."""
+    rows = 5
+    logits = misaligned(rows, vocabulary, offset, row_stride)
+    logits[0, 0] = float("nan")
+    targets = torch.tensor([0, vocabulary - 1, vocabulary // 2, 0, vocabulary // 3])
+    advantages, weights = torch.linspace(0.0, 2.0, rows), torch.linspace(UPSTREAM, 0.5, rows)
+    credit = Credit(targets, advantages_R=advantages, weights_R=weights, tokens_per_response=rows, reduction="sum")
+    losses, truth = oracle.loss_and_gradient(
+        logits[0].nan_to_num(), targets, torch.tensor([False] + [True] * 4), advantages, weights, 1.0, tau=0.7
+    )
+    call = RowCall(logits, credit, want_gradient=True, gradient_dtype=dtype)
+    for inplace in (False, True):
+        result = backend.run(replace(call, inplace=inplace))
+        assert_loss(result.loss, losses)
+        assert result.gradient_STV.dtype == dtype and result.gradient_STV[0, 0].eq(0).all()
+        assert (result.gradient_STV.data_ptr() == logits.data_ptr()) == inplace
+        assert_rounded(result.gradient_STV[0], truth, roundings=1)
+    between = logits.as_strided((rows, row_stride - vocabulary), (row_stride, 1), logits.storage_offset() + vocabulary)
+    assert between.isnan().all()
 
 
 def assert_elements(gradient: torch.Tensor, truth: torch.Tensor) -> None:

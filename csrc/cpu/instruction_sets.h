@@ -39,7 +39,7 @@ struct RowKernels {
                      const RowScales<double>& scales, const Transform& transform);
 
     // out[v] = factor * row[v], rounded once. `out` may be `row`.
-    void (*scale)(const void* row, void* out, Dtype dtype, std::int64_t V, float factor);
+    void (*scale)(const void* row, void* out, Dtype dtype, Dtype out_dtype, std::int64_t V, float factor);
 };
 
 extern const RowKernels kernels_portable;

@@ -226,7 +226,7 @@ void scale_rows(const LogitRows& gradient, const LogitRows& out, const float* ro
         const float given = upstream[upstream_per_row ? r : 0];
         const float factor = row_scale_R == nullptr ? given : row_scale_R[r] * given;
         if (factor == 1.0f && gradient.data == out.data) return;
-        execution.kernels->scale(row_of(gradient, r), row_of(out, r), gradient.dtype, gradient.V, factor);
+        execution.kernels->scale(row_of(gradient, r), row_of(out, r), gradient.dtype, out.dtype, gradient.V, factor);
     });
 }
 

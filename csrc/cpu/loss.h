@@ -29,8 +29,8 @@ void shard_statistics(const Shard& shard, const std::uint8_t* read_R, const Shar
 // F7 over a vocabulary shard. A row whose scale and tilt are 0 is not read; its gradient is exactly 0.
 void shard_gradient(const Shard& shard, const AgreedRows& agreed, const LogitRows& out, const Execution& execution);
 
-// out = gradient * row_scale * upstream: one product in float32, rounded once. row_scale_R may be null; upstream holds
-// one number, or one per row.
+// out = gradient * row_scale * upstream: one product in float32, rounded once, of a float32 gradient to any type.
+// row_scale_R may be null; upstream holds one number, or one per row.
 void scale_rows(const LogitRows& gradient, const LogitRows& out, const float* row_scale_R, const float* upstream,
                 bool upstream_per_row, const Execution& execution);
 

@@ -137,10 +137,12 @@ void gradient_of_row(const void* row, void* out, Dtype dtype, std::int64_t V, co
     });
 }
 
-void scale_row(const void* row, void* out, Dtype dtype, std::int64_t V, float factor) {
-    with_dtype(dtype, [&](auto element) {
+void scale_row(const void* row, void* out, Dtype dtype, Dtype out_dtype, std::int64_t V, float factor) {
+    with_dtype(out_dtype, [&](auto element) {
         using T = decltype(element);
-        write_scaled(static_cast<const T*>(row), static_cast<T*>(out), V, factor);
+        T* const scaled = static_cast<T*>(out);
+        if (dtype == out_dtype) return write_scaled(static_cast<const T*>(row), scaled, V, factor);
+        for (std::int64_t v = 0; v < V; ++v) narrow(static_cast<const float*>(row)[v] * factor, scaled[v]);
     });
 }
 

@@ -114,7 +114,7 @@ template <bool kEntropy, class T>
 GFT_DEVICE void turn_over(uint4* slots, int capacity, int stage, const Part<T>& part, const Part<T>& next,
                           const Verdict& verdict, const View& view) {
     const auto* from = reinterpret_cast<const uint4*>(next.logits + next.first);
-    auto* to = reinterpret_cast<uint4*>(part.gradient + part.first);
+    auto* to = reinterpret_cast<GradientVector<T>*>(part.gradient + part.first);
     const bool plain = part.aligned && !view.bent && !verdict.silent;
     const int both = plain ? at_most(part.vectors, next.vectors) : 0;
     int i = thread_index();

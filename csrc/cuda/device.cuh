@@ -145,6 +145,7 @@ GFT_DEVICE uint4 load_vector(const uint4* from) { return __ldcg(from); }
 
 // Evicted first: a gradient is next read long after it has left the cache.
 GFT_DEVICE void store_vector(uint4* to, uint4 value) { __stcs(to, value); }
+GFT_DEVICE void store_vector(uint2* to, uint2 value) { __stcs(to, value); }
 
 GFT_DEVICE void add_count(int* counter, int n) { atomicAdd(counter, n); }  // whole numbers: the order cannot be seen
 

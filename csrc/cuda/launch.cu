@@ -43,12 +43,6 @@ Shape block_per_row(std::int64_t rows, int threads, int shared_bytes) {
     return {at_most(rows, kMaxGrid), threads, shared_bytes, 1};
 }
 
-template <class Act>
-auto with_type(Dtype dtype, Act act) {
-    if (dtype == Dtype::f32) return act(float{});
-    return dtype == Dtype::bf16 ? act(Bf16{}) : act(F16{});
-}
-
 // With a gradient: the cluster plan, on as many clusters as fit at once (each walks over its rows, loading the next
 // while it writes this one); for statistics, and where the device can place no cluster, two_pass_row.
 template <class T, bool kEntropy>
@@ -88,8 +82,8 @@ LaunchPlan plan_logits(const RowShape& shape, Place place) {
 
 template <class T, bool kEntropy>
 Outcome run_logits(const RowTask& task, Place place) {
-    const RowShape asked{row_count(task.logits), task.logits.V, task.logits.dtype, task.gradient.data != nullptr,
-                         kEntropy};
+    const RowShape asked{row_count(task.logits),        task.logits.V,       task.logits.dtype,
+                         task.gradient.data != nullptr, task.gradient.dtype, kEntropy};
     const LaunchPlan plan = plan_logits<T, kEntropy>(asked, place);
     const Shape shape{plan.grid, plan.threads, plan.shared_bytes, plan.cluster};
     if (plan.capacity == 0) return launch("launching two_pass_row", two_pass_row<T, kEntropy>, shape, place, task);
@@ -169,7 +163,7 @@ Versions versions() {
 }
 
 LaunchPlan plan_rows(const RowShape& shape, Place place) {
-    return with_type(shape.dtype, [&](auto type) {
+    return with_types(shape.dtype, shape.gradient_dtype, [&](auto type) {
         using T = decltype(type);
         return shape.entropy ? plan_logits<T, true>(shape, place) : plan_logits<T, false>(shape, place);
     });
@@ -201,7 +195,7 @@ Outcome run_rows(const RowCall& call, void* workspace, Place place) {
     task.coefficients_R = call.out.coefficients_R;
     task.entropy_R = call.out.entropy_R;
     task.row_scale_R = call.out.row_scale_R;
-    done = with_type(call.logits.dtype, [&](auto type) {
+    done = with_types(call.logits.dtype, call.out.gradient.dtype, [&](auto type) {
         using T = decltype(type);
         const bool entropy = needs_entropy(task.objective, task.entropy_R);
         return entropy ? run_logits<T, true>(task, place) : run_logits<T, false>(task, place);
@@ -215,11 +209,14 @@ Outcome scale_rows(const LogitRows& gradient, const LogitRows& scaled, const flo
                    bool per_row, Place place) {
     const Outcome chosen = outcome(cudaSetDevice(place.device), "choosing the device");
     if (chosen.code != 0) return chosen;
-    // Few blocks that walk over many rows: with an upstream gradient of 1 in place, the launch is all that is paid.
-    const std::int64_t resident = 2 * device_at(place.device).machine.multiprocessors;
-    const Shape shape{at_most(row_count(gradient), 2 * resident), kScaleThreads, 0, 1};
+    // Few blocks that walk over many rows: with an upstream gradient of 1 in place, the launch is all that is paid. The
+    // rows of a head's gradient are short: smaller blocks, and as many more of them, hold as many bytes in flight.
+    const int vectors = slice_capacity(gradient.V, gradient.dtype == Dtype::f32 ? 4 : 2, 1);
+    const int threads = threads_for(vectors, kScaleThreads);
+    const std::int64_t resident = 2 * (kScaleThreads / threads) * device_at(place.device).machine.multiprocessors;
+    const Shape shape{at_most(row_count(gradient), 2 * resident), threads, 0, 1};
     const ScaleTask task{gradient, scaled, row_scale_R, upstream, per_row};
-    return with_type(gradient.dtype, [&](auto type) {
+    return with_types(gradient.dtype, scaled.dtype, [&](auto type) {
         return launch("launching scale_row", scale_row<decltype(type)>, shape, place, task);
     });
 }
@@ -229,7 +226,7 @@ Outcome shard_statistics(const Shard& shard, const std::uint8_t* read_R, const S
     const Outcome chosen = outcome(cudaSetDevice(place.device), "choosing the device");
     if (chosen.code != 0) return chosen;
     const ShardTask task{shard, view_of(shard.transform), read_R, out, {}, {}};
-    return with_type(shard.logits.dtype, [&](auto type) {
+    return with_types(shard.logits.dtype, shard.logits.dtype, [&](auto type) {
         return launch("launching observe_shard_row", observe_shard_row<decltype(type)>,
                       block_per_row(row_count(shard.logits), kOnePassThreads, sizeof(TwoPassShared)), place, task);
     });
@@ -239,7 +236,7 @@ Outcome shard_gradient(const Shard& shard, const AgreedRows& agreed, const Logit
     const Outcome chosen = outcome(cudaSetDevice(place.device), "choosing the device");
     if (chosen.code != 0) return chosen;
     const ShardTask task{shard, view_of(shard.transform), nullptr, {}, agreed, out};
-    return with_type(shard.logits.dtype, [&](auto type) {
+    return with_types(shard.logits.dtype, out.dtype, [&](auto type) {
         using T = decltype(type);
         return launch("launching shade_shard_row",
                       agreed.tilt_R != nullptr ? shade_shard_row<T, true> : shade_shard_row<T, false>,

@@ -41,7 +41,9 @@ const char* unfit(int device);
 struct RowShape {
     std::int64_t rows, V;
     Dtype dtype;
-    bool gradient, entropy;
+    bool gradient;
+    Dtype gradient_dtype;  // where there is one
+    bool entropy;
 };
 
 // How run_rows launches the kernel that reads the logits.
@@ -63,7 +65,8 @@ std::size_t workspace_bytes(const RowCall& call);
 // Loss, statistics and, if call.out.gradient.data is set, the gradient.
 Outcome run_rows(const RowCall& call, void* workspace, Place place);
 
-// scaled = gradient * row_scale_R * upstream; upstream is () or R long (per_row); `scaled` may be `gradient`.
+// scaled = gradient * row_scale_R * upstream; upstream is () or R long (per_row); `scaled` may be `gradient`, and of a
+// float32 gradient it may be of any type.
 Outcome scale_rows(const LogitRows& gradient, const LogitRows& scaled, const float* row_scale_R, const float* upstream,
                    bool per_row, Place place);
 

@@ -84,10 +84,8 @@ struct ClusterPlan {
 
 constexpr int kTogether = 3;  // blocks: while one decides and one waits for its loads, there is still one that moves
 
-// A slice of 8 vectors a thread keeps 128 bytes per thread in flight. No more threads than registers, 56 each, let as
-// many blocks be together as shared memory does, up to four.
-GFT_HD int threads_for(int capacity, int together) {
-    const int most = together > kTogether ? 256 : kMaxThreads;
+// A slice of 8 vectors a thread keeps 128 bytes per thread in flight.
+GFT_HD int threads_for(int capacity, int most) {
     for (int threads = 2 * kWarp; threads < most; threads *= 2)
         if (capacity <= 8 * threads) return threads;
     return most;
@@ -99,7 +97,9 @@ GFT_HD ClusterPlan plan_of(const Machine& machine, int blocks, std::int64_t V, i
     const std::int64_t bytes = header_bytes + std::int64_t{capacity} * kVectorBytes;
     if (bytes > machine.shared_per_block) return {};
     const auto together = static_cast<int>(machine.shared_per_multiprocessor / (bytes + machine.shared_reserved));
-    return {blocks, threads_for(capacity, together), capacity, static_cast<int>(bytes), together};
+    // no more threads than registers, 56 each, let as many blocks be together as shared memory does, up to four
+    const int threads = threads_for(capacity, together > kTogether ? 256 : kMaxThreads);
+    return {blocks, threads, capacity, static_cast<int>(bytes), together};
 }
 
 // The cluster-size rule. clusters(plan): how many the device holds at once; 0: it cannot place one.
@@ -128,7 +128,7 @@ ClusterPlan cluster_plan(const Machine& machine, std::int64_t rows, std::int64_t
     const auto spread = static_cast<int>(at_most(machine.multiprocessors / (rows > 0 ? rows : 1), std::int64_t{8}));
     if (best.blocks == 0 || spread <= best.blocks || spread > machine.max_cluster) return best;
     ClusterPlan wide = plan_of(machine, spread, V, element_bytes, header_bytes);
-    wide.threads = threads_for(wide.capacity, 1);
+    wide.threads = threads_for(wide.capacity, kMaxThreads);
     return held(wide) > 0 ? wide : best;
 }
 

@@ -33,15 +33,15 @@ struct Edge {
 template <class T>
 struct Part {
     long long row;
-    const T* logits;  // element 0 of the row
-    T* gradient;      // null: not wanted
+    const T* logits;          // element 0 of the row
+    GradientOf<T>* gradient;  // null: not wanted
     int first, vectors;
     int target;  // element; -1: not in [0, V), which makes the row NaN
     Edge edge;   // this thread's
     float target_logit;
     float advantage, weight;
     bool read;     // the logits matter
-    bool aligned;  // the gradient starts as far past a 16-byte boundary as the logits do
+    bool aligned;  // the gradient of whole vectors can be stored as whole vectors
 };
 
 // The vector that holds the target, counted from `first`; some number that no vector has where it lies elsewhere.
@@ -72,9 +72,8 @@ GFT_DEVICE Part<T> locate_part(const LogitRows& from, const LogitRows& to, long 
     part.vectors = slice.count;
     part.edge.element = edge_element(split, from.V, thread_index(), rank == 0, rank == blocks - 1);
     if (to.data == nullptr) return part;
-    part.gradient = static_cast<T*>(to.data) + row_offset(to, row);
-    const auto apart = reinterpret_cast<std::uintptr_t>(part.gradient) - reinterpret_cast<std::uintptr_t>(part.logits);
-    part.aligned = apart % kVectorBytes == 0;
+    part.gradient = static_cast<GradientOf<T>*>(to.data) + row_offset(to, row);
+    part.aligned = reinterpret_cast<std::uintptr_t>(part.gradient + split.head) % sizeof(GradientVector<T>) == 0;
     return part;
 }
 
@@ -237,7 +236,7 @@ GFT_DEVICE void shade_vector(const Part<T>& part, int i, uint4 logits, const Ver
 // The same where nothing is out of the ordinary: a row that is not silent, logits that are not bent, an aligned
 // gradient.
 template <bool kEntropy, class T>
-GFT_DEVICE uint4 shade_plain(uint4 logits, const Verdict& verdict, float slope, T type) {
+GFT_DEVICE GradientVector<T> shade_plain(uint4 logits, const Verdict& verdict, float slope, T type) {
     float values[kWidth<T>];
     unpack(logits, values, type);
 #pragma unroll
@@ -246,7 +245,7 @@ GFT_DEVICE uint4 shade_plain(uint4 logits, const Verdict& verdict, float slope, 
         values[j] = pair.x;
         values[j + 1] = pair.y;
     }
-    return pack(values, type);
+    return pack(values, GradientOf<T>{});
 }
 
 // By the thread that has written the target's vector.

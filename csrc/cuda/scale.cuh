@@ -1,4 +1,4 @@
-// The backward's one multiplication: gradient * row_scale * upstream, in float32, rounded once.
+// The backward's one multiplication: gradient * row_scale * upstream, in float32, rounded once, also to another type.
 #pragma once
 
 #include "cuda/two_pass_row.cuh"
@@ -8,7 +8,7 @@ namespace gft::cuda {
 constexpr int kScaleThreads = 512;
 
 struct ScaleTask {
-    LogitRows gradient, scaled;  // the same data: in place
+    LogitRows gradient, scaled;  // the same data: in place, in the same type
     const float* row_scale_R;    // null: 1
     const float* upstream;       // () or, if per_row, R long; read here, so that the host never waits for it
     bool per_row;

@@ -19,17 +19,20 @@ struct TwoPassShared {
     Softmax row;
 };
 
-// Calls visit(i, vector i) for this thread's vectors, from the last to the first if kBackwards.
-template <bool kBackwards, class T, class Visit>
+// Calls visit(i, vector i) for this thread's vectors, from the last to the first if kBackwards. kTogether, by the whole
+// block: no visit before all threads have read all vectors of this turn.
+template <bool kBackwards, bool kTogether = false, class T, class Visit>
 GFT_DEVICE void for_each_vector(const Part<T>& part, Visit visit) {
     const auto* vectors = reinterpret_cast<const uint4*>(part.logits + part.first);
-    for (int start = thread_index(); start < part.vectors; start += kLoads * thread_count()) {
+    const int first = thread_index();
+    for (int start = first; start < part.vectors + (kTogether ? first : 0); start += kLoads * thread_count()) {
         uint4 loaded[kLoads];
 #pragma unroll
         for (int k = 0; k < kLoads; ++k) {
             const int i = start + k * thread_count();
             if (i < part.vectors) loaded[k] = load_vector(vectors + (kBackwards ? part.vectors - 1 - i : i));
         }
+        if (kTogether) block_barrier();
 #pragma unroll
         for (int k = 0; k < kLoads; ++k) {
             const int i = start + k * thread_count();
@@ -58,11 +61,15 @@ GFT_DEVICE Softmax observe_row(const Part<T>& part, const View& view, TwoPassSha
     return shared.row;
 }
 
+// A gradient of half the logits' size may lie over them: then the gradient of vector i is written over vector i / 2. So
+// it goes forwards, and as the block has read up to its turn's last vector before it writes the first, what is
+// overwritten has been read; the edges, in registers for long, come behind the last turn.
 template <bool kEntropy, class T>
 GFT_DEVICE void shade_row(const Part<T>& part, const Verdict& verdict, const View& view) {
-    auto* to = reinterpret_cast<uint4*>(part.gradient + part.first);
+    constexpr bool kRounded = sizeof(GradientOf<T>) < sizeof(T);
+    auto* to = reinterpret_cast<GradientVector<T>*>(part.gradient + part.first);
     const bool plain = part.aligned && !view.bent && !verdict.silent;
-    for_each_vector<true>(part, [&](int i, uint4 vector) {
+    for_each_vector<!kRounded, kRounded>(part, [&](int i, uint4 vector) {
         if (plain)
             store_vector(to + i, shade_plain<kEntropy>(vector, verdict, view.slope, T{}));
         else

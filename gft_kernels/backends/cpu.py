@@ -29,6 +29,8 @@ def refuses(call: RowCall) -> str | None:
         return f"logits are on {logits.device}, and these kernels read the memory of the CPU"
     if logits.numel() and logits.shape[-1] > 1 and logits.stride(-1) != 1:
         return f"logits have stride {logits.stride(-1)} over the vocabulary, and these kernels need 1"
+    if call.gradient_dtype not in (None, logits.dtype):
+        return f"the gradient is to be {call.gradient_dtype}, and these kernels write the logits' {logits.dtype}"
     return _extension.misaligned(call)
 
 
@@ -40,10 +42,15 @@ def run(call: RowCall, instruction_set: str = FASTEST) -> RowResult:
 
 
 def scale(
-    gradient_STV: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool, instruction_set: str = FASTEST
+    gradient_STV: Tensor,
+    row_scale_R: Tensor | None,
+    upstream: Tensor,
+    inplace: bool,
+    dtype: torch.dtype | None = None,
+    instruction_set: str = FASTEST,
 ) -> Tensor:
     where = _execution(instruction_set)
-    return _extension.scale(_extension.kernels(), gradient_STV, row_scale_R, upstream, inplace, **where)
+    return _extension.scale(_extension.kernels(), gradient_STV, row_scale_R, upstream, inplace, dtype, **where)
 
 
 def shard_statistics(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gft_kernels import _extension
-from gft_kernels.options import AgreedRows, RowCall, RowResult, ShardStatistics
+from gft_kernels.options import AgreedRows, RowCall, RowResult, ShardStatistics, gradient_for
 
 MAX_VOCABULARY = (1 << 31) - 1024
 """Columns are counted in 32 bits, with room for a step past the end."""
@@ -77,9 +77,10 @@ def plan(call: RowCall) -> dict[str, object]:
     kernel; cluster: blocks that share a row; threads and shared_bytes of a block; resident: clusters that the device
     holds at once (0 for two_pass_row); grid: blocks; refused: what the device said to a larger plan, or None.
     """
+    gradient = gradient_for(call.logits_STV, True, call.gradient_dtype) if call.want_gradient else None
     return _extension.kernels().cuda.plan_rows(
         _extension.logit_rows(call.logits_STV),
-        gradient=call.want_gradient,
+        gradient=None if gradient is None else _extension.logit_rows(gradient),
         entropy=call.needs_entropy,
         device=call.logits_STV.device.index,
     )
@@ -99,11 +100,17 @@ def run(call: RowCall, **shape: int) -> RowResult:
     return result
 
 
-def scale(gradient_STV: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool) -> Tensor:
+def scale(
+    gradient_STV: Tensor,
+    row_scale_R: Tensor | None,
+    upstream: Tensor,
+    inplace: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """As `_extension.scale`; upstream is read on the device only."""
     with torch.cuda.device(gradient_STV.device.index):
         native, where = _extension.kernels().cuda, _place(gradient_STV)
-        return _extension.scale(native, gradient_STV, row_scale_R, upstream, inplace, **where)
+        return _extension.scale(native, gradient_STV, row_scale_R, upstream, inplace, dtype, **where)
 
 
 def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardStatistics:

@@ -61,7 +61,7 @@ def run(call: RowCall) -> RowResult:
     rows = credit.live_R.numel()
     out = {name: torch.zeros(rows, device=logits.device) for name in ("loss", "log_prob", "coefficient", "entropy")}
     row_scale_R = torch.zeros(rows, device=logits.device) if call.defer_scale else None
-    gradient = gradient_for(logits, call.inplace) if call.want_gradient else None
+    gradient = gradient_for(logits, call.inplace, call.gradient_dtype) if call.want_gradient else None
     for chosen, where in _row_blocks(logits):
         part = RowCredit(*(column[chosen] for column in credit))
         logits_CV, targets_C = logits[where].flatten(0, 1), call.credit.targets_R[chosen]
@@ -141,7 +141,7 @@ def shard_statistics(call: RowCall, columns_R: Tensor, read_R: Tensor) -> ShardS
 def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tensor:
     """F7 over a vocabulary shard, from what is known of the whole rows."""
     logits = call.logits_STV.detach()
-    gradient = gradient_for(logits, call.inplace)
+    gradient = gradient_for(logits, call.inplace, call.gradient_dtype)
     for chosen, where in _row_blocks(logits):
         logits_CV, into = logits[where].flatten(0, 1), gradient[where]
         z_CV = formulas.transform(_widened(call, logits_CV), call.logit_scale, call.softcap, call.temperature)
@@ -230,7 +230,7 @@ def row_scales(
 
 
 def block_gradient(call: RowCall, block: Block, logits_CV: Tensor, targets_C: Tensor, scales_C: RowScales) -> Tensor:
-    """F7 over a block of rows, with the transform's chain rule, rounded once to the logits' dtype."""
+    """F7 over a block of rows, with the transform's chain rule, rounded once to the dtype asked for."""
     log_pi_CV = (block.z_CV - block.top_C[:, None]) - block.log_mass_C[:, None]
     scales_C = RowScales(*(x.to(log_pi_CV.dtype) for x in scales_C))
     scale_CV, tilt_CV, entropy_CV = (x[:, None] for x in scales_C)
@@ -244,14 +244,20 @@ def block_gradient(call: RowCall, block: Block, logits_CV: Tensor, targets_C: Te
     gradient_CV.scatter_(1, at_C1, torch.where(inside_C, at_target, gradient_CV.gather(1, at_C1)[:, 0])[:, None])
     slope = formulas.transform_slope(_widened(call, logits_CV), call.logit_scale, call.softcap, call.temperature)
     gradient_CV = torch.where((scale_CV == 0.0) & (tilt_CV == 0.0), 0.0, gradient_CV * slope)
-    return gradient_CV.to(logits_CV.dtype)
+    return gradient_CV.to(call.gradient_dtype or logits_CV.dtype)
 
 
-def scale(gradient: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool) -> Tensor:
-    """gradient·row_scale·upstream in float32, rounded once; upstream is () or (R,)."""
+def scale(
+    gradient: Tensor,
+    row_scale_R: Tensor | None,
+    upstream: Tensor,
+    inplace: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """gradient·row_scale·upstream in float32, rounded once to dtype (None: its own); upstream is () or (R,)."""
     factor = upstream.float() if row_scale_R is None else row_scale_R * upstream.float()
     factor_STV = factor.expand(gradient.shape[0] * gradient.shape[1]).reshape(*gradient.shape[:2], 1)
-    out = gradient_for(gradient, inplace)
+    out = gradient_for(gradient, inplace, dtype)
     for _, where in _row_blocks(gradient):
-        out[where] = gradient[where].float() * factor_STV[where]
+        out[where] = (gradient[where].float() * factor_STV[where]).to(out.dtype)
     return out

@@ -78,7 +78,7 @@ def run(call: RowCall) -> RowResult:
     logits, rows, objective = call.logits_STV.detach(), call.credit.targets_R.numel(), call.objective
     with _on(logits.device):
         credit = credit_rows(call.credit)
-        gradient = gradient_for(logits, call.inplace) if call.want_gradient else None
+        gradient = gradient_for(logits, call.inplace, call.gradient_dtype) if call.want_gradient else None
         loss_R, log_prob_R, coefficient_R = (_float32(logits, rows) for _ in range(3))
         entropy_R = _float32(logits, rows) if call.needs_entropy else None
         row_scale_R = _float32(logits, rows) if call.defer_scale and gradient is not None else None
@@ -115,12 +115,21 @@ def run(call: RowCall) -> RowResult:
     return RowResult(loss, log_prob_R, coefficient_R, credit.advantages_R, gradient, row_scale_R, asked_R)
 
 
-def scale(gradient: Tensor, row_scale_R: Tensor | None, upstream: Tensor, inplace: bool) -> Tensor:
-    """gradient·row_scale·upstream in float32, rounded once; upstream is () or (R,) and is read on the device only."""
+def scale(
+    gradient: Tensor,
+    row_scale_R: Tensor | None,
+    upstream: Tensor,
+    inplace: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """gradient·row_scale·upstream in float32, rounded once; upstream is () or (R,) and is read on the device only.
+
+    dtype: of the result, where it is not the gradient's own; then the gradient is float32, and not scaled in place.
+    """
     from gft_kernels.triton_kernels.scale_rows import scale_rows_kernel
 
     with _on(gradient.device):
-        out = gradient_for(gradient, inplace)
+        out = gradient_for(gradient, inplace, dtype)
         launch = _row_launch(gradient)
         upstream = upstream.float().contiguous()
         scale_rows_kernel[(gradient.shape[0] * gradient.shape[1],)](
@@ -172,7 +181,7 @@ def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tens
 
     logits = call.logits_STV.detach()
     with _on(logits.device):
-        gradient = gradient_for(logits, call.inplace)
+        gradient = gradient_for(logits, call.inplace, call.gradient_dtype)
         launch = _row_launch(logits, call.softcap)
         shard_gradient_kernel[(columns_R.numel(),)](
             logits,

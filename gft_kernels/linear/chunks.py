@@ -9,6 +9,7 @@ Sizes: L rows chosen, C rows of a chunk, D hidden size; S, T, R, V as in options
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from typing import NamedTuple
@@ -57,11 +58,15 @@ def chunk_rows(rows: int, vocabulary: int, bytes_per_logit: int, device_type: st
     return each if device_type == "cpu" or chunks == 1 else -(-each // TILE_ROWS) * TILE_ROWS
 
 
-class Chosen(NamedTuple):
-    """The rows the products run over, in ascending order, and how many at a time."""
+Rows = Tensor | slice
+"""A chunk's: their places among all, in ascending order."""
 
-    with_gradient_L: Tensor
-    statistics_only_L: Tensor  # of A = 0 or weight 0, read for their log-probabilities
+
+class Chosen(NamedTuple):
+    """The rows the products run over, a chunk at a time, and how many a chunk has at most."""
+
+    with_gradient: Sequence[Rows]
+    statistics_only: Sequence[Rows]  # of A = 0 or weight 0, read for their log-probabilities
     chunk: int
 
 
@@ -80,31 +85,34 @@ def run(call: LinearCall, backend: str) -> LinearResult:
     if call.hidden_STD.device.type == "cpu":
         vocabulary = int(shard.widths_W.sum()) if shard else call.weight_VD.shape[0]
         checks.check_values(call.credit, call.objective, vocabulary)
+    chunked = _ChunkedLoss(call, backend, credit, shard)  # before a GPU is waited for: behind that it has nothing to do
     chosen = choose_rows(call, credit, shard)
-    chunked = _ChunkedLoss(call, backend, credit, shard, chosen)
-    for rows_C in chosen.with_gradient_L.split(chosen.chunk):
-        chunked.add(rows_C, call.want_gradient)
-    for rows_C in chosen.statistics_only_L.split(chosen.chunk):
-        chunked.add(rows_C, False)
+    logits_CV = row_buffer(chosen.chunk, call.weight_VD.shape[0], call.logits_dtype, call.weight_VD.device)
+    for rows in chosen.with_gradient:
+        chunked.add(rows, logits_CV, call.want_gradient)
+    for rows in chosen.statistics_only:
+        chunked.add(rows, logits_CV, False)
     return chunked.result()
 
 
 def choose_rows(call: LinearCall, credit: RowCredit, shard: distributed.Shard | None) -> Chosen:
     """Leave out rows the loss has no use for: masked, A = 0, weight 0. On a GPU this waits once, for their number."""
-    counts = rows_read(credit, call.objective, every=False)
-    kind_R = torch.where(counts, 0, torch.where(credit.live_R, 1, 2))
-    order = torch.argsort(kind_R, stable=True)
-    here = torch.full((1,), call.weight_VD.shape[0], device=order.device)
-    widths_W = here if shard is None else shard.widths_W
-    numbers = torch.stack([counts.sum(), credit.live_R.sum(), widths_W.max()])
-    with_gradient, live, widest = numbers.tolist()
+    counts_R, rows = rows_read(credit, call.objective, every=False), credit.live_R.numel()
+    numbers = [counts_R.sum(), credit.live_R.sum()] + ([] if shard is None else [shard.widths_W.max()])
+    with_gradient, live, *widths = torch.stack(numbers).tolist()
+    widest = max(widths, default=call.weight_VD.shape[0])
     read = live if call.want_stats or call.want_entropy else with_gradient
     chunk = call.chunk_rows
     if not chunk:  # the widest shard decides, so that all ranks cut the same chunks
-        precision = precision_of(call)
-        copy = precision.operand.itemsize if precision.copies_gradient and call.want_gradient else 0
-        chunk = chunk_rows(read, widest, precision.logits.itemsize + copy, call.hidden_STD.device.type)
-    return Chosen(order[:with_gradient], order[with_gradient:read], max(1, min(chunk, read)))
+        chunk = chunk_rows(read, widest, call.logits_dtype.itemsize, call.hidden_STD.device.type)
+    chunk = max(1, min(chunk, read))
+    if read == rows and with_gradient in (0, rows):  # nothing to gather, nothing to scatter
+        every = [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+        return Chosen(every, [], chunk) if with_gradient else Chosen([], every, chunk)
+    order = torch.argsort(torch.where(counts_R, 0, torch.where(credit.live_R, 1, 2)), stable=True)[:read]
+    kinds = (order[:with_gradient], order[with_gradient:])
+    first, second = ([rows_C for rows_C in kind.split(chunk) if len(rows_C)] for kind in kinds)
+    return Chosen(first, second, chunk)
 
 
 def row_buffer(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -116,11 +124,9 @@ def row_buffer(rows: int, width: int, dtype: torch.dtype, device: torch.device) 
 
 
 class _ChunkedLoss:
-    """The sums a call builds up over its chunks, and the buffers the chunks share."""
+    """The sums a call builds up over its chunks."""
 
-    def __init__(
-        self, call: LinearCall, backend: str, credit: RowCredit, shard: distributed.Shard | None, chosen: Chosen
-    ):
+    def __init__(self, call: LinearCall, backend: str, credit: RowCredit, shard: distributed.Shard | None):
         self.call, self.backend, self.shard = call, backend, shard
         self.precision = precision_of(call)
         self.head = Head(call.weight_VD, call.bias_V, self.precision)
@@ -128,11 +134,6 @@ class _ChunkedLoss:
         self.credit = credit._replace(weights_R=weights_R)
         device, rows = call.hidden_STD.device, credit.live_R.numel()
         vocabulary, hidden_size = call.weight_VD.shape
-        longest = chosen.chunk if len(chosen.with_gradient_L) or len(chosen.statistics_only_L) else 0
-        self.logits_CV = row_buffer(longest, vocabulary, self.precision.logits, device)
-        self.rounded_CV = None
-        if call.want_gradient and self.precision.copies_gradient:
-            self.rounded_CV = row_buffer(longest, vocabulary, self.precision.operand, device)
         self.loss_R, self.log_probs_R, self.coefficients_R = (torch.zeros(rows, device=device) for _ in range(3))
         self.entropy_R = torch.zeros(rows, device=device) if call.want_entropy else None
         self.kept_R = torch.zeros(rows, device=device) if reports_kept(call) else None
@@ -146,29 +147,37 @@ class _ChunkedLoss:
         self.started = False
         self.bias_gradient_V = torch.zeros(vocabulary, dtype=accum, device=device) if call.want_bias else None
 
-    def add(self, rows_C: Tensor, want_gradient: bool) -> None:
-        """One chunk: its logits, its rows' losses and, if wanted, its share of the gradients."""
-        if not len(rows_C):
-            return
-        hidden_STD, logits_CV = self.call.hidden_STD.detach(), self.logits_CV[: len(rows_C)]
-        hidden_CD = self.head.rows(hidden_STD[rows_C // hidden_STD.shape[1], rows_C % hidden_STD.shape[1]])
+    def add(self, rows: Rows, logits_CV: Tensor, want_gradient: bool) -> None:
+        """One chunk: its logits into the buffer, its rows' losses and, if wanted, its share of the gradients."""
+        hidden_CD = self.head.rows(self._hidden(rows))
+        logits_CV = logits_CV[: len(hidden_CD)]
         self.head.logits(hidden_CD, logits_CV)
-        result = self._rows(rows_C, logits_CV, want_gradient)
-        self.loss_R[rows_C] = result.loss
-        self.log_probs_R[rows_C] = result.log_probs_R
-        self.coefficients_R[rows_C] = result.coefficients_R
+        result = self._rows(rows, logits_CV, want_gradient)
+        self.loss_R[rows] = result.loss
+        self.log_probs_R[rows] = result.log_probs_R
+        self.coefficients_R[rows] = result.coefficients_R
         if self.entropy_R is not None and result.entropy_R is not None:
-            self.entropy_R[rows_C] = result.entropy_R
-        if want_gradient:
-            self._add_gradients(rows_C, hidden_CD, logits_CV)
+            self.entropy_R[rows] = result.entropy_R
+        if result.gradient_STV is not None:
+            self._add_gradients(rows, hidden_CD, result.gradient_STV[0])
 
-    def _rows(self, rows_C: Tensor, logits_CV: Tensor, want_gradient: bool) -> RowResult:
+    def _hidden(self, rows: Rows) -> Tensor:
+        """Hidden states of some rows, (C, D): a view, if they are neighbours in memory too."""
+        hidden_STD = self.call.hidden_STD.detach()
+        length = hidden_STD.shape[1]
+        if isinstance(rows, slice):
+            if len(hidden_STD) == 1 or hidden_STD.stride(0) == length * hidden_STD.stride(1):
+                return hidden_STD.flatten(0, 1)[rows]
+            rows = torch.arange(rows.start, rows.stop, device=hidden_STD.device)
+        return hidden_STD[rows // length, rows % length]
+
+    def _rows(self, rows: Rows, logits_CV: Tensor, want_gradient: bool) -> RowResult:
         """The row kernel over a chunk whose rows are all live, with advantages and weights decided already."""
         credit = Credit(
-            targets_R=self.call.credit.targets_R[rows_C],
-            advantages_R=self.credit.advantages_R[rows_C],
-            weights_R=self.credit.weights_R[rows_C],
-            tokens_per_response=len(rows_C),
+            targets_R=self.call.credit.targets_R[rows],
+            advantages_R=self.credit.advantages_R[rows],
+            weights_R=self.credit.weights_R[rows],
+            tokens_per_response=len(logits_CV),
             reduction="none",
             ignore_index=self.call.credit.ignore_index,
         )
@@ -176,9 +185,10 @@ class _ChunkedLoss:
         chunk = RowCall(
             logits_CV[None],
             credit,
-            self.call.objective.of_rows(rows_C),
+            self.call.objective.of_rows(rows),
             want_gradient=want_gradient,
             inplace=want_gradient,
+            gradient_dtype=self.precision.operand,
             **options,
         )
         module = registry.choose(self.backend, chunk)
@@ -186,35 +196,39 @@ class _ChunkedLoss:
             return module.run(chunk)
         return distributed.VocabularyParallel(module, self.shard).run(chunk)
 
-    def _add_gradients(self, rows_C: Tensor, hidden_CD: Tensor, dlogits_CV: Tensor) -> None:
+    def _add_gradients(self, rows: Rows, hidden_CD: Tensor, dlogits_CV: Tensor) -> None:
         if self.bias_gradient_V is not None:
             self.bias_gradient_V.add_(dlogits_CV.sum(0, dtype=torch.float32))
         if self.hidden_gradient_RD is None and self.weight_gradient_VD is None:
             return
-        gradient_CD = None
+        gradient_CD = sum_RD = None
         if self.hidden_gradient_RD is not None:
-            gradient_CD = torch.empty(hidden_CD.shape, dtype=torch.float32, device=hidden_CD.device)
+            if isinstance(rows, slice) and self.call.accum_dtype == torch.float32:
+                gradient_CD = self.hidden_gradient_RD[rows]
+            else:
+                gradient_CD = torch.empty(hidden_CD.shape, dtype=torch.float32, device=hidden_CD.device)
+                sum_RD = self.hidden_gradient_RD
         tiles = [sparse.Tile(slice(None), None, None)]
         if self.call.filter_eps and dlogits_CV.numel():  # a shard may be empty
             tiles = sparse.tiles_of(dlogits_CV, self.call.filter_eps)
         if self.kept_R is not None:
+            kept_C = hidden_CD.new_ones(len(hidden_CD), dtype=torch.float32)
             for tile in tiles:
-                columns = dlogits_CV.shape[1] if tile.kept_K is None else len(tile.kept_K)
-                self.kept_R[rows_C[tile.rows]] = columns / dlogits_CV.shape[1]
+                if tile.kept_K is not None:
+                    kept_C[tile.rows] = len(tile.kept_K) / dlogits_CV.shape[1]
+            self.kept_R[rows] = kept_C
         cut = [tile for tile in tiles if tile.kept_K is not None]
-        for rows in (tile.rows for tile in tiles if tile.kept_K is None):
-            self._add_whole(dlogits_CV[rows], hidden_CD[rows], None if gradient_CD is None else gradient_CD[rows])
+        for part in (tile.rows for tile in tiles if tile.kept_K is None):
+            self._add_whole(dlogits_CV[part], hidden_CD[part], None if gradient_CD is None else gradient_CD[part])
         if cut:
             out_VD, add = self.weight_gradient_VD, self.started
             sparse.add_products(self.head, cut, dlogits_CV, hidden_CD, gradient_CD, out_VD, add)
             self.started = True
-        if self.hidden_gradient_RD is not None and gradient_CD is not None:
-            self.hidden_gradient_RD[rows_C] = gradient_CD.to(self.call.accum_dtype)
+        if sum_RD is not None and gradient_CD is not None:
+            sum_RD[rows] = gradient_CD.to(sum_RD.dtype)
 
     def _add_whole(self, dlogits_TV: Tensor, hidden_TD: Tensor, out_TD: Tensor | None) -> None:
         """Both products over every column."""
-        if self.rounded_CV is not None:
-            dlogits_TV = self.rounded_CV[: len(dlogits_TV)].copy_(dlogits_TV)
         if out_TD is not None:
             self.head.hidden_gradient(dlogits_TV, out_TD)
         if self.weight_gradient_VD is not None:

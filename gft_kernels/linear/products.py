@@ -56,13 +56,8 @@ class Precision:
     """The dtypes one call multiplies in on its device."""
 
     product: torch.dtype  # what hidden and weight are rounded to
-    operand: torch.dtype  # what they are handed to the product as: float32 where halves cannot sum into float32
+    operand: torch.dtype  # what they are multiplied as, like the logits' gradient: float32 where halves sum in halves
     logits: torch.dtype
-
-    @property
-    def copies_gradient(self) -> bool:
-        """Whether the logits' gradient is rounded to a second buffer before the products that take it."""
-        return self.operand != self.logits
 
 
 def precision_of(call: LinearCall) -> Precision:
@@ -113,6 +108,7 @@ class Head:
 
     def hidden_gradient(self, dlogits_CV: Tensor, out_CD: Tensor) -> None:
         """Second product: out = dlogits @ weight."""
-        out_CD.zero_()
-        for block, weight_BD in self._blocks():
-            multiply(dlogits_CV[:, block], weight_BD, out_CD, add=True)
+        if not len(self.weight_VD):  # an empty shard
+            out_CD.zero_()
+        for number, (block, weight_BD) in enumerate(self._blocks()):
+            multiply(dlogits_CV[:, block], weight_BD, out_CD, add=number > 0)

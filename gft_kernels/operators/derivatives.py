@@ -101,7 +101,9 @@ def may_overwrite(saved: Tensor, upstream: Tensor) -> bool:
     Not while it is traced, nor captured as a CUDA graph, which is replayed at will; nor under torch.func, where one
     saved tensor meets many upstream gradients.
     """
-    if torch.compiler.is_compiling() or not type(saved) is type(upstream) is Tensor or is_batched(upstream):
+    if torch.compiler.is_compiling() or not type(saved) is type(upstream) is Tensor:
+        return False
+    if is_batched(saved) or is_batched(upstream):
         return False
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     graph_is_dropped = keeps is not None and not keeps()

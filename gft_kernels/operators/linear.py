@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gft_kernels.linear import chunks
-from gft_kernels.operators import derivatives
+from gft_kernels.operators import derivatives, row
 from gft_kernels.operators.packing import Packing
 from gft_kernels.options import LinearCall, LinearResult, RowResult
 
@@ -25,7 +25,6 @@ _SCHEMA = (
     f"({_PACKING.schema}) -> (Tensor loss, Tensor log_probs, Tensor coefficients, Tensor advantages, Tensor entropy, "
     "Tensor kept, Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient, Tensor unit)"
 )
-_BLOCK_BYTES = 64 << 20  # of a gradient scaled and rounded at a time, so that no second copy of it exists in float32
 
 
 def linear_loss(call: LinearCall, backend: str) -> RowResult:
@@ -93,7 +92,7 @@ def _scaled(ctx, upstream: Tensor) -> list[Tensor | None]:
     *gradients, unit = ctx.saved_tensors
     factor = upstream.float() * unit if unit.numel() else upstream.float()
     wanted = zip(gradients, ctx.like, ctx.needs_input_grad, strict=False)
-    return [_finish(g, factor, *like) if needed else None for g, like, needed in wanted]
+    return [_finish(g, factor, ctx.inputs[-1], *like) if needed else None for g, like, needed in wanted]
 
 
 def _recomputed(ctx, upstream: Tensor) -> list[Tensor | None]:
@@ -114,29 +113,18 @@ def _recomputed(ctx, upstream: Tensor) -> list[Tensor | None]:
     *gradients, unit = torch.ops.gft.linear_loss(*_pack(call, backend))[6:]
     factor = unit if unit.numel() else torch.ones((), device=upstream.device)
     inputs = zip(gradients, arguments, wanted, strict=False)
-    return [_finish(gradient, factor, x.shape, x.dtype) if needed else None for gradient, x, needed in inputs]
+    return [_finish(gradient, factor, backend, x.shape, x.dtype) if needed else None for gradient, x, needed in inputs]
 
 
-def _finish(gradient: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _finish(gradient: Tensor, factor: Tensor, backend: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """gradient·factor in float32, rounded once to an input's dtype, in its shape."""
-    if gradient.dtype == dtype and derivatives.may_overwrite(gradient, factor):
-        if factor.device.type != "cpu" or float(factor) != 1.0:  # a GPU is not asked: that would wait for it
-            gradient.mul_(factor)
-        return gradient.view(shape)
-    return torch.ops.gft.linear_scale(gradient, factor, dtype).view(shape)
-
-
-def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
-    rows = max(1, _BLOCK_BYTES // (4 * max(gradient[:1].numel(), 1)))
-    for block, scaled in zip(gradient.split(rows), out.split(rows), strict=True):
-        torch.mul(block.float(), factor, out=scaled)
-    return out
+    last = gradient.dtype == dtype and derivatives.may_overwrite(gradient, factor)
+    if gradient.dtype != dtype:
+        gradient = gradient.float()  # as it is, unless accum_dtype says otherwise
+    rows_1RD = gradient.reshape(1, -1, max(gradient.shape[-1], 1))
+    return row.scaled(rows_1RD, None, factor, backend, last, None if last else dtype).view(shape)
 
 
 _OPERATOR = torch.library.custom_op("gft::linear_loss", _run, mutates_args=(), schema=_SCHEMA)
 _OPERATOR.register_fake(_fake)
 _OPERATOR.register_autograd(_backward, setup_context=_setup_context)
-torch.library.custom_op(
-    "gft::linear_scale", _scale, mutates_args=(), schema="(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor"
-).register_fake(lambda gradient, factor, dtype: torch.empty(gradient.shape, dtype=dtype, device=gradient.device))

@@ -16,6 +16,7 @@ KINDS = {
     "str": "str",
     "bool": "bool",
     "torch.dtype": "ScalarType",
+    "torch.dtype | None": "ScalarType?",
 }
 WITHIN = {"credit": Credit, "objective": Objective, "given": Rule}  # by the name of the field that holds it
 GIVEN = "given_"  # before the names of the fields of an objective's second rule

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from gft_kernels import checks, distributed, registry, sequences
 from gft_kernels.operators import derivatives
 from gft_kernels.operators.packing import Packing
-from gft_kernels.options import Credit, RowCall, RowResult
+from gft_kernels.options import Credit, RowCall, RowResult, gradient_for
 
 _PACKING = Packing(RowCall)
 _ARGUMENTS = _PACKING.schema.removeprefix("Tensor logits_STV, ")
@@ -98,7 +98,8 @@ def _fake_per_row(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
 
 def _fake(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
     call, _ = _unpack(logits, arguments)
-    return (*_fake_per_row(logits, *arguments), logits.new_empty(logits.shape if call.want_gradient else (0,)))
+    gradient = logits.new_empty(logits.shape if call.want_gradient else (0,), dtype=call.gradient_dtype)
+    return (*_fake_per_row(logits, *arguments), gradient)
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -125,19 +126,23 @@ def _backward(ctx, upstream: Tensor | None, *_non_differentiable) -> tuple:
     return torch.ops.gft.scale(*ctx.saved_tensors, upstream, ctx.backend), *ctx.nothing
 
 
-def _scaled(gradient: Tensor, row_scale: Tensor | None, upstream: Tensor, backend: str, inplace: bool) -> Tensor:
-    """`gft::scale`, or `gft::scale_`: the gradient scaled where it lies, which at factor 1 touches nothing."""
+def scaled(
+    gradient: Tensor, row_scale: Tensor | None, upstream: Tensor, backend: str, inplace: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """`gft::scale`, to dtype (None: its own); or `gft::scale_`: the gradient scaled where it lies, which at factor 1
+    touches nothing."""
     row_scale = None if row_scale is None or not row_scale.numel() else row_scale
     if inplace and row_scale is None and _is_one(upstream):
         return gradient.detach()
-    if not (_is_watched(gradient) or _is_watched(upstream) or derivatives.is_batched(upstream)):
+    if not any(_is_watched(x) or derivatives.is_batched(x) for x in (gradient, upstream)):
         if inplace:
             torch.autograd.graph.increment_version(gradient)
-        scaled = _scale_with(gradient, row_scale, upstream, backend, inplace)
-        return scaled.detach() if inplace else scaled
+        result = _scale_with(gradient, row_scale, upstream, backend, inplace, dtype)
+        return result.detach() if inplace else result
     arguments = (gradient, gradient.new_empty(0, dtype=torch.float32) if row_scale is None else row_scale, upstream)
     if not inplace:
-        return torch.ops.gft.scale(*arguments, backend)
+        return torch.ops.gft.scale(*arguments, backend, dtype)
     torch.ops.gft.scale_(*arguments, backend)
     return gradient.detach()
 
@@ -150,19 +155,23 @@ def _is_one(upstream: Tensor) -> bool:
     return upstream.device.type == "cpu" and upstream.dim() == 0 and float(upstream) == 1.0
 
 
-def _scale(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    return _scale_with(gradient, row_scale if row_scale.numel() else None, upstream, backend, inplace=False)
+def _scale(
+    gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    return _scale_with(gradient, row_scale if row_scale.numel() else None, upstream, backend, False, dtype)
 
 
 def _scale_(gradient: Tensor, row_scale: Tensor, upstream: Tensor, backend: str) -> None:
-    _scale_with(gradient, row_scale if row_scale.numel() else None, upstream, backend, inplace=True)
+    _scale_with(gradient, row_scale if row_scale.numel() else None, upstream, backend, True, None)
 
 
-def _scale_with(gradient: Tensor, row_scale: Tensor | None, upstream: Tensor, backend: str, inplace: bool) -> Tensor:
+def _scale_with(
+    gradient: Tensor, row_scale: Tensor | None, upstream: Tensor, backend: str, inplace: bool, dtype: torch.dtype | None
+) -> Tensor:
     if not gradient.numel():  # no rows, or an empty shard of the vocabulary: nothing to launch
-        return gradient if inplace else torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        return gradient_for(gradient, inplace, dtype)
     asked = RowCall(gradient, Credit(targets_R=gradient))  # a backend that serves this memory; it has no rows' credit
-    return registry.choose(backend, asked).scale(gradient, row_scale, upstream.contiguous(), inplace)
+    return registry.choose(backend, asked).scale(gradient, row_scale, upstream.contiguous(), inplace, dtype)
 
 
 def _run(logits: Tensor, call: RowCall, backend: str) -> tuple[Tensor | None, ...]:
@@ -194,7 +203,7 @@ class _OutOfPlace(torch.autograd.Function):
             return None, *ctx.nothing
         gradient, row_scale = ctx.saved_tensors
         last = derivatives.may_overwrite(gradient, upstream)
-        return _scaled(gradient, row_scale, upstream, ctx.backend, inplace=last), *ctx.nothing
+        return scaled(gradient, row_scale, upstream, ctx.backend, inplace=last), *ctx.nothing
 
 
 class _InPlace(torch.autograd.Function):
@@ -219,7 +228,7 @@ class _InPlace(torch.autograd.Function):
             )
         ctx.spent = True
         gradient, row_scale = ctx.saved_tensors
-        return _scaled(gradient, row_scale, upstream, ctx.backend, inplace=True), *ctx.nothing
+        return scaled(gradient, row_scale, upstream, ctx.backend, inplace=True), *ctx.nothing
 
 
 def _overwrite(logits: Tensor, *arguments) -> tuple[Tensor | None, ...]:
@@ -246,8 +255,10 @@ torch.library.custom_op(
     "gft::row_loss_", _row_loss_, mutates_args={"logits"}, schema=f"(Tensor(a!) logits, {_ARGUMENTS}) -> ({_PER_ROW})"
 ).register_fake(_fake_per_row)
 _SCALE = "gradient, Tensor row_scale, Tensor upstream, str backend"
-torch.library.custom_op("gft::scale", _scale, mutates_args=(), schema=f"(Tensor {_SCALE}) -> Tensor").register_fake(
-    lambda gradient, row_scale, upstream, backend: torch.empty_like(gradient, memory_format=torch.contiguous_format)
+torch.library.custom_op(
+    "gft::scale", _scale, mutates_args=(), schema=f"(Tensor {_SCALE}, ScalarType? dtype=None) -> Tensor"
+).register_fake(
+    lambda gradient, row_scale, upstream, backend, dtype=None: gradient_for(gradient, inplace=False, dtype=dtype)
 )
 torch.library.custom_op(
     "gft::scale_", _scale_, mutates_args={"gradient"}, schema=f"(Tensor(a!) {_SCALE}) -> ()"

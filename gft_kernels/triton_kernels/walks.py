@@ -114,40 +114,67 @@ def join(top, mass, gap, z_ends, ENTROPY: tl.constexpr):
 
 @triton.jit
 def map_row(source, target, V, function: tl.constexpr, known, BLOCK: tl.constexpr):
-    """target[v] = function(source[v], v, known), in float32, rounded once; source and target may be one row.
+    """target[v] = function(source[v], v, known), in float32, rounded once; source and target may start at one place.
 
-    Backwards, because a second walk that starts where the first one ended finds the end of the row still in cache.
+    Elements of one size are walked backwards, because a second walk that starts where the first one ended finds the end
+    of the row still in cache. A target of half the size may lie over the first part of its own source, where its tile b
+    covers tile b / 2. So it is walked forwards, and no warp stores a tile before all have loaded it: what is
+    overwritten has been read.
     """
-    if misalignment(source) == misalignment(target):
-        map_span(source, target, V, function, known, BLOCK, True)
+    NARROW: tl.constexpr = target.dtype.element_ty.primitive_bitwidth < source.dtype.element_ty.primitive_bitwidth
+    head, _ = cut(source, V)
+    if misalignment(target + head) == 0:
+        map_span(source, target, V, function, known, BLOCK, True, NARROW)
     else:  # rows of odd length with different strides: vectors in, single elements out
-        map_span(source, target, V, function, known, BLOCK, False)
+        map_span(source, target, V, function, known, BLOCK, False, NARROW)
 
 
 @triton.jit
-def map_span(source, target, V, function: tl.constexpr, known, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+def map_span(
+    source, target, V, function: tl.constexpr, known, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, NARROW: tl.constexpr
+):
     WIDTH: tl.constexpr = 128 // source.dtype.element_ty.primitive_bitwidth
     head, body = cut(source, V)
     whole = body // BLOCK * BLOCK
-    column = tl.arange(0, BLOCK)
-    kind = target.dtype.element_ty
 
     end, at_ends = ends(head, body, V, WIDTH)
     x_ends = tl.load(source + end, mask=at_ends, other=0.0).to(tl.float32)
-    tl.store(target + end, function(x_ends, end, known).to(kind), mask=at_ends)
+    if NARROW:
+        start = 0
+        while start < whole:
+            map_tile(source, target, head + start, BLOCK, function, known, BLOCK, ALIGNED, NARROW, True)
+            start += BLOCK
     if whole < body:
-        first = head + whole
-        inside = column < body - whole
-        x = tl.load(tl.multiple_of(source + first, 16) + column, mask=inside, other=0.0).to(tl.float32)
-        into = tl.multiple_of(target + first, 16) if ALIGNED else target + first
-        tl.store(into + column, function(x, first + column, known).to(kind), mask=inside)
-    start = whole
-    while start > 0:
-        start -= BLOCK
-        first = head + start
+        map_tile(source, target, head + whole, body - whole, function, known, BLOCK, ALIGNED, NARROW, False)
+    if NARROW:
+        tl.debug_barrier()
+    tl.store(target + end, function(x_ends, end, known).to(target.dtype.element_ty), mask=at_ends)
+    if not NARROW:
+        start = whole
+        while start > 0:
+            start -= BLOCK
+            map_tile(source, target, head + start, BLOCK, function, known, BLOCK, ALIGNED, NARROW, True)
+
+
+@triton.jit
+def map_tile(
+    source, target, first, count, function: tl.constexpr, known, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    NARROW: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """`count` elements from `first` on, which is aligned in the source: all of a tile, if WHOLE."""
+    column = tl.arange(0, BLOCK)
+    into = tl.multiple_of(target + first, 16) if ALIGNED else target + first
+    if WHOLE:
         x = tl.load(tl.multiple_of(source + first, 16) + column).to(tl.float32)
-        into = tl.multiple_of(target + first, 16) if ALIGNED else target + first
-        tl.store(into + column, function(x, first + column, known).to(kind))
+    else:
+        x = tl.load(tl.multiple_of(source + first, 16) + column, mask=column < count, other=0.0).to(tl.float32)
+    if NARROW:
+        tl.debug_barrier()
+    mapped = function(x, first + column, known).to(target.dtype.element_ty)
+    if WHOLE:
+        tl.store(into + column, mapped)
+    else:
+        tl.store(into + column, mapped, mask=column < count)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from gft_kernels.options import NORMALIZE, REDUCTIONS, SURROGATES, AgreedRows, RowCall, RowResult
+from gft_kernels.options import NORMALIZE, REDUCTIONS, SURROGATES, AgreedRows, RowCall, RowResult, gradient_for
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -138,13 +138,13 @@ class Backend:
         advantages_S, live_S = torch.full((responses,), float("nan")), torch.full((responses,), -7, dtype=torch.int32)
         gradient = None
         if call.want_gradient:
-            gradient = logits if call.inplace else self.empty_like(logits)
+            gradient = self.gradient_for(logits, call.inplace, call.gradient_dtype)
         entropy, row_scale = out["entropy"] if call.want_entropy else None, out["scale"] if call.defer_scale else None
         native = NativeCall(
             rows(logits, logits), self.credit(credit, responses), self.transform(call),
             self.objective(call.objective), call.reads_every_live_row,
             RowResults(at(loss), at(out["log_probs"]), at(out["coefficients"]), at(out["advantages"]), at(entropy),
-                       at(row_scale), rows(gradient, logits)),
+                       at(row_scale), rows(gradient, logits if gradient is None else gradient)),
         )  # fmt: skip
         choice = self.choice if call.want_gradient else NativeChoice(0, self.threads, self.grid, self.seed)
         scratch = (pointer(at(x)) for x in (out["weights"], out["loss"], advantages_S, live_S))
@@ -154,10 +154,12 @@ class Backend:
             loss, out["log_probs"], out["coefficients"], out["advantages"], gradient, row_scale, entropy
         )  # fmt: skip
 
-    def scale(self, gradient: torch.Tensor, row_scale_R, upstream: torch.Tensor, inplace: bool) -> torch.Tensor:
-        scaled = gradient if inplace else self.empty_like(gradient)
+    def scale(
+        self, gradient: torch.Tensor, row_scale_R, upstream: torch.Tensor, inplace: bool, dtype=None
+    ) -> torch.Tensor:
+        scaled = self.gradient_for(gradient, inplace, dtype)
         upstream = upstream.float()
-        task = ScaleTask(rows(gradient, gradient), rows(scaled, gradient), at(row_scale_R), at(upstream),
+        task = ScaleTask(rows(gradient, gradient), rows(scaled, scaled), at(row_scale_R), at(upstream),
                          upstream.dim() > 0)  # fmt: skip
         assert library().emulate_scale(c.byref(task), c.byref(self.choice)), "every thread waits for another"
         return scaled
@@ -174,10 +176,10 @@ class Backend:
     def shard_gradient(self, call: RowCall, columns_R: torch.Tensor, agreed: AgreedRows) -> torch.Tensor:
         logits = call.logits_STV
         numbers = agreed if call.objective.entropy_coef else (*agreed[:4], None, None)
-        gradient = logits if call.inplace else self.empty_like(logits)
+        gradient = self.gradient_for(logits, call.inplace, call.gradient_dtype)
         ran = library().emulate_shade_shard(
             c.byref(self.shard(call, columns_R)), c.byref(NativeAgreed(*map(at, numbers))),
-            c.byref(rows(gradient, logits)), c.byref(self.choice),
+            c.byref(rows(gradient, gradient)), c.byref(self.choice),
         )  # fmt: skip
         assert ran, "every thread waits for another"
         return gradient
@@ -201,10 +203,12 @@ class Backend:
     def transform(call: RowCall) -> Transform:
         return Transform(call.logit_scale, call.softcap, call.temperature)
 
-    def empty_like(self, logits: torch.Tensor) -> torch.Tensor:
-        """A contiguous poisoned tensor that starts `gradient_offset` elements past a 16-byte boundary."""
-        room = torch.full((logits.numel() + 8 + self.gradient_offset,), float("nan"), dtype=logits.dtype)
-        first = (-room.data_ptr() % 16) // logits.element_size() + self.gradient_offset
+    def gradient_for(self, logits: torch.Tensor, inplace: bool, dtype: torch.dtype | None) -> torch.Tensor:
+        """Out of place, a contiguous poisoned tensor that starts `gradient_offset` elements past a 16-byte boundary."""
+        if inplace:
+            return gradient_for(logits, inplace, dtype)
+        room = torch.full((logits.numel() + 8 + self.gradient_offset,), float("nan"), dtype=dtype or logits.dtype)
+        first = (-room.data_ptr() % 16) // room.element_size() + self.gradient_offset
         return room[first : first + logits.numel()].view(logits.shape)
 
     @staticmethod

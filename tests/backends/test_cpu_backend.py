@@ -12,7 +12,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from cases import UPSTREAM, VOCABULARIES, assert_loss, assert_rounded, eager_gradient, problem
+from cases import DTYPES, UPSTREAM, VOCABULARIES, assert_loss, assert_rounded, eager_gradient, problem
 from policy_cases import assert_right, bounded_problem
 from torch.testing import assert_close
 
@@ -58,7 +58,7 @@ def rows_call(logits_RV, targets, advantages=None, tau=0.7, **options) -> RowCal
 
 
 def final_gradient(result, upstream, name):
-    return cpu.scale(result.gradient_STV, result.row_scale_R, torch.tensor(upstream), False, name)
+    return cpu.scale(result.gradient_STV, result.row_scale_R, torch.tensor(upstream), False, None, name)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -382,9 +382,12 @@ def test_scale_is_one_product_and_one_rounding(name):
     gradient = torch.randn(2, 3, 1001).bfloat16()[..., 1:]
     row_scale, upstream = torch.rand(6), torch.randn(6)
     truth = gradient.float() * (row_scale * upstream).view(2, 3, 1)
-    assert torch.equal(cpu.scale(gradient, row_scale, upstream, False, name), truth.bfloat16())
+    assert torch.equal(cpu.scale(gradient, row_scale, upstream, False, None, name), truth.bfloat16())
+    for dtype in DTYPES:
+        scaled = cpu.scale(gradient.float(), None, torch.tensor(-0.3), False, dtype, name)
+        assert torch.equal(scaled, (gradient.float() * torch.tensor(-0.3)).to(dtype))
     truth = (gradient.float() * 0.3).bfloat16()
-    assert torch.equal(cpu.scale(gradient, None, torch.tensor(0.3), True, name), truth)
+    assert torch.equal(cpu.scale(gradient, None, torch.tensor(0.3), True, None, name), truth)
     assert torch.equal(gradient, truth)
 
 
@@ -392,7 +395,7 @@ def test_scale_is_one_product_and_one_rounding(name):
 def test_scale_in_place_touches_no_row_whose_factor_is_1(name):
     """A product with 1 would make a signalling NaN a quiet one."""
     gradient = torch.full((1, 3, 40), 0x7F800001, dtype=torch.int32).view(torch.float32)
-    cpu.scale(gradient, torch.tensor([2.0, 1.0, 0.5]), torch.tensor([0.5, 3.0, 1.0]), True, name)
+    cpu.scale(gradient, torch.tensor([2.0, 1.0, 0.5]), torch.tensor([0.5, 3.0, 1.0]), True, None, name)
     assert gradient.view(torch.int32).eq(0x7F800001).all(-1).tolist() == [[True, False, False]]
 
 

@@ -11,7 +11,7 @@ import pytest
 import test_loss as semantics
 import test_policy as policy
 import torch
-from cases import DTYPES
+from cases import DTYPES, assert_rounded_over_its_logits
 from cuda_on_host import Backend
 from policy_cases import ESTIMATORS, OBJECTIVES, OF_RESPONSES, PENALTIES, WITH_RATIO, assert_right, bounded_problem
 
@@ -239,9 +239,29 @@ def test_an_upstream_of_one_in_place_leaves_every_bit(dtype):
     assert torch.equal(gradient[0, 2], before[0, 2] * 2) and torch.equal(gradient[0, 0], before[0, 0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("vocabulary", "offset", "row_stride"), [(1, 0, 1), (7, 1, 9), (1000, 0, 1000), (1003, 0, 1008), (4099, 3, 4100)]
+)
+def test_a_gradient_rounded_as_it_is_written(launch, dtype, vocabulary, offset, row_stride):
+    assert_rounded_over_its_logits(launch, dtype, vocabulary, offset, row_stride)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_float32_gradient_is_scaled_and_rounded_at_once(launch, dtype):
+    """At any width and start of its rows, and of what they are rounded to."""
+    for width in (1, 5, 77, 1024):
+        gradient, upstream = torch.randn(1, 5, width + 3)[..., 3:] * 1e-3, torch.tensor(-0.3)
+        scaled = launch.scale(gradient, None, upstream, inplace=False, dtype=dtype)
+        assert torch.equal(scaled, (gradient * upstream).to(dtype))
+
+
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.7}, {"logit_scale": -0.5}], ids=str)
-@pytest.mark.parametrize(("inplace", "entropy_coef"), [(False, 0.0), (True, 0.0), (True, 0.7)])
-def test_shards_of_uneven_width_make_the_whole_row(options, inplace, entropy_coef):
+@pytest.mark.parametrize(
+    ("inplace", "entropy_coef", "dtype"),
+    [(False, 0.0, None), (True, 0.0, None), (True, 0.7, None), (True, 0.7, DTYPES[1])],
+)
+def test_shards_of_uneven_width_make_the_whole_row(options, inplace, entropy_coef, dtype):
     """Widths 7, 500 and 3 with a common offset; row 2 is not read, row 3's target is banned."""
     torch.manual_seed(1)
     logits, targets = torch.randn(1, 5, 510) * 3 + 100, torch.tensor([3, 200, 9, 40, 509])
@@ -253,7 +273,8 @@ def test_shards_of_uneven_width_make_the_whole_row(options, inplace, entropy_coe
     z = z / options.get("temperature", 1.0)
     starts, backend = (0, 7, 507), Backend(blocks=0, grid=2)
     objective = Objective(entropy_coef=entropy_coef)
-    calls = [RowCall(logits[..., a:b].clone(), Credit(targets), objective, inplace=inplace, **options)
+    options = {**options, "inplace": inplace, "gradient_dtype": dtype}
+    calls = [RowCall(logits[..., a:b].clone(), Credit(targets), objective, **options)
              for a, b in zip(starts, (7, 507, 510), strict=True)]  # fmt: skip
     parts = [backend.shard_statistics(call, targets - a, read) for call, a in zip(calls, starts, strict=True)]
     top = torch.stack([p[0] for p in parts]).amax(0)
@@ -282,5 +303,6 @@ def test_shards_of_uneven_width_make_the_whole_row(options, inplace, entropy_coe
     if "softcap" in options:
         slope = slope * (1 - torch.tanh(logits[0].double() / 5.0) ** 2)
     truth = torch.where(scale[:, None] == 0, 0.0, truth * slope)
-    torch.testing.assert_close(gradient.double(), truth, rtol=1e-4, atol=1e-6)
+    rounding = torch.finfo(dtype).eps / 2 if dtype else 0.0
+    torch.testing.assert_close(gradient.double(), truth, rtol=1e-4 + rounding, atol=1e-6)
     assert gradient[2].eq(0).all()

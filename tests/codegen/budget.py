@@ -61,9 +61,9 @@ class Kernel:
     def threads_on(self, target: str, item: int) -> int:
         return self.elsewhere.get(target, self.threads)[item]
 
-    @property
-    def shades(self) -> dict[str, int]:
-        return {r"STG?\.\S*128": 1} | ({self.refill: 1} if self.refill else {})
+    def shades(self, stored: int) -> dict[str, int]:
+        """What a vector of logits takes whose gradient has so many bytes."""
+        return {rf"STG?\.\S*{8 * stored}": 1} | ({self.refill: 1} if self.refill else {})
 
 
 KERNELS = {
@@ -99,6 +99,7 @@ class Budget:
     row: float
     mufu: float
     fences: int
+    stored: int = 16  # bytes of the gradient of a vector of logits
 
     @property
     def total(self) -> float:
@@ -106,7 +107,7 @@ class Budget:
 
     def shares(self, gpu: Gpu) -> tuple[float, float]:
         """Of the issue slots, and of the special-function units, that the memory floor leaves."""
-        clocks = gpu.clocks(self.kernel.passes * self.item)
+        clocks = gpu.clocks((self.kernel.passes - 1 + self.stored / 16) * self.item)
         return self.total / (LANES * clocks), self.mufu / (MUFU_LANES * clocks)
 
     def line(self, target: str) -> str:
@@ -116,12 +117,15 @@ class Budget:
         return f"{parts}, {self.mufu:.2f} MUFU, fences {self.fences}; predicted: {'; '.join(predicted)}"
 
 
-def measure(name: str, sass: str, item: int, target: str) -> Budget | None:
-    """The budget of a kernel of KERNELS on elements of `item` bytes; None where it has no such loops."""
+def measure(name: str, sass: str, item: int, target: str, stored: int = 16) -> Budget | None:
+    """The budget of a kernel of KERNELS on elements of `item` bytes; None where it has no such loops.
+
+    stored: bytes of the gradient of a vector of logits.
+    """
     kernel, graph, width = KERNELS[name], read(sass), 16 // item
     every = loops(graph)
     inner = [loop for loop in every if not any(loop.header != o.header and o.header in loop.body for o in every)]
-    shade = [hot for loop in inner if (hot := unrolled(graph, loop, {kernel.load: 1, **kernel.shades}, width))]
+    shade = [hot for loop in inner if (hot := unrolled(graph, loop, {kernel.load: 1, **kernel.shades(stored)}, width))]
     observe = [hot for loop in inner if (hot := unrolled(graph, loop, {kernel.load: 1}, width))
                and not graph.count(hot.blocks, r"STG?\.|LDGSTS")]  # fmt: skip
     if not shade or not observe:
@@ -131,7 +135,7 @@ def measure(name: str, sass: str, item: int, target: str) -> Budget | None:
     row = row_path(graph, every, kernel, [*stages, second]) / (VOCABULARY / kernel.threads_on(target, item))
     return Budget(kernel, item, first.instructions / width, second.instructions / width, row,
                   (first.mufu + second.mufu) / width,
-                  graph.count(set().union(*(loop.body for loop in every)), "MEMBAR"))  # fmt: skip
+                  graph.count(set().union(*(loop.body for loop in every)), "MEMBAR"), stored)  # fmt: skip
 
 
 def unrolled(graph: Graph, loop: Loop, vector: Mapping[str, int], width: int) -> Hot | None:

@@ -17,7 +17,13 @@ from tests.codegen.measures import Limits, Verdict, measure_sass
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 CSRC = Path(__file__).parents[2] / "csrc"
 SOURCE = CSRC / "cuda" / "launch.cu"
-DTYPES = {"f": "float32", "NS0_4Bf16E": "bfloat16", "NS0_3F16E": "float16"}
+DTYPES = {
+    "f": "float32",
+    "NS0_4Bf16E": "bfloat16",
+    "NS0_3F16E": "float16",
+    "NS0_9RoundedToINS0_4Bf16EEE": "float32-to-bfloat16",
+    "NS0_9RoundedToINS0_3F16EEE": "float32-to-float16",
+}
 
 # Two blocks of 512 threads, or one of 1024, have 64 registers a thread; three of 384, or four of 256 and more, 56.
 ROW_REGISTERS, CLUSTER_REGISTERS = 64, 56
@@ -101,7 +107,7 @@ def judge(target: str, source: Path = SOURCE) -> list[Verdict]:
     verdicts = []
     for symbol in sorted(usage, key=readable):
         u, name = usage[symbol], readable(symbol)
-        measures = measure_sass(sass[symbol], u.registers, u.stack, u.spills)
+        measures = measure_sass(sass[symbol], u.registers, u.stack, u.spills, stored(name))
         broken = ROW_LIMITS.get(name.split()[0], CREDIT_LIMITS).broken_by(measures)
         spent = spending(target, name, sass[symbol])
         verdicts.append(Verdict(f"{target} {name}", measures, broken + overspent(target, name, spent), spent))
@@ -111,12 +117,17 @@ def judge(target: str, source: Path = SOURCE) -> list[Verdict]:
 def spending(target: str, name: str, sass: str) -> budget.Budget | None:
     """Instructions an element of a row kernel without entropy; None of others, and where no cluster holds the row."""
     kernel, *parameters = name.split()
-    item = 4 if "float32" in parameters else 2
     if kernel not in budget.KERNELS or "entropy" in parameters:
         return None
+    item = 4 if parameters[0].startswith("float32") else 2
     if kernel == "cluster_row" and (target, item) not in BUDGETS:
         return None
-    return budget.measure(kernel, sass, item, target)
+    return budget.measure(kernel, sass, item, target, stored(name))
+
+
+def stored(name: str) -> int:
+    """Bytes of the gradient of 16 bytes of logits."""
+    return 8 if "-to-" in name else 16
 
 
 def overspent(target: str, name: str, spent: budget.Budget | None) -> list[str]:
@@ -151,7 +162,7 @@ def readable(symbol: str) -> str:
     words = re.match(r"_ZN3gft4cuda(?:\d+_GLOBAL__N__\w*?)?(\d+)(\w+)", symbol)
     assert words, symbol
     name, rest = words[2][: int(words[1])], words[2][int(words[1]) :]
-    parameters = re.match(r"I(f|NS0_4Bf16E|NS0_3F16E)(?:Lb([01])E)?E", rest)
+    parameters = re.match(rf"I({'|'.join(DTYPES)})(?:Lb([01])E)?E", rest)
     if parameters is None:
         return name
     return " ".join([name, DTYPES[parameters[1]], *(["entropy"] if parameters[2] == "1" else [])])

@@ -95,10 +95,14 @@ def measure_cubin(cubin: bytes, tools: Path) -> tuple[Measures, str]:
     return measure_sass(sass, registers=int(found[1]), stack=int(found[2]), spills=int(found[3])), sass
 
 
-def measure_sass(sass: str, registers: int, stack: int, spills: int = 0) -> Measures:
-    """Figures of disassembled NVIDIA code, with those that the disassembly does not tell."""
+def measure_sass(sass: str, registers: int, stack: int, spills: int = 0, stored: int = 16) -> Measures:
+    """Figures of disassembled NVIDIA code, with those that the disassembly does not tell.
+
+    stored: bytes that the gradient of a vector of logits has, whose stores are the wide ones.
+    """
     loads, stores = re.findall(r"\b(?:LDG?|LDGSTS)\.\S*", sass), re.findall(r"\bSTG?\.\S*", sass)
-    wide_loads, wide_stores = (sum(".128" in op or ".256" in op for op in ops) for ops in (loads, stores))
+    wide_loads = sum(".128" in op or ".256" in op for op in loads)
+    wide_stores = sum(f".{8 * stored}" in op or ".256" in op for op in stores)
     local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     rest = len(loads) - wide_loads, len(stores) - wide_stores
     return Measures(registers, stack, spills, wide_loads, wide_stores, *rest, local)

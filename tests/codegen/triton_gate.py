@@ -32,6 +32,7 @@ POINTERS = {
 }
 """Pointers that are neither logits (their dtype varies) nor float32 (the rest)."""
 LOGITS = ("logits", "gradient", "scaled")
+WRITTEN = {"row_loss": "gradient", "scale_rows": "scaled", "shard_statistics": "", "shard_gradient": "gradient"}
 
 # How many blocks of a row each kernel's text loads and stores: a tile and a tail in each walk, and the walk that maps
 # a row exists once for targets aligned with their source and once for others, whose stores are narrow.
@@ -53,11 +54,13 @@ class Variant:
     dtype: str
     vocabulary: int
     constants: tuple[tuple[str, object], ...] = ()
+    into: str = ""  # the dtype of what is written, where it is another
 
     @property
     def name(self) -> str:
         constants = (f"{k}={v}" for k, v in self.constants)
-        return " ".join([self.target, self.kernel, f"V={self.vocabulary}", self.dtype, *constants])
+        dtype = f"{self.dtype}-to-{self.into}" if self.into else self.dtype
+        return " ".join([self.target, self.kernel, f"V={self.vocabulary}", dtype, *constants])
 
 
 def absent() -> str | None:
@@ -84,6 +87,10 @@ def variants(targets=tuple(TARGETS)) -> Iterator[Variant]:
             yield Variant("shard_statistics", target, dtype, LARGE, full)
             yield Variant("shard_gradient", target, dtype, LARGE, plain)
             yield Variant("shard_gradient", target, dtype, LARGE, full)
+        for constants in (plain, full):
+            yield Variant("row_loss", target, "float32", LARGE, constants, "bfloat16")
+        yield Variant("scale_rows", target, "float32", LARGE, (), "bfloat16")
+        yield Variant("shard_gradient", target, "float32", LARGE, full, "bfloat16")
 
 
 def gate(targets=tuple(TARGETS), workers: int = 0) -> list[Verdict]:
@@ -104,8 +111,13 @@ def judge(variant: Variant) -> Verdict:
 
 
 def spending(variant: Variant, sass: str) -> budget.Budget | None:
-    """Instructions an element of the row kernel, on a long row and without entropy; None of any other, and on AMD."""
+    """Instructions an element of the row kernel, on a long row and without entropy; None of any other, and on AMD.
+
+    None where two vectors of logits are one of their gradient, either: a trip is known by one store a load.
+    """
     if variant.kernel not in budget.KERNELS or variant.vocabulary != LARGE or dict(variant.constants)["ENTROPY"]:
+        return None
+    if variant.into:
         return None
     return budget.measure(variant.kernel, sass, DTYPES[variant.dtype].itemsize, variant.target) if sass else None
 
@@ -132,7 +144,7 @@ def compile_and_measure(
     names = [parameter.name for parameter in kernel.params]
     source = ASTSource(
         fn=kernel,
-        signature={parameter.name: argument_type(parameter, variant.dtype) for parameter in kernel.params},
+        signature={parameter.name: argument_type(parameter, variant) for parameter in kernel.params},
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[variant.target]), options=options)
@@ -144,13 +156,15 @@ def compile_and_measure(
 SPELLED_OUT = {"triton.language.float32": "fp32"}  # an annotation that Triton 3.3 has no short name for
 
 
-def argument_type(parameter, dtype: str) -> str:
+def argument_type(parameter, variant: Variant) -> str:
     """Triton's name for a kernel argument's type: from its annotation, or what it points to."""
     if parameter.is_constexpr:
         return "constexpr"
     if named := parameter.annotation_type or SPELLED_OUT.get(parameter.annotation):
         return named
-    return TRITON_NAMES[dtype] if parameter.name in LOGITS else POINTERS.get(parameter.name, "*fp32")
+    if parameter.name == WRITTEN[variant.kernel]:
+        return TRITON_NAMES[variant.into or variant.dtype]
+    return TRITON_NAMES[variant.dtype] if parameter.name in LOGITS else POINTERS.get(parameter.name, "*fp32")
 
 
 def limits(variant: Variant, constants: dict[str, object], options: dict[str, int]) -> Limits:
@@ -158,5 +172,11 @@ def limits(variant: Variant, constants: dict[str, object], options: dict[str, in
     amd = variant.target.startswith("gfx")
     registers = 512 if amd else options.get("maxnreg", 255)
     threads = options["num_warps"] * (64 if amd else 32)
-    vectors = max(1, constants["BLOCK"] * DTYPES[variant.dtype].itemsize // 16 // threads)
-    return Limits(registers, BLOCKS_LOADED[variant.kernel] * vectors, BLOCKS_STORED[variant.kernel] * vectors)
+    loads, stores = (
+        max(1, constants["BLOCK"] * DTYPES[dtype].itemsize // 16 // threads)
+        for dtype in (variant.dtype, variant.into or variant.dtype)
+    )
+    stored = BLOCKS_STORED[variant.kernel]
+    if variant.into:  # a tail ends behind a vector of logits: the half of one that its gradient is goes out as such
+        stored //= 2
+    return Limits(registers, BLOCKS_LOADED[variant.kernel] * loads, stored * stores)

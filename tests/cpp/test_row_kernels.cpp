@@ -114,7 +114,7 @@ void test_rounding(const RowKernels& kernels, Dtype dtype) {
     std::vector<T> row(1 << 16), scaled(row.size());
     for (std::size_t i = 0; i < row.size(); ++i) row[i].bits = static_cast<std::uint16_t>(i);
     for (float factor : {1.0f, 0.7f, 1.5f, 3e-3f}) {
-        kernels.scale(row.data(), scaled.data(), dtype, static_cast<std::int64_t>(row.size()), factor);
+        kernels.scale(row.data(), scaled.data(), dtype, dtype, static_cast<std::int64_t>(row.size()), factor);
         for (std::size_t i = 0; i < row.size(); ++i) {
             const float value = cpu::widen(row[i]);
             T expected;

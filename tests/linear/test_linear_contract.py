@@ -15,9 +15,10 @@ from gft_kernels.linear import chunks
     [
         (512, 151936, 4, "cpu", 512),  # 311 MB: all at once
         (8192, 151936, 4, "cpu", 820),  # 883 fit: ten equal chunks
-        (8192, 151936, 6, "cuda", 2048),  # 2355 fit: four equal chunks
-        (8192, 262144, 6, "cuda", 2048),  # 1365 would fit, but the floor holds
-        (8192, 128256, 6, "cuda", 2816),  # 2790 fit: three chunks of 2731, in whole tiles of 256
+        (8192, 151936, 4, "cuda", 2816),  # 3533 fit: three chunks of 2731, in whole tiles of 256
+        (8192, 262144, 4, "cuda", 2048),  # as many fit
+        (8192, 300000, 4, "cuda", 2048),  # 1789 would fit, but the floor holds
+        (8192, 128256, 4, "cuda", 4096),  # 4186 fit: two chunks
         (5000, 32000, 2, "cuda", 5000),
         (0, 32000, 2, "cuda", 1),
         (7, 0, 4, "cpu", 7),  # an empty shard

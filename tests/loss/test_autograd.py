@@ -425,4 +425,7 @@ def test_opcheck_of_the_mutating_operators(monkeypatch):
     torch.library.opcheck(torch.ops.gft.row_loss_.default, (logits.detach(), *arguments))
     gradient, row_scale = torch.randn(2, 3, 5), torch.rand(6)
     torch.library.opcheck(torch.ops.gft.scale.default, (gradient, row_scale, torch.rand(6), "reference"))
+    torch.library.opcheck(
+        torch.ops.gft.scale.default, (gradient, row_scale, torch.rand(6), "reference", torch.bfloat16)
+    )
     torch.library.opcheck(torch.ops.gft.scale_.default, (gradient, row_scale, torch.tensor(2.0), "reference"))

@@ -7,12 +7,14 @@ The options' semantics are covered by `pytest tests/loss/test_loss.py tests/loss
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import DTYPES, UPSTREAM
 
-from gft_kernels import gft_loss
+from gft_kernels import gft_loss, registry
+from gft_kernels.options import Credit, RowCall
 
 pytestmark = [
     pytest.mark.gpu,
@@ -129,6 +131,43 @@ def test_rows_at_every_alignment(backend, offset, row_stride, dtype):
         (gradient,) = torch.autograd.grad(gft_loss(node, targets, backend=backend, **options) * UPSTREAM, leaf)
         assert_close(gradient.as_strided(view.shape, view.stride(), offset), expected)
         assert base.detach()[outside].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "row_stride", "offset"),
+    [(9, 20011, 20011, 1), (9, 20011, 20012, 2), (700, 128256, 128320, 0), (300, 50257, 50304, 0),
+     (200, 1_000_003, 1_000_064, 0)],
+)  # fmt: skip
+def test_a_gradient_rounded_over_its_logits(backend, rows, vocabulary, row_stride, offset, dtype):
+    """What is overwritten has been read, however blocks and warps run, in the cluster and in two passes (the longest):
+    the gradient is the float32 one of its own memory, rounded once, and what lies between the rows stays NaN."""
+    module = registry.backend(backend)
+    storage = torch.full((offset + rows * row_stride,), float("nan"), device=DEVICE)
+    view = storage.as_strided((1, rows, vocabulary), (0, row_stride, 1), offset)
+    view.normal_(std=3.0)
+    targets = torch.randint(vocabulary, (rows,), device=DEVICE)
+    weights = torch.linspace(-UPSTREAM, UPSTREAM, rows, device=DEVICE)
+    weights[rows // 2] = 0.0
+    call = RowCall(view, Credit(targets, weights_R=weights, reduction="none"), want_gradient=True)
+    alone = module.run(call)
+    result = module.run(replace(call, inplace=True, gradient_dtype=dtype))
+    info = torch.finfo(dtype)
+    torch.testing.assert_close(
+        result.gradient_STV.float(), alone.gradient_STV, rtol=0.51 * info.eps, atol=info.tiny * info.eps
+    )
+    torch.testing.assert_close(result.loss, alone.loss, rtol=1e-5, atol=1e-6)
+    assert result.gradient_STV.data_ptr() == view.data_ptr()
+    between = storage.as_strided((rows - 1, row_stride - vocabulary), (row_stride, 1), offset + vocabulary)
+    assert between.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 77, 1536, 4096, 20011])
+def test_a_float32_gradient_is_scaled_and_rounded_at_once(backend, width, dtype):
+    gradient, upstream = torch.randn(1, 3000, width, device=DEVICE), torch.full((), UPSTREAM, device=DEVICE)
+    scaled = registry.backend(backend).scale(gradient, None, upstream, inplace=False, dtype=dtype)
+    assert torch.equal(scaled, (gradient * upstream).to(dtype))
 
 
 def test_more_than_2_to_the_31_logits(backend):

@@ -10,6 +10,7 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
+from cases import assert_rounded_over_its_logits, misaligned
 
 from gft_kernels.backends import triton as backend
 from gft_kernels.options import FP16_PEAK, Credit, RowCall
@@ -17,15 +18,6 @@ from gft_kernels.triton_kernels import row_loss, scale_rows
 from gft_kernels.triton_kernels.launch import row_launch
 
 BLOCK = row_launch(1 << 20, torch.float32, "interpreter").block
-
-
-def misaligned(rows, vocabulary, offset, row_stride, dtype=torch.float32):
-    """Logits (1, R, V) that begin `offset` elements after a 16-byte boundary; NaN wherever they have no business."""
-    storage = torch.full((rows * row_stride + offset + 64,), float("nan"), dtype=dtype)
-    skip = -storage.data_ptr() % 16 // dtype.itemsize
-    view = storage[skip + offset :].as_strided((1, rows, vocabulary), (rows * row_stride, row_stride, 1))
-    view.copy_(torch.randn(1, rows, vocabulary) * 3)
-    return view
 
 
 def assert_right(call, result, upstream=1.0, rtol=1e-5):
@@ -77,6 +69,13 @@ def test_rows_further_apart_than_they_are_long(row_stride, inplace):
     assert_right(replace(call, logits_STV=before), result)
     between = logits.as_strided((4, row_stride - 1131), (row_stride, 1), logits.storage_offset() + 1131)
     assert between.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "offset", "row_stride"), [(3, 0, 3), (9, 1, 9), (BLOCK, 0, BLOCK), (1131, 0, 1136), (2051, 3, 2052)]
+)
+def test_a_gradient_rounded_as_it_is_written(vocabulary, offset, row_stride):
+    assert_rounded_over_its_logits(backend, torch.float16, vocabulary, offset, row_stride)
 
 
 def test_in_place_and_out_of_place_give_the_same_bits():
@@ -155,12 +154,12 @@ def test_float16_rows_are_stored_at_their_peak():
     torch.testing.assert_close(whole, final.gradient_STV * -2.5, rtol=2e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_scaling_by_an_upstream_per_row(inplace):
+@pytest.mark.parametrize(("inplace", "dtype"), [(False, torch.float32), (True, None), (False, torch.float16)], ids=str)
+def test_scaling_by_an_upstream_per_row(inplace, dtype):
     gradient = misaligned(3, 515, 1, 517)
     before, upstream = gradient.clone(), torch.tensor([1.0, -3.0, 0.0])
-    out = backend.scale(gradient, None, upstream, inplace)
-    assert torch.equal(out, before * upstream[None, :, None])
+    out = backend.scale(gradient, None, upstream, inplace, dtype)
+    assert torch.equal(out, (before * upstream[None, :, None]).to(dtype or torch.float32))
     assert (out.data_ptr() == gradient.data_ptr()) == inplace
 
 

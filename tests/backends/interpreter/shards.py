@@ -60,3 +60,10 @@ def test_shards_make_the_row(softcap, entropy_coef):
     pieces = [backend.shard_gradient(shard, columns, agreed) for shard, columns in shards]
     torch.testing.assert_close(torch.cat(pieces, -1), whole.gradient_STV, rtol=1e-5, atol=1e-8)
     assert torch.cat(pieces, -1)[0, 3].eq(0).all()
+    over = [
+        backend.shard_gradient(
+            replace(shard, logits_STV=shard.logits_STV.clone(), inplace=True, gradient_dtype=torch.float16), y, agreed
+        )
+        for shard, y in shards
+    ]
+    assert torch.equal(torch.cat(over, -1), torch.cat(pieces, -1).half())

@@ -16,12 +16,6 @@ struct Choice {
     unsigned seed;
 };
 
-template <class Act>
-static auto with_type(Dtype dtype, Act act) {
-    if (dtype == Dtype::f32) return act(float{});
-    return dtype == Dtype::bf16 ? act(Bf16{}) : act(F16{});
-}
-
 static bool simple(long long blocks, int threads, int shared, unsigned seed, const std::function<void()>& kernel) {
     return device_on_host::run_grid({blocks, threads, shared, 1}, seed, kernel);
 }
@@ -73,7 +67,7 @@ bool emulate_rows(const RowCall* call, const Choice* choice, float* weights_R, f
                        call->out.coefficients_R,
                        call->out.entropy_R,
                        call->out.row_scale_R};
-    ran &= with_type(call->logits.dtype, [&](auto type) {
+    ran &= with_types(call->logits.dtype, call->out.gradient.dtype, [&](auto type) {
         using T = decltype(type);
         const bool entropy = needs_entropy(task.objective, task.entropy_R);
         return entropy ? run_logits<T, true>(task, *choice) : run_logits<T, false>(task, *choice);
@@ -85,7 +79,7 @@ bool emulate_rows(const RowCall* call, const Choice* choice, float* weights_R, f
 }
 
 bool emulate_scale(const ScaleTask* task, const Choice* choice) {
-    return with_type(task->gradient.dtype, [&](auto type) {
+    return with_types(task->gradient.dtype, task->scaled.dtype, [&](auto type) {
         return simple(choice->grid, choice->threads, 0, choice->seed, [&] { scale_row<decltype(type)>(*task); });
     });
 }
@@ -93,7 +87,7 @@ bool emulate_scale(const ScaleTask* task, const Choice* choice) {
 bool emulate_observe_shard(const Shard* shard, const std::uint8_t* read_R, const ShardStatistics<float>* out,
                            const Choice* choice) {
     const ShardTask task{*shard, view_of(shard->transform), read_R, *out, {}, {}};
-    return with_type(shard->logits.dtype, [&](auto type) {
+    return with_types(shard->logits.dtype, shard->logits.dtype, [&](auto type) {
         return simple(choice->grid, choice->threads, sizeof(TwoPassShared), choice->seed,
                       [&] { observe_shard_row<decltype(type)>(task); });
     });
@@ -102,7 +96,7 @@ bool emulate_observe_shard(const Shard* shard, const std::uint8_t* read_R, const
 bool emulate_shade_shard(const Shard* shard, const AgreedRows* agreed, const LogitRows* gradient,
                          const Choice* choice) {
     const ShardTask task{*shard, view_of(shard->transform), nullptr, {}, *agreed, *gradient};
-    return with_type(shard->logits.dtype, [&](auto type) {
+    return with_types(shard->logits.dtype, gradient->dtype, [&](auto type) {
         using T = decltype(type);
         return simple(choice->grid, choice->threads, 0, choice->seed, [&] {
             agreed->tilt_R != nullptr ? shade_shard_row<T, true>(task) : shade_shard_row<T, false>(task);

@@ -16,6 +16,9 @@
 struct uint4 {
     unsigned x, y, z, w;
 };
+struct uint2 {
+    unsigned x, y;
+};
 struct float2 {
     float x, y;
 };
@@ -131,8 +134,9 @@ GFT_DEVICE void await_copies() {
     groups.erase(groups.begin(), groups.begin() + landed);
 }
 
-GFT_DEVICE void must_be_aligned(const void* address) {
-    if (reinterpret_cast<std::uintptr_t>(address) % 16 != 0) __builtin_trap();
+template <class Vector>
+GFT_DEVICE void must_be_aligned(const Vector* address) {
+    if (reinterpret_cast<std::uintptr_t>(address) % sizeof(Vector) != 0) __builtin_trap();
 }
 
 GFT_DEVICE uint4 load_vector(const uint4* from) {
@@ -140,7 +144,8 @@ GFT_DEVICE uint4 load_vector(const uint4* from) {
     return *from;
 }
 
-GFT_DEVICE void store_vector(uint4* to, uint4 value) {
+template <class Vector>
+GFT_DEVICE void store_vector(Vector* to, Vector value) {
     must_be_aligned(to);
     *to = value;
 }
