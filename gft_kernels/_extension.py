@@ -89,7 +89,8 @@ def native_call(call: RowCall, result: RowResult) -> object:
     """A call as the C++ struct. It holds addresses only: keep `call` and `result` alive while a kernel uses it."""
     logits, gradient = logit_rows(call.logits_STV), None
     if result.gradient_STV is not None:
-        gradient = logits if call.inplace else logit_rows(result.gradient_STV)
+        same = call.inplace and call.gradient_dtype in (None, call.logits_STV.dtype)
+        gradient = logits if same else logit_rows(result.gradient_STV)
     return kernels().RowCall(
         logits=logits,
         credit=_credit(call.credit),

@@ -163,6 +163,15 @@ GFT_DEVICE Pair share_pair(Pair logits, const Verdict& verdict, float slope) {
     return multiply_pair(factor, {exp2_fast(t.x), exp2_fast(t.y)});
 }
 
+// H in nats from log pi of the target and the others' state. With a certain target the whole row's mass has lost what
+// log pi still has, and F7 adds the two.
+GFT_DEVICE float entropy_beside(float log_pi, Softmax others) {
+    const float pi = expf(log_pi), rest = -expm1f(log_pi);
+    const float of_target = pi == 0.0f ? 0.0f : -pi * log_pi;
+    if (rest == 0.0f) return of_target;
+    return entropy(of_target + rest * (logf(others.mass) - logf(rest)), rest * kLn2 * others.gap / others.mass);
+}
+
 // F3, F4, F6 and the row's share of F7 from the softmax of everything but the target. The leader writes them down.
 template <bool kEntropy, class T>
 GFT_DEVICE Verdict settle(const RowTask& task, const Part<T>& part, Softmax others, bool leader) {
@@ -176,7 +185,7 @@ GFT_DEVICE Verdict settle(const RowTask& task, const Part<T>& part, Softmax othe
 
     const float mean_gap = kEntropy ? kLn2 * all.gap / all.mass : 0.0f;
     RowScales<float> scales{};
-    if (kEntropy) scales.entropy = entropy(logf(all.mass), mean_gap);
+    if (kEntropy) scales.entropy = entropy_beside(log_pi, others);
     const RowTerms<float> row = row_terms(log_pi, scales.entropy, part.advantage, part.row, task.objective);
     scales.scale = weighed(part.weight, row.kappa) * task.view.chain;
     if (kEntropy) scales.tilt = part.weight * static_cast<float>(task.objective.entropy_coef) * task.view.chain;

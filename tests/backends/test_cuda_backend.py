@@ -51,6 +51,27 @@ def test_calls_it_cannot_serve():
     assert "meta" in cuda.refuses(call(strided))
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("gradient_dtype", [None, torch.bfloat16])
+def test_the_kernels_are_told_where_the_gradient_goes_and_of_what_type(monkeypatch, gradient_dtype, inplace):
+    """A narrower one in place lies at the start of the logits' rows, with twice their stride in its own elements."""
+
+    class Given:
+        LogitRows = Credit = Transform = Objective = Rule = RowCall = staticmethod(dict)
+
+    monkeypatch.setattr(_extension, "kernels", lambda: Given)
+    for made in (_extension._objective_of, _extension._transform):
+        made.cache_clear()
+    asked = replace(call(torch.randn(1, 3, 7)), want_gradient=True, inplace=inplace, gradient_dtype=gradient_dtype)
+    native = _extension.native_call(asked, _extension.empty_result(asked))
+    for made in (_extension._objective_of, _extension._transform):
+        made.cache_clear()
+    gradient, name = native["gradient"], "float32" if gradient_dtype is None else "bfloat16"
+    assert (gradient["dtype"], native["logits"]["dtype"]) == (name, "float32")
+    assert (gradient["data"] == native["logits"]["data"]) == inplace
+    assert gradient["strides"][1] == (14 if inplace and gradient_dtype else 7)
+
+
 @pytest.mark.parametrize(
     ("runtime", "driver", "sentence"),
     [(13000, 12080, "built with CUDA 13.0, and the driver serves CUDA 12.8"), (13010, 13000, None),

@@ -172,6 +172,8 @@ def test_edges_of_the_objectives(launch):
     for penalties in ({}, {"beta": 0.3}, {"entropy_coef": 0.2}):
         policy.test_without_advantage_only_the_penalties_act("cuda", "grpo", penalties)
     policy.test_a_banned_token_has_no_entropy_gradient("cuda")
+    for target in (0, 1):
+        policy.test_an_entropy_bonus_on_peaked_rows("cuda", target)
     policy.test_a_ratio_that_overflows("cuda")
     for bad in ("old", "ref", "logits"):
         policy.test_a_bad_live_row_is_reported_in_that_row_only("cuda", bad)

@@ -56,7 +56,7 @@ def test_reserves_add_up_and_bfloat16_comes_first():
 
 FAULTY = {
     "correctness": {"build": "fail", "calls": "sticky", "gpu-tests": "oom", "oracle-tests": "torn",
-                    "memcheck": "missing", "racecheck": "silent", "synccheck": "flood"},
+                    "memcheck": "missing", "racecheck": "flood"},
     "speed": {"machine": "silent", "build": "missing", "row": "oom", "linear": "torn", "small": "fail",
               "traffic-0": "silent", "machine-after": "flood"},
 }  # fmt: skip

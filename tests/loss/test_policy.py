@@ -168,7 +168,7 @@ def test_ratios_of_responses_over_a_head(backend, objective):
             torch.autograd.grad(expected, (hidden, head), upstream),
             strict=True,
         ):
-            torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(found, truth, rtol=1e-3, atol=3e-5)
 
 
 @pytest.mark.parametrize("objective", ["gft", "grpo"])
