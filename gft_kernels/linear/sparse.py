@@ -27,7 +27,7 @@ TILE = 512  # rows that keep the same columns: fewer rows keep fewer, in thinner
 BLOCK = 64  # rows that share a tail: two products of 1/64 the size
 DENSE = 0.5  # share of the columns kept beyond which gathering them saves little
 SAMPLED = 8  # one row in so many tells whether a tile is flat
-PANEL = 8  # rows looked at at a time, which a cache still holds
+PANEL = 8  # rows that a CPU looks at at a time, which its cache still holds; to a GPU each look is a dozen launches
 NOTHING = 1e-12  # missing of a row, in units of its largest entry: far below what float32 can tell from 0
 HUGE = 1e37  # where a float32 is still far from infinite
 TINY = torch.finfo(torch.float32).tiny
@@ -82,9 +82,10 @@ def measure(dlogits_TV: Tensor) -> Sizes:
     unit_T, sum_T, equal_T, loud_T = dlogits_TV.new_empty(4, rows, dtype=torch.float32)
     energy_2V = dlogits_TV.new_zeros(2, dlogits_TV.shape[1], dtype=torch.float32)
     whole, base = unit_T.new_zeros(()), None
-    scaled_PV = torch.empty_like(dlogits_TV[:PANEL], dtype=torch.float32)
-    for start in range(0, rows, PANEL):
-        panel, at = dlogits_TV[start : start + PANEL], slice(start, start + PANEL)
+    size = PANEL if dlogits_TV.device.type == "cpu" else rows
+    scaled_PV = torch.empty_like(dlogits_TV[:size], dtype=torch.float32)
+    for start in range(0, rows, size):
+        panel, at = dlogits_TV[start : start + size], slice(start, start + size)
         top_P = torch.maximum(panel.amax(1), -panel.amin(1)).float()
         if base is None:  # loudness is relative; beyond 1e19 of the first rows' it is infinite, and the tile dense
             base = top_P.amax().clamp_min(TINY)

@@ -109,7 +109,8 @@ def test_a_bfloat16_sum_is_offered_and_its_error_grows():
         relative(case.gradients(chunk_rows=rows, accum_dtype=torch.bfloat16)[1][1], truth[1]) for rows in (None, 1)
     )
     exact = relative(case.gradients(chunk_rows=1)[1][1], truth[1])
-    assert exact < one * 1.2 and many > 2 * exact
+    rounds_before = torch.get_default_device().type != "cpu"  # the gradient of the logits, in all three
+    assert exact < one * 1.2 and many > (1 if rounds_before else 2) * exact
 
 
 def test_logits_of_size_100_keep_their_digits(backend):
@@ -183,8 +184,10 @@ def test_autocast_multiplies_in_its_dtype_and_keeps_the_gradients_dtypes(hidden_
     case.hidden, case.weight = (x.detach().to(autocast).requires_grad_(True) for x in (case.hidden, case.weight))
     losses, truth = case.truth()
     assert_loss(loss, losses)
+    multiplied = torch.float32 if torch.get_default_device().type == "cpu" else autocast
     for gradient, expected in zip(gradients, truth, strict=True):
-        assert relative(gradient, expected) <= one_rounding(expected, gradient.dtype)
+        limit = max(one_rounding(expected, dtype) for dtype in (gradient.dtype, multiplied))
+        assert relative(gradient, expected) <= limit
 
 
 @pytest.mark.parametrize("width, dtype", [(49152, torch.float32), (6144, torch.bfloat16), (1001, torch.float32)])
