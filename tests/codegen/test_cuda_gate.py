@@ -79,7 +79,7 @@ def test_a_call_to_a_label_is_a_jump_and_one_to_a_function_comes_back():
 
 
 @pytest.mark.parametrize(
-    ("row", "broken"), [(5.0, []), (5.5, ["instructions an element must be at most 17, got 17.50"])]
+    ("row", "broken"), [(4.5, []), (5.0, ["instructions an element must be at most 16.5, got 17.00"])]
 )
 def test_a_dearer_kernel_or_a_fence_in_a_loop_is_named(row, broken):
     spent = budget.Budget(budget.KERNELS["cluster_row"], 2, 6.0, 6.0, row, mufu=2.0, fences=0)
