@@ -6,7 +6,9 @@ and so on, each of which may be missing. `python -m benchmarks.pages` then says 
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 
 from benchmarks import report
 from benchmarks.gpu import traffic
@@ -39,7 +41,7 @@ def short() -> str:
         first.setdefault(result["case"]["dtype"], result)
     columns = [column for result in first.values() for column in timed_columns(_title(result), ranked(result))]
     said = f"On a GPU: loss and gradient on one {row['machine']['gpu']}; {_versions(row)}; {_how(row)}.\n"
-    return f"{said}\n{table(columns)}\n{_lost(row)}"
+    return f"{said}\n{table(columns)}\n{_lost(row)}{_left_out(row)}"
 
 
 def whole() -> str:
@@ -78,7 +80,7 @@ def _section(words: str, one: dict) -> str:
         (_title(result), ranked(result), lambda o: f"{duration(o)} ({over_floor(o)})") for result in one["results"]
     ]
     said = f"{words} Time, and in brackets times the floor; {_how(one)}.\n"
-    return f"{said}\n{table(columns)}\n{_lost(one)}{_untimed(one)}"
+    return f"{said}\n{table(columns)}\n{_lost(one)}{_left_out(one)}{_untimed(one)}"
 
 
 def _lost(one: dict) -> str:
@@ -90,6 +92,13 @@ def _lost(one: dict) -> str:
             times = ours["median_s"] / winner["median_s"]
             lines.append(f"- **Slower** at {_title(result)}: {winner['name']} is {times:.2f} times as fast.\n")
     return "".join(lines) or "Nobody was faster than our best entry in any case.\n"
+
+
+def _left_out(one: dict) -> str:
+    """Whom the command did not ask for."""
+    words = shlex.split(one["command"])
+    skipped = [f"`{name}`" for option, name in itertools.pairwise(words) if option == "--skip"]
+    return f"- Left out by the command: {', '.join(skipped)}.\n" if skipped else ""
 
 
 def _untimed(one: dict) -> str:

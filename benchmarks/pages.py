@@ -161,7 +161,7 @@ def _advantages() -> str:
 
 
 def _chunk_memory() -> str:
-    """Arithmetic, not a measurement: 8192 × 2048 × 151936 in chunks of 2816."""
+    """Arithmetic, not a measurement: 8192 × 2048 × 151936."""
     rows, hidden, vocab = 8192, 2048, 151936
     chunk = chunk_rows(rows, vocab, 4, "cuda")
     lines = [

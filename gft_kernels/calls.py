@@ -248,5 +248,5 @@ def _group_name(process_group: Any) -> str:
 
 def _flat(value: Tensor, dtype: torch.dtype) -> Tensor:
     if value.dim() == 1 and value.dtype == dtype and value.is_contiguous() and not value.requires_grad:
-        return value
+        return value.detach()  # also of a forward-mode tangent
     return value.detach().to(dtype).reshape(-1).contiguous()

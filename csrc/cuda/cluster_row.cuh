@@ -19,7 +19,7 @@ struct Ahead {
     int keeper;             // the thread with the slot of its target, if this block has it
 };
 
-constexpr int kAhead = 4;  // the row that is here, the next one, and the one after it that is being looked up
+constexpr int kAhead = 3;  // the row that is here, the next one, and the one after it that is being looked up
 
 // What a block shares beside its slots.
 template <class T>
@@ -154,7 +154,7 @@ GFT_DEVICE void observe_stage(Softmax& state, uint4* slots, int stage, const Par
     visit_pairs(i, stop, [&](int k) { observe_vector<kEntropy>(state, slots[k], view.slope, T{}); });
 }
 
-// grid: any number of clusters of up to 16 blocks; threads: 64 to 512; shared: ClusterShared, then `capacity` vectors.
+// grid: any number of clusters of up to 16 blocks; threads: 64 to 384; shared: ClusterShared, then `capacity` vectors.
 template <class T, bool kEntropy>
 GFT_KERNEL(kMaxThreads, 3)
 cluster_row(const RowTask task, const int capacity) {
@@ -167,6 +167,7 @@ cluster_row(const RowTask task, const int capacity) {
     Part<T> part = no_part<T>(block_index() / cluster_blocks() - step);
     int target_slot = -1;  // of this thread
     if (thread_index() < 2) open_mailbox(shared.mailboxes + thread_index());
+    if (thread_index() == 0) shared.verdict = {};
     if (warp == 0) {
         const long long first = look_ahead<T>(task, shared.rows[0], part.row + step, step, capacity);
         look_ahead<T>(task, shared.rows[1], first + step, step, capacity);

@@ -67,7 +67,7 @@ LaunchPlan plan_logits(const RowShape& shape, Place place) {
     const ClusterPlan cluster = place.cluster != 0
                                     ? plan_of(device.machine, place.cluster, shape.V, sizeof(T), header)
                                     : cluster_plan(device.machine, shape.rows, shape.V, sizeof(T), header, residents);
-    const int resident = cluster.blocks == 0 ? 0 : residents(cluster);
+    const int resident = cluster.capacity == 0 ? 0 : residents(cluster);  // a row shorter than a vector has none
     if (resident == 0) return plan;
     const int most = place.clusters != 0 ? at_most(place.clusters, resident) : resident;
     return {"cluster_row",

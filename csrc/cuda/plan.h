@@ -109,8 +109,9 @@ GFT_HD ClusterPlan plan_of(const Machine& machine, int blocks, std::int64_t V, i
 //    of them has to hurry. A larger cluster has to hold more than 5 % more rows, for every block added to a cluster
 //    adds a partner that all others wait for. No power of two is needed: on an H200 V = 151936 in bf16 runs in 79
 //    clusters of 6 blocks (69 of 5, 62 of 4 or of 8), in fp32 in 37 of 9; V = 128256 in bf16 in 92 of 4.
-// 3. Few rows (fewer blocks than multiprocessors): more blocks a row, as long as the cluster stays portable, each with
-//    all threads, so that 16 rows of V = 151936 run on 128 multiprocessors.
+// 3. Few rows (fewer blocks than multiprocessors): more blocks a row, as long as the cluster stays portable, with as
+//    many threads as if each were alone on its multiprocessor, so that 16 rows of V = 151936 run on 128
+//    multiprocessors.
 template <class Clusters>
 ClusterPlan cluster_plan(const Machine& machine, std::int64_t rows, std::int64_t V, int element_bytes, int header_bytes,
                          Clusters clusters) {

@@ -3,7 +3,8 @@
 - `absent() -> str | None`: why this machine cannot use the backend at all; None: ready.
 - `refuses(call: RowCall) -> str | None`: why this call cannot be served; None: it can.
 - `run(call: RowCall) -> RowResult`.
-- `scale(gradient_STV, row_scale_R, upstream, inplace) -> Tensor`: the backward's one multiplication, rounded once.
+- `scale(gradient_STV, row_scale_R, upstream, inplace, dtype=None) -> Tensor`: the backward's one multiplication,
+  rounded once; to another dtype than a float32 gradient's own, where that is asked for and not in place.
 
 For logits sharded over the vocabulary (distributed.py), with a collective between the two:
 - `shard_statistics(call, columns_R, read_R) -> ShardStatistics`: this shard's state without the target; `columns_R`,

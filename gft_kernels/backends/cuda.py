@@ -19,9 +19,14 @@ MAX_VOCABULARY = (1 << 31) - 1024
 """Columns are counted in 32 bits, with room for a step past the end."""
 
 
-@cache
 def absent() -> str | None:
     """Why this machine has no use for the backend; None: ready."""
+    return _lacks() or _extension.kernels().cuda.absent()
+
+
+@cache
+def _lacks() -> str | None:
+    """What a process lacks for good; what a device says may be otherwise the next time."""
     if (reason := _extension.absent()) is not None:
         return reason
     if not _extension.has_cuda():
@@ -30,7 +35,7 @@ def absent() -> str | None:
         return "this PyTorch is built for AMD GPUs; the triton backend serves those"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA GPU"
-    return _outdated_driver(**versions()) or _extension.kernels().cuda.absent()
+    return _outdated_driver(**versions())
 
 
 def versions() -> dict[str, int]:

@@ -469,11 +469,7 @@ HOST = {  # of a step: calls of Python functions, of C's
     "out of place": ({}, 160, 120),
     "in place": ({"inplace": True}, 170, 120),
     "forward": ({}, 115, 80),
-    "rewards": (
-        {"rewards": torch.tensor([1.0, 0.5]), "group_size": 2, "mask": torch.ones(2, 3, dtype=torch.bool)},
-        170,
-        150,
-    ),
+    "rewards": (GROUPS, 170, 150),
 }
 
 

@@ -39,7 +39,7 @@ def test_a_named_backend_that_cannot_run_says_why():
 def test_what_is_missing_is_named(monkeypatch, missing, sentence):
     for name, answer in missing.items():
         monkeypatch.setattr(_extension, name, answer)
-    assert sentence in cuda.absent.__wrapped__()  # what a machine has is asked once
+    assert sentence in cuda._lacks.__wrapped__()  # what a process lacks is asked once
 
 
 def test_calls_it_cannot_serve():
@@ -93,7 +93,7 @@ class Planned:
 
         @staticmethod
         def plan_rows(logits, *, gradient, entropy, device):
-            return {"kernel": "cluster_row", "cluster": 4, "threads": 512, "shared_bytes": 77040, "resident": 66,
+            return {"kernel": "cluster_row", "cluster": 6, "threads": 256, "shared_bytes": 52432, "resident": 79,
                     "grid": 264, "refused": "invalid cluster size"}  # fmt: skip
 
 
@@ -105,6 +105,6 @@ def test_the_report_names_the_plan_and_what_was_refused(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **{**options, "device": "cpu"}))
     versions_line, plan_line = report.cuda_lines(ready=True)
     assert "CUDA 13.0 linked in, the driver serves 13.1" in versions_line
-    assert "cluster_row, 4 blocks a row of 512 threads and 77040 bytes, 66 rows at once" in plan_line
+    assert "cluster_row, 6 blocks a row of 256 threads and 52432 bytes, 79 rows at once" in plan_line
     assert plan_line.endswith("refused before: invalid cluster size")
     assert report.cuda_lines(ready=False) == [versions_line]

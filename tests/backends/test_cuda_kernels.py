@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 SHAPES = {
     "one block": Backend(blocks=1, grid=3, threads=96, seed=1),
     "two blocks": Backend(blocks=2, seed=2),
-    "four blocks, a gradient aligned unlike the logits": Backend(blocks=4, grid=1, seed=3, gradient_offset=1),
+    "five blocks, a gradient aligned unlike the logits": Backend(blocks=5, grid=1, seed=3, gradient_offset=1),
     "two passes": Backend(blocks=0, grid=3, seed=4),
 }
 

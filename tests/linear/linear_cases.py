@@ -114,10 +114,10 @@ def relative(value, truth):
 
 
 def one_rounding(truth, dtype):
-    """The relative error in norm that rounding the truth once would have, and float32's noise.
+    """The relative error in norm that rounding the truth once would have, and float32's noise; on a GPU four times it.
 
-    On a GPU halves are multiplied as halves: the logits' gradient is rounded before the products as well, and what
-    rows cancel of each other leaves more of that.
+    There halves are multiplied as halves: the logits' gradient is rounded before the products as well, and what rows
+    cancel of each other leaves more of that.
     """
     times = 1.05 if torch.get_default_device().type == "cpu" else 4.0
     return times * relative(truth.to(dtype), truth) + 1e-5

@@ -57,7 +57,7 @@ def test_the_plan_is_the_one_on_paper(cuda_kernels, vocab, dtype, blocks, thread
     call = row_call(logits.expand(8192, -1), options)
     plan = cuda_kernels.plan(call)
     assert (plan["kernel"], plan["refused"]) == ("cluster_row", None)
-    if any(name in torch.cuda.get_device_name() for name in ("H100", "H200")):
+    if "H200" in torch.cuda.get_device_name():  # others hold other numbers of clusters
         assert (plan["cluster"], plan["threads"]) == (blocks, threads)
         places = 1152 // threads * torch.cuda.get_device_properties(0).multi_processor_count
         assert plan["resident"] * blocks >= 0.8 * places, "three or four on each, but for what a GPC has over"
