@@ -45,7 +45,7 @@ extern "C" __attribute__((noinline)) double gft_counted_pass(const cpu::RowKerne
     }
     if (std::strcmp(pass, "gradient") == 0) kernels.gradient(row, out, dtype, V, {2.0, 9.0}, {-0.5, 0.0, 0.0}, kPlain);
     if (std::strcmp(pass, "tilted") == 0) kernels.gradient(row, out, dtype, V, {2.0, 9.0}, {-0.5, 0.1, 8.0}, kPlain);
-    if (std::strcmp(pass, "scale") == 0) kernels.scale(row, out, dtype, V, 0.5f);
+    if (std::strcmp(pass, "scale") == 0) kernels.scale(row, out, dtype, dtype, V, 0.5f);
     return 0.0;
 }
 
