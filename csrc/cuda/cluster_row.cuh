@@ -19,7 +19,8 @@ struct Ahead {
     int keeper;             // the thread with the slot of its target, if this block has it
 };
 
-constexpr int kAhead = 3;  // the row that is here, the next one, and the one after it that is being looked up
+// The row that is here, the next one, and the one after it that is being looked up: three, and four make % a mask.
+constexpr int kAhead = 4;
 
 // What a block shares beside its slots.
 template <class T>
