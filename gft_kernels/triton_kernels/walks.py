@@ -117,64 +117,76 @@ def map_row(source, target, V, function: tl.constexpr, known, BLOCK: tl.constexp
     """target[v] = function(source[v], v, known), in float32, rounded once; source and target may start at one place.
 
     Elements of one size are walked backwards, because a second walk that starts where the first one ended finds the end
-    of the row still in cache. A target of half the size may lie over the first part of its own source, where its tile b
-    covers tile b / 2. So it is walked forwards, and no warp stores a tile before all have loaded it: what is
-    overwritten has been read.
+    of the row still in cache.
     """
-    NARROW: tl.constexpr = target.dtype.element_ty.primitive_bitwidth < source.dtype.element_ty.primitive_bitwidth
-    head, _ = cut(source, V)
-    if misalignment(target + head) == 0:
-        map_span(source, target, V, function, known, BLOCK, True, NARROW)
+    if target.dtype.element_ty.primitive_bitwidth < source.dtype.element_ty.primitive_bitwidth:
+        head, _ = cut(source, V)
+        if misalignment(target + head) == 0:
+            map_narrowing(source, target, V, function, known, BLOCK, True)
+        else:
+            map_narrowing(source, target, V, function, known, BLOCK, False)
+    elif misalignment(source) == misalignment(target):
+        map_span(source, target, V, function, known, BLOCK, True)
     else:  # rows of odd length with different strides: vectors in, single elements out
-        map_span(source, target, V, function, known, BLOCK, False, NARROW)
+        map_span(source, target, V, function, known, BLOCK, False)
 
 
 @triton.jit
-def map_span(
-    source, target, V, function: tl.constexpr, known, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, NARROW: tl.constexpr
-):
+def map_span(source, target, V, function: tl.constexpr, known, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     WIDTH: tl.constexpr = 128 // source.dtype.element_ty.primitive_bitwidth
     head, body = cut(source, V)
     whole = body // BLOCK * BLOCK
+    column = tl.arange(0, BLOCK)
+    kind = target.dtype.element_ty
 
     end, at_ends = ends(head, body, V, WIDTH)
     x_ends = tl.load(source + end, mask=at_ends, other=0.0).to(tl.float32)
-    if NARROW:
-        start = 0
-        while start < whole:
-            map_tile(source, target, head + start, BLOCK, function, known, BLOCK, ALIGNED, NARROW, True)
-            start += BLOCK
+    tl.store(target + end, function(x_ends, end, known).to(kind), mask=at_ends)
     if whole < body:
-        map_tile(source, target, head + whole, body - whole, function, known, BLOCK, ALIGNED, NARROW, False)
-    if NARROW:
-        tl.debug_barrier()
-    tl.store(target + end, function(x_ends, end, known).to(target.dtype.element_ty), mask=at_ends)
-    if not NARROW:
-        start = whole
-        while start > 0:
-            start -= BLOCK
-            map_tile(source, target, head + start, BLOCK, function, known, BLOCK, ALIGNED, NARROW, True)
+        first = head + whole
+        inside = column < body - whole
+        x = tl.load(tl.multiple_of(source + first, 16) + column, mask=inside, other=0.0).to(tl.float32)
+        into = tl.multiple_of(target + first, 16) if ALIGNED else target + first
+        tl.store(into + column, function(x, first + column, known).to(kind), mask=inside)
+    start = whole
+    while start > 0:
+        start -= BLOCK
+        first = head + start
+        x = tl.load(tl.multiple_of(source + first, 16) + column).to(tl.float32)
+        into = tl.multiple_of(target + first, 16) if ALIGNED else target + first
+        tl.store(into + column, function(x, first + column, known).to(kind))
 
 
 @triton.jit
-def map_tile(
-    source, target, first, count, function: tl.constexpr, known, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-    NARROW: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """`count` elements from `first` on, which is aligned in the source: all of a tile, if WHOLE."""
+def map_narrowing(source, target, V, function: tl.constexpr, known, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """To a target of half the size, which may lie over the first part of its own source, its tile b over tile b / 2.
+
+    So it is walked forwards, and no warp stores a tile before all have loaded it: what is overwritten has been read.
+    """
+    WIDTH: tl.constexpr = 128 // source.dtype.element_ty.primitive_bitwidth
+    head, body = cut(source, V)
+    whole = body // BLOCK * BLOCK
     column = tl.arange(0, BLOCK)
-    into = tl.multiple_of(target + first, 16) if ALIGNED else target + first
-    if WHOLE:
+    kind = target.dtype.element_ty
+
+    end, at_ends = ends(head, body, V, WIDTH)
+    x_ends = tl.load(source + end, mask=at_ends, other=0.0).to(tl.float32)
+    start = 0
+    while start < whole:
+        first = head + start
         x = tl.load(tl.multiple_of(source + first, 16) + column).to(tl.float32)
-    else:
-        x = tl.load(tl.multiple_of(source + first, 16) + column, mask=column < count, other=0.0).to(tl.float32)
-    if NARROW:
         tl.debug_barrier()
-    mapped = function(x, first + column, known).to(target.dtype.element_ty)
-    if WHOLE:
-        tl.store(into + column, mapped)
-    else:
-        tl.store(into + column, mapped, mask=column < count)
+        into = tl.multiple_of(target + first, 16) if ALIGNED else target + first
+        tl.store(into + column, function(x, first + column, known).to(kind))
+        start += BLOCK
+    if whole < body:
+        first, inside = head + whole, column < body - whole
+        x = tl.load(tl.multiple_of(source + first, 16) + column, mask=inside, other=0.0).to(tl.float32)
+        tl.debug_barrier()
+        into = tl.multiple_of(target + first, 16) if ALIGNED else target + first
+        tl.store(into + column, function(x, first + column, known).to(kind), mask=inside)
+    tl.debug_barrier()
+    tl.store(target + end, function(x_ends, end, known).to(kind), mask=at_ends)
 
 
 @triton.jit
