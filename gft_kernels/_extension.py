@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from gft_kernels.options import (
+    RULE_FIELDS,
     AgreedRows,
     BackendUnavailable,
     Credit,
     Objective,
     RowCall,
     RowResult,
-    Rule,
     ShardStatistics,
     gradient_for,
+    rule_values,
 )
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -87,12 +88,8 @@ def empty_result(call: RowCall) -> RowResult:
 
 def native_call(call: RowCall, result: RowResult) -> object:
     """A call as the C++ struct. It holds addresses only: keep `call` and `result` alive while a kernel uses it."""
-    logits, gradient = logit_rows(call.logits_STV), None
-    if result.gradient_STV is not None:
-        same = call.inplace and call.gradient_dtype in (None, call.logits_STV.dtype)
-        gradient = logits if same else logit_rows(result.gradient_STV)
     return kernels().RowCall(
-        logits=logits,
+        logits=logit_rows(call.logits_STV),
         credit=_credit(call.credit),
         transform=_transform(call.logit_scale, call.softcap, call.temperature),
         objective=_objective(call.objective),
@@ -103,7 +100,7 @@ def native_call(call: RowCall, result: RowResult) -> object:
         advantages_R=address(result.advantages_R),
         entropy_R=address(result.entropy_R),
         row_scale_R=address(result.row_scale_R),
-        gradient=gradient,
+        gradient=None if result.gradient_STV is None else logit_rows(result.gradient_STV),
     )
 
 
@@ -211,7 +208,7 @@ def _credit(credit: Credit) -> object:
 
 def _objective(objective: Objective) -> object:
     addresses = map(address, _objective_tensors(objective))
-    return _objective_of(_numbers_of(objective), _rule_of(objective), _rule_of(objective.given), *addresses)
+    return _objective_of(_numbers_of(objective), rule_values(objective), rule_values(objective.given), *addresses)
 
 
 # Made of numbers and addresses alone, and so the same for the same ones.
@@ -219,7 +216,7 @@ def _objective(objective: Objective) -> object:
 
 @lru_cache(maxsize=256)
 def _objective_of(numbers: tuple, rule: tuple, given: tuple, *addresses: int) -> object:
-    rules = (kernels().Rule(**dict(zip(_RULE, values, strict=True))) for values in (rule, given))
+    rules = (kernels().Rule(**dict(zip(RULE_FIELDS, values, strict=True))) for values in (rule, given))
     rest = dict(zip((*_NUMBERS, *_OF_OBJECTIVE), (*numbers, *addresses), strict=True))
     return kernels().Objective(**dict(zip(("rule", "given"), rules, strict=True)), **rest)
 
@@ -231,11 +228,10 @@ def _transform(logit_scale: float, softcap: float, temperature: float) -> object
 
 _OF_CREDIT, _OF_OBJECTIVE = _tensor_names(Credit), _tensor_names(Objective)
 _TENSORS = ("logits_STV", *(f"credit.{name}" for name in _OF_CREDIT), *(f"objective.{name}" for name in _OF_OBJECTIVE))
-_RULE = tuple(field.name for field in fields(Rule))
-_ELSEWHERE = {*_RULE, *_OF_OBJECTIVE, "given", "over_sequence"}  # the last is settled before a backend is asked
+_ELSEWHERE = {*RULE_FIELDS, *_OF_OBJECTIVE, "given", "over_sequence"}  # the last is settled before a backend is asked
 _NUMBERS = tuple(field.name for field in fields(Objective) if field.name not in _ELSEWHERE)
 _tensors_of, _objective_tensors = attrgetter(*_TENSORS), attrgetter(*_OF_OBJECTIVE)
-_rule_of, _numbers_of = attrgetter(*_RULE), attrgetter(*_NUMBERS)
+_numbers_of = attrgetter(*_NUMBERS)
 
 
 def _responses(credit: Credit) -> int:

@@ -6,7 +6,7 @@ An option that an objective does not use is an error that names it: ignored in s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from gft_kernels import checks, formulas, sequences, surrogates
 from gft_kernels.arguments import PolicyOptions
-from gft_kernels.options import REDUCTIONS, LinearCall, Objective, RowCall, RowResult, Rule
+from gft_kernels.options import REDUCTIONS, RULE_FIELDS, LinearCall, Objective, RowCall, RowResult, Rule
 from gft_kernels.remembered import by_value
 
 KL_ESTIMATORS = ("k1", "k2", "k3")  # of Schulman 2020, as Objective.kl_estimator numbers them
-RULE_FIELDS = tuple(field.name for field in fields(Rule))
 """Written out for torch.compile: PyTorch 2.11 does not trace vars() of a dataclass as arguments."""
 
 

@@ -7,7 +7,8 @@ V vocabulary (of this rank's shard, where it is sharded). Suffixes name shapes: 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +90,10 @@ class Rule:
     gate_positive: float = 1.0  # sapo: how steep its gate is where A > 0
     gate_negative: float = 1.0  # and elsewhere
     entropy_power: float = 1.0  # eaft
+
+
+RULE_FIELDS = tuple(each.name for each in fields(Rule))
+rule_values = attrgetter(*RULE_FIELDS)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from benchmarks.gpu.stages import PROFILES, Profile, Run, Stage
 
 ENOUGH_S = 3.0
 """A stage that would have less is not begun."""
-POLL_S = 0.05
 ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -91,7 +90,7 @@ def together(step: list[Stage], run: Run, limit_s: float, told: list[str]) -> It
             if ended := program.ended(told):
                 running.remove((stage, program))
                 yield line_of(stage, run, ended)
-        time.sleep(POLL_S)
+        time.sleep(programs.POLL_S)
 
 
 def begin(stage: Stage, run: Run, limit_s: float) -> programs.Program | programs.Ended:

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.programs import ROOT, append, lines_of
+from benchmarks.gpu.programs import POLL_S, ROOT, append, lines_of
 
 PROCESSES = 4  # at most, of a path
-POLL_S = 0.05
 TEST_S = 30.0  # of a test at most: a first call compiles
 STICKY = re.compile("illegal memory access|misaligned address|device-side assert triggered|unspecified launch failure|"
                     "illegal instruction|CUDA_ERROR_LAUNCH")  # fmt: skip

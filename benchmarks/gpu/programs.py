@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+POLL_S = 0.05  # between two looks at who is running
 GRACE_S = 4.0  # for a program to write what it has, after SIGINT
 KEPT_CHARACTERS = 4000  # of its output, in a line of the results
 READ_BYTES = 1 << 20  # of its output at most, half from the beginning

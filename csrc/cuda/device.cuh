@@ -22,7 +22,6 @@ GFT_DEVICE long long block_count() { return gridDim.x; }
 // ---- blocks and clusters (before sm_90 a cluster is one block) ----
 
 GFT_DEVICE void block_barrier() { __syncthreads(); }
-GFT_DEVICE void warp_barrier() { __syncwarp(); }
 
 GFT_DEVICE int cluster_blocks() {
 #if __CUDA_ARCH__ >= 900
@@ -112,11 +111,6 @@ GFT_DEVICE unsigned char* shared_memory() {
 template <class Value>
 GFT_DEVICE Value shuffle_xor(Value value, int lanes) {
     return __shfl_xor_sync(0xffffffffu, value, lanes);
-}
-
-template <class Value>
-GFT_DEVICE Value shuffle_first(Value value) {
-    return __shfl_sync(0xffffffffu, value, 0);
 }
 
 // The first lane of this warp for which it is so; 32: none.

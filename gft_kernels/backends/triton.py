@@ -9,9 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
 from functools import cache, lru_cache
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,14 +19,15 @@ from gft_kernels.advantages import credit_rows
 from gft_kernels.options import (
     FP16_PEAK,
     RECTIFY,
+    RULE_FIELDS,
     SURROGATES,
     AgreedRows,
     Objective,
     RowCall,
     RowResult,
-    Rule,
     ShardStatistics,
     gradient_for,
+    rule_values,
 )
 
 MAX_VOCABULARY = 1 << 30  # columns are counted in 32 bits, with room for one tile more
@@ -228,8 +227,8 @@ def _float32(like: Tensor, rows: int) -> Tensor:
 def _objective(objective: Objective) -> dict[str, float]:
     """The numbers of an objective, as the row kernel takes them."""
     return {
-        **_rule("", *_numbers_of(objective)),
-        **_rule("given_", *_numbers_of(objective.given)),
+        **_rule("", *rule_values(objective)),
+        **_rule("given_", *rule_values(objective.given)),
         "beta": objective.beta,
         "kl_cap": objective.kl_cap,
         "kl_estimator": objective.kl_estimator,
@@ -239,14 +238,10 @@ def _objective(objective: Objective) -> dict[str, float]:
     }
 
 
-_RULE = tuple(field.name for field in fields(Rule))
-_numbers_of = attrgetter(*_RULE)
-
-
 @lru_cache(maxsize=64, typed=True)
 def _rule(prefix: str, *values: Any) -> dict[str, float]:
     """A rule's numbers, and its names by their place."""
-    numbers = dict(zip(_RULE, values, strict=True))
+    numbers = dict(zip(RULE_FIELDS, values, strict=True))
     numbers["surrogate"] = SURROGATES.index(numbers["surrogate"])
     numbers["rectify"] = RECTIFY.index(numbers["rectify"])
     return {prefix + name: number for name, number in numbers.items()}

@@ -24,8 +24,8 @@ from gft_kernels.options import Credit, RowCall, RowResult, gradient_for
 
 _PACKING = Packing(RowCall)
 _ARGUMENTS = _PACKING.schema.removeprefix("Tensor logits_STV, ")
-_ROW_SCALE = 4  # its place in
 _PER_ROW = "Tensor loss, Tensor log_probs, Tensor coefficients, Tensor advantages, Tensor row_scale, Tensor entropy"
+_ROW_SCALE = 4  # its place there
 
 
 def row_loss(call: RowCall, backend: str) -> RowResult:

@@ -34,9 +34,6 @@ GFT_DEVICE long long block_index() { return me().block->index; }
 GFT_DEVICE long long block_count() { return current->grid; }
 
 GFT_DEVICE void block_barrier() { device_on_host::wait_at(me().block->barrier); }
-GFT_DEVICE void warp_barrier() {
-    device_on_host::wait_at(me().block->warps[static_cast<std::size_t>(me().thread / 32)].barrier);
-}
 GFT_DEVICE int cluster_blocks() { return static_cast<int>(current->blocks.size()); }
 GFT_DEVICE int cluster_rank() { return me().block->rank; }
 GFT_DEVICE void cluster_barrier() { device_on_host::wait_at(current->barrier); }
@@ -100,11 +97,6 @@ GFT_DEVICE Value exchange(Value value, int from) {
 template <class Value>
 GFT_DEVICE Value shuffle_xor(Value value, int lanes) {
     return exchange(value, (me().thread % 32) ^ lanes);
-}
-
-template <class Value>
-GFT_DEVICE Value shuffle_first(Value value) {
-    return exchange(value, 0);
 }
 
 GFT_DEVICE int first_lane(bool here) {
