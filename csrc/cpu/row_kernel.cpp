@@ -50,6 +50,10 @@ struct FlushDenormals {  // elsewhere denormals cost little
 };
 #endif
 
+// As a float, and NaN as one NaN. The vectors round to bfloat16 by adding half a unit, which from a NaN of all ones
+// would carry into the sign: a NaN of a bfloat16 row, or of arithmetic, has a lower half of zeros, and so has this one.
+float single(double value) { return value == value ? static_cast<float>(value) : NAN; }
+
 // F7 away from the target, block by block; `out` may be `row`. The anchor is near the log-normaliser, so that neither
 // the powers nor the factor leave float's range; what its rounding leaves over is part of the factor: taken in
 // nats, for a w that goes there and back comes back as another double, which k = 1e14 makes a nat of. With t near
@@ -61,8 +65,8 @@ void write_gradient(const T* row, T* out, std::int64_t V, const Normaliser& give
     const double rest_of_t = kLog2e * ((warp.nats(exponent.anchor) - given.top) - given.log_mass);  // log2 pi_v - t
     const double size = warp.slope() * std::exp2(rest_of_t);
     const double at_zero = kTilted ? scales.scale + scales.tilt * (scales.entropy + kLn2 * rest_of_t) : scales.scale;
-    const Vec factor = Simd::all(static_cast<float>(at_zero * size));
-    const Vec per_t = Simd::all(static_cast<float>(scales.tilt * kLn2 * size));
+    const Vec factor = Simd::all(single(at_zero * size));
+    const Vec per_t = Simd::all(single(scales.tilt * kLn2 * size));
     const auto step = [&](const T* from, T* to) {
         Block<T> block(from);
 #pragma GCC unroll 4
@@ -86,7 +90,7 @@ void write_gradient(const T* row, T* out, std::int64_t V, const Normaliser& give
 
 template <class T>
 void write_scaled(const T* row, T* out, std::int64_t V, float factor) {
-    const Vec factors = Simd::all(factor);
+    const Vec factors = Simd::all(single(factor));
     std::int64_t v = 0;
     for (; v + kBlock <= V; v += kBlock) {
         Block<T> block(row + v);

@@ -22,11 +22,12 @@ struct Simd {
         return _mm256_blendv_ps(otherwise, one, _mm256_cmp_ps(magnitude(a), limit, _CMP_GT_OQ));
     }
 
-    static Vec fraction(Vec t) { return t - _mm256_floor_ps(t); }
-    static Vec times_power(Vec p, Vec t) {  // p * 2^floor(t), by the exponent's bits; 0 below 2^-126
-        const __m256i power = _mm256_slli_epi32(_mm256_cvttps_epi32(_mm256_floor_ps(t)), 23);
-        const Vec product = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
-        return _mm256_and_ps(product, _mm256_cmp_ps(t, all(-126.0f), _CMP_NLT_UQ));  // unordered: NaN stays
+    // Below 2^-126 a power is a denormal here whatever t is, and counts as 0 (FlushDenormals). NaN stays.
+    static Vec held(Vec t) { return _mm256_max_ps(all(-126.5f), t); }
+    static Vec fraction(Vec t) { return held(t) - _mm256_floor_ps(held(t)); }
+    static Vec times_power(Vec p, Vec t) {  // p * 2^floor(t), by the exponent's bits
+        const __m256i power = _mm256_slli_epi32(_mm256_cvttps_epi32(_mm256_floor_ps(held(t))), 23);
+        return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
     }
     static void accumulate(Vec v, double* lanes) {
         _mm256_storeu_pd(lanes, _mm256_loadu_pd(lanes) + _mm256_cvtps_pd(_mm256_castps256_ps128(v)));
@@ -52,13 +53,11 @@ struct Simd {
     static __m256i rounded(Vec v) {  // the upper half of each word is the bfloat16
         const __m256i bits = _mm256_castps_si256(v),
                       lowest = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(lowest, _mm256_set1_epi32(0x7fff)));
-        const Vec nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
-        return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(sum), nan, _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+        return _mm256_add_epi32(bits, _mm256_add_epi32(lowest, _mm256_set1_epi32(0x7fff)));
     }
     static void store(BFloat16* p, Vec a, Vec b) {
-        const __m256i odd = _mm256_and_si256(rounded(b), _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(_mm256_srli_epi32(rounded(a), 16), odd));
+        const __m256i even = _mm256_srli_epi32(rounded(a), 16);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, rounded(b), 0xaa));
     }
 
     static void load(const Float16* p, Vec& a, Vec& b) {

@@ -55,14 +55,14 @@ struct Simd {
     }
 #else
     static __m512i rounded(Vec v) {  // the upper half of each word is the bfloat16
-        const __m512i bits = _mm512_castps_si512(v),
-                      lowest = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(lowest, _mm512_set1_epi32(0x7fff)));
-        return _mm512_mask_mov_epi32(sum, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+        const __m512i bits = _mm512_castps_si512(v);
+        const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+        const __m512i half = _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
+        return _mm512_add_epi32(bits, half);
     }
     static void store(BFloat16* p, Vec a, Vec b) {
-        const __m512i odd = _mm512_and_si512(rounded(b), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
-        _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(rounded(a), 16), odd));
+        const __m512i even = _mm512_srli_epi32(rounded(a), 16);
+        _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, even, rounded(b)));
     }
 #endif
 

@@ -54,8 +54,7 @@ struct Simd {
     }
 #else
     static uint32x4_t rounded(Vec v) {  // the upper half of each word is the bfloat16
-        const uint32x4_t nan = vdupq_n_u32(0x7fc00000u);
-        const uint32x4_t bits = vbslq_u32(vceqq_f32(v, v), vreinterpretq_u32_f32(v), nan);
+        const uint32x4_t bits = vreinterpretq_u32_f32(v);
         const uint32x4_t lowest = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
         return vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), lowest);
     }
