@@ -27,7 +27,7 @@ SELECTED = {  # `-k`, by file
     " or given_rows and (luffy or rectified) or row_weights and token-mean or ratios_of_responses and padded"
     " or bad_live and old or lengths and cispo or (masked or without) and dapo or 200_nats or peaked_rows or negative",
     # whose memory is written, and when; which derivatives are refused, the operators decide
-    "test_autograd.py": "retained_graph or logits_storage or leaves_the_logits_alone or beside_another_loss"
+    "test_autograd.py": "retained_graph or logits_storage or leaves_the_logits_alone or adds_to_what"
     " or checkpointing or nothing_is_materialised or callers_own",
     "formulas_agree.py": "test",
     "rows.py": "test",

@@ -141,15 +141,12 @@ def test_a_frozen_policy_needs_no_gradient():
     assert not case.loss().requires_grad and torch.equal(case.loss(), case.run()[0])
 
 
-@pytest.mark.parametrize("linear", [False, True])
-def test_compiles_without_a_graph_break(linear):
+def test_over_a_head_it_compiles_without_a_graph_break():
     torch._dynamo.reset()
-    case = problem("grpo", 2, 3, 31, **PENALTIES)
-    head = {"weight": torch.randn(31, 5)} if linear else {}
-    inputs = torch.randn(2, 3, 5) if linear else case.logits
+    case, inputs, head = problem("grpo", 2, 3, 31, **PENALTIES), torch.randn(2, 3, 5), torch.randn(31, 5)
 
     def step(x):
-        loss, stats = case.loss(x * 2, return_stats=True, **head)
+        loss, stats = case.loss(x * 2, return_stats=True, weight=head)
         return loss * 0.5, stats.ratios, stats.clipped, stats.kl
 
     results = []
@@ -159,18 +156,6 @@ def test_compiles_without_a_graph_break(linear):
         loss.backward()
         results.append((loss.detach(), *stats, leaf.grad))
     torch.testing.assert_close(results[1], results[0])
-
-
-def test_a_number_that_changes_compiles_again():
-    torch._dynamo.reset()
-    case = problem("grpo", 2, 3, 31)
-    step = torch.compile(
-        lambda z, beta: case.loss(z, ref_log_probs=case.ref, beta=beta, temperature=1 + beta, clip_high=beta),
-        fullgraph=True, backend="eager",
-    )  # fmt: skip
-    for beta in (0.1, 0.2, 0.3):
-        expected = case.loss(ref_log_probs=case.ref, beta=beta, temperature=1 + beta, clip_high=beta)
-        assert torch.equal(step(case.logits, beta), expected)
 
 
 @pytest.mark.parametrize("linear", [False, True])

@@ -167,19 +167,6 @@ def test_a_wrong_kind_is_one_sentence_that_names_the_argument(name, argument):
             assert right, f"{argument} took {kind}"
 
 
-@pytest.mark.parametrize(
-    "value", [[1.0, 0.0], np.array([1.0, 0.0]), "ab", None, 1.0, torch.tensor([1 + 1j, 0]), torch.ones(2, 2)],
-    ids=["list", "array", "text", "None", "number", "complex", "matrix"],
-)  # fmt: skip
-def test_rewards_are_a_real_tensor(value):
-    """Float, integer and bool tensors are rewards; lists and arrays are for the caller to convert."""
-    with pytest.raises((TypeError, ValueError), match=r"^rewards must .*; "):
-        group_advantages(value, group_size=2)
-    for dtype in (torch.float64, torch.float16, torch.int64, torch.bool):
-        found = group_advantages(torch.tensor([1, 0], dtype=dtype), group_size=2)
-        torch.testing.assert_close(found, torch.tensor([0.5, -0.5]) / (0.5**0.5 + 1e-6))
-
-
 @pytest.mark.parametrize("argument", ["advantages", "weights", "old_log_probs", "ref_log_probs"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_live_numbers_must_be_finite(argument, bad):
@@ -198,13 +185,9 @@ def test_live_numbers_must_be_finite(argument, bad):
     if argument == "advantages":
         with pytest.raises(ValueError, match=r"^advantages must be finite, got .* at position 2; "):
             gft_loss(LOGITS, TARGETS, advantages=torch.tensor([1.0, 0.0, bad, 0.0]))
-
-
-def test_weights_are_not_negative():
-    weights = torch.ones(4, 3)
-    weights[2, 1] = -0.5
-    with pytest.raises(ValueError, match=r"^weights must not be negative, got -0.5 at position 7; "):
-        gft_loss(LOGITS, TARGETS, weights=weights)
+    if argument == "weights":
+        with pytest.raises(ValueError, match=r"^weights must not be negative, got -0.5 at position 7; "):
+            gft_loss(LOGITS, TARGETS, weights=torch.where(values == 0, 1.0, -0.5))
 
 
 def test_a_fractional_ignore_index_ignores_no_token():
@@ -222,15 +205,7 @@ def test_numbers_of_other_makers_are_numbers():
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        torch.tensor(0),
-        torch.tensor(math.inf),
-        torch.tensor(1e39, dtype=torch.float64),
-        1e39,
-        1e-40,
-        torch.tensor(1e-40),
-    ],
+    "wrong", [*map(torch.tensor, (0, math.inf, 1e-40)), torch.tensor(1e39, dtype=torch.float64), 1e39, 1e-40]
 )
 def test_a_denominator_must_be_a_positive_float32(wrong):
     """1e-40 is one, but its inverse is not."""
