@@ -134,6 +134,25 @@ def assert_rounded_over_its_logits(backend, dtype, vocabulary, offset, row_strid
     assert between.isnan().all()
 
 
+def assert_bad_indices_spoil_their_rows(run) -> None:
+    """As on a GPU, where nobody looks first: a target out of range, or an id of no response. Nothing is read there."""
+    good, ids, far = torch.tensor([3, 4, 5, 6, 7, 8]), torch.tensor([0, 1, 0, 1, 0, 1]), 2**40 + 5
+    credit = Credit(good, advantages_S=torch.tensor([1.0, 2.0]), sequence_ids_R=ids, reduction="none")
+    call = RowCall(torch.randn(1, 6, 33), credit, want_gradient=True)
+    clean = run(call)
+    for spoilt in (
+        replace(credit, targets_R=torch.tensor([3, -1, 33, 6, far, -far])),
+        replace(credit, sequence_ids_R=torch.tensor([0, 2, -1, 1, far, -far])),
+    ):
+        bad = [False, True, True, False, True, True]
+        for reduction in ("sum", "sequence-mean", "none"):
+            result = run(replace(call, credit=replace(spoilt, reduction=reduction)))
+            assert result.gradient_STV[0].isnan().all(1).tolist() == bad
+            assert result.gradient_STV[0, [0, 3]].isfinite().all()
+        assert result.loss.isnan().tolist() == bad
+        assert torch.equal(result.gradient_STV[0, [0, 3]], clean.gradient_STV[0, [0, 3]])
+
+
 def assert_elements(gradient: torch.Tensor, truth: torch.Tensor) -> None:
     """Every element, to a few roundings of float32 or to two of a half type."""
     if gradient.dtype == torch.float32:

@@ -31,14 +31,13 @@ SELECTED = {  # `-k`, by file
     " or checkpointing or nothing_is_materialised or callers_own",
     "formulas_agree.py": "test",
     "rows.py": "test",
-    "shards.py": "test",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install triton)")
 def test_under_the_interpreter():
-    own = [f"backends/interpreter/{name}.py" for name in ("formulas_agree", "rows", "shards")]
+    own = [f"backends/interpreter/{name}.py" for name in ("formulas_agree", "rows")]
     paths = [f"tests/{path}" for path in (*own, "loss/test_autograd.py", "loss/test_loss.py", "loss/test_policy.py")]
     names = " or ".join(f"{file} and ({chosen})" for file, chosen in SELECTED.items())
     command = [sys.executable, "-m", "pytest", "-x", "--device", "interpreter", "-k", names, *paths]

@@ -131,11 +131,6 @@ def test_both_texts_agree(name):
         torch.testing.assert_close(ours, truth, rtol=1.5e-6, atol=1e-30, equal_nan=True)
 
 
-def test_every_formula_has_a_grid():
-    public = {n for n, f in vars(formulas).items() if callable(f) and getattr(f, "__module__", "") == formulas.__name__}
-    assert public == set(GRIDS)
-
-
 @pytest.mark.parametrize("name", ["exp", "expm1", "log1p", "tanh"])
 def test_primitives(name):
     x = {"log1p": torch.linspace(-0.999, 3.0, 4096), "expm1": torch.linspace(-20.0, 2.0, 4096)}.get(
