@@ -8,7 +8,7 @@ import pytest
 import torch
 import trainer_rig as rig
 import transformers
-from test_trainer import step_gradients
+from trainer_rig import step_gradients
 from trainer_rig import trainer as made
 
 from gft_kernels.data.rows import Response, Row
