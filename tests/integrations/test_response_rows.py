@@ -172,7 +172,6 @@ def test_a_list_of_advantages_is_as_good_as_a_tensor(folder):
     [
         ({"tau": -0.1}, ValueError, r"tau must lie in \[0, 1\]"),
         ({"taw": 0.1}, TypeError, "taw must be an option of policy_loss"),
-        ({"reduction": "mean"}, ValueError, "reduction must be one of"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
         ({"advantages": torch.ones(1)}, TypeError, "advantages must be left out"),
         ({"softcap": 3.0}, TypeError, "softcap must be left out"),
