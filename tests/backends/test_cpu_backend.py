@@ -393,11 +393,6 @@ def test_refusals():
     assert cpu.refuses(replace(call, logits_STV=torch.empty(7, 4, 0).permute(2, 1, 0))) is None  # no rows, no stride
 
 
-def test_no_rows():
-    result = cpu.run(RowCall(torch.empty(0, 3, 7), Credit(torch.empty(0, dtype=torch.int64)), want_gradient=True))
-    assert result.loss == 0 and result.gradient_STV.shape == (0, 3, 7)
-
-
 def test_float_denormals_still_work_afterwards():
     """The kernels flush denormals for speed; the caller's arithmetic must not notice."""
     cpu.run(rows_call(torch.randn(2, 100), [0, 1], want_gradient=True))

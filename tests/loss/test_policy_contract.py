@@ -7,7 +7,6 @@ import torch
 from policy_cases import OBJECTIVES, PENALTIES, problem
 
 from gft_kernels import policy_loss
-from gft_kernels.operators import linear as linear_operator
 from gft_kernels.operators import row
 
 LOGITS, TARGETS = torch.randn(4, 3, 7), torch.zeros(4, 3, dtype=torch.long)
@@ -158,16 +157,10 @@ def test_over_a_head_it_compiles_without_a_graph_break():
     torch.testing.assert_close(results[1], results[0])
 
 
-@pytest.mark.parametrize("linear", [False, True])
-def test_opcheck(monkeypatch, linear):
-    home, name = (linear_operator, "linear_loss") if linear else (row, "row_loss")
-    captured, pack = [], home._pack
-    case = problem("dapo", 2, 3, 31, **PENALTIES)
-    head = {"weight": torch.randn(31, 5, requires_grad=True)} if linear else {}
-    inputs = (torch.randn(2, 3, 5) if linear else case.logits).requires_grad_(True)
+def test_opcheck(monkeypatch):
+    captured, pack, case = [], row._pack, problem("dapo", 2, 3, 31, **PENALTIES)
     with monkeypatch.context() as patched:
         patched.setattr(row, "_is_watched", lambda logits: True)
-        patched.setattr(home, "_pack", lambda *call: captured.append(pack(*call)) or captured[-1])
-        case.loss(inputs, backend="reference", **head)
-    arguments = captured[0] if linear else (inputs, *captured[0])
-    torch.library.opcheck(getattr(torch.ops.gft, name).default, arguments)
+        patched.setattr(row, "_pack", lambda *call: captured.append(pack(*call)) or captured[-1])
+        case.loss(case.logits.requires_grad_(True), backend="reference")
+    torch.library.opcheck(torch.ops.gft.row_loss.default, (case.logits, *captured[0]))

@@ -101,33 +101,20 @@ WRONG = {
 }  # fmt: skip
 if torch.backends.mkldnn.is_available():
     WRONG["mkldnn"] = torch.ones(4, 3).to_mkldnn()
-OPTIONAL = {"None"}
+LARGE, ANY_SIGN = ("half", "beyond int64"), ("negative", "minus beyond")  # positive numbers, and others
 RIGHT = {  # what an argument takes of WRONG
-    "temperature": {"half"}, "softcap": {"half", *OPTIONAL}, "eps": {"half"},
-    "logit_scale": {"half", "negative", *OPTIONAL}, "beta": {"half"}, "entropy_coef": {"half", "negative"},
-    "clip_high": {"half", *OPTIONAL}, "clip_low": OPTIONAL, "delta": {"half", *OPTIONAL}, "kl_cap": {"half", *OPTIONAL},
-    **{key: {"half", *OPTIONAL} for key in ("gamma", "gate_positive", "gate_negative", "entropy_power")},
-    "num_items_in_batch": {"half", *OPTIONAL}, "imitation": {"half"}, "return_stats": {"True"},
-    "return_entropy": {"True"},
-    "inplace": {"True"}, "rewards": {"two numbers", "empty"},
-    "logits": {"meta"}, "inputs": {"meta"}, "hidden": {"meta"},  # of another shape: others speak
+    "temperature": (*LARGE, "beyond float32"), "softcap": (*LARGE, "beyond float32", "None"),
+    "logit_scale": (*LARGE, *ANY_SIGN, "beyond float32", "None"), "entropy_coef": (*LARGE, *ANY_SIGN),
+    "rewards": ("two numbers", "empty", "None"), **dict.fromkeys(("eps", "beta", "imitation"), LARGE),
+    **dict.fromkeys(("clip_high", "delta", "kl_cap", "num_items_in_batch", "gamma"), (*LARGE, "None")),
+    **dict.fromkeys(("gate_positive", "gate_negative", "entropy_power"), (*LARGE, "None")),
+    **dict.fromkeys(("return_stats", "return_entropy", "inplace"), ("True",)),
+    **dict.fromkeys(("logits", "inputs", "hidden"), ("meta",)),  # of another shape: others speak
+    **dict.fromkeys((
+        "advantages", "group_size", "group_ids", "sequence_ids", "mask", "tau", "rectify", "reduction", "bias",
+        "chunk_rows", "filter_eps", "accum_dtype", "logits_dtype", "process_group", "old_log_probs", "ref_log_probs",
+        "weight", "weights", "given", "given_objective", "kl_estimator", "clip_low"), ("None",)),
 }  # fmt: skip
-NONE_IS_ABSENT = {
-    "rewards", "advantages", "group_size", "group_ids", "sequence_ids", "mask", "tau", "rectify", "reduction", "bias",
-    "chunk_rows", "filter_eps", "accum_dtype", "logits_dtype", "process_group", "old_log_probs", "ref_log_probs",
-    "weight", "weights", "given", "given_objective", "kl_estimator",
-}  # fmt: skip
-TAKES = {
-    "temperature": {"beyond int64", "beyond float32"}, "softcap": {"beyond int64", "beyond float32"},
-    "logit_scale": {"beyond int64", "minus beyond", "beyond float32"},
-    "eps": {"beyond int64"}, "imitation": {"beyond int64"}, "beta": {"beyond int64"},
-    "entropy_coef": {"beyond int64", "minus beyond"},
-    "clip_high": {"beyond int64"}, "delta": {"beyond int64"}, "kl_cap": {"beyond int64"},
-    "num_items_in_batch": {"beyond int64"},
-    **{key: {"beyond int64"} for key in ("gamma", "gate_positive", "gate_negative", "entropy_power")},
-}  # fmt: skip
-
-
 OF_MODULE = {"GFTLoss": gft_loss, "GFTLinearLoss": gft_linear_loss}
 
 
@@ -150,8 +137,7 @@ def test_a_wrong_kind_is_one_sentence_that_names_the_argument(name, argument):
     if name == "group_advantages":
         needs = OF_SPLIT.get(argument, {})
     for kind, value in WRONG.items():
-        right = kind in RIGHT.get(argument, ()) or kind in TAKES.get(argument, ())
-        right |= kind == "None" and argument in NONE_IS_ABSENT
+        right = kind in RIGHT.get(argument, ())
         right |= kind == "learned" and name == "token_log_probs" and "half" in RIGHT.get(argument, ())  # no gradient
         call = {**given, **needs, argument: value}
         if argument == "group_ids":

@@ -106,17 +106,6 @@ def test_rows_that_do_not_count_are_not_walked(want_gradient, monkeypatch):
         backend.run(call)
 
 
-@pytest.mark.parametrize(
-    ("logit_scale", "temperature", "softcap"), [(0.0625, 1.0, 7.0), (-1.5, 0.7, 0.0), (-1.5, 0.7, 7.0), (3.0, 2.0, 0.0)]
-)
-def test_scale_softcap_and_temperature(logit_scale, temperature, softcap):
-    logits = misaligned(4, 300, 1, 300)
-    call = row_call(
-        logits, torch.tensor([0, 299, 128, 7]), logit_scale=logit_scale, temperature=temperature, softcap=softcap
-    )
-    assert_right(call, backend.run(call), rtol=2e-5)
-
-
 def test_an_index_out_of_range_spoils_its_row_only():
     assert_bad_indices_spoil_their_rows(backend.run)
 
