@@ -99,6 +99,13 @@ def step_gradients(tmp_path, rows, micro_batch, accumulation, **options):
     return seen.steps, [line["loss"] for line in lines]
 
 
+def response_log_probs(model, prompt, text, temperature=1.0):
+    """(T,): log pi of the tokens of an unpadded response, its end token's too."""
+    prompt, ids = tokenizer()(prompt)["input_ids"], [*tokenizer()(text)["input_ids"], 1]
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits / temperature, -1)[torch.arange(len(ids)), torch.tensor(ids)]
+
+
 class Gradients(TrainerCallback):
     """The gradient of every optimizer step, whole and flattened."""
 

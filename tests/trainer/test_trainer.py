@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -59,19 +58,17 @@ def test_the_step_is_the_textbook_loss_of_unpadded_responses(tmp_path, reduction
 
 def textbook_loss(model, rows, tau, temperature, reduction):
     """One unpadded forward per response, in float64, straight from the definitions."""
-    tokenizer, terms, items = rig.tokenizer(), [], 0
+    terms, items = [], 0
     for row in rows:
         rewards = torch.tensor(row["rewards"], dtype=torch.float64)
         same = bool((rewards == rewards[0]).all())
         advantages = torch.zeros_like(rewards) if same else (rewards - rewards.mean()) / (rewards.std() + 1e-6)
         for text, advantage in zip(row["responses"], advantages, strict=True):
-            prompt, ids = tokenizer(row["prompt"])["input_ids"], [*tokenizer(text)["input_ids"], 1]
-            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-            log_pi = torch.log_softmax(logits / temperature, -1)[torch.arange(len(ids)), torch.tensor(ids)]
+            log_pi = rig.response_log_probs(model, row["prompt"], text, temperature)
             pi = log_pi.detach().exp()
             loss = -advantage * torch.where(pi < tau, pi, 1.0) * log_pi
             terms.append(loss.sum() if reduction == "token-mean" else loss.mean())
-            items += len(ids) if reduction == "token-mean" else 1
+            items += len(log_pi) if reduction == "token-mean" else 1
     return sum(terms) / items, items
 
 
@@ -158,19 +155,9 @@ def test_evaluation_before_during_and_after_does_not_depend_on_accumulation(tmp_
         values = [r[name] for r in results]
         assert values == pytest.approx([values[0]] * len(values), rel=1e-5), name
     assert results[0]["eval_reward"] > 3  # the answers' mean
-    likelihood, tokens = expert_log_likelihood(trainer.model, held_out)
-    assert results[0]["eval_expert_log_likelihood"] == pytest.approx(likelihood / tokens, rel=1e-5)
-
-
-def expert_log_likelihood(model, rows):
-    tokenizer, total, tokens = rig.tokenizer(), 0.0, 0
-    for row in rows:
-        prompt, ids = tokenizer(row["prompt"])["input_ids"], [*tokenizer(row["demonstrations"][0])["input_ids"], 1]
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
-        total += torch.log_softmax(logits, -1)[torch.arange(len(ids)), torch.tensor(ids)].sum().item()
-        tokens += len(ids)
-    return total, tokens
+    with torch.no_grad():
+        of = [rig.response_log_probs(trainer.model, row["prompt"], row["demonstrations"][0]) for row in held_out]
+    assert results[0]["eval_expert_log_likelihood"] == pytest.approx(torch.cat(of).double().mean().item(), rel=1e-5)
 
 
 def test_the_experts_likelihood_is_the_models_own_at_any_training_temperature(tmp_path):
@@ -199,16 +186,10 @@ def test_metrics_say_why_a_loss_is_zero(tmp_path):
 
 def test_metrics_match_the_tokens_of_the_step(tmp_path):
     trainer = rig.trainer(tmp_path, train=rig.rows(2), num_generations=0, tau=0.06, log_kl=False, max_steps=1)
-    log_pi = []
-    for row, index in itertools.product(rig.rows(2), (0, 1)):
-        tokenizer = rig.tokenizer()
-        prompt, ids = tokenizer(row["prompt"])["input_ids"], [*tokenizer(row["demonstrations"][index])["input_ids"], 1]
-        with torch.no_grad():
-            logits = trainer.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-        log_pi += torch.log_softmax(logits, -1)[torch.arange(len(ids)), torch.tensor(ids)].tolist()
-    trainer.train()
-    line = trainer.state.log_history[0]
-    pi = [math.exp(value) for value in log_pi]
+    given = [(row["prompt"], text) for row in rig.rows(2) for text in row["demonstrations"]]
+    with torch.no_grad():
+        pi = torch.cat([rig.response_log_probs(trainer.model, *each) for each in given]).exp().tolist()
+    (line,) = rig.trained(trainer)
     assert line["pi"] == pytest.approx(sum(pi) / len(pi), rel=1e-4)
     assert line["rectified"] == pytest.approx(sum(p < 0.06 for p in pi) / len(pi), rel=1e-6)
     assert 0 < line["rectified"] < 1
