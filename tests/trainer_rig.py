@@ -107,12 +107,13 @@ def response_log_probs(model, prompt, text, temperature=1.0):
 
 
 class Gradients(TrainerCallback):
-    """The gradient of every optimizer step, whole and flattened."""
+    """The gradient of every optimizer step, by name, and whole and flattened."""
 
     def __init__(self):
-        self.steps = []
+        self.named, self.steps = [], []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        grads = [p.grad for p in model.parameters() if p.grad is not None]  # DeepSpeed keeps its own elsewhere
-        whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
-        self.steps.append(torch.cat([g.flatten().clone() for g in whole]) if whole else None)
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        # none of DeepSpeed's, which keeps its own elsewhere; FSDP2's lie in parts
+        self.named.append({n: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for n, g in found.items()})
+        self.steps.append(torch.cat([g.flatten() for g in self.named[-1].values()]) if found else None)

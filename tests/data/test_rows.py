@@ -178,6 +178,26 @@ def test_a_prompt_without_a_token_predicts_nothing():
         ({"curriculum": True, "num_demonstrations": 0}, "num_demonstrations must be at least 1 with curriculum, got 0"),
         ({"top_entropy_quantile": 0.0}, "top_entropy_quantile must lie above 0 and at most at 1, got 0.0"),
         ({"top_entropy_quantile": 0.5, "advantages": "ones", "num_generations": 0}, "advantages must be 'group' with "),
+        ({"top_p": 0.0}, "top_p must lie above 0 and at most at 1, got 0.0"),
+        ({"top_p": 1.1}, "top_p must lie above 0 and at most at 1, got 1.1"),
+        ({"top_k": -1}, "top_k must be a whole number of at least 0, got -1"),
+        ({"min_p": 2}, r"min_p must lie in \[0, 1\], got 2"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive and finite, got 0.0"),
+        ({"stop_strings": "."}, "stop_strings must be a list of texts that are not empty, got '.'"),
+        ({"stop_strings": [""]}, r"stop_strings must be a list of texts that are not empty, got \[''\]"),
+        ({"delta": 1.2, "objective": "grpo"}, r"delta must be finite and above 1 \+ clip_high = 1.2, got 1.2"),
+        ({"kl_estimator": "mse", "beta": 0.1}, "kl_estimator must be one of k1, k2, k3, got 'mse'"),
+        ({"kl_cap": 0.0, "beta": 0.1}, "kl_cap must be finite and positive, got 0.0"),
+        ({"imitation": 0.5}, "imitation must be 1.0 without normalize 'split', got 0.5"),
+        ({"normalize": "split", "imitation": -1.0}, "imitation must be 0 or positive and finite, got -1.0"),
+        *(
+            ({"share_prompts": value}, "share_prompts must be True, False or 'auto', got ")
+            for value in ("always", 1, None)
+        ),
+        *(
+            ({"eval_temperature": value}, r"eval_temperature must be 0 \(greedy\) or positive and finite, or a list")
+            for value in (-0.5, [], [0.0, 0.0], [1.0, "0"], [True])
+        ),
         ({"sync_ref_model": True}, "beta must be above 0 with sync_ref_model, got 0.0; nothing else reads the copy"),
         ({"ref_model_mixup_alpha": 1.5}, "ref_model_mixup_alpha must lie above 0 and at most at 1, got 1.5"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be 'random' or 'sequential'"),
@@ -193,6 +213,7 @@ def test_options_out_of_range_or_in_conflict_are_refused(tmp_path, options, mess
     [({"reward_funcs": ()}, r"reward_funcs \(a configuration's `rewards`\) must hold at least one function, got none"),
      ({"num_demonstrations": 0, "num_generations": 0}, "must be at least 1, got 0; a group would be empty"),
      ({"train": rig.offline_rows()}, "num_generations must be 0 where rows bring `responses` and `rewards`, got 2"),
+     ({"train": rig.offline_rows(), "normalize": "split", "num_generations": 0}, "must not be 'split' where rows"),
      ({"train": "rows.jsonl"}, "train_dataset must be a list of rows or a datasets.Dataset, got str")],
 )  # fmt: skip
 def test_rows_and_options_that_contradict_each_other_are_refused(tmp_path, options, message):
