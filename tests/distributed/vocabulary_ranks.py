@@ -127,6 +127,15 @@ def leaves(*tensors):
     return [x.clone().requires_grad_(True) for x in tensors]
 
 
+def over_head(loss_function, hidden, weight, bias, upstream=UPSTREAM, **options):
+    """What a loss over a head returns, and the gradients of hidden states, weight and bias."""
+    given = leaves(hidden, weight, bias)
+    out = loss_function(given[0], weight=given[1], bias=given[2], **options)
+    loss = out[0] if isinstance(out, tuple) else out
+    (loss * upstream).sum().backward()
+    return out, [x.grad for x in given]
+
+
 def the_linear_loss_matches_the_whole_head(ranks: Ranks):
     for dtype, reduction, chunk in [
         (torch.float32, "token-mean", 5), (torch.bfloat16, "token-mean", None), (torch.float16, "sum", 7),
@@ -135,28 +144,19 @@ def the_linear_loss_matches_the_whole_head(ranks: Ranks):
         case, *tensors = linear_case(dtype)
         case.rewards[:2] = 0.5
         options = rows_of(case, reduction=reduction, return_entropy=True, chunk_rows=chunk, softcap=9.0)
-        whole = leaves(*tensors)
-        upstream = torch.linspace(-1, 2, 18).view(6, 3) if reduction == "none" else UPSTREAM
-        expected, expected_stats = gft_linear_loss(
-            whole[0], whole[1], case.targets, bias=whole[2], backend="reference", **options
-        )
-        (expected * upstream).sum().backward()
+        options["upstream"] = torch.linspace(-1, 2, 18).view(6, 3) if reduction == "none" else UPSTREAM
+        options["targets"] = case.targets
+        (expected, expected_stats), whole = over_head(gft_linear_loss, *tensors, backend="reference", **options)
         for mine in ranks.splits():
-            mine_only = leaves(tensors[0], tensors[1][mine], tensors[2][mine])
-            loss, stats = gft_linear_loss(
-                mine_only[0], mine_only[1], case.targets, bias=mine_only[2], **options, **ranks.shared()
-            )
-            (loss * upstream).sum().backward()
-            for same in (loss, mine_only[0].grad, stats.log_probs, stats.entropy):
+            parts = (tensors[0], tensors[1][mine], tensors[2][mine])
+            (loss, stats), gradients = over_head(gft_linear_loss, *parts, **options, **ranks.shared())
+            for same in (loss, gradients[0], stats.log_probs, stats.entropy):
                 ranks.same_everywhere(same)
             close(loss, expected)
             close(stats.entropy, expected_stats.entropy, 1e-5)
-            tolerance = 1e-5 if dtype == torch.float32 else 2e-3
-            for leaf, of_whole in zip(
-                mine_only, (whole[0].grad, whole[1].grad[mine], whole[2].grad[mine]), strict=True
-            ):
-                assert leaf.grad.dtype == dtype
-                close(leaf.grad, of_whole, tolerance)
+            for gradient, truth in zip(gradients, (whole[0], whole[1][mine], whole[2][mine]), strict=True):
+                assert gradient.dtype == dtype
+                close(gradient, truth, 1e-5 if dtype == torch.float32 else 2e-3)
             log_probs = token_log_probs(
                 tensors[0], tensors[1][mine], case.targets, bias=tensors[2][mine], mask=case.mask, softcap=9.0,
                 **ranks.shared(),
@@ -213,17 +213,14 @@ def a_linear_objective_matches_the_whole_head(ranks: Ranks):
         for mine in ranks.splits():
             _, gradient = run(case.loss, case.logits[..., mine], **options, **ranks.shared())
             close(gradient, of_logits[..., mine], 1e-5)
-        whole = leaves(*tensors)
-        expected = case.loss(whole[0], weight=whole[1], bias=whole[2], backend="reference", **options)
-        (expected * UPSTREAM).backward()
+        expected, whole = over_head(case.loss, *tensors, backend="reference", **options)
         for mine in ranks.splits():
-            x, w, b = leaves(tensors[0], tensors[1][mine], tensors[2][mine])
-            loss = case.loss(x, weight=w, bias=b, chunk_rows=5, **options, **ranks.shared())
-            (loss * UPSTREAM).backward()
-            ranks.same_everywhere(x.grad)
+            parts = (tensors[0], tensors[1][mine], tensors[2][mine])
+            loss, gradients = over_head(case.loss, *parts, chunk_rows=5, **options, **ranks.shared())
+            ranks.same_everywhere(gradients[0])
             close(loss, expected)
-            for leaf, truth in zip((x, w, b), (whole[0].grad, whole[1].grad[mine], whole[2].grad[mine]), strict=True):
-                close(leaf.grad, truth, 1e-5)
+            for gradient, truth in zip(gradients, (whole[0], whole[1][mine], whole[2][mine]), strict=True):
+                close(gradient, truth, 1e-5)
 
 
 def nothing_live_does_not_hang(ranks: Ranks):

@@ -253,16 +253,14 @@ def test_importance_weights(level):
 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
-    [
-        ({"level": "word"}, "level must be one of token, sequence, got 'word'"),
-        ({"bound": "clip"}, "bound must be one of truncate, mask, got 'clip'"),
-        ({"high": 0.0}, "high must be finite and positive, got 0.0"),
-        ({"low": -1.0}, "low must be finite and not negative, got -1.0"),
-        ({"mask": torch.ones(3, dtype=torch.bool)}, r"mask must have shape \(4,\), got \(3,\)"),
-        ({"level": "sequence"}, "sequence_ids must be a torch.Tensor, got NoneType"),
-        ({"rollout_log_probs": torch.zeros(3)}, r"rollout_log_probs must have shape \(4,\), got \(3,\)"),
-    ],
-)
+    [({"level": "word"}, "level must be one of token, sequence, got 'word'"),
+     ({"bound": "clip"}, "bound must be one of truncate, mask, got 'clip'"),
+     ({"high": 0.0}, "high must be finite and positive, got 0.0"),
+     ({"low": -1.0}, "low must be finite and not negative, got -1.0"),
+     ({"mask": torch.ones(3, dtype=torch.bool)}, r"mask must have shape \(4,\), got \(3,\)"),
+     ({"level": "sequence"}, "sequence_ids must be a torch.Tensor, got NoneType"),
+     ({"rollout_log_probs": torch.zeros(3)}, r"rollout_log_probs must have shape \(4,\), got \(3,\)")],
+)  # fmt: skip
 def test_importance_weights_refuse_what_they_cannot_take(wrong, sentence):
     call = {"log_probs": torch.zeros(4), "rollout_log_probs": torch.zeros(4), **wrong}
     with pytest.raises((TypeError, ValueError), match=rf"^{sentence}; "):

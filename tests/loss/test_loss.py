@@ -177,23 +177,16 @@ def test_a_banned_target(backend, device):
     torch.testing.assert_close(gradient, run(torch.nn.functional.cross_entropy, logits, targets, reduction="none")[1])
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_live_row_is_reported_in_that_row_only(backend, device, bad):
     logits = torch.randn(3, 1500, device=device)
     good = run(gft_loss, logits, torch.tensor([4, 5, 6], device=device), reduction="none", backend=backend)[1]
-    logits[1, 1200] = bad
+    logits[1, 1200 if bad != -float("inf") else slice(None)] = bad  # nothing but bans
     targets = torch.tensor([4, 5, 6], device=device)
     loss, gradient = run(gft_loss, logits, targets, reduction="none", backend=backend)
     assert loss.isnan().tolist() == [False, True, False]
     assert gradient[1].isnan().all()
     assert torch.equal(gradient[[0, 2]], good[[0, 2]])
-
-
-def test_a_row_of_nothing_but_bans_is_nan(backend, device):
-    logits = torch.randn(2, 300, device=device)
-    logits[1] = -float("inf")
-    loss, gradient = run(gft_loss, logits, torch.tensor([4, 5], device=device), reduction="none", backend=backend)
-    assert loss.isnan().tolist() == [False, True] and gradient[1].isnan().all() and gradient[0].isfinite().all()
 
 
 LAYOUTS = {
