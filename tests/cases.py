@@ -36,7 +36,7 @@ class Problem:
     mask: torch.Tensor  # (S, T) bool
     rewards: torch.Tensor  # (S,)
     group_size: int
-    options: dict = field(default_factory=dict)  # of oracle.token_losses
+    options: dict = field(default_factory=dict)  # of oracle.policy_losses
 
     def groups(self) -> list[int]:
         return [s // self.group_size for s in range(len(self.rewards))]

@@ -120,7 +120,7 @@ def test_rows_and_labels_meet_as_in_unpadded_float64_rows(family, padding):
         logits = wide(ids[None]).logits[0, :-1]
         targets = labels[1:]
         live_R = targets != -100
-        losses, *_ = oracle.token_losses(logits, targets, live_R, ADVANTAGES_S[s].expand(len(targets)), tau=0.7)
+        losses = oracle.policy_losses(logits, targets, live_R, ADVANTAGES_S[s].expand(len(targets)))
         total, live = total + losses.sum(), live + int(live_R.sum())
     (UPSTREAM * total / live).backward()
     loss, ours = patched(patch_model(model), inputs)
