@@ -36,7 +36,7 @@ class Problem:
     mask: torch.Tensor  # (S, T) bool
     rewards: torch.Tensor  # (S,)
     group_size: int
-    options: dict = field(default_factory=dict)  # of oracle.token_losses
+    options: dict = field(default_factory=dict)  # of oracle.policy_losses
 
     def groups(self) -> list[int]:
         return [s // self.group_size for s in range(len(self.rewards))]
@@ -132,6 +132,25 @@ def assert_rounded_over_its_logits(backend, dtype, vocabulary, offset, row_strid
         assert_rounded(result.gradient_STV[0], truth, roundings=1)
     between = logits.as_strided((rows, row_stride - vocabulary), (row_stride, 1), logits.storage_offset() + vocabulary)
     assert between.isnan().all()
+
+
+def assert_bad_indices_spoil_their_rows(run) -> None:
+    """As on a GPU, where nobody looks first: a target out of range, or an id of no response. Nothing is read there."""
+    good, ids, far = torch.tensor([3, 4, 5, 6, 7, 8]), torch.tensor([0, 1, 0, 1, 0, 1]), 2**40 + 5
+    credit = Credit(good, advantages_S=torch.tensor([1.0, 2.0]), sequence_ids_R=ids, reduction="none")
+    call = RowCall(torch.randn(1, 6, 33), credit, want_gradient=True)
+    clean = run(call)
+    for spoilt in (
+        replace(credit, targets_R=torch.tensor([3, -1, 33, 6, far, -far])),
+        replace(credit, sequence_ids_R=torch.tensor([0, 2, -1, 1, far, -far])),
+    ):
+        bad = [False, True, True, False, True, True]
+        for reduction in ("sum", "sequence-mean", "none"):
+            result = run(replace(call, credit=replace(spoilt, reduction=reduction)))
+            assert result.gradient_STV[0].isnan().all(1).tolist() == bad
+            assert result.gradient_STV[0, [0, 3]].isfinite().all()
+        assert result.loss.isnan().tolist() == bad
+        assert torch.equal(result.gradient_STV[0, [0, 3]], clean.gradient_STV[0, [0, 3]])
 
 
 def assert_elements(gradient: torch.Tensor, truth: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import trainer_rig as rig
 from ranks import bring_back
 
-from gft_kernels.trainer import GFTTrainer, SaveOnInterrupt
+from gft_kernels.trainer import SaveOnInterrupt
 
 OFFLINE = {"reward_funcs": (), "num_generations": 0}
 DRIFTING = {"objective": "grpo", "beta": 0.5, "steps_per_rollout": 2, "num_train_epochs": 2, "num_iterations": 2,
@@ -61,23 +61,17 @@ def run(name: str, path: Path, micro_batch: int, kind: str = "alone") -> dict:
     """Gradients, final weights and logged losses of one run."""
     model, rows, options = RUNS[name]
     seen = rig.Gradients()
-    options = dict(options)
-    reward_funcs = options.pop("reward_funcs", rig.digit_count)
-    args = rig.config(
-        path, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=2, max_steps=-1, max_grad_norm=0.0,
-        optim="sgd", learning_rate=0.1, ddp_backend=None if kind == "alone" else "gloo",
-        **{"num_train_epochs": 1, **options},
-    )  # fmt: skip
     if kind == "fsdp":
         shard_on_a_cpu(head_alone=name == "head in its own group")
-    trainer = GFTTrainer(
-        MODELS[model](), args, rows, None, rig.tokenizer(), reward_funcs=reward_funcs, callbacks=[seen]
-    )
-    trainer.train()
+    trainer = rig.trainer(
+        path, MODELS[model](), rows, callbacks=[seen], per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=2, max_steps=-1, max_grad_norm=0.0, optim="sgd", learning_rate=0.1,
+        ddp_backend=None if kind == "alone" else "gloo", **{"num_train_epochs": 1, **options},
+    )  # fmt: skip
+    lines = rig.trained(trainer)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # FSDP2, ZeRO-3: gathered on rank 0
     if name == "ragged":
         trainer.save_model(str(path.parent / "saved"))
-    lines = [line for line in trainer.state.log_history if "loss" in line]
     names = ("loss", "zero_std_groups", "completion_length", "drift/mean_abs_log_ratio", "drift/max_abs_log_ratio")
     logged = [tuple(line.get(name, 0.0) for name in names) for line in lines]
     return {"gradients": seen.steps, "weights": weights, "logged": logged}

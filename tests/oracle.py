@@ -62,32 +62,6 @@ def log_softmax(logits, temperature=1.0, softcap=None, logit_scale=1.0):
     return torch.log_softmax(z / temperature, dim=0)
 
 
-def token_losses(
-    logits, targets, live, advantage, *, tau, rectify="all", temperature=1.0, softcap=None, logit_scale=1.0
-):
-    """Per-row loss (R,) in float64, differentiable in `logits` (R, V), with the log-probs, C and entropy beside it."""
-    losses, log_probs, coefficients, entropies = [], [], [], []
-    zero = torch.zeros((), dtype=torch.float64)
-    for r in range(len(targets)):
-        if not bool(live[r]):
-            losses.append(zero), log_probs.append(zero), coefficients.append(zero), entropies.append(zero)
-            continue
-        log_pi = log_softmax(logits[r], temperature, softcap, logit_scale)
-        chosen = log_pi[int(targets[r])]
-        pi = math.exp(float(chosen.detach()))
-        a = float(advantage[r])
-        rectified = rectify == "all" or a > 0
-        c = pi if rectified and pi < tau else 1.0
-        losses.append(zero if a == 0 or c == 0 else -a * c * chosen)
-        log_probs.append(chosen.detach())
-        coefficients.append(torch.tensor(c, dtype=torch.float64))
-        p = log_pi.detach().exp()
-        entropies.append(-(p[p > 0] * log_pi.detach()[p > 0]).sum())
-    if not losses:
-        return (torch.zeros(0, dtype=torch.float64),) * 4
-    return tuple(torch.stack(x) for x in (losses, log_probs, coefficients, entropies))
-
-
 def surrogate(
     objective, log_pi, advantage, old, entropy, *, clip_low=0.2, clip_high=0.2, tau=0.7, rectify="all", delta=None,
     gamma=0.1, gate_positive=1.0, gate_negative=1.05, entropy_power=1.0,
@@ -99,7 +73,7 @@ def surrogate(
         c = pi if pi < tau else 1.0
         if rectify != "all" and advantage <= 0:
             c = pi / (pi + gamma) if rectify == "bounded" else 1.0
-        return log_pi * 0.0 if advantage * c == 0 else -advantage * c * log_pi
+        return torch.zeros_like(log_pi) if advantage * c == 0 else -advantage * c * log_pi  # the limit, at pi = 0 too
     if objective == "luffy":
         return -advantage * log_pi.exp() / (log_pi.exp() + gamma)
     if objective == "chord":
@@ -134,7 +108,7 @@ def kl_estimate(log_ratio, name="k3", cap=None):
 
 
 def policy_losses(
-    logits, targets, live, advantage, *, objective, old=None, ref=None, beta=0.0, entropy_coef=0.0, kl_cap=None,
+    logits, targets, live, advantage, *, objective="gft", old=None, ref=None, beta=0.0, entropy_coef=0.0, kl_cap=None,
     kl_estimator="k3", temperature=1.0, softcap=None, logit_scale=1.0, given=None, given_objective=None,
     given_terms=None, **terms,
 ):  # fmt: skip
@@ -159,7 +133,21 @@ def policy_losses(
         if beta:
             loss = loss + beta * kl_estimate(chosen - ref[r].double(), kl_estimator, kl_cap)
         losses.append(loss - entropy_coef * entropy if entropy_coef else loss)
-    return torch.stack(losses)
+    return torch.stack(losses) if losses else torch.zeros(0, dtype=torch.float64)
+
+
+def token_losses(logits, targets, live, advantage, *, tau, rectify="all", **transform):
+    """GFT's loss per row (R,) in float64, differentiable in `logits` (R, V); log-probs, C and entropy beside it."""
+    losses = policy_losses(logits, targets, live, advantage, tau=tau, rectify=rectify, **transform)
+    statistics = torch.zeros(3, len(targets), dtype=torch.float64)
+    for r in range(len(targets)):
+        if bool(live[r]):
+            log_pi = log_softmax(logits[r].detach(), **transform)
+            chosen, p = log_pi[int(targets[r])], log_pi.exp()
+            rectified = (rectify == "all" or float(advantage[r]) > 0) and float(chosen.exp()) < tau
+            entropy = -(p[p > 0] * log_pi[p > 0]).sum()
+            statistics[:, r] = torch.stack([chosen, chosen.exp() if rectified else torch.ones_like(chosen), entropy])
+    return losses, *statistics
 
 
 def sequence_losses(logits, targets, live, advantage, old, responses, objective, clip_low, clip_high):
@@ -186,10 +174,7 @@ def sequence_losses(logits, targets, live, advantage, old, responses, objective,
 def loss_and_gradient(logits, targets, live, advantage, weights, upstream, **options):
     """Sum of upstream·w·loss (upstream () or (R,)) and its gradient with respect to (R, V) logits, in float64."""
     z = logits.detach().double().requires_grad_(True)
-    if "objective" in options:
-        losses = policy_losses(z, targets, live, advantage, **options)
-    else:
-        losses, *_ = token_losses(z, targets, live, advantage, **options)
+    losses = policy_losses(z, targets, live, advantage, **options)
     total = (losses * weights.double() * upstream).sum()
     if total.requires_grad:
         (gradient,) = torch.autograd.grad(total, z)

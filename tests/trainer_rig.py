@@ -66,37 +66,54 @@ def offline_rows(count=8):
 
 def config(tmp_path, **options):
     defaults = {
-        "output_dir": str(tmp_path),
-        "num_demonstrations": 2,
-        "num_generations": 2,
-        "max_completion_length": 10,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "max_steps": 2,
-        "save_strategy": "no",
-        "log_completions_steps": 0,
-        "disable_tqdm": True,
-        "use_cpu": True,
+        "output_dir": str(tmp_path), "num_demonstrations": 2, "num_generations": 2, "max_completion_length": 10,
+        "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "max_steps": 2,
+        "save_strategy": "no", "log_completions_steps": 0, "disable_tqdm": True, "use_cpu": True,
         "train_sampling_strategy": "sequential",
-    }
+    }  # fmt: skip
     return GFTConfig(**{**defaults, **options})
 
 
-def trainer(tmp_path, model=None, train=None, evaluation=None, reward_funcs=digit_count, callbacks=None, **options):
-    args = config(tmp_path, **options)
-    model = llama() if model is None else model
-    data = rows() if train is None else train
-    return GFTTrainer(model, args, data, evaluation, tokenizer(), reward_funcs=reward_funcs, callbacks=callbacks)
+def trainer(
+    tmp_path, model=None, train=None, evaluation=None, reward_funcs=digit_count, callbacks=None, rollout_fn=None,
+    kind=GFTTrainer, **options,
+):  # fmt: skip
+    model, train = llama() if model is None else model, rows() if train is None else train
+    brought = {"reward_funcs": reward_funcs, "callbacks": callbacks, "rollout_fn": rollout_fn}
+    return kind(model, config(tmp_path, **options), train, evaluation, tokenizer(), **brought)
+
+
+def trained(trainer, **how) -> list[dict]:
+    """What a run logs of its steps."""
+    trainer.train(**how)
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def step_gradients(tmp_path, rows, micro_batch, accumulation, **options):
+    """Gradients and losses of the steps of an epoch, cut into micro-batches."""
+    seen = Gradients()
+    once = {"max_steps": -1, "num_train_epochs": 1, "max_grad_norm": 0.0}
+    once["optim"] = "sgd"  # Adam's first step takes the sign of the gradient, and so its rounding, for full
+    cuts = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
+    lines = trained(trainer(tmp_path, train=rows, callbacks=[seen], **cuts, **once, **options))
+    return seen.steps, [line["loss"] for line in lines]
+
+
+def response_log_probs(model, prompt, text, temperature=1.0):
+    """(T,): log pi of the tokens of an unpadded response, its end token's too."""
+    prompt, ids = tokenizer()(prompt)["input_ids"], [*tokenizer()(text)["input_ids"], 1]
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits / temperature, -1)[torch.arange(len(ids)), torch.tensor(ids)]
 
 
 class Gradients(TrainerCallback):
-    """The gradient of every optimizer step, whole and flattened."""
+    """The gradient of every optimizer step, by name, and whole and flattened."""
 
     def __init__(self):
-        self.steps = []
+        self.named, self.steps = [], []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        grads = [p.grad for p in model.parameters() if p.grad is not None]  # DeepSpeed keeps its own elsewhere
-        whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
-        self.steps.append(torch.cat([g.flatten().clone() for g in whole]) if whole else None)
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        # none of DeepSpeed's, which keeps its own elsewhere; FSDP2's lie in parts
+        self.named.append({n: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for n, g in found.items()})
+        self.steps.append(torch.cat([g.flatten() for g in self.named[-1].values()]) if found else None)

@@ -6,19 +6,29 @@ import itertools
 import sys
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import oracle
 import pytest
 import torch
-from cases import DTYPES, UPSTREAM, VOCABULARIES, assert_loss, assert_rounded, eager_gradient, problem
+from cases import (
+    DTYPES,
+    UPSTREAM,
+    VOCABULARIES,
+    assert_bad_indices_spoil_their_rows,
+    assert_loss,
+    assert_rounded,
+    eager_gradient,
+    problem,
+)
 from policy_cases import assert_right, bounded_problem
+from shard_cases import TRANSFORMS, assert_shards_are_parts_of_the_row
 from torch.testing import assert_close
 
-from gft_kernels import BackendUnavailable, _extension, formulas, gft_loss, group_advantages
+from gft_kernels import BackendUnavailable, _extension, gft_loss
 from gft_kernels.backends import cpu, reference
-from gft_kernels.options import AgreedRows, Credit, Objective, RowCall
+from gft_kernels.options import Credit, Objective, RowCall
 
 if (absence := cpu.absent()) is not None:
     pytest.skip(absence, allow_module_level=True)
@@ -27,7 +37,7 @@ PACKAGE = str(Path(_extension.__file__).parent)
 SETS = _extension.kernels().instruction_sets()
 RUNS = {name: partial(cpu.run, instruction_set=name) for name in SETS} | {"reference": reference.run}
 NAN, INF = float("nan"), float("inf")
-TRANSFORMS = ({"softcap": 5.0}, {"temperature": 1.7}, {"logit_scale": -0.5, "softcap": 30.0})
+BENT = ({"softcap": 5.0}, {"temperature": 1.7}, {"logit_scale": -0.5, "softcap": 30.0})
 
 
 def call_of(case, **options) -> RowCall:
@@ -36,12 +46,9 @@ def call_of(case, **options) -> RowCall:
     given = {k: v for k, v in case.options.items() if k not in ("softcap", "tau", "rectify")}
     objective = Objective(**{k: case.options[k] for k in ("tau", "rectify") if k in case.options})
     credit = Credit(
-        targets_R=case.targets.flatten().contiguous(),
-        mask_R=case.mask.flatten().contiguous(),
-        rewards_S=case.rewards.double(),
-        group_size=case.group_size,
-        tokens_per_response=case.targets.shape[1],
-    )
+        case.targets.flatten().contiguous(), case.mask.flatten().contiguous(), case.rewards.double(),
+        group_size=case.group_size, tokens_per_response=case.targets.shape[1],
+    )  # fmt: skip
     fp16 = case.logits.dtype == torch.float16
     base = RowCall(
         case.logits, credit, objective, softcap=softcap or 0.0, want_gradient=True, defer_scale=fp16, **given
@@ -93,7 +100,7 @@ def test_half_gradients_are_rounded_once(name, dtype, vocabulary):
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("options", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("options", BENT, ids=str)
 def test_transforms_and_entropy(name, options):
     case = problem(4, 3, 1003, std=8.0, tau=0.3, **options)
     losses, truth = case.truth(1.0)
@@ -237,27 +244,6 @@ def test_entropy_is_never_below_0(name):
     assert (cpu.run(call, name).entropy_R >= 0).all()
 
 
-@pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize(
-    "rewards",
-    [torch.arange(8) % 4 + 10**8, torch.arange(8) // 3 + 9 * 10**15, torch.full((8,), 0.1).double(),
-     *(offset + torch.arange(8).double() % 4 * step for offset, step in ((1e9, 1.0), (1e9, 1e-6), (-1e15, 0.125)))],
-    ids=["int64", "large int64", "equal", "float64", "close float64", "large float64"],
-)  # fmt: skip
-@pytest.mark.parametrize("normalize", ["std", "mean", "leave-one-out"])
-def test_rewards_that_float32_cannot_tell_apart(name, rewards, normalize):
-    """By their distance from one of their group, whose digits they share; equal rewards stay exactly 0."""
-    truth = oracle.advantages(rewards, [s // 4 for s in range(8)], normalize).float()
-    assert_close(group_advantages(rewards, group_size=4, normalize=normalize), truth, rtol=1e-6, atol=0)
-    logits, targets = torch.randn(8, 1, 5), torch.zeros(8, 1, dtype=torch.int64)
-    for groups in ({"group_size": 4}, {"group_ids_S": torch.arange(8) // 4}):
-        credit = Credit(targets[:, 0], rewards_S=rewards.double(), normalize=normalize, **groups)
-        assert_close(cpu.run(RowCall(logits, credit), name).advantages_R, truth, rtol=1e-6, atol=0)
-    stats = gft_loss(logits, targets, rewards=rewards, normalize=normalize, group_size=4, return_stats=True,
-                     backend="cpu")[1]  # fmt: skip
-    assert_close(stats.advantages[:, 0], truth, rtol=1e-6, atol=0)
-
-
 def hard_rows(vocabulary: int = 5000) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows on which a kernel that anchors its exponentials carelessly goes wrong."""
     generator = torch.Generator().manual_seed(5)
@@ -347,34 +333,20 @@ def test_instruction_sets_agree():
         cpu.run(call_of(case), "avx1024")
 
 
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+def test_shards_are_parts_of_the_row(name, dtype, transform):
+    asked = ("shard_statistics", "shard_gradient")
+    of_set = SimpleNamespace(**{function: partial(getattr(cpu, function), instruction_set=name) for function in asked})
+    backend = reference if name == "reference" else of_set
+    assert_shards_are_parts_of_the_row(backend, dtype, inplace=dtype == torch.float32, **transform)
+
+
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_shards_make_the_whole(name, dtype):
-    case = problem(2, 3, 1009, dtype, std=4.0, softcap=10.0)
-    call = replace(call_of(case, want_entropy=True), objective=Objective(entropy_coef=0.4), defer_scale=False)
-    whole = cpu.run(replace(call, want_stats=True), name)
-    logits, read_R = case.logits, case.mask.flatten()
-    edges, targets_R = [0, 1, 400, 1009], call.credit.targets_R
-    parts = [(replace(call, logits_STV=logits[..., a:b]), targets_R - a) for a, b in pairwise(edges)]
-    top_R, mass_R, gap_R = torch.full((6,), -INF).double(), torch.zeros(6).double(), torch.zeros(6).double()
-    target_R = torch.zeros(6).double()
-    for part, columns_R in parts:
-        shard = cpu.shard_statistics(part, columns_R, read_R, name)
-        new_top, new_mass = formulas.merge(top_R, mass_R, shard.top_R, shard.mass_R)
-        gap_R = formulas.raise_gap(gap_R, mass_R, top_R - new_top)
-        gap_R = gap_R + formulas.raise_gap(shard.gap_R, shard.mass_R, shard.top_R - new_top)
-        top_R, mass_R, target_R = new_top, new_mass, target_R + shard.target_logit_R
-    log_pi_R = formulas.log_prob(target_R, top_R, mass_R)
-    assert_close(log_pi_R[read_R].float(), whole.log_probs_R[read_R], rtol=1e-5, atol=1e-7)
-    assert (top_R[~read_R] == -INF).all() and (mass_R[~read_R] == 0).all()
-    all_top, all_mass = formulas.observe(top_R, mass_R, target_R)
-    agreed = (log_pi_R.float(), all_top.float(), torch.log(all_mass).float())
-    scale_R = torch.where(read_R, torch.linspace(-2, 3, 6), 0.0)
-    agreed = AgreedRows(*agreed, scale_R, torch.where(read_R, 0.4, 0.0), whole.entropy_R)
-    gradient = torch.cat([cpu.shard_gradient(part, columns, agreed, name) for part, columns in parts], -1)
-    expected = reference.shard_gradient(replace(call, logits_STV=logits), targets_R, agreed)
-    assert_close(gradient, expected, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-6)
-    assert (gradient.flatten(0, 1)[~read_R] == 0).all()
+def test_an_index_out_of_range_spoils_its_row_only(name):
+    """Before a call gets here, checks name it."""
+    assert_bad_indices_spoil_their_rows(partial(cpu.run, instruction_set=name))
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -399,19 +371,6 @@ def test_scale_in_place_touches_no_row_whose_factor_is_1(name):
     assert gradient.view(torch.int32).eq(0x7F800001).all(-1).tolist() == [[True, False, False]]
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_an_index_out_of_range_spoils_its_row_only(name):
-    """As on a GPU, where nobody looks first. Nothing is read out of bounds; before a call gets here, checks name it."""
-    logits, ids = torch.randn(1, 5, 33), torch.tensor([0, 5, 1, -1, 1])
-    credit = Credit(torch.tensor([3, 4, 5, 6, 1 << 40]), advantages_S=torch.tensor([1.0, 2.0]), sequence_ids_R=ids)
-    for reduction in ("sum", "sequence-mean"):
-        result = cpu.run(RowCall(logits, replace(credit, reduction=reduction), want_gradient=True), name)
-        assert result.gradient_STV[0].isnan().all(1).tolist() == [False, True, False, True, True]
-        assert result.gradient_STV[0, [0, 2]].isfinite().all()
-    with pytest.raises(ValueError, match=r"targets must lie in \[0, 33\), got 1099511627776 at row 1"):
-        gft_loss(logits[0, :2], torch.tensor([3, 1 << 40]), backend="cpu")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_memory_that_starts_within_an_element(dtype):
     """C++ may not read it; another backend may."""
@@ -432,11 +391,6 @@ def test_refusals():
     assert "meta" in cpu.refuses(replace(call, logits_STV=torch.empty(1, 4, 7, device="meta")))
     assert cpu.refuses(replace(call, logits_STV=torch.randn(1, 4, 7))) is None
     assert cpu.refuses(replace(call, logits_STV=torch.empty(7, 4, 0).permute(2, 1, 0))) is None  # no rows, no stride
-
-
-def test_no_rows():
-    result = cpu.run(RowCall(torch.empty(0, 3, 7), Credit(torch.empty(0, dtype=torch.int64)), want_gradient=True))
-    assert result.loss == 0 and result.gradient_STV.shape == (0, 3, 7)
 
 
 def test_float_denormals_still_work_afterwards():

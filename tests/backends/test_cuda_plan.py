@@ -59,18 +59,18 @@ def test_without_room_for_three_the_most_rows_are_held():
     assert chosen.together == 1 and chosen.blocks == 13 and chosen.shared_bytes <= 232448
 
 
-def test_a_size_the_device_cannot_place_is_passed_over():
-    assert plan(H100, 8192, 151936, 2, lost=6).blocks == 5
-    assert plan(H100, 1, 151936, 2, lost=8).blocks == 6
+BLOCKS = [  # machine, rows, vocabulary, bytes of an element, a size the device cannot place; blocks a row
+    (H100, 8192, 151936, 2, 6, 5), (H100, 1, 151936, 2, 8, 6),  # it is passed over
+    (H100, 8192, 2_000_000, 4, 0, 0),  # no cluster can hold it
+    (A100, 8192, 32000, 2, 0, 1), (A100, 8192, 151936, 2, 0, 0),  # before sm_90 a cluster is one block
+    *((H100, rows, 151936, 2, 0, blocks) for rows, blocks in ((1, 8), (16, 8), (17, 7), (22, 6), (64, 6))),
+]  # fmt: skip
 
 
-def test_a_row_no_cluster_can_hold_has_no_plan():
-    assert plan(H100, 8192, 2_000_000, 4).blocks == 0
-
-
-def test_before_sm_90_a_cluster_is_one_block():
-    assert plan(A100, 8192, 32000, 2).blocks == 1
-    assert plan(A100, 8192, 151936, 2).blocks == 0
+@pytest.mark.parametrize("case", BLOCKS, ids=lambda case: str(case[1:]))
+def test_blocks_of_a_row(case):
+    *asked, blocks = case
+    assert plan(*asked).blocks == blocks
 
 
 def test_a_small_multiprocessor_takes_smaller_slices():
@@ -83,11 +83,6 @@ def test_a_small_multiprocessor_takes_smaller_slices():
 def test_the_gate_spreads_a_row_over_the_threads_it_gets(target, machine, element_bytes):
     chosen = plan(machine, 8192, budget.VOCABULARY, element_bytes)
     assert chosen.blocks * chosen.threads == budget.KERNELS["cluster_row"].threads_on(target, element_bytes)
-
-
-@pytest.mark.parametrize(("rows", "blocks"), [(1, 8), (16, 8), (17, 7), (22, 6), (64, 6)])
-def test_few_rows_are_spread_over_more_blocks(rows, blocks):
-    assert plan(H100, rows, 151936, 2).blocks == blocks
 
 
 def test_threads_follow_the_slice():

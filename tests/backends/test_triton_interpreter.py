@@ -27,18 +27,17 @@ SELECTED = {  # `-k`, by file
     " or given_rows and (luffy or rectified) or row_weights and token-mean or ratios_of_responses and padded"
     " or bad_live and old or lengths and cispo or (masked or without) and dapo or 200_nats or peaked_rows or negative",
     # whose memory is written, and when; which derivatives are refused, the operators decide
-    "test_autograd.py": "retained_graph or logits_storage or leaves_the_logits_alone or beside_another_loss"
+    "test_autograd.py": "retained_graph or logits_storage or leaves_the_logits_alone or adds_to_what"
     " or checkpointing or nothing_is_materialised or callers_own",
     "formulas_agree.py": "test",
     "rows.py": "test",
-    "shards.py": "test",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install triton)")
 def test_under_the_interpreter():
-    own = [f"backends/interpreter/{name}.py" for name in ("formulas_agree", "rows", "shards")]
+    own = [f"backends/interpreter/{name}.py" for name in ("formulas_agree", "rows")]
     paths = [f"tests/{path}" for path in (*own, "loss/test_autograd.py", "loss/test_loss.py", "loss/test_policy.py")]
     names = " or ".join(f"{file} and ({chosen})" for file, chosen in SELECTED.items())
     command = [sys.executable, "-m", "pytest", "-x", "--device", "interpreter", "-k", names, *paths]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 import trainer_rig as rig
-import yaml
+from cli_rig import ROOT, write_run
 from transformers import AutoModelForCausalLM
 
 from gft_kernels.cli import activations, main, plan
 from gft_kernels.cli.dry_run import Unread
 from gft_kernels.trainer import GFTConfig
 
-ROOT = Path(__file__).parents[2]
 PRESET = str(ROOT / "examples" / "numina_qwen2.5_math_1.5b.yaml")
 QWEN = 1_543_714_304  # parameters of Qwen2.5-1.5B, tied
 
@@ -89,22 +87,8 @@ def test_a_wrong_column_is_named(tmp_path, in_the_repository, capsys, row, messa
     assert message.replace("row 2", f"{data}, line 2") in error and "Traceback" not in error
 
 
-def config_file(tmp_path, **options):
-    model = tmp_path / "model"
-    rig.llama().save_pretrained(model)
-    rig.tokenizer().save_pretrained(model)
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rig.rows(10))))
-    settings = {
-        "model": str(model), "data": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path / "run"), "use_cpu": True,
-        "rewards": ["trainer_rig:digit_count"], "num_demonstrations": 2, "num_generations": 2,
-        "max_completion_length": 10, "per_device_train_batch_size": 2, "max_steps": 3,
-    }  # fmt: skip
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, **options}))
-    return str(tmp_path / "run.yaml")
-
-
-def test_what_is_on_disk_is_read(tmp_path, capsys):
-    config = config_file(tmp_path, beta=0.1, overlong="drop", max_prompt_length=4)
+def test_what_is_on_disk_is_read(tmp_path, model_path, capsys):
+    config = write_run(tmp_path, model_path, rig.rows(10), beta=0.1, overlong="drop", max_prompt_length=4)
     assert main(["train", "--config", config, "--dry-run", "--ranks", "2"]) == 0
     shown = capsys.readouterr().out
     assert "5 of 10 rows, columns checked; longest prompt 4 tokens, response 7 of 10" in shown  # the even ones have 8
@@ -114,8 +98,8 @@ def test_what_is_on_disk_is_read(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_held_out_rows_are_checked_too(tmp_path, capsys):
-    config, held_out = config_file(tmp_path), tmp_path / "held-out.jsonl"
+def test_held_out_rows_are_checked_too(tmp_path, model_path, capsys):
+    config, held_out = write_run(tmp_path, model_path, rig.rows(10)), tmp_path / "held-out.jsonl"
     held_out.write_text(json.dumps(rig.rows(1)[0]))
     asked = ["train", "--config", config, "--eval_data", str(held_out), "--dry-run"]
     assert main(asked) == 0 and "1 of 1 rows, columns checked" in capsys.readouterr().out
@@ -123,8 +107,8 @@ def test_held_out_rows_are_checked_too(tmp_path, capsys):
     assert main(asked) == 2 and f"{held_out}, line 1: field `prompt` must be" in capsys.readouterr().err
 
 
-def test_demonstrations_are_rewarded(tmp_path, capsys, monkeypatch):
-    asked, rows = ["train", "--config", config_file(tmp_path), "--dry-run"], rig.rows(10)
+def test_demonstrations_are_rewarded(tmp_path, model_path, capsys, monkeypatch):
+    asked, rows = ["train", "--config", write_run(tmp_path, model_path, rig.rows(10)), "--dry-run"], rig.rows(10)
     expert, teacher = (
         sum(rig.digit_count([], [row["demonstrations"][i] for row in rows], [row["answer"] for row in rows])) / 10
         for i in (0, 1)
@@ -137,16 +121,16 @@ def test_demonstrations_are_rewarded(tmp_path, capsys, monkeypatch):
     assert "reward function reward raised ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_without_any_configuration_there_is_no_estimate(tmp_path, capsys):
-    config = config_file(tmp_path, model="nobody/nothing")
+def test_without_any_configuration_there_is_no_estimate(tmp_path, model_path, capsys):
+    config = write_run(tmp_path, model_path, rig.rows(10), model="nobody/nothing")
     assert main(["train", "--config", config, "--dry-run"]) == 0
     assert "nobody/nothing is not on disk and model_config is not given: no estimate" in capsys.readouterr().out
     assert main(["train", "--config", config, "--dry-run", "--model_config", "nowhere.json"]) == 2
     assert "model_config must be a config.json, got 'nowhere.json'" in capsys.readouterr().err
 
 
-def test_what_training_would_refuse_the_dry_run_refuses(tmp_path, capsys):
-    config = config_file(tmp_path)
+def test_what_training_would_refuse_the_dry_run_refuses(tmp_path, model_path, capsys):
+    config = write_run(tmp_path, model_path, rig.rows(10))
     for flags, message in (
         (["--tau", "2"], "tau must lie in [0, 1]"),
         (["--num_demonstrations", "9"], "must hold at least num_demonstrations = 9 texts, got 2"),

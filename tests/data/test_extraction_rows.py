@@ -42,12 +42,8 @@ def test_an_answer_that_is_no_json_is_an_error_not_a_zero():
 
 
 def test_exact_answer():
-    assert exact_answer(["?"] * 4, [" 1984-05-07\n", "1984-05-07.", "on 1984-05-07", ""], ["1984-05-07"] * 4) == [
-        1,
-        0,
-        0,
-        0,
-    ]
+    said = [" 1984-05-07\n", "1984-05-07.", "on 1984-05-07", ""]
+    assert exact_answer(["?"] * 4, said, ["1984-05-07"] * 4) == [1, 0, 0, 0]
     assert exact_answer(["?"], ["7"], [7]) == [1.0]
 
 

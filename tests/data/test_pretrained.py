@@ -112,21 +112,16 @@ def write_gguf(path: Path, model, tokens: list[str]) -> None:
     """A Llama of one layer as llama.cpp's converter writes it: a query's and a key's rows pair up for its rotation."""
     gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
     config, writer = model.config, gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template(chatml())
+    said = {
+        "block_count": 1, "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size, "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads, "layer_norm_rms_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size, "tokenizer_model": "gpt2", "token_list": tokens, "token_merges": ["a b"],
+        "token_types": [3 if token.startswith("<|") else 1 for token in tokens], "bos_token_id": 0, "eos_token_id": 1,
+        "chat_template": chatml(),
+    }  # fmt: skip
+    for field, value in said.items():
+        getattr(writer, f"add_{field}")(value)
     for name, weight in model.model.named_parameters():
         layer, part = re.match(r"(?:layers\.(\d+)\.)?(.*)\.weight", name).groups()
         if part in ("self_attn.q_proj", "self_attn.k_proj"):

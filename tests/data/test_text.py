@@ -112,9 +112,8 @@ def test_line_breaks_and_added_words_end_nothing(special):
 def test_a_template_that_renders_no_conversation_is_named_once():
     tokenizer = chat.tokenizer("qwen base")
     tokenizer.chat_template = "{{ raise_exception('say please') }}"
-    with pytest.warns(
-        UserWarning, match=r"the chat template should render .*, got TemplateError: say please; .* '<\|endo"
-    ):
+    told = r"the chat template should render .*, got TemplateError: say please; .* '<\|endo"
+    with pytest.warns(UserWarning, match=told):
         assert marks(tokenizer, text.encode_response(tokenizer, "x", ASKED)) == ["x", "<|endoftext|>"]
     assert marks(tokenizer, text.encode_response(tokenizer, "x", ASKED)) == ["x", "<|endoftext|>"]
 
@@ -164,23 +163,13 @@ OPENED = "<|im_start|>user\nq<|im_end|>\n{}<|im_start|>assistant\n"
 
 @pytest.mark.parametrize(
     ("style", "record", "wanted"),
-    [
-        ("qwen", {"prompt": ASKED}, OPENED.format("")),
-        ("qwen", {"prompt": ASKED, "tools": [{"name": "z"}]}, OPENED.format("tools:z")),
-        (
-            "qwen",
-            {"prompt": ASKED, "chat_template_kwargs": {"enable_thinking": False}},
-            OPENED.format("<think></think>"),
-        ),
-        (
-            "qwen",
-            {"prompt": [*ASKED, {"role": "assistant", "content": "a"}]},
-            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na",
-        ),
-        ("llama 3", {"prompt": "q"}, "<|begin_of_text|>q"),
-        ("llama 3", {"prompt": "<|begin_of_text|>q"}, "<|begin_of_text|>q"),
-    ],
-)
+    [("qwen", {"prompt": ASKED}, OPENED.format("")),
+     ("qwen", {"prompt": ASKED, "tools": [{"name": "z"}]}, OPENED.format("tools:z")),
+     ("qwen", {"prompt": ASKED, "chat_template_kwargs": {"enable_thinking": False}}, OPENED.format("<think></think>")),
+     ("qwen", {"prompt": [*ASKED, {"role": "assistant", "content": "a"}]}, OPENED.format("") + "a"),
+     ("llama 3", {"prompt": "q"}, "<|begin_of_text|>q"),
+     ("llama 3", {"prompt": "<|begin_of_text|>q"}, "<|begin_of_text|>q")],
+)  # fmt: skip
 def test_a_prompt_is_what_the_user_sees(style, record, wanted):
     assert prompt(style, record) == wanted
 
@@ -200,58 +189,40 @@ def test_a_response_does_not_open_the_thinking_a_second_time():
 
 
 def rows(style, records, limits=None, **options):
-    config = types.SimpleNamespace(
-        **{
-            **{"num_demonstrations": 1, "num_generations": 0, "overlong": "error", "max_prompt_length": None},
-            **{"max_completion_length": 64, "skip_special_tokens": False, **options},
-        }
-    )
+    plain = {"num_demonstrations": 1, "num_generations": 0, "overlong": "error", "max_prompt_length": None}
+    plain |= {"max_completion_length": 64, "skip_special_tokens": False}
     tokenizer = chat.tokenizer(style) if isinstance(style, str) else style
-    return Rows(records, "rows", tokenizer, config, limits or Limits())
+    return Rows(records, "rows", tokenizer, types.SimpleNamespace(**{**plain, **options}), limits or Limits())
+
+
+THOUGHT_TWICE = {"prompt": "q<think></think>", "demonstrations": ["<think>x</think>a"]}
 
 
 @pytest.mark.parametrize(
     ("style", "record", "warning"),
-    [
-        (
-            "qwen",
-            {"prompt": "q<|im_end|>\n"},
-            r"rows\[1\]: field `prompt` should not end in an end token, got '<\|im_end",
-        ),
-        ("qwen thinking", {"prompt": ASKED}, r"rows\[1\]: a response should close the <think> that its prompt opens"),
-        (
-            "qwen",
-            {"prompt": "q<think></think>", "demonstrations": ["<think>x</think>a"]},
-            r"rows\[1\]: a response should not think again",
-        ),
-    ],
-)
+    [("qwen", {"prompt": "q<|im_end|>\n"}, r"field `prompt` should not end in an end token, got '<\|im_end"),
+     ("qwen thinking", {"prompt": ASKED}, r"a response should close the <think> that its prompt opens"),
+     ("qwen", THOUGHT_TWICE, r"a response should not think again")],
+)  # fmt: skip
 def test_prompts_that_are_hardly_meant_are_named_once(style, record, warning):
     sound = {"prompt": "q", "demonstrations": ["a"]}
-    with pytest.warns(UserWarning, match=warning) as found:
+    with pytest.warns(UserWarning, match=rf"rows\[1\]: {warning}") as found:
         rows(style, [sound, {**sound, **record}, {**sound, **record}])
     assert len(found) == 1
 
 
+READ_BY = "must be read by the chat template"
+
+
 @pytest.mark.parametrize(
     ("style", "record", "message"),
-    [
-        ("gemma", {"prompt": [{"role": "system", "content": "q"}, *ASKED]}, "that the chat template takes, got Templ"),
-        ("gemma", {"prompt": ASKED, "tools": [{"name": "z"}]}, "field `tools` must be read by the chat template"),
-        (
-            "qwen",
-            {"prompt": ASKED, "chat_template_kwargs": {"enable_thinkin": False}},
-            "field `chat_template_kwargs` must be read by the chat template, got 'enable_thinkin'",
-        ),
-        ("qwen", {"prompt": ASKED, "tools": "z"}, "field `tools` must be a list of descriptions of functions, got str"),
-        ("qwen", {"prompt": "q", "tools": [{"name": "z"}]}, "field `tools` must be absent where `prompt` is text"),
-        (
-            "qwen",
-            {"prompt": ASKED, "chat_template_kwargs": [1]},
-            "field `chat_template_kwargs` must name variables of the chat template, got list",
-        ),
-    ],
-)
+    [("gemma", {"prompt": [{"role": "system", "content": "q"}, *ASKED]}, "that the chat template takes, got Templ"),
+     ("gemma", {"prompt": ASKED, "tools": [{"name": "z"}]}, f"field `tools` {READ_BY}"),
+     ("qwen", {"prompt": ASKED, "chat_template_kwargs": {"enable_thinkin": False}}, f"{READ_BY}, got 'enable_thinkin'"),
+     ("qwen", {"prompt": ASKED, "tools": "z"}, "field `tools` must be a list of descriptions of functions, got str"),
+     ("qwen", {"prompt": "q", "tools": [{"name": "z"}]}, "field `tools` must be absent where `prompt` is text"),
+     ("qwen", {"prompt": ASKED, "chat_template_kwargs": [1]}, "must name variables of the chat template, got list")],
+)  # fmt: skip
 def test_prompts_that_cannot_be_rendered_are_refused(style, record, message):
     with pytest.raises(RowError, match=rf"rows\[0\]: .*{message}"):
         rows(style, [{"demonstrations": ["a"], **record}])
@@ -277,9 +248,8 @@ def test_a_prompt_has_a_token():
 )
 def test_a_long_demonstration_may_be_cut_and_is_read_as_cut(content, words):
     tokenizer = chat.tokenizer("qwen base")
-    [row] = rows(
-        "qwen base", [{"prompt": ASKED, "demonstrations": [content]}], overlong="truncate", max_completion_length=4
-    )
+    cut = {"overlong": "truncate", "max_completion_length": 4}
+    [row] = rows("qwen base", [{"prompt": ASKED, "demonstrations": [content]}], **cut)
     assert marks(tokenizer, row.given[0].ids) == words
     assert row.given[0].text == "".join(words[:-1] if words[-1] == "<|im_end|>" else words)
 
@@ -290,7 +260,5 @@ def test_cutting_has_its_limits():
     records = [{"prompt": "q u q", "demonstrations": ["a x y z"]}, {"prompt": "q", "demonstrations": ["a x y z"]}]
     kept = rows("qwen", records, Limits(context=4), overlong="truncate", max_prompt_length=4)
     assert kept.kept == [1] and len(kept[0].given[0].ids) == 3  # a long prompt is left out; one token of four is taken
-    with pytest.raises(
-        RowError, match=r"token ids must be below 7, the rows of the model's embedding, got \d+; resize"
-    ):
+    with pytest.raises(RowError, match=r"token ids must be below 7, the rows of the model's embedding, got \d+; res"):
         rows("qwen", records, Limits(vocabulary=7))

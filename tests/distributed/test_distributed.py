@@ -9,7 +9,7 @@ import torch
 import vocabulary_ranks as ranks
 from ranks import start_ranks
 
-from gft_kernels import distributed, formulas, registry
+from gft_kernels import distributed, registry
 from gft_kernels.advantages import credit_rows
 from gft_kernels.linear import chunks
 from gft_kernels.options import Credit, LinearCall
@@ -41,42 +41,21 @@ def test_sharded_vocabulary(said, size, backend, check):
         assert not result, f"rank {rank}: {result}"
 
 
-def test_merging_shards_is_the_softmax_of_the_whole(monkeypatch):
-    """The algebra without processes: columns cut anywhere, sums over ranks done by hand."""
-    z = torch.randn(6, 23, dtype=torch.float64) * 4
-    z[1, :9] = -float("inf")
-    target = torch.tensor([2, 20, 9, 22, 0, 23])  # the last is nobody's
-    columns, cuts = torch.arange(23), [(0, 9), (9, 9), (9, 23)]
-    states = []
-    for start, stop in cuts:
-        mine = (columns >= start) & (columns < stop)
-        others = torch.where(mine & (columns != target[:, None]), z, -float("inf"))
-        top = others.amax(1)
-        anchor = torch.where(top == formulas.NEG_INF, 0.0, top)
-        share = torch.exp(others - anchor[:, None])
-        gap = torch.where(share == 0, 0.0, share * (others - anchor[:, None])).sum(1)
-        found = ((target >= start) & (target < stop)).double()
-        logit = z.gather(1, target.clamp(max=22)[:, None])[:, 0]
-        states.append((top, share.sum(1), gap, logit * found, found))
-    shared = torch.stack([s[0] for s in states]).amax(0)
-    packed = []
-    for collect in (True, False):
-        for state in states:
-            monkeypatch.setattr(distributed, "group_of", lambda name: None)
-            monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, op, group: x.copy_(shared))
-
-            def add(name, values, collect=collect):
-                packed.append(values.clone()) if collect else values.copy_(torch.stack(packed).sum(0))
-
-            monkeypatch.setattr(distributed, "sum_over_ranks", add)
-            row = distributed.merge_shards("", *state)
-            if not collect:
-                log_pi = torch.log_softmax(z, 1)
-                torch.testing.assert_close(row.log_pi_R[:5], log_pi[:5].gather(1, target[:5, None])[:, 0])
-                assert row.log_pi_R[5].isnan()
-                torch.testing.assert_close((row.top_R + row.log_mass_R)[:5], torch.logsumexp(z, 1)[:5])
-                p = log_pi.exp()
-                torch.testing.assert_close(row.entropy_R[:5], -torch.where(p > 0, p * log_pi, 0.0).sum(1)[:5])
+def test_a_target_that_no_rank_holds_spoils_its_row_only(monkeypatch):
+    """A group of one; what several make of their parts, the ranks' checks see."""
+    z, target = torch.randn(6, 23, dtype=torch.float64) * 4, torch.tensor([2, 20, 9, 22, 0, 23])
+    monkeypatch.setattr(distributed, "group_of", lambda name: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, op, group: x)
+    found = (target < 23).double()
+    others = z.masked_fill(torch.arange(23) == target[:, None], -float("inf"))
+    fall = torch.where(others == -float("inf"), 0.0, others - others.amax(1, keepdim=True))
+    share = torch.exp(others - others.amax(1, keepdim=True))
+    logit = z.gather(1, target.clamp(max=22)[:, None])[:, 0] * found
+    row = distributed.merge_shards("", others.amax(1), share.sum(1), (share * fall).sum(1), logit, found)
+    log_pi = torch.log_softmax(z, 1)[:5]
+    torch.testing.assert_close(row.log_pi_R[:5], log_pi.gather(1, target[:5, None])[:, 0])
+    torch.testing.assert_close(row.entropy_R[:5], -(log_pi.exp() * log_pi).sum(1))
+    assert row.log_pi_R.isnan().tolist() == [False] * 5 + [True]
 
 
 def test_the_widest_shard_decides_the_chunks_of_all():

@@ -14,7 +14,7 @@ import oracle
 import policy_cases
 import torch
 import torch.distributed as dist
-from cases import UPSTREAM, assert_loss, problem
+from cases import UPSTREAM, assert_loss, problem, run
 
 from gft_kernels import distributed, gft_linear_loss, gft_loss, registry, token_log_probs
 
@@ -56,34 +56,21 @@ def rows_of(case, **options):
     return {"mask": case.mask, "rewards": case.rewards, "group_size": 2, **options}
 
 
-def the_row_loss_matches_the_oracle(ranks: Ranks):
-    case = problem(4, 3, VOCABULARY, temperature=0.8, softcap=20.0)
-    losses, truth = case.truth(UPSTREAM)
-    for mine in ranks.splits():
-        shard = case.logits[..., mine].clone().requires_grad_(True)
-        loss = gft_loss(shard, case.targets, **rows_of(case), temperature=0.8, softcap=20.0, **ranks.shared())
-        (loss * UPSTREAM).backward()
-        ranks.same_everywhere(loss)
-        assert_loss(loss, losses)
-        close(shard.grad, truth[..., mine], 1e-5)
-
-
 def every_dtype_reduction_and_statistic(ranks: Ranks):
     for dtype, reduction in [(torch.float32, "none"), (torch.bfloat16, "sequence-mean"), (torch.float16, "sum")]:
         case = problem(6, 3, VOCABULARY, dtype)
         case.rewards[:2] = 0.5
-        options = rows_of(case, reduction=reduction, return_entropy=True, rectify="positive")
-        whole = case.logits.clone().requires_grad_(True)
         upstream = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)) if reduction == "none" else UPSTREAM
-        expected, expected_stats = gft_loss(whole, case.targets, backend="reference", **options)
-        (expected * upstream).sum().backward()
+        options = rows_of(case, reduction=reduction, return_entropy=True, rectify="positive", upstream=upstream)
+        options |= {"temperature": 0.8, "softcap": 20.0}
+        (expected, expected_stats), whole = run(gft_loss, case.logits, case.targets, backend="reference", **options)
         for inplace, mine in ranks.ways():
-            shard = case.logits[..., mine].clone().requires_grad_(True)
-            loss, stats = gft_loss(shard * 1, case.targets, inplace=inplace, **options, **ranks.shared())
-            (loss * upstream).sum().backward()
+            (loss, stats), gradient = run(
+                gft_loss, case.logits[..., mine], case.targets, inplace=inplace, **options, **ranks.shared()
+            )
             ranks.same_everywhere(loss)
             close(loss, expected)
-            close(shard.grad, whole.grad[..., mine], 2e-6 if dtype == torch.float32 else 1e-3)
+            close(gradient, whole[..., mine], 2e-6 if dtype == torch.float32 else 1e-3)
             for name in ("log_probs", "coefficients", "advantages", "entropy"):
                 ranks.same_everywhere(getattr(stats, name))
                 close(getattr(stats, name), getattr(expected_stats, name), 1e-5)
@@ -98,11 +85,10 @@ def peaked_rows_keep_their_digits(ranks: Ranks):
         logits[0], targets[0], torch.ones(2), torch.ones(2), torch.ones(2), 1.0, tau=0.7
     )
     for mine in ranks.splits():
-        shard = logits[..., mine].clone().requires_grad_(True)
-        loss = gft_loss(shard, targets, reduction="none", **ranks.shared())
-        loss.sum().backward()
+        options = {"reduction": "none", "upstream": 1.0, **ranks.shared()}
+        loss, gradient = run(gft_loss, logits[..., mine], targets, **options)
         close(loss.flatten(), losses, 1e-5)
-        close(shard.grad[0], truth[:, mine], 1e-5)
+        close(gradient[0], truth[:, mine], 1e-5)
 
 
 def bans_and_bad_rows_stay_in_their_row(ranks: Ranks):
@@ -112,15 +98,10 @@ def bans_and_bad_rows_stay_in_their_row(ranks: Ranks):
     logits[2, 7] = -float("inf")  # a banned target
     targets = torch.tensor([4, 5, 7, 8])
     for tau in (0.0, 0.7):
-        whole = logits.clone().requires_grad_(True)
-        expected = gft_loss(whole, targets, tau=tau, reduction="none", backend="reference")
-        expected.sum().backward()
+        expected, whole = run(gft_loss, logits, targets, tau=tau, reduction="none", backend="reference")
         for mine in ranks.splits():
-            shard = logits[:, mine].clone().requires_grad_(True)
-            loss = gft_loss(shard, targets, tau=tau, reduction="none", **ranks.shared())
-            loss.sum().backward()
-            torch.testing.assert_close(loss, expected, equal_nan=True)
-            torch.testing.assert_close(shard.grad, whole.grad[:, mine], equal_nan=True)
+            found = run(gft_loss, logits[:, mine], targets, tau=tau, reduction="none", **ranks.shared())
+            torch.testing.assert_close(found, (expected, whole[:, mine]), equal_nan=True)
 
 
 def fp16_survives_a_gradient_scaler(ranks: Ranks):
@@ -129,9 +110,8 @@ def fp16_survives_a_gradient_scaler(ranks: Ranks):
     options = rows_of(case, num_items_in_batch=2.0**16)
     _, truth = case.truth(UPSTREAM, reduction="sum")
     for mine in ranks.splits():
-        shard = case.logits[..., mine].clone().requires_grad_(True)
-        (gft_loss(shard, case.targets, **options, **ranks.shared()) * (UPSTREAM * 2.0**16)).backward()
-        close(shard.grad, truth[..., mine], 1e-3)
+        asked = {"upstream": UPSTREAM * 2.0**16, **options, **ranks.shared()}
+        close(run(gft_loss, case.logits[..., mine], case.targets, **asked)[1], truth[..., mine], 1e-3)
 
 
 def linear_case(dtype=torch.float32):
@@ -147,6 +127,15 @@ def leaves(*tensors):
     return [x.clone().requires_grad_(True) for x in tensors]
 
 
+def over_head(loss_function, hidden, weight, bias, upstream=UPSTREAM, **options):
+    """What a loss over a head returns, and the gradients of hidden states, weight and bias."""
+    given = leaves(hidden, weight, bias)
+    out = loss_function(given[0], weight=given[1], bias=given[2], **options)
+    loss = out[0] if isinstance(out, tuple) else out
+    (loss * upstream).sum().backward()
+    return out, [x.grad for x in given]
+
+
 def the_linear_loss_matches_the_whole_head(ranks: Ranks):
     for dtype, reduction, chunk in [
         (torch.float32, "token-mean", 5), (torch.bfloat16, "token-mean", None), (torch.float16, "sum", 7),
@@ -155,28 +144,19 @@ def the_linear_loss_matches_the_whole_head(ranks: Ranks):
         case, *tensors = linear_case(dtype)
         case.rewards[:2] = 0.5
         options = rows_of(case, reduction=reduction, return_entropy=True, chunk_rows=chunk, softcap=9.0)
-        whole = leaves(*tensors)
-        upstream = torch.linspace(-1, 2, 18).view(6, 3) if reduction == "none" else UPSTREAM
-        expected, expected_stats = gft_linear_loss(
-            whole[0], whole[1], case.targets, bias=whole[2], backend="reference", **options
-        )
-        (expected * upstream).sum().backward()
+        options["upstream"] = torch.linspace(-1, 2, 18).view(6, 3) if reduction == "none" else UPSTREAM
+        options["targets"] = case.targets
+        (expected, expected_stats), whole = over_head(gft_linear_loss, *tensors, backend="reference", **options)
         for mine in ranks.splits():
-            mine_only = leaves(tensors[0], tensors[1][mine], tensors[2][mine])
-            loss, stats = gft_linear_loss(
-                mine_only[0], mine_only[1], case.targets, bias=mine_only[2], **options, **ranks.shared()
-            )
-            (loss * upstream).sum().backward()
-            for same in (loss, mine_only[0].grad, stats.log_probs, stats.entropy):
+            parts = (tensors[0], tensors[1][mine], tensors[2][mine])
+            (loss, stats), gradients = over_head(gft_linear_loss, *parts, **options, **ranks.shared())
+            for same in (loss, gradients[0], stats.log_probs, stats.entropy):
                 ranks.same_everywhere(same)
             close(loss, expected)
             close(stats.entropy, expected_stats.entropy, 1e-5)
-            tolerance = 1e-5 if dtype == torch.float32 else 2e-3
-            for leaf, of_whole in zip(
-                mine_only, (whole[0].grad, whole[1].grad[mine], whole[2].grad[mine]), strict=True
-            ):
-                assert leaf.grad.dtype == dtype
-                close(leaf.grad, of_whole, tolerance)
+            for gradient, truth in zip(gradients, (whole[0], whole[1][mine], whole[2][mine]), strict=True):
+                assert gradient.dtype == dtype
+                close(gradient, truth, 1e-5 if dtype == torch.float32 else 2e-3)
             log_probs = token_log_probs(
                 tensors[0], tensors[1][mine], case.targets, bias=tensors[2][mine], mask=case.mask, softcap=9.0,
                 **ranks.shared(),
@@ -212,14 +192,11 @@ def every_objective_matches_the_oracle(ranks: Ranks):
         losses, truth = case.truth(UPSTREAM)
         whole_stats = case.loss(return_stats=True, return_entropy=True, backend="reference")[1]
         for inplace, mine in ranks.ways():
-            shard = case.logits[..., mine].clone().requires_grad_(True)
-            loss, stats = case.loss(
-                shard * 1, inplace=inplace, return_stats=True, return_entropy=True, **ranks.shared()
-            )
-            (loss * UPSTREAM).backward()
+            asked = {"inplace": inplace, "return_stats": True, "return_entropy": True, **ranks.shared()}
+            (loss, stats), gradient = run(case.loss, case.logits[..., mine], **asked)
             ranks.same_everywhere(loss)
             assert_loss(loss, losses)
-            close(shard.grad, truth[..., mine], 1e-5 if dtype == torch.float32 else 1e-3)
+            close(gradient, truth[..., mine], 1e-5 if dtype == torch.float32 else 1e-3)
             for name in ("log_probs", "coefficients", "entropy", "ratios", "kl"):
                 if getattr(stats, name) is not None:
                     close(getattr(stats, name), getattr(whole_stats, name), 1e-5)
@@ -232,23 +209,18 @@ def a_linear_objective_matches_the_whole_head(ranks: Ranks):
     rows = {"given": torch.arange(6) % 3 == 0, "given_objective": "chord", "weights": torch.arange(6) % 4 / 2}
     of_responses = [{"objective": name, "advantages": case.advantages[:, 0]} for name in policy_cases.OF_RESPONSES]
     for options in (rows, *of_responses):
-        (z,) = leaves(case.logits)
-        (case.loss(z, backend="reference", **options) * UPSTREAM).backward()
+        _, of_logits = run(case.loss, case.logits, backend="reference", **options)
         for mine in ranks.splits():
-            (shard,) = leaves(case.logits[..., mine])
-            (case.loss(shard, **options, **ranks.shared()) * UPSTREAM).backward()
-            close(shard.grad, z.grad[..., mine], 1e-5)
-        whole = leaves(*tensors)
-        expected = case.loss(whole[0], weight=whole[1], bias=whole[2], backend="reference", **options)
-        (expected * UPSTREAM).backward()
+            _, gradient = run(case.loss, case.logits[..., mine], **options, **ranks.shared())
+            close(gradient, of_logits[..., mine], 1e-5)
+        expected, whole = over_head(case.loss, *tensors, backend="reference", **options)
         for mine in ranks.splits():
-            x, w, b = leaves(tensors[0], tensors[1][mine], tensors[2][mine])
-            loss = case.loss(x, weight=w, bias=b, chunk_rows=5, **options, **ranks.shared())
-            (loss * UPSTREAM).backward()
-            ranks.same_everywhere(x.grad)
+            parts = (tensors[0], tensors[1][mine], tensors[2][mine])
+            loss, gradients = over_head(case.loss, *parts, chunk_rows=5, **options, **ranks.shared())
+            ranks.same_everywhere(gradients[0])
             close(loss, expected)
-            for leaf, truth in zip((x, w, b), (whole[0].grad, whole[1].grad[mine], whole[2].grad[mine]), strict=True):
-                close(leaf.grad, truth, 1e-5)
+            for gradient, truth in zip(gradients, (whole[0], whole[1][mine], whole[2][mine]), strict=True):
+                close(gradient, truth, 1e-5)
 
 
 def nothing_live_does_not_hang(ranks: Ranks):
@@ -314,19 +286,11 @@ def compiles_whole(ranks: Ranks):
 
 
 CHECKS = (
-    the_row_loss_matches_the_oracle,
-    every_dtype_reduction_and_statistic,
-    peaked_rows_keep_their_digits,
-    bans_and_bad_rows_stay_in_their_row,
-    fp16_survives_a_gradient_scaler,
-    the_linear_loss_matches_the_whole_head,
-    each_shard_leaves_out_its_own_columns,
-    every_objective_matches_the_oracle,
-    a_linear_objective_matches_the_whole_head,
-    nothing_live_does_not_hang,
-    a_target_beyond_the_whole_vocabulary_is_an_error_everywhere,
-    two_reductions_a_block_of_rows,
-)
+    every_dtype_reduction_and_statistic, peaked_rows_keep_their_digits, bans_and_bad_rows_stay_in_their_row,
+    fp16_survives_a_gradient_scaler, the_linear_loss_matches_the_whole_head, each_shard_leaves_out_its_own_columns,
+    every_objective_matches_the_oracle, a_linear_objective_matches_the_whole_head, nothing_live_does_not_hang,
+    a_target_beyond_the_whole_vocabulary_is_an_error_everywhere, two_reductions_a_block_of_rows,
+)  # fmt: skip
 COMBINATIONS = [(size, backend, check) for size in (4, 2) for backend in ("reference", "cpu") for check in CHECKS]
 COMBINATIONS.append((1, "reference", compiles_whole))  # tracing costs seconds and sees neither
 

@@ -25,14 +25,8 @@ def launch(host: str, folder: Path) -> host_rig.Gradients:
         "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, __file__, host, str(folder)],
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command, how = [*torchrun, __file__, host, str(folder)], {"capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, env=environment, cwd=folder, **how)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return torch.load(folder / "seen.pt", weights_only=False)
 
@@ -43,12 +37,8 @@ def llamafactory(folder: Path, seen: host_rig.Gradients) -> None:
 
     from gft_kernels.integrations.llamafactory import GFTCallback
 
-    cut = {
-        "per_device_train_batch_size": MICRO_BATCH,
-        "gradient_accumulation_steps": ACCUMULATION,
-        "ddp_backend": "gloo",
-    }
-    run_exp({**settings(folder), **cut}, callbacks=[GFTCallback(tau=host_rig.TAU), seen])
+    cut = {"per_device_train_batch_size": MICRO_BATCH, "gradient_accumulation_steps": ACCUMULATION}
+    run_exp({**settings(folder), **cut, "ddp_backend": "gloo"}, callbacks=[GFTCallback(tau=host_rig.TAU), seen])
 
 
 def swift(folder: Path, seen: host_rig.Gradients) -> None:

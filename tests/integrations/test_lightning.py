@@ -46,15 +46,10 @@ def fit(module, micro_batch, accumulation):
     rows = DataLoader(
         host_rig.encoded_rows(), micro_batch, collate_fn=lambda part: dict(collate([dict(r) for r in part]))
     )
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
     trainer = Trainer(
-        accelerator="cpu", max_epochs=1, accumulate_grad_batches=accumulation, callbacks=[StepMean()], **quiet
-    )
+        accelerator="cpu", max_epochs=1, accumulate_grad_batches=accumulation, callbacks=[StepMean()], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
     trainer.fit(module, rows)
 
 

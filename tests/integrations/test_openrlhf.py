@@ -131,15 +131,8 @@ def test_openrlhfs_dual_clip_is_delta(dual_clip):
     (loss * 1.7).backward()
     options = {"clip_low": 0.2, "clip_high": 0.28, "delta": dual_clip, "reduction": "token-mean"}
     logits.requires_grad_()
-    found = policy_loss(
-        logits,
-        targets,
-        objective="grpo",
-        advantages=advantages.float(),
-        old_log_probs=old.float(),
-        mask=mask,
-        **options,
-    )
+    rows = {"advantages": advantages.float(), "old_log_probs": old.float(), "mask": mask}
+    found = policy_loss(logits, targets, objective="grpo", **rows, **options)
     (found * 1.7).backward()
     torch.testing.assert_close(found.double(), loss, atol=2e-6, rtol=2e-6)
     torch.testing.assert_close(logits.grad.double(), wanted.grad, atol=1e-6, rtol=1e-5)
@@ -201,13 +194,8 @@ def test_openrlhfs_own_step_gives_the_formulas_gradients(tmp_path, micro_batch):
     advantages = torch.tensor([row[host_rig.COLUMN] for row in rows])[:, None].expand_as(mask)
 
     trainer = object.__new__(ActorPPOTrainer)
-    trainer.strategy, trainer.args, trainer.actor, trainer.ema_model = (
-        Strategy(8 // micro_batch),
-        arguments(),
-        actor,
-        None,
-    )
-    trainer.actor_optim, trainer.aux_loss, trainer.replay_buffer = None, False, None
+    trainer.strategy, trainer.args, trainer.actor = Strategy(8 // micro_batch), arguments(), actor
+    trainer.ema_model, trainer.actor_optim, trainer.aux_loss, trainer.replay_buffer = None, None, False, None
     trainer.actor_scheduler = SimpleNamespace(get_last_lr=lambda: [0.0])
     trainer.actor_loss_fn = GFTPolicyLoss(tau=host_rig.TAU)
     experiences = [

@@ -88,18 +88,10 @@ ARGUMENTS = {"loss_type": None, "enable_dft_loss": False, "enable_channel_loss":
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("packing", True),
-        ("padding_free", True),
-        ("sequence_parallel_size", 2),
-        ("loss_type", "cross_entropy"),
-        ("enable_dft_loss", True),
-        ("enable_channel_loss", True),
-        ("average_tokens_across_devices", False),
-        ("label_smoothing_factor", 0.1),
-        ("use_logits_to_keep", True),
-    ],
-)
+    [("packing", True), ("padding_free", True), ("sequence_parallel_size", 2), ("loss_type", "cross_entropy"),
+     ("enable_dft_loss", True), ("enable_channel_loss", True), ("average_tokens_across_devices", False),
+     ("label_smoothing_factor", 0.1), ("use_logits_to_keep", True)],
+)  # fmt: skip
 def test_settings_that_would_change_the_loss_are_errors(name, value):
     check_settings(SimpleNamespace(**ARGUMENTS), SimpleNamespace(**TEMPLATE))
     changed = [

@@ -21,12 +21,6 @@ pytestmark = pytest.mark.filterwarnings("error:the GFT loss")
 UPSTREAM = 1.7
 
 
-def gradients(model) -> dict[str, torch.Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    return found
-
-
 @pytest.mark.parametrize(
     ("model", "options"),
     [
@@ -58,9 +52,7 @@ def test_the_loss_and_gradients_are_those_of_the_projects_trainer(tmp_path, mode
     assert len({len(row.prompt_ids) for row in theirs.train_dataset}) > 1  # so that padding has a side
     assert abs(expected.item()) > 1e-3
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    theirs_by_name = gradients(theirs.model)
-    for name, gradient in gradients(ours.model).items():
-        assert (gradient - theirs_by_name[name]).norm() <= 1e-6 * max(theirs_by_name[name].norm(), 1e-3), name
+    trl_rig.assert_same_gradients(ours.model, theirs.model, 1e-6, 1e-3)
 
 
 @pytest.mark.parametrize("reduction", ["token-mean", "sequence-mean"])
@@ -127,8 +119,7 @@ def test_several_steps_on_one_generation_log_how_far_the_policy_has_moved(tmp_pa
         return compute(model, inputs)
 
     trainer._compute_loss = watched
-    trainer.train()
-    first, second = (line for line in trainer.state.log_history if "loss" in line)
+    first, second = rig.trained(trainer)
     assert first["drift/kl"] == pytest.approx(0, abs=1e-6)
 
     (_, inputs), (weights, again) = moved
@@ -189,8 +180,7 @@ def test_a_run_learns_logs_and_saves_what_can_be_loaded(tmp_path):
         max_grad_norm=1.0, num_demonstrations=1,
     )  # fmt: skip
     before = copy.deepcopy(trainer.model.state_dict())
-    trainer.train()
-    lines = [line for line in trainer.state.log_history if "loss" in line]
+    lines = rig.trained(trainer)
     assert {"pi", "rectified", "entropy", "reward"} <= lines[0].keys()
     early, late = (sum(line["reward"] for line in part) / 10 for part in (lines[:10], lines[-10:]))
     assert late > early + 0.1
@@ -209,15 +199,9 @@ def test_the_hooks_of_the_installed_trl_are_the_ones_taken_over():
         "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"],
         "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
         "_compute_loss": ["self", "model", "inputs"],
-        "_get_per_token_logps_and_entropies": [
-            "self",
-            "model",
-            "input_ids",
-            "attention_mask",
-            "logits_to_keep",
-            "batch_size",
-        ],
     }
+    asked = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    expected["_get_per_token_logps_and_entropies"] = asked
     for name, parameters in expected.items():
         assert list(inspect.signature(getattr(base, name)).parameters)[: len(parameters)] == parameters, name
     for source, called in (

@@ -107,11 +107,6 @@ def test_several_reward_functions_are_weighted(tmp_path):
         ({"epsilon_high": 0.28}, r"epsilon_high must be left at None, got 0.28"),
         ({"entropy_coef": 0.01}, r"entropy_coef must be left at 0.0, got 0.01"),
         ({"vllm_importance_sampling_correction": True}, r"vllm_importance_sampling_correction must be False"),
-        ({"tau": 1.5}, r"tau must lie in \[0, 1\], got 1.5"),
-        ({"rectify": "some"}, r"rectify must be one of"),
-        ({"normalize": "max"}, r"normalize must be one of"),
-        ({"reduction": "sum"}, r"reduction must be one of token-mean, sequence-mean, got 'sum'"),
-        ({"backend": "gpu"}, r"backend must be one of"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_work_are_refused(tmp_path, options, sentence):
@@ -134,20 +129,15 @@ def test_groups_must_be_whole_on_each_process(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (
-            {"demonstrations": ["#1."]},
-            r"train_dataset\[0\]: field `demonstrations` must hold at least .* 2 texts, got 1",
-        ),
-        ({"demonstrations": ["1" * 10, "#1."]}, r"train_dataset\[0\]: a demonstration has 11 tokens, max_completion"),
-        ({"demonstrations": ["", "#1."]}, r"train_dataset\[0\]: field `demonstrations` must be a list of non-empty"),
-    ],
-)
-def test_rows_that_cannot_make_a_group_are_named(tmp_path, change, sentence):
+    ("demonstrations", "sentence"),
+    [(["#1."], "field `demonstrations` must hold at least .* 2 texts, got 1"),
+     (["1" * 10, "#1."], "a demonstration has 11 tokens, max_completion"),
+     (["", "#1."], "field `demonstrations` must be a list of non-empty")],
+)  # fmt: skip
+def test_rows_that_cannot_make_a_group_are_named(tmp_path, demonstrations, sentence):
     rows = rig.rows(4)
-    rows[0] |= change
-    with pytest.raises(RowError, match=sentence):
+    rows[0]["demonstrations"] = demonstrations
+    with pytest.raises(RowError, match=rf"train_dataset\[0\]: {sentence}"):
         trl_rig.trainer(tmp_path, rows=rows)
 
 

@@ -23,11 +23,9 @@ ROWS = {"grpo": rig.rows(8), "sft": trl_rig.sft_rows(8), "fsdp2": rig.rows(8)}
 ROWS["sft"][1]["completion"] = "1+2=3." * 3  # so that ranks do not hold the same number of tokens
 GIVEN = {"num_generations": 2, "num_demonstrations": 2}  # nothing sampled: each rank has random numbers of its own
 FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
+}  # fmt: skip
 
 
 def steps(folder: Path, kind: str, processes: int) -> list[torch.Tensor]:
@@ -40,14 +38,8 @@ def steps(folder: Path, kind: str, processes: int) -> list[torch.Tensor]:
     args, model = trl_rig.config(folder, **GIVEN, **options), rig.untied_llama()
     if kind == "fsdp2" and processes > 1:
         shard_on_a_cpu(head_alone=False)
-    trainer = GFTGRPOTrainer(
-        model,
-        length,
-        args,
-        train_dataset=Dataset.from_list(ROWS[kind]),
-        processing_class=rig.tokenizer(),
-        callbacks=[seen],
-    )
+    brought = {"processing_class": rig.tokenizer(), "callbacks": [seen]}
+    trainer = GFTGRPOTrainer(model, length, args, train_dataset=Dataset.from_list(ROWS[kind]), **brought)
     trainer.train()
     assert (trainer.model_wrapped is not trainer.model) == (kind == "grpo" and processes > 1)
     assert hasattr(trainer.model, "reshard") == (kind == "fsdp2" and processes > 1)

@@ -8,20 +8,10 @@ from datasets import Dataset
 from gft_kernels.integrations.trl import GFTGRPOConfig, GFTGRPOTrainer, GFTSFTConfig, GFTSFTTrainer
 
 QUIET = {
-    "per_device_train_batch_size": 8,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "max_steps": 2,
-    "learning_rate": 1e-2,
-    "max_grad_norm": 0.0,
-    "optim": "sgd",
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "seed": 3,
-}
+    "per_device_train_batch_size": 8, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_steps": 2,
+    "learning_rate": 1e-2, "max_grad_norm": 0.0, "optim": "sgd", "logging_steps": 1, "report_to": "none",
+    "save_strategy": "no", "disable_tqdm": True, "seed": 3,
+}  # fmt: skip
 
 
 def config(tmp_path, **options) -> GFTGRPOConfig:
@@ -31,15 +21,16 @@ def config(tmp_path, **options) -> GFTGRPOConfig:
 
 
 def trainer(tmp_path, model=None, rows=None, reward_funcs=rig.digit_count, evaluation=None, callbacks=None, **options):
-    return GFTGRPOTrainer(
-        rig.llama() if model is None else model,
-        reward_funcs,
-        config(tmp_path, **options),
-        train_dataset=Dataset.from_list(rig.rows() if rows is None else rows),
-        eval_dataset=evaluation,
-        processing_class=rig.tokenizer(),
-        callbacks=callbacks,
-    )
+    data = {"train_dataset": Dataset.from_list(rig.rows() if rows is None else rows), "eval_dataset": evaluation}
+    model = rig.llama() if model is None else model
+    brought = {"processing_class": rig.tokenizer(), "callbacks": callbacks}
+    return GFTGRPOTrainer(model, reward_funcs, config(tmp_path, **options), **data, **brought)
+
+
+def assert_same_gradients(ours, theirs, rtol: float, floor: float) -> None:
+    """Of two models, parameter by parameter; one below the floor is compared to that."""
+    for (name, mine), its in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (mine.grad - its.grad).norm() <= rtol * max(its.grad.norm(), floor), name
 
 
 def sft_rows(count=8) -> list[dict]:

@@ -44,14 +44,8 @@ class Draw:
         return torch.randint(stop, shape, generator=self.generator)
 
     def transform(self) -> None:
-        self.transforms = {
-            name: value
-            for name, value in (
-                ("temperature", self.one_of(1.0, 0.7, 2.5)),
-                ("softcap", self.one_of(None, None, 5.0, 30.0)),
-            )
-            if value not in (None, 1.0)
-        }
+        drawn = {"temperature": self.one_of(1.0, 0.7, 2.5), "softcap": self.one_of(None, None, 5.0, 30.0)}
+        self.transforms = {name: value for name, value in drawn.items() if value not in (None, 1.0)}
 
     def mask(self) -> torch.Tensor:
         """Live rows (S, T): by mask, by ignore_index, or all of them."""

@@ -69,10 +69,8 @@ def test_temperature_and_softcap(backend, device, temperature, softcap, dtype):
     assert_matches(case, loss, gradient)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_an_upstream_that_is_a_power_of_two_costs_no_second_rounding(backend, device, dtype):
-    if dtype == torch.float32:
-        pytest.skip("float32 is compared with eager instead")
     case = problem(4, 3, 1003, dtype)
     _, gradient = loss_of(case, backend, device, upstream=8.0)
     assert_rounded(gradient, case.truth(8.0)[1], roundings=1 if dtype == torch.bfloat16 else 2)
@@ -97,28 +95,6 @@ def test_sum_and_per_row_with_any_upstream(backend, device, dtype):
     losses, truth = case.truth(upstream.flatten().double(), reduction="none")
     torch.testing.assert_close(loss.detach().cpu().double().flatten(), losses, rtol=1e-5, atol=1e-6)
     assert_elements(gradient, truth)
-
-
-def test_tau_0_without_advantages_is_cross_entropy(backend, device):
-    logits, targets = torch.randn(7, 97, device=device), torch.randint(97, (7,), device=device)
-    targets[3] = -100
-    loss, gradient = run(gft_loss, logits, targets, tau=0.0, backend=backend, upstream=0.3)
-    expected, expected_gradient = run(torch.nn.functional.cross_entropy, logits, targets, upstream=0.3)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradient, expected_gradient)
-
-
-def test_tau_1_without_advantages_is_the_dft_loss(backend, device):
-    logits, targets = torch.randn(7, 97, device=device), torch.randint(97, (7,), device=device)
-
-    def dft(z, y):
-        per_token = torch.nn.functional.cross_entropy(z, y, reduction="none")
-        return (torch.exp(-per_token.detach()) * per_token).mean()
-
-    loss, gradient = run(gft_loss, logits, targets, tau=1.0, backend=backend)
-    expected, expected_gradient = run(dft, logits, targets)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradient, expected_gradient)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -177,22 +153,17 @@ def test_banned_tokens_have_no_probability_and_no_gradient(backend, device, tau,
     assert_near(case, loss, gradient)
 
 
-def test_a_vocabulary_banned_up_to_its_end(backend, device):
-    """The first thousands of logits say nothing about where the row's top is."""
-    logits = torch.full((1, 1, 5003), -float("inf"))
-    logits[..., -3:] = torch.tensor([-300.0, -301.0, -299.5])
-    targets = torch.full((1, 1), 5001)
-    case = cases.Problem(logits, targets, targets > 0, torch.ones(1), 1, {"tau": 0.7})
-    loss, gradient = loss_of(case, backend, device)
-    assert_near(case, loss, gradient)
+LATE = {  # logits whose first thousands say nothing about where the row's top is, targets
+    "all banned but the end": (torch.tensor([-torch.inf] * 5000 + [-300.0, -301.0, -299.5]), [5001, 5002]),
+    "a climb": (torch.linspace(-500, 500, 9001), [8999, 4000]),
+}
 
 
-def test_the_top_may_come_late_and_climb(backend, device):
-    logits = torch.linspace(-500, 500, 9001).expand(1, 2, -1).clone()
-    targets = torch.tensor([[8999, 4000]])
+@pytest.mark.parametrize("row", LATE)
+def test_the_top_may_come_late(backend, device, row):
+    logits, targets = LATE[row][0].expand(1, 2, -1).clone(), torch.tensor([LATE[row][1]])
     case = cases.Problem(logits, targets, targets > 0, torch.ones(1), 1, {"tau": 0.7})
-    loss, gradient = loss_of(case, backend, device)
-    assert_near(case, loss, gradient)
+    assert_near(case, *loss_of(case, backend, device))
 
 
 def test_a_banned_target(backend, device):
@@ -206,23 +177,16 @@ def test_a_banned_target(backend, device):
     torch.testing.assert_close(gradient, run(torch.nn.functional.cross_entropy, logits, targets, reduction="none")[1])
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_live_row_is_reported_in_that_row_only(backend, device, bad):
     logits = torch.randn(3, 1500, device=device)
     good = run(gft_loss, logits, torch.tensor([4, 5, 6], device=device), reduction="none", backend=backend)[1]
-    logits[1, 1200] = bad
+    logits[1, 1200 if bad != -float("inf") else slice(None)] = bad  # nothing but bans
     targets = torch.tensor([4, 5, 6], device=device)
     loss, gradient = run(gft_loss, logits, targets, reduction="none", backend=backend)
     assert loss.isnan().tolist() == [False, True, False]
     assert gradient[1].isnan().all()
     assert torch.equal(gradient[[0, 2]], good[[0, 2]])
-
-
-def test_a_row_of_nothing_but_bans_is_nan(backend, device):
-    logits = torch.randn(2, 300, device=device)
-    logits[1] = -float("inf")
-    loss, gradient = run(gft_loss, logits, torch.tensor([4, 5], device=device), reduction="none", backend=backend)
-    assert loss.isnan().tolist() == [False, True] and gradient[1].isnan().all() and gradient[0].isfinite().all()
 
 
 LAYOUTS = {
@@ -337,6 +301,7 @@ def test_statistics(backend, device, want_gradient, dtype):
     case = problem(6, 3, 1003, dtype)
     rewards = case.rewards.clone()
     rewards[:2] = 0.5
+    case.logits[4, :, 5:900] = -float("inf")  # entropy leaves banned tokens out
     case = cases.Problem(case.logits, case.targets, case.mask, rewards, 2, case.options)
     with torch.set_grad_enabled(want_gradient):
         _, stats = gft_loss(
@@ -355,47 +320,12 @@ def test_statistics(backend, device, want_gradient, dtype):
     torch.testing.assert_close(stats.advantages.cpu().flatten().double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_entropy_skips_banned_tokens(backend, device):
-    logits = torch.randn(2, 301, device=device)
-    logits[:, 5:200] = -float("inf")
-    _, stats = gft_loss(logits, torch.tensor([1, 2], device=device), return_entropy=True, backend=backend)
-    p = torch.softmax(logits.double(), -1)
-    expected = -torch.where(p > 0, p * p.log(), 0.0).sum(-1)
-    torch.testing.assert_close(stats.entropy.double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_shuffling_the_responses_changes_nothing(backend, device):
-    case = problem(6, 3, 101)
-    ids = torch.tensor([4, 1, 4, 1, 4, 0])
-    order = torch.tensor([3, 0, 5, 2, 4, 1])
-    run_with = lambda p, ids: run(  # noqa: E731
-        gft_loss, p.logits.to(device), p.targets.to(device), mask=p.mask.to(device), rewards=p.rewards.to(device),
-        group_ids=ids.to(device), backend=backend,
-    )  # fmt: skip
-    shuffled = cases.Problem(*(x[order] for x in (case.logits, case.targets, case.mask, case.rewards)), 2, case.options)
-    loss, gradient = run_with(case, ids)
-    loss_shuffled, gradient_shuffled = run_with(shuffled, ids[order])
-    torch.testing.assert_close(loss, loss_shuffled, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(gradient[order], gradient_shuffled, rtol=1e-6, atol=1e-9)
-
-
 def test_twenty_runs_are_bit_equal(backend, device):
     case = problem(4, 5, 3001)
     first = loss_of(case, backend, device)
     for _ in range(19):
         loss, gradient = loss_of(case, backend, device)
         assert torch.equal(loss, first[0]) and torch.equal(gradient, first[1])
-
-
-def test_fp16_survives_a_gradient_scaler(backend, device):
-    """At weight 1/N and pi near 1e-6 an fp16 gradient would underflow before the scaler's 65536 reaches it."""
-    logits = torch.randn(1, 2, 50257).to(torch.float16)
-    targets = torch.tensor([[7, 8]])
-    case = cases.Problem(logits, targets, targets > 0, torch.ones(1), 1, {"tau": 0.0})
-    _, gradient = loss_of(case, backend, device, upstream=65536.0, num_items_in_batch=8192)
-    _, truth = case.truth(65536.0, num_items=8192)
-    assert gradient.eq(0).float().mean() < 0.01
-    assert_rounded(gradient, truth, roundings=2)
 
 
 def test_the_module_is_the_function(device):

@@ -7,31 +7,25 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from gft_kernels import api, arguments
 
-OF = {
-    "gft_loss": arguments.RowOptions,
-    "gft_linear_loss": arguments.LinearOptions,
-    "policy_loss": arguments.PolicyOptions,
-    "token_log_probs": arguments.LogProbOptions,
+OF = {  # function: its options, how many, its tensors
+    "gft_loss": (arguments.RowOptions, 24, ["logits", "targets"]),
+    "gft_linear_loss": (arguments.LinearOptions, 29, ["hidden", "weight", "targets"]),
+    "policy_loss": (arguments.PolicyOptions, 45, ["inputs", "targets"]),
+    "token_log_probs": (arguments.LogProbOptions, 11, ["hidden", "weight", "targets"]),
 }
-TENSORS = {
-    "gft_loss": ["logits", "targets"],
-    "gft_linear_loss": ["hidden", "weight", "targets"],
-    "policy_loss": ["inputs", "targets"],
-    "token_log_probs": ["hidden", "weight", "targets"],
-}
-COUNT = {"gft_loss": 24, "gft_linear_loss": 29, "policy_loss": 45, "token_log_probs": 11}
 
 
 @pytest.mark.parametrize("name", OF)
 def test_inspect_shows_every_option_with_its_default(name):
-    function = getattr(api, name)
+    function, (options_of, count, tensors) = getattr(api, name), OF[name]
     shown = inspect.signature(function).parameters
     options = {p.name: p for p in shown.values() if p.kind is p.KEYWORD_ONLY}
-    assert [p for p in shown if p not in options] == TENSORS[name]
-    assert set(options) == set(OF[name].__annotations__) and len(options) == COUNT[name]
+    assert [p for p in shown if p not in options] == tensors
+    assert set(options) == set(options_of.__annotations__) and len(options) == count
     assert all(p.default is not p.empty and p.annotation is not p.empty for p in options.values())
     assert options["temperature"].default == 1.0 and options["ignore_index"].default == -100
     if "tau" in options:
@@ -41,9 +35,7 @@ def test_inspect_shows_every_option_with_its_default(name):
 
 
 def test_defaults_are_what_leaving_out_does():
-    import torch
-
-    logits, targets = torch.randn(4, 3, 7), torch.zeros(4, 3, dtype=torch.long)
+    logits, targets = 2 * torch.randn(400, 3, 7), torch.zeros(400, 3, dtype=torch.long)
     defaults = {
         p.name: p.default for p in inspect.signature(api.gft_loss).parameters.values() if p.default is not p.empty
     }
@@ -57,7 +49,7 @@ def test_defaults_are_what_leaving_out_does():
 )
 def test_an_option_of_another_function_is_refused_by_name(name, given):
     with pytest.raises(TypeError, match=f"^{given} must be an option of {name}, got an unknown name; choose from "):
-        getattr(api, name)(*TENSORS[name], **{given: 1})
+        getattr(api, name)(*OF[name][2], **{given: 1})
 
 
 SNIPPET = """
@@ -85,12 +77,8 @@ def test_a_type_checker_knows_every_option(tmp_path):
     pytest.importorskip("mypy")
     snippet = tmp_path / "snippet.py"
     snippet.write_text(SNIPPET)
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--ignore-missing-imports", "--no-error-summary", str(snippet)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", "mypy", "--ignore-missing-imports", "--no-error-summary", str(snippet)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     lines = [line for line in done.stdout.splitlines() if "snippet.py" in line and "error:" in line]
     complaints = {int(line.split(":")[1]) for line in lines}
     wrong = {at for at, line in enumerate(SNIPPET.splitlines(), 1) if line.endswith("# wrong")}

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_hf import ADVANTAGES_S, S, assert_same, batch, gradients, model_inputs, packed
+from test_hf import ADVANTAGES_S, assert_same, batch, gradients, model_inputs, packed
 from test_hf_trainer import CUTS, WINDOW, rows, trained, windows
 from tiny_families import tiny
 from transformers import LlamaForCausalLM
@@ -95,7 +95,7 @@ def call(model, inputs, **options):
 
 SHARES = {
     "token-mean": lambda live, items: 1.0 if items is None else live / items,
-    "sequence-mean": lambda live, items: 1.0 if items is None else S / items,
+    "sequence-mean": lambda live, items: 1.0,  # of responses seen, where they are counted
     "sum": lambda live, items: live,
 }
 
@@ -108,25 +108,19 @@ def test_a_term_is_divided_as_the_losses_of_the_tokens_are(reduction, items, row
         pytest.skip("a sum is not divided")
     inputs = batch("right") if rows_are == "padded" else packed()
     model = patch_model(tiny("llama"), reduction=reduction)
-    alone = call(model, inputs, num_items_in_batch=items)
-    model.__class__ = OwnTerm
     term = 0.7 * model.lm_head.weight.square().mean()
-    live = int((inputs["labels"][:, 1:] != -100).sum())
-    share = SHARES[reduction](live, items)
-    assert call(model, inputs, num_items_in_batch=items).item() == pytest.approx(
-        (alone + share * term).item(), rel=1e-5
-    )
-    mask = torch.ones_like(inputs["labels"])
-    mask[:, : inputs["labels"].shape[1] // 2] = 0
-    masked = call(model, inputs, num_items_in_batch=items, gft_mask=mask.bool())
-    model.__class__ = LlamaForCausalLM
-    alone = call(model, inputs, num_items_in_batch=items, gft_mask=mask.bool())
-    live = (inputs["labels"][:, 1:] != -100) & mask[:, 1:].bool()
-    share = SHARES[reduction](int(live.sum()), items)
-    if reduction == "sequence-mean" and items is not None:
-        seen = live.any(1).sum() if rows_are == "padded" else len(inputs["gft_sequence_ids"][:, 1:][live].unique())
-        share = int(seen) / items
-    assert masked.item() == pytest.approx((alone + share * term).item(), rel=1e-5)
+    half = torch.arange(inputs["labels"].shape[1]) >= inputs["labels"].shape[1] // 2
+    for mask in (None, half.expand_as(inputs["labels"])):
+        options = {"num_items_in_batch": items, **({} if mask is None else {"gft_mask": mask})}
+        model.__class__ = LlamaForCausalLM
+        alone = call(model, inputs, **options)
+        model.__class__ = OwnTerm
+        live = (inputs["labels"][:, 1:] != -100) & (True if mask is None else mask[:, 1:])
+        share = SHARES[reduction](int(live.sum()), items)
+        if reduction == "sequence-mean" and items is not None:
+            seen = live.any(1).sum() if rows_are == "padded" else len(inputs["gft_sequence_ids"][:, 1:][live].unique())
+            share = int(seen) / items
+        assert call(model, inputs, **options).item() == pytest.approx((alone + share * term).item(), rel=1e-5)
 
 
 def test_every_token_carries_it_where_nothing_is_reduced():

@@ -183,6 +183,7 @@ def test_calls_that_fail_or_lie_in_one_another_are_told_apart():
         with pytest.raises(TypeError, match="tua must be an option"):
             target(**inputs, gft_tua=1)
         assert target(**inputs).loss.isfinite()
+    assert "forward" not in model.lm_head.__dict__ and not model.lm_head._forward_hooks
     nested = []
 
     def look(module, args, kwargs):  # as a callback that samples, or a reference model that is the model
@@ -239,13 +240,21 @@ def test_a_call_inside_a_call_that_computes_its_loss_has_a_head_of_its_own(way, 
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
-def test_a_copy_has_a_guard_of_its_own(duplicate):
+def test_a_copy_has_weights_and_a_guard_of_its_own(duplicate):
     model, inputs = patch_model(tiny("llama")), batch("right")
+    patched(model, inputs)
     twin = duplicate(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(0.5)
+    found = patched(twin, inputs)
+    assert not gradients(model)
     another_forward(twin)
     with pytest.raises(ValueError, match="labels must reach"):
         twin(**inputs)
     assert model.train()(**inputs).loss.isfinite()
+    del twin.forward
+    assert_same(found, unfused(unpatch_model(twin), inputs))
 
 
 def test_unpatching_takes_the_guard_away():

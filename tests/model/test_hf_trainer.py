@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import trainer_rig as rig
 from test_hf import assert_same, gradients
 from tiny_families import VOCABULARY, tiny
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from gft_kernels import gft_loss
 from gft_kernels.model.patch import patch_model
 
 WINDOW, ROWS = 8, 11  # the second window is a partial one of 3
-
-
-class Gradients(TrainerCallback):
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters()})
 
 
 def rows() -> list[dict]:
@@ -51,16 +44,15 @@ def windows(model, made: list[dict], beside=lambda ids: 0.0) -> list[tuple[float
 
 def trained(model, made: list[dict], tmp_path, micro_batch: int, accumulation: int) -> list[tuple[float, dict]]:
     """Logged loss and gradients of each step of a trainer with the patched model."""
-    seen = Gradients()
+    seen = rig.Gradients()
     args = TrainingArguments(
         str(tmp_path), per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulation,
         learning_rate=0.0, max_grad_norm=0.0, num_train_epochs=1, train_sampling_strategy="sequential",
         logging_steps=1, save_strategy="no", disable_tqdm=True, report_to="none", use_cpu=True,
     )  # fmt: skip
     trainer = Trainer(patch_model(model), args, train_dataset=made, callbacks=[seen])
-    trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return list(zip(losses, seen.steps, strict=True))
+    losses = [line["loss"] for line in rig.trained(trainer)]
+    return list(zip(losses, seen.named, strict=True))
 
 
 @pytest.mark.parametrize(("micro_batch", "accumulation"), CUTS)

@@ -5,6 +5,7 @@ gradient is kappa·(pi - 1[v = y]) with the kappa of the document's table.
 """
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -41,59 +42,48 @@ def gate(advantage):
     return torch.where(advantage > 0, f64(1.0), f64(1.05))
 
 
-def grpo_kappa(log_pi, advantage, old, delta=INF):
-    return formulas.kappa(advantage, formulas.clipped_coefficient((log_pi - old).exp(), advantage, LOW, HIGH, delta))
+def weighed(coefficient):
+    """kappa of A and a coefficient of the rows."""
+    return lambda r: formulas.kappa(r.a, coefficient(r))
 
 
-# name: (surrogate of log pi, kappa of log pi); both also take A, log pi_old and log pi_ref
-FAMILY = {
-    "sft": (lambda lp, a, old, ref: -lp, lambda lp, a, old, ref: torch.ones_like(lp)),
-    "dft": (lambda lp, a, old, ref: -lp.exp().detach() * lp, lambda lp, a, old, ref: lp.exp()),
-    "gft": (
-        lambda lp, a, old, ref: -a * torch.where(lp.exp() < 0.7, lp.exp(), 1.0).detach() * lp,
-        lambda lp, a, old, ref: formulas.kappa(a, formulas.coefficient(lp, f64(0.7))),
-    ),
-    "grpo, dapo, dr_grpo": (
-        lambda lp, a, old, ref: clipped((lp - old).exp(), a),
-        lambda lp, a, old, ref: grpo_kappa(lp, a, old),
-    ),
-    "the same with a dual clip": (
-        lambda lp, a, old, ref: clipped((lp - old).exp(), a, DELTA),
-        lambda lp, a, old, ref: grpo_kappa(lp, a, old, DELTA),
-    ),
-    "cispo": (
-        lambda lp, a, old, ref: -a * (lp - old).exp().clamp(max=1 + HIGH).detach() * lp,
-        lambda lp, a, old, ref: formulas.kappa(a, formulas.capped_coefficient((lp - old).exp(), 1.0, HIGH)),
-    ),
-    "cispo with a floor": (
-        lambda lp, a, old, ref: -a * (lp - old).exp().clamp(1 - LOW, 1 + HIGH).detach() * lp,
-        lambda lp, a, old, ref: formulas.kappa(a, formulas.capped_coefficient((lp - old).exp(), LOW, HIGH)),
-    ),
-    "sapo": (
-        lambda lp, a, old, ref: -a * 4 / gate(a) * torch.sigmoid(gate(a) * ((lp - old).exp() - 1)),
-        lambda lp, a, old, ref: formulas.kappa(a, formulas.gated_coefficient((lp - old).exp(), a, 1.0, 1.05)),
-    ),
-    "luffy": (
-        lambda lp, a, old, ref: -a * lp.exp() / (lp.exp() + 0.1),
-        lambda lp, a, old, ref: formulas.kappa(a, formulas.shaped_coefficient(lp, 0.1)),
-    ),
-    "chord": (
-        lambda lp, a, old, ref: -a * (lp.exp() * (1 - lp.exp())).detach() * lp,
-        lambda lp, a, old, ref: formulas.kappa(a, formulas.uncertainty(lp)),
-    ),
-    "k3": (
-        lambda lp, a, old, ref: BETA * ((ref - lp).exp() - 1.0 - (ref - lp)),
-        lambda lp, a, old, ref: BETA * formulas.kl_kappa(ref - lp, INF, 3),
-    ),
-    "k1": (
-        lambda lp, a, old, ref: BETA * (lp - ref),
-        lambda lp, a, old, ref: BETA * formulas.kl_kappa(ref - lp, INF, 1),
-    ),
-    "k2": (
-        lambda lp, a, old, ref: BETA * (lp - ref) ** 2 / 2,
-        lambda lp, a, old, ref: BETA * formulas.kl_kappa(ref - lp, INF, 2),
-    ),
-}
+class Rows(NamedTuple):
+    """log pi, A, log pi_old and log pi_ref of each row."""
+
+    lp: torch.Tensor
+    a: torch.Tensor
+    old: torch.Tensor
+    ref: torch.Tensor
+
+    @property
+    def rho(self):
+        return (self.lp - self.old).exp()
+
+
+FAMILY = {  # name: (surrogate of the rows, differentiable in log pi; kappa of them)
+    "sft": (lambda r: -r.lp, lambda r: torch.ones_like(r.lp)),
+    "dft": (lambda r: -r.lp.exp().detach() * r.lp, lambda r: r.lp.exp()),
+    "gft": (lambda r: -r.a * torch.where(r.lp.exp() < 0.7, r.lp.exp(), 1.0).detach() * r.lp,
+            weighed(lambda r: formulas.coefficient(r.lp, f64(0.7)))),
+    "grpo, dapo, dr_grpo": (lambda r: clipped(r.rho, r.a),
+                            weighed(lambda r: formulas.clipped_coefficient(r.rho, r.a, LOW, HIGH, INF))),
+    "the same with a dual clip": (lambda r: clipped(r.rho, r.a, DELTA),
+                                  weighed(lambda r: formulas.clipped_coefficient(r.rho, r.a, LOW, HIGH, DELTA))),
+    "cispo": (lambda r: -r.a * r.rho.clamp(max=1 + HIGH).detach() * r.lp,
+              weighed(lambda r: formulas.capped_coefficient(r.rho, 1.0, HIGH))),
+    "cispo with a floor": (lambda r: -r.a * r.rho.clamp(1 - LOW, 1 + HIGH).detach() * r.lp,
+                           weighed(lambda r: formulas.capped_coefficient(r.rho, LOW, HIGH))),
+    "sapo": (lambda r: -r.a * 4 / gate(r.a) * torch.sigmoid(gate(r.a) * (r.rho - 1)),
+             weighed(lambda r: formulas.gated_coefficient(r.rho, r.a, 1.0, 1.05))),
+    "luffy": (lambda r: -r.a * r.lp.exp() / (r.lp.exp() + 0.1),
+              weighed(lambda r: formulas.shaped_coefficient(r.lp, 0.1))),
+    "chord": (lambda r: -r.a * (r.lp.exp() * (1 - r.lp.exp())).detach() * r.lp,
+              weighed(lambda r: formulas.uncertainty(r.lp))),
+    "k3": (lambda r: BETA * ((r.ref - r.lp).exp() - 1.0 - (r.ref - r.lp)),
+           lambda r: BETA * formulas.kl_kappa(r.ref - r.lp, INF, 3)),
+    "k1": (lambda r: BETA * (r.lp - r.ref), lambda r: BETA * formulas.kl_kappa(r.ref - r.lp, INF, 1)),
+    "k2": (lambda r: BETA * (r.lp - r.ref) ** 2 / 2, lambda r: BETA * formulas.kl_kappa(r.ref - r.lp, INF, 2)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("shift", OLD_SHIFT)
@@ -104,14 +94,14 @@ def test_family(name, shift):
     logits_RV = LOGITS_RV.clone().requires_grad_()
     log_pi_R = log_softmax(logits_RV, 1)[ROWS, TARGETS_R]
     old_R, ref_R = log_pi_R.detach() - shift, log_pi_R.detach() + f64([0.5, -0.4, 0.1, -1.0])
-    surrogate(log_pi_R, advantages_R, old_R, ref_R).sum().backward()
-    kappa_R = kappa(log_pi_R.detach(), advantages_R, old_R, ref_R)
+    surrogate(Rows(log_pi_R, advantages_R, old_R, ref_R)).sum().backward()
+    kappa_R = kappa(Rows(log_pi_R.detach(), advantages_R, old_R, ref_R))
     close(logits_RV.grad, kappa_R[:, None] * (LOGITS_RV.softmax(1) - ONE_HOT_RV))
 
 
 def test_k3_pulls_towards_the_reference():
     """A target less likely than under the reference gets kappa > 0: its logit rises."""
-    kappa = FAMILY["k3"][1](f64([-3.0, -1.0]), None, None, f64([-1.0, -3.0]))
+    kappa = FAMILY["k3"][1](Rows(f64([-3.0, -1.0]), None, None, f64([-1.0, -3.0])))
     assert kappa[0] > 0 > kappa[1]
 
 

@@ -15,42 +15,23 @@ from gft_kernels.data.rows import Row
 from gft_kernels.trainer import RewardError, rewards
 from gft_kernels.trainer.rewards import Rewards, find
 
-
-@pytest.mark.parametrize(
-    ("completion", "answer", "reward"),
-    [
-        ("so 48+24 = 72.\n#### 72", "72", 1.0),
-        ("#### 72", "Natalia sold 48/2 = 24 clips.\n#### 72", 1.0),
-        ("the total is 1,200 dollars", "1200", 1.0),
-        ("#### 72.0", "72", 1.0),
-        ("#### -3", "-3", 1.0),
-        ("#### 3", "-3", 0.0),
-        ("#### 72, or maybe 73", "72", 0.0),
-        ("no number at all", "72", 0.0),
-        ("#### .5", "0.5", 1.0),
-        ("#### 0.50000000000000000001", "0.5", 0.0),
-        ("", "72", 0.0),
-    ],
-)
-def test_last_number(completion, answer, reward):
-    assert last_number(["?"], [completion], [answer]) == [reward]
+NUMBERS = [
+    ("so 48+24 = 72.\n#### 72", "72", 1.0), ("#### 72", "Natalia sold 48/2 = 24 clips.\n#### 72", 1.0),
+    ("the total is 1,200 dollars", "1200", 1.0), ("#### 72.0", "72", 1.0), ("#### -3", "-3", 1.0),
+    ("#### 3", "-3", 0.0), ("#### 72, or maybe 73", "72", 0.0), ("no number at all", "72", 0.0),
+    ("#### .5", "0.5", 1.0), ("#### 0.50000000000000000001", "0.5", 0.0), ("", "72", 0.0),
+]  # fmt: skip
+BOXES = [
+    (r"so \boxed{72}", "72", 1.0), (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}", 1.0),
+    (r"\boxed{1,000}", "1000", 1.0), (r"\boxed{72.0}", r"\boxed{72}", 1.0), (r"\boxed{x + 1}", "x+1", 1.0),
+    ("72", "72", 0.0), (r"\boxed{72", "72", 0.0), (r"\boxed{}", "72", 0.0),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer", "reward"),
-    [
-        (r"so \boxed{72}", "72", 1.0),
-        (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}", 1.0),
-        (r"\boxed{1,000}", "1000", 1.0),
-        (r"\boxed{72.0}", r"\boxed{72}", 1.0),
-        (r"\boxed{x + 1}", "x+1", 1.0),
-        ("72", "72", 0.0),
-        (r"\boxed{72", "72", 0.0),
-        (r"\boxed{}", "72", 0.0),
-    ],
-)
-def test_boxed_answer(completion, answer, reward):
-    assert boxed_answer(["?"], [completion], [answer]) == [reward]
+@pytest.mark.parametrize(("verify", "cases"), [(last_number, NUMBERS), (boxed_answer, BOXES)])
+def test_an_answer_is_read_where_its_kind_stands(verify, cases):
+    completions, answers, rewards = map(list, zip(*cases, strict=True))
+    assert verify(["?"] * len(cases), completions, answers) == rewards
 
 
 def test_the_last_box_is_read_with_its_braces_balanced():
@@ -160,15 +141,10 @@ def test_a_bad_return_value_is_named(values, message):
 
 @pytest.mark.parametrize(
     "values",
-    [
-        (1, True),
-        [numpy.float32(1.0), numpy.int64(1)],
-        numpy.ones(2, dtype=numpy.float16),
-        torch.ones(2, dtype=torch.bfloat16),
-        [torch.tensor(1.0), numpy.array(1.0)],
-    ],
+    [(1, True), [numpy.float32(1.0), numpy.int64(1)], numpy.ones(2, dtype=numpy.float16),
+     torch.ones(2, dtype=torch.bfloat16), [torch.tensor(1.0), numpy.array(1.0)]],
     ids=lambda values: type(values).__name__,
-)
+)  # fmt: skip
 def test_arrays_and_tensors_of_rewards_count_as_numbers(values):
     totals, _ = Rewards(lambda prompts, completions: values, [0.5]).score([row(1), row(2)], ["x", "y"])
     assert totals == [0.5, 0.5]
@@ -269,13 +245,8 @@ def test_every_function_has_a_name_of_its_own():
     def grade(prompts, completions, bonus=0.0, **columns):
         return [bonus] * len(completions)
 
-    functions = [
-        lambda completions: [1.0],
-        functools.partial(grade, bonus=1.0),
-        lambda completions: [2.0],
-        functools.partial(grade, bonus=2.0),
-        grade,
-    ]
+    partials = [functools.partial(grade, bonus=bonus) for bonus in (1.0, 2.0)]
+    functions = [lambda completions: [1.0], partials[0], lambda completions: [2.0], partials[1], grade]
     assert Rewards(functions).names == ["lambda", "grade", "lambda_2", "grade_2", "grade_3"]
 
 

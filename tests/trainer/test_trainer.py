@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -19,32 +18,13 @@ from gft_kernels.trainer.groups import IGNORE, Group, collate
 from gft_kernels.trainer.rollouts import cut, seeded
 
 
-def step_gradients(tmp_path, rows, micro_batch, accumulation, **options):
-    seen = rig.Gradients()
-    trainer = rig.trainer(
-        tmp_path,
-        train=rows,
-        callbacks=[seen],
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=accumulation,
-        max_steps=-1,
-        num_train_epochs=1,
-        max_grad_norm=0.0,
-        optim="sgd",  # Adam's first step takes the sign of the gradient, and so its rounding, for full
-        **options,
-    )
-    trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return seen.steps, losses
-
-
 @pytest.mark.parametrize("reduction", ["token-mean", "sequence-mean"])
 @pytest.mark.parametrize(("micro_batch", "accumulation"), [(4, 2), (2, 4), (1, 8)])
 def test_the_gradient_does_not_depend_on_how_a_step_is_cut(tmp_path, reduction, micro_batch, accumulation):
     # 11 prompts: a full window of 8 and a last, partial one of 3, which 2 and 4 do not divide.
     rows = rig.rows(11)
-    whole, whole_losses = step_gradients(tmp_path, rows, 8, 1, reduction=reduction)
-    parts, parts_losses = step_gradients(tmp_path, rows, micro_batch, accumulation, reduction=reduction)
+    whole, whole_losses = rig.step_gradients(tmp_path, rows, 8, 1, reduction=reduction)
+    parts, parts_losses = rig.step_gradients(tmp_path, rows, micro_batch, accumulation, reduction=reduction)
     assert len(whole) == len(parts) == 2
     assert parts_losses == pytest.approx(whole_losses, rel=1e-4)
     for a, b in zip(whole, parts, strict=True):
@@ -78,19 +58,17 @@ def test_the_step_is_the_textbook_loss_of_unpadded_responses(tmp_path, reduction
 
 def textbook_loss(model, rows, tau, temperature, reduction):
     """One unpadded forward per response, in float64, straight from the definitions."""
-    tokenizer, terms, items = rig.tokenizer(), [], 0
+    terms, items = [], 0
     for row in rows:
         rewards = torch.tensor(row["rewards"], dtype=torch.float64)
         same = bool((rewards == rewards[0]).all())
         advantages = torch.zeros_like(rewards) if same else (rewards - rewards.mean()) / (rewards.std() + 1e-6)
         for text, advantage in zip(row["responses"], advantages, strict=True):
-            prompt, ids = tokenizer(row["prompt"])["input_ids"], [*tokenizer(text)["input_ids"], 1]
-            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-            log_pi = torch.log_softmax(logits / temperature, -1)[torch.arange(len(ids)), torch.tensor(ids)]
+            log_pi = rig.response_log_probs(model, row["prompt"], text, temperature)
             pi = log_pi.detach().exp()
             loss = -advantage * torch.where(pi < tau, pi, 1.0) * log_pi
             terms.append(loss.sum() if reduction == "token-mean" else loss.mean())
-            items += len(ids) if reduction == "token-mean" else 1
+            items += len(log_pi) if reduction == "token-mean" else 1
     return sum(terms) / items, items
 
 
@@ -106,25 +84,9 @@ def test_a_step_holds_no_logits(tmp_path, precision):
             seen.append(outputs)
             return loss
 
-    args = rig.config(tmp_path, max_steps=1, log_kl=True, **precision)
-    Watched(rig.llama(), args, rig.rows(4), None, rig.tokenizer(), reward_funcs=rig.digit_count).train()
+    rig.trainer(tmp_path, train=rig.rows(4), kind=Watched, max_steps=1, log_kl=True, **precision).train()
     assert seen and all(outputs.logits is None and outputs.stats is not None for outputs in seen)
     assert not torch.is_autocast_enabled("cpu")  # it ends with the step
-
-
-def test_groups_of_equal_rewards_dilute_the_step_and_nothing_else(tmp_path):
-    def equal_for_one(prompts, completions, answer, **columns):
-        values = rig.digit_count(prompts, completions, answer)
-        return [1.0 if gold == "1" else value for gold, value in zip(answer, values, strict=True)]
-
-    rows = rig.rows(2)  # the first row's answer is "1": all its rewards are equal
-    assert rows[0]["answer"] == "1" and rows[1]["answer"] != "1"
-    options = {"num_generations": 0, "reward_funcs": equal_for_one}
-    both, _ = step_gradients(tmp_path, rows, 2, 1, **options)
-    alone, _ = step_gradients(tmp_path, rows[1:], 1, 1, **options)
-    tokens = [sum(len(d) + 1 for d in row["demonstrations"]) for row in rows]
-    assert alone[0].norm() > 0
-    assert torch.allclose(both[0] * sum(tokens), alone[0] * tokens[1], rtol=1e-4, atol=1e-6)
 
 
 def test_sft_is_the_models_own_loss(tmp_path):
@@ -155,11 +117,6 @@ def test_collate_reads_only_what_the_loss_needs(tmp_path):
     assert (shifted[live] == 1).sum() == 4  # every response's end token is learned
 
 
-def run_losses(trainer, **options):
-    trainer.train(**options)
-    return {line["step"]: line["loss"] for line in trainer.state.log_history if "loss" in line}
-
-
 @pytest.mark.parametrize("stop", [2, 4], ids=["mid-epoch", "epoch boundary"])
 def test_resuming_gives_the_uninterrupted_run_bit_for_bit(tmp_path, stop):
     options = {
@@ -167,14 +124,13 @@ def test_resuming_gives_the_uninterrupted_run_bit_for_bit(tmp_path, stop):
         "save_total_limit": 5,
     }  # fmt: skip
     straight = rig.trainer(tmp_path, rig.gpt2(), evaluation=rig.rows(2), eval_strategy="steps", eval_steps=1, **options)
-    expected = run_losses(straight)
+    expected = [line["loss"] for line in rig.trained(straight)]
     torch.manual_seed(999)  # whatever happened to the process in between
     resumed = rig.trainer(
         tmp_path, rig.gpt2(seed=5), evaluation=rig.rows(2), eval_strategy="steps", eval_steps=1, **options
     )
-    losses = run_losses(resumed, resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
-    assert losses == expected and len(expected) == 6
-    assert len(set(expected.values())) == 6
+    again = rig.trained(resumed, resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert [line["loss"] for line in again] == expected and len(set(expected)) == 6
     for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -199,19 +155,9 @@ def test_evaluation_before_during_and_after_does_not_depend_on_accumulation(tmp_
         values = [r[name] for r in results]
         assert values == pytest.approx([values[0]] * len(values), rel=1e-5), name
     assert results[0]["eval_reward"] > 3  # the answers' mean
-    likelihood, tokens = expert_log_likelihood(trainer.model, held_out)
-    assert results[0]["eval_expert_log_likelihood"] == pytest.approx(likelihood / tokens, rel=1e-5)
-
-
-def expert_log_likelihood(model, rows):
-    tokenizer, total, tokens = rig.tokenizer(), 0.0, 0
-    for row in rows:
-        prompt, ids = tokenizer(row["prompt"])["input_ids"], [*tokenizer(row["demonstrations"][0])["input_ids"], 1]
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
-        total += torch.log_softmax(logits, -1)[torch.arange(len(ids)), torch.tensor(ids)].sum().item()
-        tokens += len(ids)
-    return total, tokens
+    with torch.no_grad():
+        of = [rig.response_log_probs(trainer.model, row["prompt"], row["demonstrations"][0]) for row in held_out]
+    assert results[0]["eval_expert_log_likelihood"] == pytest.approx(torch.cat(of).double().mean().item(), rel=1e-5)
 
 
 def test_the_experts_likelihood_is_the_models_own_at_any_training_temperature(tmp_path):
@@ -240,26 +186,13 @@ def test_metrics_say_why_a_loss_is_zero(tmp_path):
 
 def test_metrics_match_the_tokens_of_the_step(tmp_path):
     trainer = rig.trainer(tmp_path, train=rig.rows(2), num_generations=0, tau=0.06, log_kl=False, max_steps=1)
-    log_pi = []
-    for row, index in itertools.product(rig.rows(2), (0, 1)):
-        tokenizer = rig.tokenizer()
-        prompt, ids = tokenizer(row["prompt"])["input_ids"], [*tokenizer(row["demonstrations"][index])["input_ids"], 1]
-        with torch.no_grad():
-            logits = trainer.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-        log_pi += torch.log_softmax(logits, -1)[torch.arange(len(ids)), torch.tensor(ids)].tolist()
-    trainer.train()
-    line = trainer.state.log_history[0]
-    pi = [math.exp(value) for value in log_pi]
+    given = [(row["prompt"], text) for row in rig.rows(2) for text in row["demonstrations"]]
+    with torch.no_grad():
+        pi = torch.cat([rig.response_log_probs(trainer.model, *each) for each in given]).exp().tolist()
+    (line,) = rig.trained(trainer)
     assert line["pi"] == pytest.approx(sum(pi) / len(pi), rel=1e-4)
     assert line["rectified"] == pytest.approx(sum(p < 0.06 for p in pi) / len(pi), rel=1e-6)
     assert 0 < line["rectified"] < 1
-
-
-def test_kl_grows_once_the_weights_move(tmp_path):
-    trainer = rig.trainer(tmp_path, log_kl=True, max_steps=5, num_generations=4)
-    trainer.train()
-    kl = [line["kl_to_start"] for line in trainer.state.log_history if "kl_to_start" in line]
-    assert kl[0] == pytest.approx(0.0, abs=1e-6) and kl[-1] > 1e-4
 
 
 def test_the_completions_table_shows_a_group_and_writes_all(tmp_path, capsys):
@@ -335,13 +268,8 @@ def test_a_rollout_function_takes_over_sampling(tmp_path):
         asked.append((len(prompts_ids), sampling))
         return [[4, 1]] * (len(prompts_ids) * sampling.num_generations)
 
-    args = rig.config(tmp_path, max_steps=1, gradient_accumulation_steps=2, num_generations=3)
-    from gft_kernels.trainer import GFTTrainer
-
-    trainer = GFTTrainer(
-        rig.llama(), args, rig.rows(), None, rig.tokenizer(), reward_funcs=rig.digit_count, rollout_fn=rollout
-    )
-    trainer.train()
+    options = {"max_steps": 1, "gradient_accumulation_steps": 2, "num_generations": 3}
+    (line,) = rig.trained(rig.trainer(tmp_path, rollout_fn=rollout, **options))
     assert asked[0][0] == 4  # the whole window at once
     assert asked[0][1] == Sampling(3, 10, 1.0, (1,), 0)
-    assert trainer.state.log_history[0]["completion_length"] == 2.0
+    assert line["completion_length"] == 2.0

@@ -139,7 +139,7 @@ def vllm(monkeypatch):
 
 def test_vllm_samples_with_the_weights_of_each_rollout(tmp_path, vllm):
     model, seen = rig.llama(), []
-    args = rig.config(tmp_path, rollout="vllm", vllm_memory=0.25, max_prompt_length=20, max_steps=3, num_generations=3)
+    options = {"rollout": "vllm", "vllm_memory": 0.25, "max_prompt_length": 20, "max_steps": 3, "num_generations": 3}
     model.name_or_path = "somewhere"
 
     class Watched(GFTTrainer):
@@ -147,7 +147,7 @@ def test_vllm_samples_with_the_weights_of_each_rollout(tmp_path, vllm):
             seen.append([p.detach().clone() for p in self.model.parameters()])
             return super()._roll_out(*args)
 
-    Watched(model, args, rig.rows(), None, rig.tokenizer(), reward_funcs=rig.digit_count).train()
+    rig.trainer(tmp_path, model, kind=Watched, **options).train()
     (engine,) = Engine.made
     assert (engine.built_from, engine.memory, engine.longest, engine.dtype) == ("somewhere", 0.25, 30, "float32")
     assert len(engine.weights) == len(seen) == 3
@@ -183,11 +183,7 @@ def test_an_engine_that_cannot_serve_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(engines.transformers, "ContinuousBatchingConfig", None)
     refused("got 'continuous'; transformers .* has no continuous batching", rollout="continuous")
     refused("rollout must be one of auto, generate", rollout="sglang")
-    args = rig.config(tmp_path, rollout="generate")
-    with pytest.raises(ValueError, match="rollout must be 'auto' with a rollout_fn, got 'generate'"):
-        GFTTrainer(
-            rig.llama(), args, rig.rows(), None, rig.tokenizer(), reward_funcs=rig.digit_count, rollout_fn=generate
-        )
+    refused("rollout must be 'auto' with a rollout_fn, got 'generate'", rollout="generate", rollout_fn=generate)
 
 
 def test_weights_in_parts_are_no_weights():

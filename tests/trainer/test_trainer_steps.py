@@ -10,7 +10,6 @@ import torch
 import trainer_rig as rig
 from test_trainer_objectives import log_pi, shaken
 
-from gft_kernels.trainer import GFTTrainer
 from gft_kernels.trainer.groups import IGNORE
 from gft_kernels.trainer.windows import EvenSampler, next_rollout
 
@@ -39,9 +38,8 @@ def solves(prompts, completions, answer, **columns):
 
 
 def made(tmp_path, rollout, rows=4, **options):
-    args = rig.config(tmp_path, **{"share_prompts": False, **options})
-    rewards = dict(reward_funcs=solves, rollout_fn=rollout)
-    return GFTTrainer(rig.gpt2(dropout=0.0), args, rig.rows(rows), None, rig.tokenizer(), **rewards)
+    options = {"reward_funcs": solves, "rollout_fn": rollout, "share_prompts": False, **options}
+    return rig.trainer(tmp_path, rig.gpt2(dropout=0.0), rig.rows(rows), **options)
 
 
 def window(trainer, micro_batches=1):
@@ -71,9 +69,8 @@ def test_rewards_may_be_scaled_by_the_deviation_of_the_whole_batch(tmp_path):
 
 def test_groups_of_equal_rewards_leave_the_step_and_are_counted(tmp_path):
     rollout = Scripted(RIGHT, WRONG, RIGHT, RIGHT)  # the second of every two groups is solved
-    kept, dropped = (
-        made(tmp_path, copy.copy(rollout), num_demonstrations=1, dynamic_sampling=how) for how in (None, "drop")
-    )
+    options = {"num_demonstrations": 1}
+    kept, dropped = (made(tmp_path, copy.copy(rollout), dynamic_sampling=how, **options) for how in (None, "drop"))
     (before,), count = window(kept)
     (after,), less = window(dropped)
     live, left = before["targets"] != IGNORE, after["targets"] != IGNORE
@@ -124,9 +121,8 @@ def test_demonstrations_leave_as_a_prompt_is_solved(tmp_path, solved, kept):
 
 def test_a_solve_rate_lies_between_0_and_1(tmp_path):
     trainer = rig.trainer(tmp_path, curriculum=True, reward_funcs=lambda completions, **_: [3.0] * len(completions))
-    with pytest.raises(
-        ValueError, match=r"reward_funcs must return numbers in \[0, 1\] with curriculum, got a mean of"
-    ):
+    told = r"reward_funcs must return numbers in \[0, 1\] with curriculum, got a mean of"
+    with pytest.raises(ValueError, match=told):
         trainer.train()
 
 
@@ -141,14 +137,13 @@ def test_a_rollout_is_trained_on_several_times(tmp_path):
     seen = []
     step = trainer.compute_loss
     trainer.compute_loss = lambda model, inputs, **kw: seen.append(inputs) or step(model, inputs, **kw)
-    trainer.train()
+    lines = rig.trained(trainer)
     assert rollout.asked == [2, 2, 1] * 2 and trainer.state.global_step == len(seen) == 20
     for begun, size in ((0, 2), (4, 2), (8, 1), (10, 2)):
         for i in range(begun, begun + size):
             first, second = seen[i], seen[i + size]
             assert torch.equal(first["input_ids"], second["input_ids"])
             assert torch.equal(first["old_log_probs"], second["old_log_probs"])  # of the policy that sampled
-    lines = [line for line in trainer.state.log_history if "loss" in line]
     drift = [line["drift/mean_abs_log_ratio"] for line in lines]
     assert all(drift[i] < 1e-5 for i in (0, 4, 8, 10)) and all(drift[i] > 1e-4 for i in (1, 2, 3, 5, 6, 7, 9))
 
@@ -218,8 +213,7 @@ def test_the_reference_follows_the_policy_and_a_checkpoint_holds_it(tmp_path):
             super().log(logs, *rest)
 
     def run(steps, **more):
-        args = rig.config(tmp_path, **{**options, "max_steps": steps})
-        trainer = Watched(rig.untied_llama(), args, rig.rows(), None, rig.tokenizer(), rig.digit_count)
+        trainer = rig.trainer(tmp_path, rig.untied_llama(), kind=Watched, **options, max_steps=steps)
         trainer.train(**more)
         return trainer
 

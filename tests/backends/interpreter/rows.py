@@ -10,7 +10,8 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from cases import assert_rounded_over_its_logits, misaligned
+from cases import assert_bad_indices_spoil_their_rows, assert_rounded_over_its_logits, misaligned
+from shard_cases import TRANSFORMS, assert_shards_are_parts_of_the_row
 
 from gft_kernels.backends import triton as backend
 from gft_kernels.options import FP16_PEAK, Credit, RowCall
@@ -37,12 +38,9 @@ def assert_right(call, result, upstream=1.0, rtol=1e-5):
 def row_call(logits, targets, **options):
     rows = len(targets)
     credit = Credit(
-        targets,
-        advantages_R=torch.linspace(2.0, -1.5, rows),
-        weights_R=torch.linspace(0.1, 1.0, rows),
-        tokens_per_response=logits.shape[1],
-        reduction="sum",
-    )
+        targets, advantages_R=torch.linspace(2.0, -1.5, rows), weights_R=torch.linspace(0.1, 1.0, rows),
+        tokens_per_response=logits.shape[1], reduction="sum",
+    )  # fmt: skip
     return RowCall(logits, credit, **{"want_gradient": True, **options})
 
 
@@ -108,40 +106,16 @@ def test_rows_that_do_not_count_are_not_walked(want_gradient, monkeypatch):
         backend.run(call)
 
 
+def test_an_index_out_of_range_spoils_its_row_only():
+    assert_bad_indices_spoil_their_rows(backend.run)
+
+
 @pytest.mark.parametrize(
-    ("logit_scale", "temperature", "softcap"), [(0.0625, 1.0, 7.0), (-1.5, 0.7, 0.0), (-1.5, 0.7, 7.0), (3.0, 2.0, 0.0)]
+    ("options", "transform"),
+    zip(({"entropy_coef": 0.0}, {}, {"inplace": True, "gradient_dtype": torch.float16}), TRANSFORMS, strict=True),
 )
-def test_scale_softcap_and_temperature(logit_scale, temperature, softcap):
-    logits = misaligned(4, 300, 1, 300)
-    call = row_call(
-        logits, torch.tensor([0, 299, 128, 7]), logit_scale=logit_scale, temperature=temperature, softcap=softcap
-    )
-    assert_right(call, backend.run(call), rtol=2e-5)
-
-
-@pytest.mark.parametrize("bad", [-1, 300, -(2**40), 2**40 + 5])
-def test_a_target_out_of_range_spoils_its_row_only(bad):
-    logits = misaligned(3, 300, 0, 300)
-    call = row_call(logits, torch.tensor([5, 299, 128]))
-    good = backend.run(call)
-    spoilt = replace(call, credit=replace(call.credit, targets_R=torch.tensor([5, bad, 128]), reduction="none"))
-    result = backend.run(spoilt)
-    assert result.gradient_STV[0, 1].isnan().all() and result.loss[1].isnan() and result.log_probs_R[1].isnan()
-    assert torch.equal(result.gradient_STV[0, [0, 2]], good.gradient_STV[0, [0, 2]])
-    assert result.loss[[0, 2]].isfinite().all()
-
-
-@pytest.mark.parametrize("bad", [-1, 2, 2**40])
-def test_a_response_out_of_range_spoils_its_row_only(bad):
-    logits = misaligned(3, 40, 0, 40)
-    ids = torch.tensor([0, bad, 1])
-    credit = Credit(
-        torch.tensor([5, 6, 7]), advantages_S=torch.tensor([1.0, -2.0]), sequence_ids_R=ids, tokens_per_response=3,
-        reduction="none",
-    )  # fmt: skip
-    result = backend.run(RowCall(logits, credit, want_gradient=True))
-    assert result.gradient_STV[0, 1].isnan().all() and result.loss[1].isnan()
-    assert result.gradient_STV[0, [0, 2]].isfinite().all() and result.loss[[0, 2]].isfinite().all()
+def test_shards_are_parts_of_the_row(options, transform):
+    assert_shards_are_parts_of_the_row(backend, **options, **transform)
 
 
 def test_float16_rows_are_stored_at_their_peak():
