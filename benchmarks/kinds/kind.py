@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import AbsentError, Contender, Passes, Step, sentence
+from benchmarks.kinds.inputs import IGNORE_INDEX, tempered
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 DTYPES = ("float32", "bfloat16")
@@ -65,14 +67,21 @@ class Rows:
     case: Any
     targets_N: Tensor  # int64; IGNORE_INDEX on masked rows
     advantages_N: Tensor  # float32
-    upstream: Tensor  # () float32, set by prepare
-    live_rows: int
     limits: ClassVar[Mapping[str, float]]
     """By dtype, the largest deviation that still counts as an answer."""
 
     @property
     def limit(self) -> float:
         return self.limits[self.case.dtype]
+
+    @cached_property
+    def upstream(self) -> Tensor:
+        """() float32, set by prepare."""
+        return torch.ones((), device=self.case.device)
+
+    @cached_property
+    def live_rows(self) -> int:
+        return int((self.targets_N != IGNORE_INDEX).sum())
 
     def prepare(self, upstream: float) -> None:
         """Puts back what a step overwrites."""
@@ -139,6 +148,17 @@ def _require(peer: Peer, device: str) -> None:
     if device != "cuda" and not peer.on_cpu:
         package = peer.needs.split(".")[0]
         raise AbsentError(f"{package}'s kernels run on a GPU only, and this run is on the CPU")
+
+
+def cross_entropy(module: str, function: str, passes: Passes | None = None, **options) -> Peer:
+    """An optional package's plain cross-entropy on a GPU: of logits, or of hidden states and head (token mean)."""
+
+    def loss(first: Tensor, *weight_and_problem) -> Tensor:
+        *weight, problem = weight_and_problem
+        found = getattr(importlib.import_module(module), function)
+        return found(tempered(first, problem), *weight, problem.targets_N, ignore_index=IGNORE_INDEX, **options)
+
+    return Peer(loss, "cross-entropy", module, on_cpu=False, passes=passes)
 
 
 def compile_or_absent(loss: Callable) -> Callable:

@@ -48,10 +48,8 @@ def cases(device: str, *, quick: bool = False, threads: int = 1) -> list[PromptC
     small = {"layers": 2, "hidden": 48, "heads": 3, "vocab": 4096} if quick else {}
     if device == "cpu":
         return [PromptCase(p, r, threads=threads, **small) for p, r in ((64, 8), (36, 36), (8, 64))]
-    return [
-        PromptCase(p, r, responses=32, groups=4, dtype="bfloat16", device=device)
-        for p, r in ((1024, 128), (576, 576), (128, 1024))
-    ]
+    large = {"responses": 32, "groups": 4, "dtype": "bfloat16"}
+    return [PromptCase(p, r, device=device, **large) for p, r in ((1024, 128), (576, 576), (128, 1024))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +98,6 @@ def build(case: PromptCase) -> PromptProblem:
         inputs_ST=rows,
         targets_N=responses_SR.flatten(),
         advantages_N=advantages_S.repeat_interleave(case.response),
-        upstream=torch.ones((), device=case.device),
-        live_rows=responses_SR.numel(),
         whole={**whole, "logits_to_keep": case.response + 1, "gft_advantages": advantages_S},
         shared={**shared, "gft_advantages": advantages_S},
     )
@@ -114,16 +110,14 @@ def step_of(layout: Callable[[PromptProblem], dict[str, Tensor]], problem: Promp
 
 def _floor(problem: PromptProblem) -> Step:
     """What sharing cannot save: every token once through the layers, the head's products and the update."""
-    case, trunk = problem.case, problem.unpatched().model
-    prompts = problem.shared["gft_prompt_ids"]
-    gradients = [torch.randn(*ids.shape, case.hidden).to(trunk.device, trunk.dtype) for ids in
-                 (prompts, problem.shared["input_ids"])]  # fmt: skip
+    trunk, tokens = problem.unpatched().model, [problem.shared[name] for name in ("gft_prompt_ids", "input_ids")]
+    gradients = [torch.randn(*ids.shape, problem.case.hidden).to(trunk.device, trunk.dtype) for ids in tokens]
     products = linear.bare_products(gradients[1].flatten(0, 1), problem.weight_VD)
     optimizer = torch.optim.AdamW(trunk.parameters(), lr=1e-6, fused=True)
 
     def step() -> None:
         products()
-        for ids, gradient in zip((prompts, problem.shared["input_ids"]), gradients, strict=True):
+        for ids, gradient in zip(tokens, gradients, strict=True):
             trunk(input_ids=ids, use_cache=False).last_hidden_state.backward(gradient)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -94,9 +94,6 @@ class StepProblem(Rows):
         """The last hidden states (N, D) of the batch, with their graph."""
         return _hidden(model, self.inputs_ST)
 
-    def hidden_ND(self) -> Tensor:
-        return self.hidden_of(self.model)
-
     def parameters(self) -> list[Tensor]:
         return list(self.model.parameters())
 
@@ -106,14 +103,9 @@ class StepProblem(Rows):
         super().prepare(upstream)
 
     @cached_property
-    def _truths(self) -> dict[str, tuple[float, float, list[Tensor]]]:
-        """By objective: the loss, the sum of the rows' absolute losses, the gradients. Kept for all contenders."""
-        return {}
-
-    def _truth(self, objective: str) -> tuple[float, float, list[Tensor]]:
-        if objective not in self._truths:
-            self._truths[objective] = self._fp64_step(objective)
-        return self._truths[objective]
+    def truth(self) -> Callable[[str], tuple[float, float, list[Tensor]]]:
+        """By objective: the loss, the mean of the rows' absolute losses, the gradients. Kept for all contenders."""
+        return cache(self._fp64_step)
 
     def _fp64_step(self, objective: str) -> tuple[float, float, list[Tensor]]:
         model = self.unpatched().double()
@@ -128,14 +120,11 @@ class StepProblem(Rows):
 
     def deviation(self, answer: Answer, objective: str) -> Deviation:
         """Of the loss, and of each weight's gradient as a whole."""
-        loss, size, truths = self._truth(objective)
-        gaps = [
-            ((mine.double() - truth).norm() / truth.norm()).nan_to_num(nan=float("inf")).item()
-            for mine, truth in zip(answer.gradients, truths, strict=True)
-        ]
-        loss_gap = abs(answer.loss.item() - loss) / size
-        worst = max(gaps)
-        return Deviation(float("inf") if loss_gap != loss_gap else max(worst, loss_gap), worst)
+        loss, size, truths = self.truth(objective)
+        gaps = [(mine.double() - its).norm() / its.norm() for mine, its in zip(answer.gradients, truths, strict=True)]
+        gaps.append((answer.loss.double() - loss).abs() / size)
+        *of_gradients, of_loss = (gap.nan_to_num(nan=float("inf")).item() for gap in gaps)
+        return Deviation(max(*of_gradients, of_loss), max(of_gradients))
 
 
 def _hidden(model, inputs_ST: Tensor) -> Tensor:
@@ -200,21 +189,18 @@ def build(case: StepCase) -> StepProblem:
             blocks = _hidden(model, inputs_ST).split(256)
             likely_N = torch.cat([(block @ model.lm_head.weight.t()).argmax(1) for block in blocks])
         targets_N = peak_tokens(likely_N, case.vocab, generator)
-    advantages_S = normal_advantages(case, generator)
     return StepProblem(
         case=case,
         **changing_parts(model),
         inputs_ST=inputs_ST,
         targets_N=targets_N,
-        advantages_N=advantages_S.repeat_interleave(case.tokens),
-        upstream=torch.ones((), device=case.device),
-        live_rows=case.rows,
+        advantages_N=normal_advantages(case, generator).repeat_interleave(case.tokens),
     )
 
 
 def step_of(loss: Callable[[Tensor, Tensor, Any], Tensor], problem: StepProblem) -> Step:
     """Forward, backward and update under a loss over hidden states and head."""
-    return update_of(lambda: loss(problem.hidden_ND(), problem.weight_VD, problem), problem)
+    return update_of(lambda: loss(problem.hidden_of(problem.model), problem.weight_VD, problem), problem)
 
 
 def update_of(loss: Callable[[], Tensor], problem: StepProblem) -> Step:
@@ -236,11 +222,11 @@ def update_of(loss: Callable[[], Tensor], problem: StepProblem) -> Step:
 
 def _floor(problem: StepProblem) -> Step:
     """What no loss can save: the model's own passes, the head's products and the update."""
-    dhidden_ND = problem.hidden_ND().detach()  # any numbers of that shape
+    dhidden_ND = problem.hidden_of(problem.model).detach()  # any numbers of that shape
     products = linear.bare_products(dhidden_ND, problem.weight_VD)
 
     def step() -> None:
-        hidden_ND = problem.hidden_ND()
+        hidden_ND = problem.hidden_of(problem.model)
         products()
         hidden_ND.backward(dhidden_ND)
         problem.optimizer.step()

@@ -258,7 +258,7 @@ def test_a_step_moves_the_weights_and_prepare_puts_them_back():
 def test_both_sides_of_tau_occur_in_the_step():
     problem = problem_of("step", vocab=5003, hidden=64, tokens=32)
     with torch.no_grad():
-        logits = problem.hidden_ND() @ problem.weight_VD.t()
+        logits = problem.hidden_of(problem.model) @ problem.weight_VD.t()
     pi = logits.softmax(1).gather(1, problem.targets_N[:, None])
     assert (pi < problem.case.tau).any() and (pi > problem.case.tau).any()
 
