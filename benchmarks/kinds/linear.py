@@ -322,12 +322,9 @@ def ours(backend: str, hidden_ND: Tensor, weight_VD: Tensor, problem, **options)
     from gft_kernels import gft_linear_loss
 
     case, tensors = problem.case, (hidden_ND, weight_VD, problem.targets_N)
-    options = {
-        "tau": case.tau,
-        "temperature": case.temperature,
-        "chunk_rows": getattr(case, "chunk_rows", None),
-    } | options
-    return served(gft_linear_loss, *tensors, advantages=problem.advantages_N, backend=backend, **options)
+    options |= {"tau": case.tau, "temperature": case.temperature, "backend": backend}
+    options.setdefault("chunk_rows", getattr(case, "chunk_rows", None))
+    return served(gft_linear_loss, *tensors, advantages=problem.advantages_N, **options)
 
 
 def eager_loss(hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, multiprocessing
 
-from benchmarks.clocks import clock_for
+from benchmarks.clocks import Clock, clock_for
 from benchmarks.harness import Answer, Deviation, Outcome, Step, measure
 from benchmarks.kinds import row
 from benchmarks.kinds.inputs import IGNORE_INDEX, gft_of_log_probs
@@ -166,14 +166,11 @@ LIMIT_S = 600
 """After this a run over ranks is ended: one of them waits for another that will not come."""
 
 
-class Lockstep:
+class Lockstep(Clock):
     """A clock all ranks share: they start a step together, and the slowest one's time is everyone's."""
 
     def __init__(self, device: str, *, cold: bool):
         self._clock, self._device = clock_for(device, cold=cold, meet=dist.barrier), device
-
-    def arm(self, step: Step) -> Step:
-        return self._clock.arm(step)
 
     def time(self, step: Step) -> float:
         slowest = torch.tensor(self._clock.time(step), dtype=torch.float64, device=self._device)
