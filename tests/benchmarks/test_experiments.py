@@ -22,7 +22,7 @@ from benchmarks.experiments.work import KINDS
 from gft_kernels.data import digit_sum
 from gft_kernels.trainer import GFTConfig, Sampling, generate
 
-STUDIES = sorted(path.stem for path in settings.STUDIES.glob("*.yaml"))
+STUDIES = settings.names()
 DIGITS = {"digits": 5, "styles": {"left": 1.0}, "base_count": 8, "rows": 16, "width": 32, "layers": 2, "heads": 2}
 
 
@@ -176,7 +176,7 @@ def test_two_way_bootstrap_keeps_the_pairs_and_knows_both_sources_of_chance():
     assert low < 0.1 < 0.5 < high
     same = over_seeds_and_prompts(ours, ours, lambda record: record["each"])
     assert math.isnan(p_value(same, "more", 0.0)) and math.isnan(p_value(same, "equal", 0.1))
-    tied = OverDraws(0.1, numpy.array([0.0] * 60 + [0.25] * 40), 5, 5)
+    tied = OverDraws(0.1, 5, 5, numpy.array([0.0] * 60 + [0.25] * 40))
     assert p_value(tied, "more", 0.0) == 1.0 and p_value(tied, "not-inferior", 0.2) == pytest.approx(2 / 101)
     with pytest.raises(ValueError, match="two seeds"):
         over_seeds_and_prompts(ours[:1], others, lambda record: record["each"])
@@ -190,12 +190,12 @@ def test_two_way_bootstrap_keeps_the_pairs_and_knows_both_sources_of_chance():
      (0.02, "equal", 0.1, "not shown"), (0.5, "equal", 0.2, "not shown")],
 )  # fmt: skip
 def test_verdicts(value, expect, margin, said):
-    found = OverUnits(value, 0.07, 8, 16)  # the 97.5 % quantile of t with 7 degrees of freedom is 2.365
+    found = OverUnits(value, 8, 16, 0.07)  # the 97.5 % quantile of t with 7 degrees of freedom is 2.365
     assert statistics.verdict(found, expect, margin, p_value(found, expect, margin)) == said
 
 
 def test_without_a_second_base_or_any_spread_nothing_is_said():
-    for found in (OverUnits(0.3, math.nan, 1, 2), OverUnits(0.3, 0.0, 3, 3)):
+    for found in (OverUnits(0.3, 1, 2, math.nan), OverUnits(0.3, 3, 3, 0.0)):
         assert statistics.verdict(found, "more", 0.0, p_value(found, "more", 0.0)) == "not testable here"
 
 
