@@ -36,7 +36,6 @@ if torch.cuda.is_available():
 """
 PROBE_S = 60.0
 CAPABILITY = "import torch; print(*torch.cuda.get_device_capability(), sep='')"
-Version = tuple[int, ...]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,14 +136,13 @@ def too_new(table: str, machine: dict[str, str]) -> list[str]:
     """Each library of which the module asks more than the machine has, as a sentence."""
     sentences = []
     for library, has in machine.items():
-        asked = max(map(_version, re.findall(rf"\b{library}_([\d.]+)", table)), default=(0,))
-        if asked > _version(has):
-            words = ".".join(map(str, asked))
-            sentences.append(f"{library} must be at most {has} there, got {words}; build with an older toolchain")
+        asked = max(re.findall(rf"\b{library}_([\d.]+)", table), key=_version, default="0")
+        if _version(asked) > _version(has):
+            sentences.append(f"{library} must be at most {has} there, got {asked}; build with an older toolchain")
     return sentences
 
 
-def _version(text: str) -> Version:
+def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("."))
 
 

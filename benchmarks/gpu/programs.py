@@ -34,15 +34,10 @@ class Ended:
     output: str = ""
 
     def line(self, name: str) -> dict:
+        line = {"stage": name, "outcome": self.outcome, "seconds": round(self.seconds, 1), "why": self.why}
+        line["ended"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         kept = {} if self.outcome in ("passed", "skipped") else {"output": self.output[-KEPT_CHARACTERS:]}
-        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return {
-            "stage": name,
-            "outcome": self.outcome,
-            "seconds": round(self.seconds, 1),
-            "why": self.why,
-            "ended": at,
-        } | kept
+        return line | kept
 
 
 def say(text: str) -> None:
