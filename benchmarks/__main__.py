@@ -106,9 +106,10 @@ def plans(options: argparse.Namespace) -> Iterator[tuple[str, list, list]]:
         yield kind, timed, [] if options.no_memory or options.sweep not in WEIGHED else timed
         return
     for name in options.kinds or KINDS:
-        grid = {"quick": options.quick, "threads": options.threads or THREADS.get(name, 1)}
-        timed, weighed = KINDS[name].cases(options.device, **grid), KINDS[name].weighed(options.device, **grid)
-        yield name, timed, [] if options.no_memory else timed if options.budget else weighed
+        threads = options.threads or THREADS.get(name, 1)
+        timed = KINDS[name].cases(options.device, quick=options.quick, threads=threads)
+        weighed = timed if options.budget else KINDS[name].weighed(timed, options.quick)
+        yield name, timed, [] if options.no_memory else weighed
 
 
 def _result(kind: str, case, clock: Clock, rounds: int, options: argparse.Namespace, weigh: bool) -> report.CaseResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -99,7 +99,7 @@ class Kind:
     peers: Mapping[str, Peer]
     step_of: Callable[[Callable, Any], Step]  # (loss, problem) -> one step of it
     input_bytes: Callable[[Any], int]  # what extra memory is a multiple of
-    weighed: Callable[..., list] = lambda device, **grid: []  # as cases: those of which peak memory is measured as well
+    weighed: Callable[[list, bool], list] = lambda timed, quick: []  # of which peak memory is measured as well
     measure: Callable[..., list] | None = None  # of a case, where it is not this process that measures
 
     def invite(self, problem, only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[Contender]:
@@ -128,15 +128,17 @@ class Kind:
             else:
                 step = self.step_of(compile_or_absent(peer.loss) if peer.compiled else peer.loss, problem)
         except AbsentError as error:
-            step = _raising(error)
+            step = partial(_raise, error)
         return Contender(name, step, peer.objective, peer.passes, peer.limit)
 
 
-def _raising(error: AbsentError) -> Step:
-    def step() -> None:
-        raise error
+def whole_grid(timed: list, quick: bool) -> list:
+    """Peak memory is measured of every case that is timed, and of none of the quick ones."""
+    return [] if quick else timed
 
-    return step
+
+def _raise(error: AbsentError) -> None:
+    raise error
 
 
 def _require(peer: Peer, device: str) -> None:

@@ -78,11 +78,6 @@ def cases(device: str, *, quick: bool = False, threads: int = 1) -> list[LinearC
     return found + [replace(llama, chunk_rows=rows) for rows in (512, 1024, 2048, 4096, 8192)]
 
 
-def memory_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[LinearCase]:
-    found = cases(device, quick=quick, threads=threads)
-    return found[:1] if quick else found
-
-
 def live_sweep(device: str, threads: int = 1) -> list[LinearCase]:
     """One to all of eight responses with an advantage."""
     head = LinearCase(256, 896, 151936, threads=threads)
@@ -404,4 +399,4 @@ def hidden_and_head_bytes(case) -> int:
 
 
 KIND = Kind("loss and gradients over hidden states and output head", LinearCase, cases, build, PEERS, step_of,
-            hidden_and_head_bytes, weighed=memory_cases)  # fmt: skip
+            hidden_and_head_bytes, weighed=lambda timed, quick: timed[:1] if quick else timed)  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.harness import Step
 from benchmarks.kinds import linear
 from benchmarks.kinds.inputs import normal_advantages
-from benchmarks.kinds.kind import ITEM_BYTES, Case, Kind, Peer, words_of
+from benchmarks.kinds.kind import ITEM_BYTES, Case, Kind, Peer, whole_grid, words_of
 from benchmarks.kinds.step import StepProblem, changing_parts, random_model, update_of
 
 
@@ -42,6 +42,13 @@ class PromptCase(Case):
         model = f"{self.layers} layers × {self.hidden} × {self.vocab}"
         return ", ".join([f"{shape}, {model} {self.dtype}", *words_of(self)])
 
+    def model(self) -> Any:
+        """Raises ImportError without transformers."""
+        from transformers import LlamaForCausalLM
+
+        model = random_model(LlamaForCausalLM, self, self.hidden * 8 // 3, self.heads // 3 or 1)
+        return model.to(getattr(torch, self.dtype))
+
 
 def cases(device: str, *, quick: bool = False, threads: int = 1) -> list[PromptCase]:
     """Prompts eight times as long as responses, as long, and an eighth."""
@@ -59,28 +66,17 @@ class PromptProblem(StepProblem):
     whole: dict[str, Tensor]
     shared: dict[str, Tensor]
 
-    def unpatched(self) -> Any:
-        return build_model(self.case)
-
     def hidden_of(self, model) -> Tensor:
         """The states that predict the responses' tokens, in rows of whole length."""
         hidden = model.model(input_ids=self.inputs_ST, use_cache=False).last_hidden_state
         return hidden[:, self.case.prompt - 1 : -1].flatten(0, 1)
 
 
-def build_model(case: PromptCase):
-    """Raises ImportError without transformers."""
-    from transformers import LlamaForCausalLM
-
-    model = random_model(LlamaForCausalLM, case, case.hidden * 8 // 3, case.heads // 3 or 1)
-    return model.to(getattr(torch, case.dtype))
-
-
 def build(case: PromptCase) -> PromptProblem:
     from gft_kernels.model import patch_model, shared_prompts
 
     generator = torch.Generator(case.device).manual_seed(case.seed)
-    model = patch_model(build_model(case), objective="gft", tau=case.tau, temperature=case.temperature)
+    model = patch_model(case.model(), objective="gft", tau=case.tau, temperature=case.temperature)
     drawn = partial(torch.randint, case.vocab, generator=generator, device=case.device)
     each = case.responses // case.groups
     prompts_GP, responses_SR = drawn((case.groups, case.prompt)), drawn((case.responses, case.response))
@@ -110,7 +106,7 @@ def step_of(layout: Callable[[PromptProblem], dict[str, Tensor]], problem: Promp
 
 def _floor(problem: PromptProblem) -> Step:
     """What sharing cannot save: every token once through the layers, the head's products and the update."""
-    trunk, tokens = problem.unpatched().model, [problem.shared[name] for name in ("gft_prompt_ids", "input_ids")]
+    trunk, tokens = problem.case.model().model, [problem.shared[name] for name in ("gft_prompt_ids", "input_ids")]
     gradients = [torch.randn(*ids.shape, problem.case.hidden).to(trunk.device, trunk.dtype) for ids in tokens]
     products = linear.bare_products(gradients[1].flatten(0, 1), problem.weight_VD)
     optimizer = torch.optim.AdamW(trunk.parameters(), lr=1e-6, fused=True)
@@ -132,5 +128,4 @@ PEERS = {
 }
 
 KIND = Kind("an optimizer step over groups, whole rows or each prompt once", PromptCase, cases, build, PEERS, step_of,
-            lambda case: case.vocab * case.hidden * ITEM_BYTES[case.dtype],
-            weighed=lambda device, quick=False, threads=1: [] if quick else cases(device, threads=threads))  # fmt: skip
+            lambda case: case.vocab * case.hidden * ITEM_BYTES[case.dtype], weighed=whole_grid)  # fmt: skip

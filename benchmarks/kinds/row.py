@@ -74,10 +74,8 @@ def cases(device: str, *, quick: bool = False, threads: int = 1) -> list[RowCase
     return [*found, replace(head, dtype="float16")]
 
 
-def memory_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[RowCase]:
+def memory_cases(device: str, threads: int = 1) -> list[RowCase]:
     """Row counts at which peak memory is measured (one step each, in a process of its own on a CPU)."""
-    if quick:
-        return cases(device, quick=True, threads=threads)[:1]
     rows = {"cpu": (16, 32, 64, 128), "cuda": (1024, 2048, 4096, 8192)}[device]
     return [RowCase(n, HEADLINE_VOCABULARY, dtype, device=device) for dtype in DTYPES for n in rows]
 
@@ -321,4 +319,5 @@ def logits_bytes(case) -> int:
     return case.rows * case.vocab * ITEM_BYTES[case.dtype]
 
 
-KIND = Kind("loss and gradient over logits", RowCase, cases, build, PEERS, step_of, logits_bytes, weighed=memory_cases)
+KIND = Kind("loss and gradient over logits", RowCase, cases, build, PEERS, step_of, logits_bytes,
+            weighed=lambda timed, quick: timed[:1] if quick else memory_cases(timed[0].device))  # fmt: skip

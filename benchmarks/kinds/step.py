@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.harness import CHECK_UPSTREAM, Answer, Deviation, Step
 from benchmarks.kinds import linear, row
 from benchmarks.kinds.inputs import normal_advantages, peak_tokens
-from benchmarks.kinds.kind import BACKENDS, ITEM_BYTES, Case, Kind, Peer, Rows, words_of
+from benchmarks.kinds.kind import BACKENDS, ITEM_BYTES, Case, Kind, Peer, Rows, whole_grid, words_of
 from benchmarks.kinds.truth import coefficients
 from gft_kernels.data import dates, pretrained, text
 
@@ -47,6 +47,15 @@ class StepCase(Case):
     def rows(self) -> int:
         return self.responses * self.tokens
 
+    def model(self) -> Any:
+        """Raises ImportError without transformers, ValueError with the remedy where a pretrained model is not here."""
+        from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+
+        if self.pretrained:
+            found = AutoModelForCausalLM.from_pretrained(pretrained.located("smollm2"), dtype=torch.float32)
+            return found.to(self.device)
+        return random_model(Qwen2ForCausalLM, self, 4 * self.hidden, max(1, self.heads // 2))
+
     def label(self) -> str:
         model = "SmolLM2-135M" if self.pretrained else f"{self.layers} layers × {self.hidden} × {self.vocab}"
         return ", ".join([f"step of {self.responses} × {self.tokens} tokens, {model} {self.dtype}", *words_of(self)])
@@ -67,10 +76,6 @@ def pretrained_sweep(device: str, threads: int = 2) -> list[StepCase]:
     return [StepCase(2048, device=device, dtype="bfloat16", **shape)]
 
 
-def memory_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[StepCase]:
-    return [] if quick else cases(device, threads=threads)
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepProblem(Rows):
     """Weights that each step changes and `prepare` puts back."""
@@ -85,10 +90,6 @@ class StepProblem(Rows):
     def weight_VD(self) -> Tensor:
         """The output head, which is the embedding too."""
         return self.model.lm_head.weight
-
-    def unpatched(self) -> Any:
-        """The model again, with other weights."""
-        return build_model(self.case)
 
     def hidden_of(self, model) -> Tensor:
         """The last hidden states (N, D) of the batch, with their graph."""
@@ -108,7 +109,7 @@ class StepProblem(Rows):
         return cache(self._fp64_step)
 
     def _fp64_step(self, objective: str) -> tuple[float, float, list[Tensor]]:
-        model = self.unpatched().double()
+        model = self.case.model().double()  # the same again, not patched
         with torch.no_grad():
             torch._foreach_copy_(list(model.parameters()), [weight.double() for weight in self.pristine])
         logits_NV = self.hidden_of(model) @ model.lm_head.weight.t() / self.case.temperature
@@ -129,16 +130,6 @@ class StepProblem(Rows):
 
 def _hidden(model, inputs_ST: Tensor) -> Tensor:
     return model.model(input_ids=inputs_ST, use_cache=False).last_hidden_state.flatten(0, 1)
-
-
-def build_model(case: StepCase):
-    """Raises ImportError without transformers, ValueError with the remedy where a pretrained model is not here."""
-    from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
-
-    if case.pretrained:
-        found = AutoModelForCausalLM.from_pretrained(pretrained.located("smollm2"), dtype=torch.float32)
-        return found.to(case.device)
-    return random_model(Qwen2ForCausalLM, case, 4 * case.hidden, max(1, case.heads // 2))
 
 
 def random_model(kind: Any, case, intermediate_size: int, key_value_heads: int):
@@ -179,7 +170,7 @@ def chats(count: int, tokens: int) -> Tensor:
 
 def build(case: StepCase) -> StepProblem:
     generator = torch.Generator(case.device).manual_seed(case.seed)
-    model = build_model(case).to(getattr(torch, case.dtype))
+    model = case.model().to(getattr(torch, case.dtype))
     if case.pretrained:
         tokens_ST = chats(case.responses, case.tokens + 1).to(case.device)
         inputs_ST, targets_N = tokens_ST[:, :-1], tokens_ST[:, 1:].flatten()
@@ -253,4 +244,4 @@ PEERS = {
 }
 
 KIND = Kind("an optimizer step of a small model", StepCase, cases, build, PEERS, step_of,
-            lambda case: case.vocab * case.hidden * ITEM_BYTES[case.dtype], weighed=memory_cases)  # fmt: skip
+            lambda case: case.vocab * case.hidden * ITEM_BYTES[case.dtype], weighed=whole_grid)  # fmt: skip
