@@ -40,6 +40,11 @@ class Ended:
         return line | kept
 
 
+def last_line(text: str) -> str:
+    """Of what a program printed, which names its error."""
+    return (text.strip().splitlines() or [""])[-1]
+
+
 def say(text: str) -> None:
     """On the screen, if anybody still listens."""
     with contextlib.suppress(OSError):
