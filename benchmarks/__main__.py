@@ -131,7 +131,7 @@ def _measured(kind: str, case, clock: Clock, rounds: int, options: argparse.Name
         problem = KINDS[kind].build(case)
     except ModuleNotFoundError as error:
         return [Outcome("all", "absent", why=f"the inputs need {error.name}; pip install 'gft-kernels[train]'")]
-    except RuntimeError as error:  # a GPU out of memory, say: this case alone is lost
+    except (RuntimeError, ValueError) as error:  # a GPU out of memory, a model not here: this case alone is lost
         return [Outcome("all", "failed", why=sentence(error))]
     contenders = KINDS[kind].invite(problem, **chosen)
     with _progress(case.label(), len(contenders) * (1 + WARMUP + rounds)) as tick:

@@ -53,11 +53,7 @@ class Case:
     seed: int = 20
     device: str = "cpu"
     threads: int = 1  # CPU only
-
-    @property
-    def of_one_length(self) -> bool:
-        """Whether every response has as many rows."""
-        return True
+    of_one_length = True  # whether every response has as many rows
 
 
 @dataclass(frozen=True, kw_only=True)

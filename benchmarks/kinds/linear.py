@@ -223,10 +223,7 @@ def trained_states(weight_VD: Tensor, rows: int, generator: torch.Generator) -> 
 
 def _recorded(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden, targets, advantages (1 of an expert's answer, -0.7 of a teacher's) and head of a real model."""
-    try:
-        found, weight_VD = recorded.answers(rows), recorded.head()
-    except ValueError as error:
-        raise RuntimeError(str(error)) from error
+    found, weight_VD = recorded.answers(rows), recorded.head()
     return found.hidden_ND.float(), found.targets_N, torch.where(found.response_N % 2 == 0, 1.0, -0.7), weight_VD
 
 

@@ -113,6 +113,15 @@ def test_a_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert command.main(["--again", str(file)]) == 0 and report.load(file)["command"] == raw["command"]
 
 
+def test_a_case_whose_model_is_not_here_is_lost_alone(monkeypatch, capsys):
+    def build(case):
+        raise ValueError("model must be on this machine, got none; pip install it")
+
+    monkeypatch.setitem(KINDS, "step", replace(KINDS["step"], build=build))
+    assert command.main(["step", "--quick", "--no-memory"]) == 0
+    assert "all: failed: ValueError: model must be on this machine, got none; pip install it" in capsys.readouterr().out
+
+
 def test_a_tree_is_as_committed_whatever_has_been_measured_there(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "benchmarks" / "provenance.py"))
     code, result = tmp_path / "code.py", tmp_path / "benchmarks" / "results" / "row.json"
