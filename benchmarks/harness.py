@@ -201,13 +201,8 @@ def _take_turns(problem, steps, clock, rounds, warmup, budget_s, tick) -> dict[s
 
 
 def _summary(outcome: Outcome, samples: list[float], floor: list[float] | None) -> Outcome:
+    p10, median, p90 = (quantile(samples, q) for q in (0.1, 0.5, 0.9))
     # one that ran out of its budget was in the first rounds, so that zip still pairs rounds
-    return replace(
-        outcome,
-        status="timed",
-        rounds=len(samples),
-        median_s=quantile(samples, 0.5),
-        p10_s=quantile(samples, 0.1),
-        p90_s=quantile(samples, 0.9),
-        over_floor=quantile([mine / its for mine, its in zip(samples, floor, strict=False)], 0.5) if floor else None,
-    )
+    over = quantile([mine / its for mine, its in zip(samples, floor, strict=False)], 0.5) if floor else None
+    outcome = replace(outcome, status="timed", rounds=len(samples), over_floor=over)
+    return replace(outcome, median_s=median, p10_s=p10, p90_s=p90)

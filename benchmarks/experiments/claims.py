@@ -12,7 +12,8 @@ from benchmarks.experiments.methods import METHODS, stages
 
 FOLDER = Path(__file__).parent / "claims"
 EXPLORATORY = "exploratory"
-EXPECTATIONS = ("more", "less", "not-inferior", "equal")
+EXPECTATIONS = {"more": "more", "less": "less", "not-inferior": "not less by {:g}", "equal": "equal within {:g}"}
+"""What may be expected, and how it is said of a margin."""
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,9 @@ def summary(history: list[dict], tokens: dict[str, int]) -> dict:
     }  # fmt: skip
 
 
-def rounded(value: float, digits: int = 4) -> float:
-    """To so many significant digits: raw results stay small, and standard errors are far larger."""
-    return float(f"{value:.{digits}g}")
+def rounded(value):
+    """A number, or each of a dictionary, to 4 significant digits: raw results stay small, and standard errors are far
+    larger. Lists, which are counts, stay."""
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return value if isinstance(value, list) else float(f"{value:.4g}")

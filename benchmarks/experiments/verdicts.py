@@ -7,14 +7,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from benchmarks.experiments import statistics
-from benchmarks.experiments.claims import Claim, Comparison
+from benchmarks.experiments.claims import EXPECTATIONS, Claim, Comparison
 from benchmarks.experiments.measures import MEASURES
 from benchmarks.experiments.methods import label_of
 from benchmarks.experiments.results import Results
 from benchmarks.experiments.statistics import HELD, NOT_TESTABLE, OPPOSITE, Difference, holm, p_value
 from benchmarks.tables import markdown
 
-SHOWN = {"more": "more", "less": "less", "not-inferior": "not less by {:g}", "equal": "equal within {:g}"}
 PER_PROMPT = {"pass1": ("right_of_each", True), "distinct": ("distinct_of_each", False)}
 
 
@@ -122,7 +121,7 @@ def _cells(found: Finding) -> list[str]:
 
 
 def compared(one: Comparison) -> str:
-    expected = SHOWN[one.expect].format(one.margin)
+    expected = EXPECTATIONS[one.expect].format(one.margin)
     return f"{MEASURES[one.measure].title}: {label_of(one.better)} against {label_of(one.other)}, {expected}"
 
 

@@ -112,8 +112,4 @@ def score(study: Study, task, model, base, job: Job, purpose: int) -> dict:
         found["retention"] = task.retention(model, settings.retention)
     if job.kind != jobs.RUN:
         found = {name: value for name, value in found.items() if not isinstance(value, list)}
-    return {name: value if isinstance(value, list) else _rounded(value) for name, value in found.items()}
-
-
-def _rounded(value):
-    return {k: rounded(v) for k, v in value.items()} if isinstance(value, dict) else rounded(value)
+    return rounded(found)

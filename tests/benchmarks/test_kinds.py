@@ -66,8 +66,8 @@ def test_right_answers_pass_and_the_absent_say_why(kind, changes):
     assert ready >= SERVED[kind]
 
 
-def spoiled(kind: str, problem, name: str, spoil) -> Contender:
-    """A contender whose answer is spoiled afterwards; spoil: of its loss (or values) and list of gradients."""
+def refuses(kind: str, problem, name: str, spoil) -> bool:
+    """Whether a contender is refused once its answer is spoiled: its loss (or values) and its list of gradients."""
     right = KINDS[kind].contender(problem, name)
 
     def wrong() -> Answer:
@@ -75,7 +75,7 @@ def spoiled(kind: str, problem, name: str, spoil) -> Contender:
         loss, gradients = spoil(answer.loss, [gradient.clone() for gradient in answer.gradients])
         return Answer(loss, tuple(gradients))
 
-    return Contender("spoiled", wrong, right.objective)
+    return check(problem, Contender("spoiled", wrong, right.objective)).status == "wrong answer"
 
 
 def of_gradient(number: int, change):
@@ -101,9 +101,7 @@ CHANGES = (one_nan, one_row_doubled, torch.zeros_like, torch.neg, lambda g: g * 
 def test_a_wrong_gradient_is_refused(kind, number, change, dtype):
     if kind == "linear" and change is one_row_doubled and dtype == "bfloat16":
         pytest.skip("sampled tokens under a wide limit")
-    problem = problem_of(kind, dtype=dtype)
-    wrong = spoiled(kind, problem, "eager PyTorch, lean", of_gradient(number, change))
-    assert check(problem, wrong).status == "wrong answer"
+    assert refuses(kind, problem_of(kind, dtype=dtype), "eager PyTorch, lean", of_gradient(number, change))
 
 
 STEPS = {"step": "eager PyTorch, lean", "prompts": "gft_linear_loss, whole rows"}
@@ -112,24 +110,21 @@ STEPS = {"step": "eager PyTorch, lean", "prompts": "gft_linear_loss, whole rows"
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("kind", STEPS)
 def test_a_step_with_one_wrong_gradient_is_refused(kind, number):
-    problem = problem_of(kind)
-    wrong = spoiled(kind, problem, STEPS[kind], of_gradient(number, lambda g: g * 1.01))
-    assert check(problem, wrong).status == "wrong answer"
+    assert refuses(kind, problem_of(kind), STEPS[kind], of_gradient(number, lambda g: g * 1.01))
 
 
 @pytest.mark.parametrize("kind", ["row", "log-probs", "advantages"])
 @pytest.mark.parametrize("change", [lambda x: x * 1.01, lambda x: x.roll(1) + 0.01, lambda x: x + math.nan])
 def test_a_wrong_loss_or_value_is_refused(kind, change):
-    problem, name = problem_of(kind), min(SERVED[kind], key=lambda name: not name.startswith("gft_"))
-    wrong = spoiled(kind, problem, name, lambda loss, gradients: (change(loss), gradients))
-    assert check(problem, wrong).status == "wrong answer"
+    name = min(SERVED[kind], key=lambda name: not name.startswith("gft_"))
+    assert refuses(kind, problem_of(kind), name, lambda loss, gradients: (change(loss), gradients))
 
 
 def test_gradient_in_a_dead_row_is_wrong():
     problem = problem_of("row", dead="masked")
     dead = (problem.targets_N == IGNORE_INDEX).nonzero()[0]
     fill = of_gradient(0, lambda gradient_NV: gradient_NV.index_fill(0, dead, 1e-2))
-    assert check(problem, spoiled("row", problem, "eager PyTorch, lean", fill)).status == "wrong answer"
+    assert refuses("row", problem, "eager PyTorch, lean", fill)
 
 
 def test_dropping_the_upstream_gradient_is_wrong():
