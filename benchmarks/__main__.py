@@ -31,8 +31,9 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     several = {"action": "append", "default": [], "metavar": "TEXT"}
+    flag, file = {"action": "store_true"}, {"metavar": "FILE", "type": Path}
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(KINDS)}; default: all")
-    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: all kinds in 3 minutes")
+    parser.add_argument("--quick", **flag, help="small shapes, few rounds: all kinds in 3 minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default 1; step, prompts: 2)")
     parser.add_argument("--rounds", type=int, help="timed rounds (default 11, quick 5)")
@@ -40,18 +41,14 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--skip", **several, help="not those whose name contains this; both repeatable")
     parser.add_argument("--case", default="", help="cases whose label contains this")
     parser.add_argument("--sweep", choices=SWEEPS, help="other cases: a plot's, or a GPU's")
-    parser.add_argument("--warm", action="store_true", help="do not sweep the caches before each step")
-    parser.add_argument("--graph", action="store_true", help="CUDA: time graph replays")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--warm", **flag, help="do not sweep the caches before each step")
+    parser.add_argument("--graph", **flag, help="CUDA: time graph replays")
+    parser.add_argument("--no-memory", **flag, help="do not measure peak memory")
     parser.add_argument("--budget", metavar="MIB", type=int, help="step: find the longest sequence whose peak fits")
-    parser.add_argument("--save", metavar="FILE", type=Path, help="write the results as JSON")
-    parser.add_argument(
-        "--again", metavar="FILE", type=Path, nargs="+", help="make result files anew, each by its own command"
-    )
+    parser.add_argument("--save", **file, help="write the results as JSON")
+    parser.add_argument("--again", **file, nargs="+", help="make result files anew, each by its own command")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), type=Path, help="compare two result files, and stop")
-    parser.add_argument(
-        "--ratios", action="store_true", help="with --compare: do A's speed-ups hold in B, on any machine"
-    )
+    parser.add_argument("--ratios", **flag, help="with --compare: do A's speed-ups hold in B, on any machine")
     return parser
 
 
@@ -109,15 +106,16 @@ def plans(options: argparse.Namespace) -> Iterator[tuple[str, list, list]]:
         yield kind, timed, [] if options.no_memory or options.sweep not in WEIGHED else timed
         return
     for name in options.kinds or KINDS:
-        grid = {"quick": options.quick, "threads": options.threads or THREADS.get(name, 1)}
-        timed, weighed = KINDS[name].cases(options.device, **grid), KINDS[name].weighed(options.device, **grid)
-        yield name, timed, [] if options.no_memory else timed if options.budget else weighed
+        threads = options.threads or THREADS.get(name, 1)
+        timed = KINDS[name].cases(options.device, quick=options.quick, threads=threads)
+        weighed = timed if options.budget else KINDS[name].weighed(timed, options.quick)
+        yield name, timed, [] if options.no_memory else weighed
 
 
 def _result(kind: str, case, clock: Clock, rounds: int, options: argparse.Namespace, weigh: bool) -> report.CaseResult:
     outcomes = _measured(kind, case, clock, rounds, options)
     if weigh:
-        outcomes = _each(f"memory, {case.label()}", outcomes, lambda outcome: _weighed(kind, case, outcome))
+        outcomes = _each(f"memory, {case.label()}", outcomes, lambda o: _weighed(kind, case, o))
     if kind == "step" and options.budget:
         outcomes = _each(f"longest, {case.label()}", outcomes, lambda o: _fitted(case, o, options.budget << 20))
     return report.CaseResult(kind, asdict(case), case.label(), KINDS[kind].input_bytes(case), outcomes)
@@ -133,39 +131,37 @@ def _measured(kind: str, case, clock: Clock, rounds: int, options: argparse.Name
         problem = KINDS[kind].build(case)
     except ModuleNotFoundError as error:
         return [Outcome("all", "absent", why=f"the inputs need {error.name}; pip install 'gft-kernels[train]'")]
-    except RuntimeError as error:  # a GPU out of memory, say: this case alone is lost
+    except (RuntimeError, ValueError) as error:  # a GPU out of memory, a model not here: this case alone is lost
         return [Outcome("all", "failed", why=sentence(error))]
     contenders = KINDS[kind].invite(problem, **chosen)
     with _progress(case.label(), len(contenders) * (1 + WARMUP + rounds)) as tick:
         return measure(problem, contenders, clock, rounds=rounds, warmup=WARMUP, budget_s=BUDGET_S, tick=tick)
 
 
-def _each(title: str, outcomes: list[Outcome], further: Callable[[Outcome], Outcome]) -> list[Outcome]:
-    """Something more about each contender that was timed; a floor's buffers are there before it starts."""
+def _each(title: str, outcomes: list[Outcome], weigh: Callable[[Outcome], Outcome]) -> list[Outcome]:
+    """The memory of each contender that was timed; a floor's buffers are there before it starts."""
     with _progress(title, len(outcomes)) as tick:
         done = []
         for outcome in outcomes:
             tick(outcome.name)
-            worth_it = outcome.status == "timed" and outcome.objective is not None
-            done.append(further(outcome) if worth_it else outcome)
+            if outcome.status == "timed" and outcome.objective is not None:
+                try:
+                    outcome = weigh(outcome)
+                except memory.NotMeasuredError as reason:
+                    outcome = replace(outcome, note=f"memory not measured: {reason}")
+            done.append(outcome)
         return done
 
 
 def _weighed(kind: str, case, outcome: Outcome) -> Outcome:
-    try:
-        return replace(outcome, extra_bytes=memory.peak_extra_bytes(kind, case, outcome.name))
-    except memory.NotMeasuredError as reason:
-        return replace(outcome, note=f"memory not measured: {reason}")
+    return replace(outcome, extra_bytes=memory.peak_extra_bytes(kind, case, outcome.name))
 
 
 def _fitted(case, outcome: Outcome, budget_bytes: int) -> Outcome:
     def peak(tokens: int) -> int:
         return memory.peak_extra_bytes("step", replace(case, tokens=tokens), outcome.name)
 
-    try:
-        found = memory.longest(peak, budget_bytes)
-    except memory.NotMeasuredError as reason:
-        return replace(outcome, note=f"memory not measured: {reason}")
+    found = memory.longest(peak, budget_bytes)
     return replace(outcome, longest_tokens=found.tokens, budget_bytes=budget_bytes, peaks=found.peaks)
 
 

@@ -14,7 +14,8 @@ Step = Callable[[], object]
 
 
 class Clock(Protocol):
-    def arm(self, step: Step) -> Step: ...  # once per contender, before timing
+    def arm(self, step: Step) -> Step:  # once per contender, before timing
+        return step
 
     def time(self, step: Step) -> float: ...  # seconds of one step
 
@@ -23,16 +24,13 @@ def _alone() -> None:
     """Nobody to wait for."""
 
 
-class CpuClock:
+class CpuClock(Clock):
     """Wall time. cold: a buffer of twice the last-level cache is swept before each step."""
 
     def __init__(self, *, cold: bool, meet: Step = _alone):
         self._meet = meet
         self.name = f"perf_counter, {'cold' if cold else 'warm'} cache"
         self._sweep = torch.zeros(2 * last_level_cache_bytes() // 4 if cold else 0)
-
-    def arm(self, step: Step) -> Step:
-        return step
 
     def time(self, step: Step) -> float:
         self._sweep.add_(1.0)
@@ -44,7 +42,7 @@ class CpuClock:
         return elapsed
 
 
-class CudaClock:
+class CudaClock(Clock):
     """Device time between two events on the current stream. cold: the L2 cache is overwritten before each step."""
 
     def __init__(self, *, cold: bool, meet: Step = _alone):
@@ -52,9 +50,6 @@ class CudaClock:
         self.name = f"CUDA events, {'cold' if cold else 'warm'} L2"
         cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
         self._sweep = torch.zeros(4 * cache if cold else 0, dtype=torch.uint8, device="cuda")
-
-    def arm(self, step: Step) -> Step:
-        return step
 
     def time(self, step: Step) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -11,28 +11,25 @@ command fails where one does not. Floors take no part: they are bytes or product
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import report
 from benchmarks.report import best_of_ours, is_ours, timed
 
 SAME = ("machine", "allocator", "clock")
-PRODUCTS, MEMORY, CALLS = 1.25, 2.0, 2.0
 TOLERANCE = {
     # Both sides spend their time in the same matrix products, which cancel; what is left is the share of other passes.
-    "linear": PRODUCTS,
-    "log-probs": PRODUCTS,
-    "step": PRODUCTS,
-    "prompts": PRODUCTS,
+    **dict.fromkeys(("linear", "log-probs", "step", "prompts"), 1.25),
     # A peer is bound by bytes where ours is bound by instructions; machines of one instruction set differ by about two
     # in bytes a second against vector instructions a second.
-    "row": MEMORY,
-    "shards": MEMORY,
+    **dict.fromkeys(("row", "shards"), 2.0),
     # Fixed costs of calls: how fast Python and torch's dispatcher run against each other's C++.
-    "advantages": CALLS,
+    "advantages": 2.0,
 }
 NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
@@ -59,8 +56,7 @@ class Change:
         return f"{times}  × {self.ratio:.2f}  {self.verdict()}"
 
 
-@dataclass(frozen=True)
-class Ratio:
+class Ratio(NamedTuple):
     """A contender's time over our best entry's, with what the two spreads leave open."""
 
     median: float
@@ -97,8 +93,7 @@ def changes(before: dict, after: dict) -> Iterator[Change]:
     for old, new in _in_both(before, after):
         mine = {outcome["name"]: outcome for outcome in timed(old)}
         for o in timed(new):
-            was = mine.get(o["name"])
-            if was:
+            if was := mine.get(o["name"]):
                 apart = o["p10_s"] > was["p90_s"] or o["p90_s"] < was["p10_s"]
                 yield Change(new["label"], o["name"], was["median_s"], o["median_s"], apart)
 
@@ -117,11 +112,10 @@ def claims(before: dict, after: dict) -> Iterator[Claim]:
 def _ratios(result: dict) -> dict[str, Ratio]:
     """Everyone else who computed what our best entry did, by name."""
     ours = best_of_ours(result)
-    others = [o for o in timed(result) if ours and not is_ours(o) and o["objective"] == ours["objective"]]
     return {
         o["name"]: Ratio(o["median_s"] / ours["median_s"], o["p10_s"] / ours["p90_s"], o["p90_s"] / ours["p10_s"])
-        for o in others
-    }
+        for o in timed(result) if ours and not is_ours(o) and o["objective"] == ours["objective"]
+    }  # fmt: skip
 
 
 def _in_both(before: dict, after: dict) -> Iterator[tuple[dict, dict]]:
@@ -131,35 +125,19 @@ def _in_both(before: dict, after: dict) -> Iterator[tuple[dict, dict]]:
 
 def compare(before: Path, after: Path, *, ratios: bool = False) -> int:
     """Print what changed. Returns 0, or 1 where the files are not comparable or a ratio does not reproduce."""
-    old, new = report.load(before), report.load(after)
-    return _compare_ratios(old, new) if ratios else _compare_times(old, new)
-
-
-def _compare_times(old: dict, new: dict) -> int:
-    reasons = differences(old, new)
+    both = report.load(before), report.load(after)
+    found: list[Change] | list[Claim] = list(claims(*both)) if ratios else list(changes(*both))
+    reasons = differences(*both)
+    if ratios:
+        reasons = [] if found else ["the two files have no case and contender in common"]
     for reason in reasons:
         print(f"not comparable: {reason}", file=sys.stderr)
     if reasons:
         return 1
-    _print_by_case(changes(old, new))
-    return 0
-
-
-def _compare_ratios(old: dict, new: dict) -> int:
-    found = list(claims(old, new))
-    if not found:
-        print("not comparable: the two files have no case and contender in common", file=sys.stderr)
-        return 1
-    _print_by_case(found)
+    for label, entries in itertools.groupby(found, lambda entry: entry.label):
+        print(label, *(f"  {entry.name:<44} {entry}" for entry in entries), sep="\n")
+    if not ratios:
+        return 0
     holding = sum(claim.holds for claim in found)
     print(f"{holding} of {len(found)} ratios hold")
     return 0 if holding == len(found) else 1
-
-
-def _print_by_case(entries: Iterable[Change | Claim]) -> None:
-    label = ""
-    for entry in entries:
-        if entry.label != label:
-            label = entry.label
-            print(label)
-        print(f"  {entry.name:<44} {entry}")

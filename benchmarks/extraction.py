@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,34 +42,19 @@ def right(completions, answer, **columns) -> list[float]:
 
 
 def gft_trainer(model, tokenizer, options: Options, **changes: Any) -> None:
-    args = GFTConfig(
-        **{**demo.SHARED, **demo.METHODS["gft"], **options, **changes}, disable_tqdm=True, report_to="none"
-    )
+    args = GFTConfig(**{**options, **demo.METHODS["gft"], **changes}, disable_tqdm=True, report_to="none")
     GFTTrainer(model, args, ROWS.read_rows(), None, tokenizer, reward_funcs=VERIFY).train()
-
-
-def sft(model, tokenizer, options: Options) -> None:
-    gft_trainer(model, tokenizer, options, **demo.METHODS["sft"])
-
-
-def filtered(model, tokenizer, options: Options) -> None:
-    """With the backward products cut at the error of bfloat16."""
-    gft_trainer(model, tokenizer, options, filter_eps=linear.BFLOAT16_AUTO)
-
-
-def sft_of_experts(model, tokenizer, options: Options) -> None:
-    gft_trainer(model, tokenizer, options, **demo.METHODS["sft"], num_demonstrations=1)
 
 
 def _with_trl(trainer: type, config: type, model, tokenizer, options: Options, **more: Any) -> None:
     from datasets import Dataset
 
-    names = ("max_completion_length", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "use_cpu")
-    shared = {name: {**demo.SHARED, **options}[name] for name in names}
+    names = ("output_dir", "seed", "max_completion_length", "max_steps", "learning_rate", "lr_scheduler_type",
+             "warmup_steps", "use_cpu", "save_strategy")  # fmt: skip
     args = config(
-        options["output_dir"], seed=options["seed"], num_generations=GROUP, save_strategy="no", report_to="none",
-        per_device_train_batch_size=GROUP * demo.SHARED["per_device_train_batch_size"], disable_tqdm=True,
-        gradient_checkpointing=False, bf16=False, logging_strategy="no", **shared, **more,
+        per_device_train_batch_size=GROUP * options["per_device_train_batch_size"], num_generations=GROUP, bf16=False,
+        report_to="none", disable_tqdm=True, gradient_checkpointing=False, logging_strategy="no",
+        **{name: options[name] for name in names}, **more,
     )  # fmt: skip
     rows = Dataset.from_list(ROWS.read_rows())
     trainer(model, right, args, train_dataset=rows, processing_class=tokenizer).train()
@@ -88,7 +74,6 @@ def trl_grpo(model, tokenizer, options: Options) -> None:
 
 def plain_loop(model, tokenizer, options: Options) -> None:
     """What patch_model asks of a loop: rewards, the size of a group, labels that leave out the prompts."""
-    options = {**demo.SHARED, **options}
     patch_model(model, tau=demo.METHODS["gft"]["tau"])
     optimizer = torch.optim.AdamW(model.parameters(), options["learning_rate"], weight_decay=0.0)
     ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / options["warmup_steps"], 1.0))
@@ -121,10 +106,15 @@ def plain_loop(model, tokenizer, options: Options) -> None:
 
 
 TRAINERS: dict[str, Callable] = {
-    "GFTTrainer": gft_trainer, "GFTTrainer, filter_eps": filtered, "TRL adapter": trl_adapter, "plain loop": plain_loop,
+    "GFTTrainer": gft_trainer,
+    # the backward products cut at the error of bfloat16
+    "GFTTrainer, filter_eps": partial(gft_trainer, filter_eps=linear.BFLOAT16_AUTO),
+    "TRL adapter": trl_adapter,
+    "plain loop": plain_loop,
     "TRL GRPO": trl_grpo,
-    "SFT, same rows": sft, "SFT, experts only": sft_of_experts,
-}  # fmt: skip
+    "SFT, same rows": partial(gft_trainer, **demo.METHODS["sft"]),
+    "SFT, experts only": partial(gft_trainer, **demo.METHODS["sft"], num_demonstrations=1),
+}
 
 
 def measured(name: str, model_name: str, options: Options, held_out: int) -> dict[str, Any]:
@@ -135,18 +125,17 @@ def measured(name: str, model_name: str, options: Options, held_out: int) -> dic
     before = _rates(model, tokenizer, options, held_out)
     begun = time.perf_counter()
     TRAINERS[name](model, tokenizer, options)
-    seconds = (time.perf_counter() - begun) / {**demo.SHARED, **options}["max_steps"]
+    seconds = (time.perf_counter() - begun) / options["max_steps"]
     peak = demo.peak_gib()
     after = _rates(model, tokenizer, options, held_out)
-    found = {"task": demo.TASK, "trainer": name, "seed": options["seed"], "n": held_out}
-    found["steps"] = {**demo.SHARED, **options}["max_steps"]
+    found = {"task": demo.TASK, "trainer": name, "seed": options["seed"], "n": held_out, "steps": options["max_steps"]}
     where = {"machine": provenance.machine(), "threads": torch.get_num_threads(), "commit": provenance.commit()}
     return {**found, "before": before, "after": after, "seconds_a_step": seconds, "peak_gib": peak, **where}
 
 
 def _rates(model, tokenizer, options: Options, held_out: int) -> dict[str, float]:
     """Everyone is asked by the same evaluation, which leaves the model as it was."""
-    args = GFTConfig(**{**demo.SHARED, **options, "seed": 0}, disable_tqdm=True, report_to="none")
+    args = GFTConfig(**{**options, "seed": 0}, disable_tqdm=True, report_to="none")
     rows = ROWS.read_rows(split="test")[:held_out]
     _unpatched(model)
     metrics = GFTTrainer(model, args, None, rows, tokenizer, reward_funcs=VERIFY).evaluate()
@@ -177,7 +166,8 @@ def main() -> None:
         return
     changes = {name: getattr(options, name) for name in ("seed", "max_steps", "max_completion_length")}
     with tempfile.TemporaryDirectory() as folder:
-        found = measured(options.trainer, options.model, {"output_dir": folder, **changes}, options.held_out)
+        run = {**demo.SHARED, "output_dir": folder, **changes}
+        found = measured(options.trainer, options.model, run, options.held_out)
     if options.busy:
         found["seconds_a_step"] = None
     extraction_report.keep(found, options.save)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
+from benchmarks.tables import markdown
 from gft_kernels.cli.held_out import TEMPERATURES, interval
 
 FILE = Path(__file__).parent / "results" / "extraction.jsonl"
@@ -16,8 +17,7 @@ NOT_RUN = "**Not yet run**: `python -m benchmarks.extraction --seed 0`, and so w
 
 def read(file: Path = FILE) -> list[dict[str, Any]]:
     """A line for each trainer and seed; none before the first run."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def keep(found: dict[str, Any], file: Path = FILE) -> None:
@@ -37,17 +37,15 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     if not results:
         return NOT_RUN
     titles = [f"{name}, {when}" for name in TEMPERATURES for when in ("before", "after")]
-    lines = ["| | seeds, steps | " + " | ".join([*titles, "seconds a step", "peak memory"]) + " |"]
-    lines.append("|---" * (len(titles) + 4) + "|")
+    rows = []
     for name, runs in by_trainer(results).items():
         rates = [_rate(runs, when, temperature) for temperature in TEMPERATURES for when in ("before", "after")]
         seconds = sorted(run["seconds_a_step"] for run in runs if run["seconds_a_step"])
         shown = f"{seconds[len(seconds) // 2]:.1f} s" if seconds else "–"
-        cells = [f"{len(runs)}, {runs[0]['steps']}", *rates, shown]
-        cells.append(f"{max(run['peak_gib'] for run in runs):.1f} GiB")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    first = results[0]
-    return "\n".join([*lines, "", f"{first['machine']['cpu']}, {first['threads']} threads, float32."]) + "\n"
+        peak = f"{max(run['peak_gib'] for run in runs):.1f} GiB"
+        rows.append([name, f"{len(runs)}, {runs[0]['steps']}", *rates, shown, peak])
+    table = markdown(["", "seeds, steps", *titles, "seconds a step", "peak memory"], rows)
+    return f"{table}\n{results[0]['machine']['cpu']}, {results[0]['threads']} threads, float32.\n"
 
 
 def _rate(runs: Sequence[dict[str, Any]], when: str, temperature: str) -> str:

@@ -13,7 +13,7 @@ import shlex
 from benchmarks import report
 from benchmarks.gpu import traffic
 from benchmarks.gpu.programs import lines_of
-from benchmarks.tables import RESULTS, Column, duration, over_floor, ranked, table, timed_columns
+from benchmarks.tables import RESULTS, duration, markdown, over_floor, ranked, table, timed_columns
 
 CARD = "h200"
 KINDS = {
@@ -76,9 +76,10 @@ def _versions(one: dict) -> str:
 
 
 def _section(words: str, one: dict) -> str:
-    columns: list[Column] = [
-        (_title(result), ranked(result), lambda o: f"{duration(o)} ({over_floor(o)})") for result in one["results"]
-    ]
+    def shown(outcome: dict) -> str:
+        return f"{duration(outcome)} ({over_floor(outcome)})"
+
+    columns = [(_title(result), ranked(result), shown) for result in one["results"]]
     said = f"{words} Time, and in brackets times the floor; {_how(one)}.\n"
     return f"{said}\n{table(columns)}\n{_lost(one)}{_left_out(one)}{_untimed(one)}"
 
@@ -112,27 +113,16 @@ def _lines(profile: str) -> list[dict]:
 
 
 def _traffic() -> str:
-    rows = [
-        f"| {line['case']} | `{_kernel(launch['kernel'])}` | {launch['passes']:.2f} | {_speed(launch)} "
-        f"| {launch['issue_active_percent']:.0f} % |"
-        for line in _lines("speed") for launch in line.get("launches", ()) if launch.keys() >= MEASURED
-    ]  # fmt: skip
-    if not rows:
-        return ""
-    head = "| | kernel | passes over the logits (floor: 2) | DRAM traffic | issue slots |\n|---|---|---|---|---|\n"
-    return "**What moved**, by Nsight Compute, forward in place:\n\n" + head + "\n".join(rows) + "\n"
-
-
-MEASURED = {*traffic.METRICS.values(), "passes"}
-
-
-def _kernel(name: str) -> str:
-    return re.sub(r"^void |\w+::|\(.*", "", name)
-
-
-def _speed(launch: dict) -> str:
-    moved = launch["read_bytes"] + launch["written_bytes"]
-    return f"{moved / launch['nanoseconds'] / 1e3:.2f} TB/s"
+    rows = []
+    for line in _lines("speed"):
+        for launch in line.get("launches", ()):
+            if launch.keys() >= {*traffic.METRICS.values(), "passes"}:
+                kernel = re.sub(r"^void |\w+::|\(.*", "", launch["kernel"])
+                speed = (launch["read_bytes"] + launch["written_bytes"]) / launch["nanoseconds"] / 1e3
+                rows.append([line["case"], f"`{kernel}`", f"{launch['passes']:.2f}", f"{speed:.2f} TB/s",
+                             f"{launch['issue_active_percent']:.0f} %"])  # fmt: skip
+    head = ["", "kernel", "passes over the logits (floor: 2)", "DRAM traffic", "issue slots"]
+    return f"**What moved**, by Nsight Compute, forward in place:\n\n{markdown(head, rows)}" if rows else ""
 
 
 def _checks() -> str:

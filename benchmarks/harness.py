@@ -148,7 +148,6 @@ def measure(
     rounds: int,
     warmup: int = 1,
     budget_s: float = math.inf,
-    order_seed: int = 0,
     tick: Callable[[str], None] = lambda word: None,
 ) -> list[Outcome]:
     """Check every contender, then time those that passed, taking turns. The first floor is what ratios are against.
@@ -156,7 +155,7 @@ def measure(
     budget_s: a contender that has been timed for longer takes no more turns; it has one sample at least.
     """
     outcomes, steps = _admit(problem, contenders, clock, tick)
-    samples = _take_turns(problem, steps, clock, rounds, warmup, budget_s, random.Random(order_seed), tick)
+    samples = _take_turns(problem, steps, clock, rounds, warmup, budget_s, tick)
     for name in [name for name, taken in samples.items() if isinstance(taken, str)]:
         outcomes[name] = replace(outcomes[name], status="failed", why=samples.pop(name))
     floor = next((samples[name] for name in samples if outcomes[name].objective is None), None)
@@ -179,10 +178,10 @@ def _admit(problem, contenders, clock, tick) -> tuple[dict[str, Outcome], dict[s
     return outcomes, steps
 
 
-def _take_turns(problem, steps, clock, rounds, warmup, budget_s, order, tick) -> dict[str, list[float] | str]:
+def _take_turns(problem, steps, clock, rounds, warmup, budget_s, tick) -> dict[str, list[float] | str]:
     """Each one's seconds; instead of them a sentence for one that failed, which takes no more turns."""
     samples: dict[str, list[float] | str] = {name: [] for name in steps}
-    spent = dict.fromkeys(steps, 0.0)
+    spent, order = dict.fromkeys(steps, 0.0), random.Random(0)
     for turn in range(warmup + rounds):
         names = [name for name in spent if turn <= warmup or spent[name] <= budget_s]
         order.shuffle(names)
@@ -202,13 +201,8 @@ def _take_turns(problem, steps, clock, rounds, warmup, budget_s, order, tick) ->
 
 
 def _summary(outcome: Outcome, samples: list[float], floor: list[float] | None) -> Outcome:
+    p10, median, p90 = (quantile(samples, q) for q in (0.1, 0.5, 0.9))
     # one that ran out of its budget was in the first rounds, so that zip still pairs rounds
-    return replace(
-        outcome,
-        status="timed",
-        rounds=len(samples),
-        median_s=quantile(samples, 0.5),
-        p10_s=quantile(samples, 0.1),
-        p90_s=quantile(samples, 0.9),
-        over_floor=quantile([mine / its for mine, its in zip(samples, floor, strict=False)], 0.5) if floor else None,
-    )
+    over = quantile([mine / its for mine, its in zip(samples, floor, strict=False)], 0.5) if floor else None
+    outcome = replace(outcome, status="timed", rounds=len(samples), over_floor=over)
+    return replace(outcome, median_s=median, p10_s=p10, p90_s=p90)

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from benchmarks.clocks import Step
 from benchmarks.kinds import KINDS
 from benchmarks.provenance import default_allocator_environment
 
@@ -48,12 +49,11 @@ def peak_extra_bytes(kind: str, case, name: str) -> int:
     child = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     if child.returncode:
         raise NotMeasuredError((child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1][:160])
-    return json.loads(child.stdout.splitlines()[-1])["extra_bytes"]
+    return int(child.stdout.splitlines()[-1])
 
 
 def _peak_cuda(kind: str, case, name: str) -> int:
-    problem, step = _contender(kind, case, name)
-    _settled_step(problem, step)
+    step = _settled_step(kind, case, name)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -63,17 +63,15 @@ def _peak_cuda(kind: str, case, name: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _contender(kind: str, case, name: str):
+def _settled_step(kind: str, case, name: str) -> Step:
+    """A contender's step after a first one, for what only that allocates, and with the inputs as they were."""
     problem = KINDS[kind].build(case)
-    return problem, KINDS[kind].contender(problem, name).step
-
-
-def _settled_step(problem, step) -> None:
-    """A first step, for what only the first one allocates, and the inputs as they were."""
-    problem.prepare(problem.case.upstream)
+    step = KINDS[kind].contender(problem, name).step
+    problem.prepare(case.upstream)
     step()
-    problem.prepare(problem.case.upstream)
+    problem.prepare(case.upstream)
     gc.collect()
+    return step
 
 
 def _status_bytes(field: str) -> int:
@@ -88,8 +86,7 @@ CLOSE = 0.05  # a length that fits is good enough if one that is larger by this 
 PROBES = 8
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """tokens: the longest length that was measured to fit, 0 for none. peaks: (tokens, bytes) as they were measured."""
 
     tokens: int
@@ -118,28 +115,25 @@ def _next(measured: dict[int, int], budget_bytes: int, fits: int, fails: int | N
     slope = (peak_b - peak_a) / (b - a)
     guess = 2 * max(measured) if slope <= 0 else int(a + (budget_bytes - peak_a) / slope)
     guess = guess // GRAIN * GRAIN
-    if fails is None:
-        # past the guess by a little, so that one side of it is known to fail
-        return max(fits + GRAIN, min(guess, 64 * fits)) if guess > fits * (1 + CLOSE) else fits + _grains(CLOSE * fits)
-    return min(max(guess, fits + GRAIN), fails - GRAIN)
-
-
-def _grains(tokens: float) -> int:
-    return max(GRAIN, int(tokens) // GRAIN * GRAIN)
+    if fails is not None:
+        return min(max(guess, fits + GRAIN), fails - GRAIN)
+    if guess > fits * (1 + CLOSE):
+        return max(fits + GRAIN, min(guess, 64 * fits))
+    # past the guess by a little, so that one side of it is known to fail
+    return fits + max(GRAIN, int(CLOSE * fits) // GRAIN * GRAIN)
 
 
 def main() -> None:
     kind, case_json, name = sys.argv[1:]
     case = KINDS[kind].case(**json.loads(case_json))
     torch.set_num_threads(case.threads)
-    problem, step = _contender(kind, case, name)
-    _settled_step(problem, step)
+    step = _settled_step(kind, case, name)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
     before = _status_bytes("VmRSS")
     kept = step()
     extra = max(0, _status_bytes("VmHWM") - before)
     del kept
-    print(json.dumps({"extra_bytes": extra, "pid": os.getpid()}))
+    print(extra)
 
 
 if __name__ == "__main__":

@@ -13,25 +13,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 
 from benchmarks import extraction_report, gpu_report, plots, report, savings
 from benchmarks.experiments import results, verdicts
 from benchmarks.experiments.measures import MEASURES
 from benchmarks.experiments.methods import label_of
-from benchmarks.tables import (
-    RESULTS,
-    Column,
-    cases,
-    duration,
-    error,
-    megabytes,
-    outcomes,
-    over_floor,
-    table,
-    timed_columns,
-)
-from gft_kernels.linear.chunks import chunk_rows
+from benchmarks.tables import RESULTS, cases, duration, error, megabytes, outcomes, ranked, table, timed_columns
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs" / "figures"
@@ -48,10 +37,6 @@ def _seconds(file: str, label: str, name: str) -> float:
     return outcomes(file, label)[name]["median_s"]
 
 
-def _longest(outcome: dict) -> str:
-    return str(outcome["longest_tokens"])
-
-
 def _times(value: float) -> str:
     return f"{value:.2f} times"
 
@@ -61,7 +46,7 @@ def _timed_table(file: str, label: str) -> str:
 
 
 def _row() -> str:
-    columns: list[Column] = []
+    columns = []
     for dtype in DTYPES:
         found = outcomes("row-cpu.json", f"{HEADLINE.format(dtype)}, 1 thread")
         columns += [*timed_columns(dtype, found), ("extra memory", found, megabytes)]
@@ -99,44 +84,43 @@ def _linear_words() -> str:
     )
 
 
-def _recorded_states(rows: int) -> dict[str, dict]:
-    return outcomes(SPARSE, STATES.format(rows))
-
-
 def _sparse_words() -> str:
-    found = _recorded_states(2048)
+    found = outcomes(SPARSE, STATES.format(2048))
     names = ("gft_linear_loss, filter_eps", "gft_linear_loss cpu", LEAN)
-    ours, exact, eager = (over_floor(found[name]) for name in names)
+    ours, exact, eager = (found[name]["over_floor"] for name in names)
     return (
-        f"- {ours} times the three products over 2048 states of SmolLM2-135M-Instruct and its head, one thread of a\n"
-        f"  CPU; exact {exact}, eager PyTorch {eager}.\n"
+        f"- {_times(ours)} the three products over 2048 states of SmolLM2-135M-Instruct and its head, one thread of a\n"
+        f"  CPU; exact {exact:.2f}, eager PyTorch {eager:.2f}.\n"
     )
 
 
 def _sparse() -> str:
-    columns: list[Column] = []
+    columns = []
     for rows in (258, 2048):
-        found = _recorded_states(rows)
+        found = outcomes(SPARSE, STATES.format(rows))
         columns += timed_columns(f"{rows} rows", found)
-    return table([*columns, ("gradients' error", columns[-1][1], error)])
+    return table([*columns, ("gradients' error", found, error)])
 
 
 def _sparse_large() -> str:
     """Synthetic states over a larger head: as sure as a trained model, and with tails too heavy to be cut."""
-    columns: list[Column] = []
-    for label, case in cases("linear-sparse-large-cpu.json").items():
-        columns += timed_columns(f"{case['case']['states']} states", outcomes("linear-sparse-large-cpu.json", label))
+    columns = []
+    for case in cases("linear-sparse-large-cpu.json").values():
+        columns += timed_columns(f"{case['case']['states']} states", ranked(case))
     return table(columns)
 
 
 def _prompts() -> str:
     """A row a layout, a pair of columns a case: how long prompts and responses are, then time and memory."""
-    columns: list[Column] = []
-    for label, case in cases("prompts-cpu.json").items():
-        found, shape = outcomes("prompts-cpu.json", label), case["case"]
-        found = {name: outcome for name, outcome in found.items() if outcome["objective"]}
+    columns = []
+    for case in cases("prompts-cpu.json").values():
+        found, shape = _without_floor(ranked(case)), case["case"]
         columns += [(f"{shape['prompt']}:{shape['response']}", found, duration), ("memory", found, megabytes)]
     return table(columns)
+
+
+def _without_floor(found: dict[str, dict]) -> dict[str, dict]:
+    return {name: outcome for name, outcome in found.items() if outcome["objective"]}
 
 
 def _step_pretrained() -> str:
@@ -145,35 +129,14 @@ def _step_pretrained() -> str:
 
 
 def _step_memory() -> str:
-    found = outcomes("step-memory-cpu.json", STEP)
-    found = {name: outcome for name, outcome in found.items() if outcome["objective"]}
-    budget = next(iter(found.values()))["budget_bytes"] >> 20
-    return table(
-        [("memory at 32 tokens", found, megabytes), (f"longest within {budget} MiB (tokens)", found, _longest)]
-    )
+    found = _without_floor(outcomes("step-memory-cpu.json", STEP))
+    longest = f"longest within {next(iter(found.values()))['budget_bytes'] >> 20} MiB (tokens)"
+    return table([("memory at 32 tokens", found, megabytes), (longest, found, lambda o: str(o["longest_tokens"]))])
 
 
 def _advantages() -> str:
-    ways = {
-        how: outcomes("quick-cpu.json", f"64 rewards in groups of 8 {how}, 1 thread") for how in ("together", "by id")
-    }
-    return table([(how, found, duration) for how, found in ways.items()])
-
-
-def _chunk_memory() -> str:
-    """Arithmetic, not a measurement: 8192 × 2048 × 151936."""
-    rows, hidden, vocab = 8192, 2048, 151936
-    chunk = chunk_rows(rows, vocab, 4, "cuda")
-    lines = [
-        f"| | bytes | {rows} × {hidden} × {vocab} bfloat16 on a GPU |",
-        "|---|---|---|",
-        f"| one chunk of logits, float32; their gradient lies over them | 4·C·V "
-        f"| {4 * chunk * vocab / 1e9:.2f} GB at C = {chunk} |",
-        f"| dW, float32, until backward rounds it | 4·V·D | {4 * vocab * hidden / 1e9:.2f} GB |",
-        f"| dX, float32, and a few numbers per row | 4·R·D | {4 * rows * hidden / 1e9:.2f} GB |",
-        f"| for comparison: bfloat16 logits and their gradient | 4·R·V | {4 * rows * vocab / 1e9:.2f} GB |",
-    ]
-    return "\n".join(lines) + "\n"
+    label = "64 rewards in groups of 8 {}, 1 thread"
+    return table([(how, outcomes("quick-cpu.json", label.format(how)), duration) for how in ("together", "by id")])
 
 
 STUDY = (("gft", "sft-mix", "pass1"), ("gft", "grpo", "distinct"), ("gft", "grpo", "pass1"), ("gft", "grpo-4", "pass1"),
@@ -185,7 +148,7 @@ def _study() -> str:
     """What the registered studies say of their main comparisons, and how far the runs of a real model lie apart."""
     bases, real = (results.read(RESULTS / "experiments" / f"{name}.jsonl") for name in ("bases", "smollm2"))
     lines = [f"| {len(bases.usable)} small bases, sums of digits | difference [95 %] | |", "|---|---|---|"]
-    lines += [_finding(found) for found in verdicts.findings(bases, "leap") if _compared(found) in STUDY]
+    lines += [_finding(one) for one in verdicts.findings(bases, "leap") if astuple(one.comparison)[:3] in STUDY]
     lines += ["| **SmolLM2-135M-Instruct, JSON of a sentence** | | |"]
     lines += [_finding(found) for found in verdicts.findings(real, "json")]
     apart = []
@@ -193,10 +156,6 @@ def _study() -> str:
         scores = [MEASURES["pass1"].of(record) for record in real.of(chain, "json")]
         apart.append(f"{label_of(chain)} within {min(scores):.2f} and {max(scores):.2f}")
     return "\n".join([*lines, "", f"pass@1 of the real model over {len(scores)} seeds: {'; '.join(apart)}."]) + "\n"
-
-
-def _compared(found: verdicts.Finding) -> tuple[str, str, str]:
-    return found.comparison.better, found.comparison.other, found.comparison.measure
 
 
 def _finding(found: verdicts.Finding) -> str:
@@ -220,7 +179,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sparse": _sparse,
     "sparse-large": _sparse_large,
     "sparse-words": _sparse_words,
-    "chunk-memory": _chunk_memory,
+    "chunk-memory": savings.chunk_table,
     "prompts": _prompts,
     "step": lambda: _timed_table("quick-cpu.json", STEP),
     "step-pretrained": _step_pretrained,

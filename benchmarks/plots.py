@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.kinds.kind import ITEM_BYTES
 from benchmarks.report import best_of_ours, is_ours, timed, winner_over_us
 
 POINTS = 3
@@ -64,9 +63,7 @@ def sources(figure: Path) -> dict[str, str]:
     return dict(entry.split(" ") for entry in found[1].split(", ")) if found else {}
 
 
-def painted(
-    path: Path, drawn_from: list[Path], paint: Callable, title: str, size: tuple = (7, 4.2), legend=True
-) -> Path:
+def painted(path: Path, drawn_from: list[Path], paint: Callable, title: str, size=(7, 4.2), legend=True) -> Path:
     """The file of a figure with one pair of axes, which `paint` is handed."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -94,8 +91,7 @@ def draw(paths: list[Path], folder: Path) -> list[Path]:
                     name = folder / f"{path.stem}-{curve.stem}-{dtype}.svg"
                     title = f"{dtype}, {saved['machine'].get('gpu') or saved['machine']['cpu']}, from {path.name}"
                     written.append(painted(name, [path], lambda axes, c=curve, u=usable: _curves(axes, c, u), title))
-    pair = _roofline_cases(paths)
-    if pair:
+    if pair := _roofline_cases(paths):
         row, linear, drawn_from = pair
         title = f"Roofline, from {' and '.join(path.name for path in drawn_from)}"
         written.append(painted(folder / "roofline.svg", drawn_from, lambda axes: _roofline(axes, row, linear), title))
@@ -124,14 +120,11 @@ def sweep(saved: dict, dtype: str, over: str, kind: str = "row") -> list[dict]:
     "live": how large a part of the responses has no advantage.
     """
     chosen = [r for r in saved["results"] if r["case"].get("dtype") == dtype and r["benchmark"] == kind]
-    if not chosen:
-        return []
+    first = chosen[0]["case"] if chosen else {}
     swept = {"vocab": ("rows", "vocab"), "rows": ("rows",), "live": ("dead", "dead_share")}[over]
-    first = chosen[0]["case"]
-    logits = first["rows"] * first["vocab"]
     alike = [r for r in chosen if all(r["case"][key] == first[key] for key in first if key not in swept)]
     if over == "vocab":
-        alike = [r for r in alike if 0.9 < r["case"]["rows"] * r["case"]["vocab"] / logits < 1.1]
+        alike = [r for r in alike if 0.9 < _flop(r) / _flop(chosen[0]) < 1.1]
     if over == "live":
         alike = [r for r in alike if r["case"]["dead"] != "masked"]
     return sorted(alike, key=lambda r: live(r["case"]) if over == "live" else r["case"][over])
@@ -213,12 +206,9 @@ def _flop(result: dict) -> float:
 
 def _bytes(result: dict, outcome: dict) -> float | None:
     """Linear: both inputs read, both gradients written, no logits; row: the passes of the traffic model."""
-    case = result["case"]
     if result["benchmark"] == "linear":
-        return 2 * (case["rows"] + case["vocab"]) * case["hidden"] * ITEM_BYTES[case["dtype"]]
-    if outcome["reads"] is None:
-        return None
-    return (outcome["reads"] + outcome["writes"]) * case["rows"] * case["vocab"] * ITEM_BYTES[case["dtype"]]
+        return 2 * result["input_bytes"]
+    return None if outcome["reads"] is None else (outcome["reads"] + outcome["writes"]) * result["input_bytes"]
 
 
 def _roofline(axes, row: dict, linear: dict) -> None:

@@ -103,11 +103,9 @@ def versions() -> dict[str, str]:
 
 def last_level_cache_bytes() -> int:
     """Size of CPU 0's largest cache, or 64 MiB where the system does not say."""
-    sizes = [64 << 20]
-    for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = entry.read_text().strip()
-        sizes.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0))
-    return sizes[0] if len(sizes) == 1 else max(sizes[1:])
+    found = [entry.read_text().strip() for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    sizes = [int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0) for text in found]
+    return max(sizes, default=64 << 20)
 
 
 def _cpu_fields() -> dict[str, str]:

@@ -70,10 +70,6 @@ def read(count: int) -> Answers:
 if __name__ == "__main__":
     found = read(4)
     FILE.parent.mkdir(parents=True, exist_ok=True)
-    numpy.savez_compressed(
-        FILE,
-        hidden=found.hidden_ND.numpy(),
-        targets=found.targets_N.int().numpy(),
-        responses=found.response_N.short().numpy(),
-    )
+    kept = {"hidden": found.hidden_ND, "targets": found.targets_N.int(), "responses": found.response_N.short()}
+    numpy.savez_compressed(FILE, **{name: tensor.numpy() for name, tensor in kept.items()})
     print(f"{FILE}: {FILE.stat().st_size / 1e3:.0f} kB, {len(found.targets_N)} rows")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from benchmarks.kinds.row import PEERS, READ_WRITE, TWO_PASS, Passes
+from benchmarks.tables import markdown
 from gft_kernels.linear.chunks import chunk_rows
 
 MODELS = {  # hidden size, vocabulary: of their config.json
@@ -55,15 +56,27 @@ def seconds(rows: int, vocabulary: int, bytes_each: int, bandwidth: float, passe
 
 def table(rows: int = 16384, bytes_each: int = 2, gpu: str = "H100 SXM") -> str:
     """Markdown: memory and predicted time of every model."""
-    lines = [
-        f"| {rows:,} response tokens, bfloat16 | whole, loss in float32 | whole, in bfloat16 | `gft_linear_loss` "
-        f"| eager loss, {gpu} | `gft_loss` |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = [f"{rows:,} response tokens, bfloat16", "whole, loss in float32", "whole, in bfloat16", "`gft_linear_loss`",
+            f"eager loss, {gpu}", "`gft_loss`"]  # fmt: skip
+    lines = []
     for name, (hidden, vocabulary) in MODELS.items():
-        memory = [*(whole_logits(rows, vocabulary, b) for b in (4, bytes_each)),
-                  chunked_head(rows, hidden, vocabulary)]  # fmt: skip
+        memory = [whole_logits(rows, vocabulary, 4), whole_logits(rows, vocabulary, bytes_each)]
+        memory.append(chunked_head(rows, hidden, vocabulary))
         times = [seconds(rows, vocabulary, bytes_each, GPUS[gpu].bandwidth, p) for p in (PASSES, GPUS[gpu].passes)]
         cells = [*(f"{size / 1e9:.2f} GB" for size in memory), *(f"{1e3 * time:.1f} ms" for time in times)]
-        lines.append(f"| {name}: D {hidden:,}, V {vocabulary:,} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"{name}: D {hidden:,}, V {vocabulary:,}", *cells])
+    return markdown(head, lines)
+
+
+def chunk_table() -> str:
+    """Markdown: what the linear loss has beside its inputs, part by part, for 8192 × 2048 × 151936."""
+    rows, hidden, vocab = 8192, 2048, 151936
+    chunk = chunk_rows(rows, vocab, 4, "cuda")
+    parts = (
+        ("one chunk of logits, float32; their gradient lies over them", "4·C·V", chunk * vocab, f" at C = {chunk}"),
+        ("dW, float32, until backward rounds it", "4·V·D", vocab * hidden, ""),
+        ("dX, float32, and a few numbers per row", "4·R·D", rows * hidden, ""),
+        ("for comparison: bfloat16 logits and their gradient", "4·R·V", rows * vocab, ""),
+    )
+    lines = [(part, of, f"{4 * numbers / 1e9:.2f} GB{at}") for part, of, numbers, at in parts]
+    return markdown(["", "bytes", f"{rows} × {hidden} × {vocab} bfloat16 on a GPU"], lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -48,19 +48,27 @@ def megabytes(outcome: dict) -> str:
     return f"{value:.0f} MB" if value >= 10 else f"{value:.2f} MB"
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "l") -> str:
+    """A table. align: l or r of each column; the last letter counts for the columns after it as well."""
+    sides = align.ljust(len(head), align[-1])
+    lines = ["|" + "|".join(f" {title} " if title else " " for title in head) + "|"]
+    lines.append("|" + "".join("---:|" if side == "r" else "---|" for side in sides))
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
+    return "\n".join(lines) + "\n"
+
+
 Column = tuple[str, dict[str, dict], Callable[[dict], str]]  # title, outcomes by name, what is shown
 
 
 def table(columns: Sequence[Column]) -> str:
     """A row a contender, as the first column orders them; what computes something else than ours says so."""
-    lines = ["| | " + " | ".join(title for title, _, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = []
     everyone = {name: outcome for _, found, _ in reversed(columns) for name, outcome in found.items()}
     for name in dict.fromkeys(name for _, found, _ in columns for name in found):
-        cells = [shown(found[name]) if name in found else "–" for _, found, shown in columns]
         objective = everyone[name]["objective"]
         other = f" ({objective})" if objective in ("cross-entropy", "grpo") else ""
-        lines.append(f"| {name}{other} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([name + other, *(shown(found[name]) if name in found else "–" for _, found, shown in columns)])
+    return markdown(["", *(title for title, _, _ in columns)], rows)
 
 
 def timed_columns(title: str, found: dict[str, dict]) -> list[Column]:

@@ -18,21 +18,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, runner.StudyError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except runner.StudyError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return FAILED
+        return FAILED if isinstance(error, runner.StudyError) else BAD_INPUT
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Compare training methods with seeds, error bars and controls."
-    )
+    said = "Compare training methods with seeds, error bars and controls."
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=said)
     actions = parser.add_subparsers(required=True)
 
     run = actions.add_parser("run", help="train what is missing of a study; the same command goes on after a stop")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -13,7 +12,8 @@ from benchmarks.experiments.methods import METHODS, stages
 
 FOLDER = Path(__file__).parent / "claims"
 EXPLORATORY = "exploratory"
-EXPECTATIONS = ("more", "less", "not-inferior", "equal")
+EXPECTATIONS = {"more": "more", "less": "less", "not-inferior": "not less by {:g}", "equal": "equal within {:g}"}
+"""What may be expected, and how it is said of a margin."""
 
 
 @dataclass(frozen=True)
@@ -55,25 +55,12 @@ def claims_of(entries: list[dict]) -> list[Claim]:
     return [_claim(**entry) for entry in entries]
 
 
-def _claim(
-    claim: str,
-    origin: str,
-    measure: str = "",
-    expect: str = "",
-    margin: float = 0.0,
-    pairs: Any = (),
-    why_not: str = "",
-) -> Claim:
-    if pairs:
-        _check(claim, measure, expect, margin, pairs)
-    return Claim(claim, origin, tuple(Comparison(*pair, measure, expect, margin) for pair in pairs), why_not)
-
-
-def _check(claim, measure, expect, margin, pairs) -> None:
-    if measure not in MEASURES or expect not in EXPECTATIONS:
+def _claim(claim, origin, pairs=(), why_not="", measure="", expect="", margin=0.0) -> Claim:
+    if pairs and (measure not in MEASURES or expect not in EXPECTATIONS):
         raise ValueError(f"{claim!r} must have a known measure and expectation, got {measure!r} and {expect!r}.")
-    if (margin > 0) != (expect in ("not-inferior", "equal")):
+    if pairs and (margin > 0) != (expect in ("not-inferior", "equal")):
         raise ValueError(f"{claim!r} must have a margin where it is about one and nowhere else, got {margin:g}.")
     unknown = [stage for pair in pairs for chain in pair for stage in stages(chain) if stage not in METHODS]
     if unknown:
         raise ValueError(f"{claim!r} must compare known methods, got {unknown[0]!r}.")
+    return Claim(claim, origin, tuple(Comparison(*pair, measure, expect, margin) for pair in pairs), why_not)

@@ -33,11 +33,9 @@ def evaluate(model, base_model, task, rows: Sequence[dict], settings: Evaluation
     }
     if settings.scored == 0:
         return found
-    scored = slice(settings.scored)
-    entropy, kl = entropy_and_kl(
-        model, base_model, [Group(g.row, g.responses[:SCORED_SAMPLES]) for g in groups[scored]]
-    )
-    experts = [demonstration(task.tokenizer, row) for row in rows[scored]]
+    scored = [Group(group.row, group.responses[:SCORED_SAMPLES]) for group in groups[: settings.scored]]
+    entropy, kl = entropy_and_kl(model, base_model, scored)
+    experts = [demonstration(task.tokenizer, row) for row in rows[: settings.scored]]
     return found | {"entropy": entropy, "kl": kl, "expert_log_likelihood": float(log_probs(model, experts).mean())}
 
 

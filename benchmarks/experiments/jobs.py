@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import dataclass, replace
@@ -45,8 +46,7 @@ class Job:
     @property
     def before(self) -> str | None:
         """The chain of the stage this one starts from; None where it starts from the base model."""
-        head = self.chain.rpartition(THEN)[0]
-        return head or None
+        return self.chain.rpartition(THEN)[0] or None
 
 
 def plan(study: Study) -> list[Job]:
@@ -65,25 +65,18 @@ def plan(study: Study) -> list[Job]:
     for cells in study.grid:
         for base in cells.bases:
             add(Job(BASE, base))
-        for seed in cells.seeds:
-            for base in cells.bases:
-                for expert in cells.experts:
-                    for chain in cells.chains:
-                        _add_chain(study, add, tuning, chain, expert, base, seed)
+        for seed, base, expert, chain in itertools.product(cells.seeds, cells.bases, cells.experts, cells.chains):
+            _add_chain(study, add, tuning, chain, expert, base, seed)
     return list(jobs.values())
 
 
 def _tuning(study: Study) -> list[Job]:
     if study.tuning is None:
         return []
-    t = study.tuning
+    t, methods = study.tuning, sorted(study.tuning.methods, key=lambda chain: len(stages(chain)))
     return [
         Job(TUNING, base, chain, study.expert_of(chain, expert), seed, float(rate))
-        for chain in sorted(t.methods, key=lambda chain: len(stages(chain)))
-        for seed in t.seeds
-        for base in t.bases
-        for expert in t.experts
-        for rate in t.rates
+        for chain, seed, base, expert, rate in itertools.product(methods, t.seeds, t.bases, t.experts, t.rates)
     ]
 
 

@@ -12,6 +12,7 @@ from benchmarks.experiments.measures import MEASURES
 from benchmarks.experiments.methods import METHODS, label_of, stages
 from benchmarks.experiments.results import USABLE, Results
 from benchmarks.experiments.statistics import mean
+from benchmarks.tables import markdown
 
 HEADLINE = ("none", "sft", "sft-same", "sft-fast", "sft-mix", "sft-10x", "dft", "grpo", "grpo-4", "gft", "gft-positive",
             "gft-positive-same", "gft-given", "gft-bounded", "gft-split", "gft-no-mix", "luffy", "chord")  # fmt: skip
@@ -76,8 +77,7 @@ three stages have had more steps than two. The experts: `bracket` works in a for
 def write(studies: Sequence[Results], path: Path) -> Path:
     """The page at `path`, its plots in a folder of the page's name beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = [INTRODUCTION, methods_table(studies)]
-    parts += [not_run(studies)]
+    parts = [INTRODUCTION, methods_table(studies), not_run(studies)]
     for results in studies:
         parts += study_section(results, path)
     path.write_text("\n\n".join(part.strip("\n") for part in parts) + "\n", encoding="utf-8")
@@ -87,19 +87,16 @@ def write(studies: Sequence[Results], path: Path) -> Path:
 def not_run(studies: Sequence[Results]) -> str:
     """The studies that are registered and have no results here."""
     found = {results.study.name for results in studies}
-    names = [name for name in settings.registered() if name not in found]
-    if not names:
-        return ""
+    names = [name for name in settings.names() if name not in found and settings.load(name).registered]
     listed = [f"- `{name}`: `benchmarks/experiments/studies/{name}.yaml` and its claims." for name in names]
-    return "\n".join(["## Registered, without results yet\n", *listed]) + "\n"
+    return "\n".join(["## Registered, without results yet\n", *listed]) + "\n" if names else ""
 
 
 def methods_table(studies: Sequence[Results]) -> str:
     """The options of every method that the studies ran."""
     used = {stage for results in studies for r in results.records if r["kind"] == "run" for stage in stages(r["chain"])}
     lines = []
-    for name in (name for name in METHODS if name in used):
-        method = METHODS[name]
+    for method in (method for name, method in METHODS.items() if name in used):
         shown = {**method.options}
         given, sampled = shown.pop("num_demonstrations", 0), shown.pop("num_generations", "the rest")
         rate = f"tuned as {METHODS[method.tuned_as].label}" if method.tuned_as else "the highest tried"
@@ -143,9 +140,8 @@ def setting(results: Results) -> str:
     runs = [record for record in results.records if record["kind"] == "run"]
     done = f"{len(results.records)} of {len(results.planned)} jobs finished"
     tokens = [record["training"]["tokens"] for record in results.records if "tokens" in record.get("training", {})]
-    counted = "; {:.1f} million tokens generated and {:.1f} million trained on".format(
-        *(sum(one[name] for one in tokens) / 1e6 for name in ("generated", "trained"))
-    )
+    millions = [sum(one[name] for one in tokens) / 1e6 for name in ("generated", "trained")]
+    counted = "; {:.1f} million tokens generated and {:.1f} million trained on".format(*millions)
     seconds = [record["cpu_seconds"] for record in results.records if "cpu_seconds" in record]
     levels = ", ".join(f"{score:.3f} (base {base})" for base, score in sorted(results.usable.items()))
     apart = ", ".join(f"base {base} ({score:.3f})" for base, score in sorted(results.weak.items()))
@@ -187,11 +183,11 @@ def table(results, expert: str, chains: Sequence[str], names, rates=False, share
         shown = [(chain, [r for r in records if (r["base"], r["seed"]) in common]) for chain, records in shown]
     measures = [MEASURES[name] for name in names]
     head = ["method", "n", *(["rate"] if rates else []), *(measure.title for measure in measures)]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    lines = []
     for chain, records in shown:
         cells = [label_of(chain), str(len(records)), *([f"{records[0]['rate']:g}"] if rates else [])]
-        lines.append("| " + " | ".join([*cells, *(cell(measure, records) for measure in measures)]) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([*cells, *(cell(measure, records) for measure in measures)])
+    return markdown(head, lines, "lr")
 
 
 def cell(measure, records) -> str:
@@ -213,17 +209,15 @@ def tuning_tables(results: Results, experts: Sequence[str]) -> list[str]:
     records = [record for record in results.records if record["kind"] == TUNING]
     if tuning is None or not records:
         return []
-    parts = ["### Learning rates", LEARNING_RATES_TEXT.format(tuned_on(tuning))]
+    parts, rates = ["### Learning rates", LEARNING_RATES_TEXT.format(tuned_on(tuning))], list(map(float, tuning.rates))
     for expert in experts:
-        rates = [float(rate) for rate in tuning.rates]
-        lines = [f"| expert `{expert}` | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
-        lines.append("|---|" + "---:|" * len(rates))
+        lines = []
         for chain in tuning.methods:
             scores = rate_scores(records, chain, expert)
             if set(scores) == set(rates):
                 best = chosen_rate(records, chain, expert)
                 cells = [f"**{scores[r]:.3f}**" if r == best else f"{scores[r]:.3f}" for r in rates]
                 edge = " (edge)" if best in (rates[0], rates[-1]) else ""
-                lines.append(f"| {label_of(chain)}{edge} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines) + "\n")
+                lines.append([label_of(chain) + edge, *cells])
+        parts.append(markdown([f"expert `{expert}`", *(f"{rate:g}" for rate in rates)], lines, "lr"))
     return parts

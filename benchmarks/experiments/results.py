@@ -15,8 +15,6 @@ from benchmarks.experiments.jobs import RUN, Folder, Job, plan
 from benchmarks.experiments.settings import Study, from_dict
 
 PACKED = Path(__file__).parents[1] / "results" / "experiments"
-
-
 USABLE = 0.01
 """pass@1 below which a base model has nothing that could be reinforced: the rule of every study, old and new."""
 
@@ -42,9 +40,8 @@ class Results:
 
         Runs to which the expert makes no difference serve every expert.
         """
-        wanted, bases = self.study.expert_of(chain, expert), self.usable if bases is None else bases
-        runs = [r for r in self.records if r["kind"] == "run" and r["base"] in bases]
-        return [r for r in runs if r["chain"] == chain and r["expert"] == wanted]
+        wanted, bases = (RUN, chain, self.study.expert_of(chain, expert)), self.usable if bases is None else bases
+        return [r for r in self.records if (r["kind"], r["chain"], r["expert"]) == wanted and r["base"] in bases]
 
     @functools.cached_property
     def bases(self) -> dict[int, float]:
@@ -71,9 +68,8 @@ class Results:
 
     def planned_runs(self, chain: str, expert: str) -> set[tuple[int, int]]:
         """Base and seed of every run of a chain that the study plans."""
-        wanted = self.study.expert_of(chain, expert)
-        runs = [job for job in self.planned if job.kind == RUN and job.chain == chain and job.expert == wanted]
-        return {(job.base, job.seed) for job in runs}
+        wanted = RUN, chain, self.study.expert_of(chain, expert)
+        return {(job.base, job.seed) for job in self.planned if (job.kind, job.chain, job.expert) == wanted}
 
 
 def pack(study: Study, folder: Folder, device: str) -> Path:

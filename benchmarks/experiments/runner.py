@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
+import statistics
 import threading
-import time
 from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -98,8 +99,7 @@ def start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
+    if (parent := parent_process()) is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
 
@@ -116,23 +116,18 @@ class Progress:
     def __init__(self, planned: list[Job], waiting: list[Job], folder: Folder, workers: int, say):
         self.total, self.left, self.folder, self.workers, self.say = len(planned), list(waiting), folder, workers, say
         self.seconds: dict[tuple, list[float]] = {}
-        self.start = time.perf_counter()
-        for job in planned:
-            if folder.finished(job):
-                self._learn(job)
-        finished = sum(map(folder.finished, planned))
-        left = len(planned) - finished - len(waiting)
-        say(f"{len(planned)} jobs, {finished} already finished" + (f", {left} left for later" if left else ""))
+        finished = [job for job in planned if folder.finished(job)]
+        for job in finished:
+            self._learn(job)
+        left = len(planned) - len(finished) - len(waiting)
+        say(f"{len(planned)} jobs, {len(finished)} already finished" + (f", {left} left for later" if left else ""))
 
     def finished(self, job: Job) -> None:
         self.left.remove(job)
         record = self._learn(job)
-        number = sum(map(len, self.seconds.values()))
-        score = f"pass@1 {record['metrics']['pass_at']['1']:.3f}"
-        self.say(
-            f"[{number:>4}/{self.total}] {job.name:<52} {score}  {record['seconds']:5.1f} s  "
-            f"left about {self.time_left() / 60:.0f} min"
-        )
+        number, score = sum(map(len, self.seconds.values())), record["metrics"]["pass_at"]["1"]
+        took = f"{record['seconds']:5.1f} s  left about {self.time_left() / 60:.0f} min"
+        self.say(f"[{number:>4}/{self.total}] {job.name:<52} pass@1 {score:.3f}  {took}")
 
     def _learn(self, job: Job) -> dict:
         record = self.folder.read(job.name)
@@ -141,7 +136,6 @@ class Progress:
 
     def time_left(self) -> float:
         """Seconds, with all workers at work."""
-        everything = [value for values in self.seconds.values() for value in values]
-        usual = sum(everything) / len(everything)
-        known = {kind: sum(values) / len(values) for kind, values in self.seconds.items()}
+        usual = statistics.fmean(itertools.chain(*self.seconds.values()))
+        known = {kind: statistics.fmean(values) for kind, values in self.seconds.items()}
         return sum(known.get((job.kind, job.method), usual) for job in self.left) / self.workers

@@ -75,9 +75,9 @@ class Study:
     unit: str = "bases"
 
     def __post_init__(self):
+        tuned = self.tuning.methods if self.tuning else []
         named = [name for cells in self.grid for chain in cells.chains for name in stages(chain)]
-        tuned = [name for chain in (self.tuning.methods if self.tuning else []) for name in stages(chain)]
-        for name in [*named, *tuned]:
+        for name in [*named, *(name for chain in tuned for name in stages(chain))]:
             if name not in METHODS:
                 raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}.")
         if not claims.path_of(self.claims).is_file():
@@ -86,10 +86,9 @@ class Study:
             raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}.")
         if bool(self.rates) == bool(self.tuning):
             raise ValueError("either `tuning` or `rates` must be given, got both or none.")
-        known = set(self.rates) | set(self.tuning.methods if self.tuning else [])
-        missing = sorted({METHODS[name].tuned_as or "sft" for name in named if METHODS[name].trains} - known)
+        missing = {METHODS[name].tuned_as or "sft" for name in named if METHODS[name].trains} - {*self.rates, *tuned}
         if missing:
-            raise ValueError(f"learning rates must be tuned or given for {', '.join(missing)}, got none.")
+            raise ValueError(f"learning rates must be tuned or given for {', '.join(sorted(missing))}, got none.")
 
     def expert_of(self, chain: str, expert: str) -> str | None:
         """The expert a run is filed under; None where it makes no difference, so that one run serves all."""
@@ -117,18 +116,16 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Study:
     """
     file = Path(path) if Path(path).suffix else STUDIES / f"{path}.yaml"
     if not file.is_file():
-        known = ", ".join(sorted(p.stem for p in STUDIES.glob("*.yaml")))
-        raise FileNotFoundError(f"study must be a YAML file or one of {known}, got {str(path)!r}.")
+        raise FileNotFoundError(f"study must be a YAML file or one of {', '.join(names())}, got {str(path)!r}.")
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     for change in changes:
         _change(values, change)
     return from_dict(values)
 
 
-def registered() -> list[str]:
-    """The names of the studies here whose claims are registered."""
-    names = sorted(path.stem for path in STUDIES.glob("*.yaml"))
-    return [name for name in names if load(name).registered]
+def names() -> list[str]:
+    """Of the studies here."""
+    return sorted(path.stem for path in STUDIES.glob("*.yaml"))
 
 
 def _change(values: dict, change: str) -> None:
@@ -146,10 +143,9 @@ def from_dict(values: dict) -> Study:
     values = dict(values)
     values["grid"] = [_build(Cells, cells, "grid") for cells in values.get("grid") or []]
     for key, kind in (("tuning", Tuning), ("evaluation", Evaluation)):
-        if values.get(key) is not None:
-            values[key] = _build(kind, values[key], key)
-        else:
-            values.pop(key, None)
+        given = values.pop(key, None)
+        if given is not None:
+            values[key] = _build(kind, given, key)
     return _build(Study, values, "the study")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy
 from scipy import stats
@@ -37,34 +36,25 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(value, math.sqrt(math.fsum((x - value) ** 2 for x in values) / (n - 1) / n), n)
 
 
-class Difference(Protocol):
-    """What the pairs of two arms say of the mean of their difference."""
+@dataclass(frozen=True)
+class Difference:
+    """What the pairs of two arms say of the mean of their difference.
+
+    units: independent observations, by default bases. pairs: runs that share base and seed. tails(bound): one-sided p
+    of "the true mean is at most `bound`" and of "at least". interval(): at 95 %. detectable(): the true difference that
+    as many units find with a chance of 80 %, by the spread seen, two-sided at 5 %. NaN where nothing can be said.
+    """
 
     value: float
-    units: int  # independent observations, by default bases
-    pairs: int  # runs that share base and seed
-
-    def tails(self, bound: float) -> tuple[float, float]:
-        """One-sided p of "the true mean is at most `bound`" and of "at least"; NaN where nothing can be said."""
-        ...
-
-    def interval(self) -> tuple[float, float]:
-        """At 95 %; NaN where nothing can be said."""
-        ...
-
-    def detectable(self) -> float:
-        """The true difference that as many units find with a chance of 80 %, by the spread seen, two-sided at 5 %."""
-        ...
+    units: int
+    pairs: int
 
 
 @dataclass(frozen=True)
-class OverUnits:
+class OverUnits(Difference):
     """Student's t over the means of `units` independent observations."""
 
-    value: float
     error: float
-    units: int
-    pairs: int
 
     def tails(self, bound: float) -> tuple[float, float]:
         if not self.error > 0:  # one unit, or units without any spread
@@ -83,13 +73,10 @@ class OverUnits:
 
 
 @dataclass(frozen=True)
-class OverDraws:
+class OverDraws(Difference):
     """A bootstrap's draws of the mean difference."""
 
-    value: float
     draws: numpy.ndarray
-    units: int
-    pairs: int
 
     def tails(self, bound: float) -> tuple[float, float]:
         if not self.draws.std() > 0:
@@ -116,7 +103,7 @@ def paired(a: Sequence[dict], b: Sequence[dict], of: Callable[[dict], float], ru
     if not runs:
         units = [mean([d for (base, _), d in found if base == one]).value for one in sorted({k[0] for k, _ in found})]
     whole = mean(units)
-    return OverUnits(whole.value, whole.error, whole.n, len(found))
+    return OverUnits(whole.value, whole.n, len(found), whole.error)
 
 
 def over_seeds_and_prompts(a: Sequence[dict], b: Sequence[dict], of_each: Callable[[dict], list[float]]) -> OverDraws:
@@ -129,12 +116,9 @@ def over_seeds_and_prompts(a: Sequence[dict], b: Sequence[dict], of_each: Callab
         raise ValueError(f"a bootstrap must have two seeds at least, got {len(pairs)}.")
     found_SP = numpy.array([numpy.subtract(of_each(x), of_each(y)) for x, y in pairs], float)
     seeds, prompts = found_SP.shape
-    random = numpy.random.default_rng(0)
-    draws = [
-        found_SP[random.integers(seeds, size=seeds)][:, random.integers(prompts, size=prompts)].mean()
-        for _ in range(DRAWS)
-    ]
-    return OverDraws(float(found_SP.mean()), numpy.array(draws), seeds, len(pairs))
+    drawn = numpy.random.default_rng(0).integers
+    draws = [found_SP[drawn(seeds, size=seeds)][:, drawn(prompts, size=prompts)].mean() for _ in range(DRAWS)]
+    return OverDraws(float(found_SP.mean()), seeds, len(pairs), numpy.array(draws))
 
 
 def _matched(a: Sequence[dict], b: Sequence[dict]) -> list[tuple[dict, dict]]:

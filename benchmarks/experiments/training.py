@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +11,8 @@ from transformers import PrinterCallback
 from benchmarks.harness import quantile
 from gft_kernels.trainer import GFTConfig, GFTTrainer
 
-QUIET: dict[str, Any] = {
-    "save_strategy": "no",
-    "report_to": [],
-    "disable_tqdm": True,
-    "log_completions_steps": 0,
-    "dataloader_num_workers": 0,
-}
+QUIET: dict[str, Any] = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "log_completions_steps": 0}
+EVALUATING: dict[str, Any] = {"eval_on_start": True, "eval_strategy": "steps", "eval_temperature": 1.0}
 AVERAGED = ("reward/sampled", "entropy", "rectified", "zero_std_groups")
 QUANTILES = 10
 """Gradient norms are kept as their 0, 1/10, …, 10/10 quantiles over the steps."""
@@ -37,22 +31,15 @@ class Stage:
 
 def train(model, task, stage: Stage) -> tuple[list[dict], dict[str, int]]:
     """Trains the model in place; the Trainer's log lines, one a step, and the tokens generated and trained on."""
-    directory = tempfile.mkdtemp(prefix="gft-study-")
-    try:
-        evaluating = (
-            {"eval_on_start": True, "eval_strategy": "steps", "eval_temperature": 1.0} if stage.curve_rows else {}
-        )
-        options = {**QUIET, **evaluating, **stage.options}
+    options = {**QUIET, **(EVALUATING if stage.curve_rows else {}), **stage.options}
+    with tempfile.TemporaryDirectory(prefix="gft-study-", ignore_cleanup_errors=True) as directory:
         config = GFTConfig(output_dir=directory, seed=stage.seed, use_cpu=stage.device == "cpu", **options)
-        trainer = GFTTrainer(
-            model, config, stage.rows, stage.curve_rows, task.tokenizer, task.rewards, rollout_fn=task.rollout
-        )
+        rows = stage.rows, stage.curve_rows
+        trainer = GFTTrainer(model, config, *rows, task.tokenizer, task.rewards, rollout_fn=task.rollout)
         trainer.remove_callback(PrinterCallback)
         tokens = _count_tokens(trainer.builder)
         trainer.train()
         return trainer.state.log_history, tokens
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _count_tokens(builder) -> dict[str, int]:
@@ -80,16 +67,18 @@ def summary(history: list[dict], tokens: dict[str, int]) -> dict:
         "grad_norm": [rounded(quantile(norms, i / QUANTILES)) for i in range(QUANTILES + 1)],
         "means": {
             name: rounded(sum(line[name] for line in steps) / len(steps))
-            for name in AVERAGED
-            if all(name in line for line in steps)
+            for name in AVERAGED if all(name in line for line in steps)
         },
         "held_out": {
             "step": [line["step"] for line in held_out],
             "eval_reward": [rounded(line["eval_reward"]) for line in held_out],
         },
-    }
+    }  # fmt: skip
 
 
-def rounded(value: float, digits: int = 4) -> float:
-    """To so many significant digits: raw results stay small, and standard errors are far larger."""
-    return float(f"{value:.{digits}g}")
+def rounded(value):
+    """A number, or each of a dictionary, to 4 significant digits: raw results stay small, and standard errors are far
+    larger. Lists, which are counts, stay."""
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return value if isinstance(value, list) else float(f"{value:.4g}")

@@ -7,13 +7,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from benchmarks.experiments import statistics
-from benchmarks.experiments.claims import Claim, Comparison
+from benchmarks.experiments.claims import EXPECTATIONS, Claim, Comparison
 from benchmarks.experiments.measures import MEASURES
 from benchmarks.experiments.methods import label_of
 from benchmarks.experiments.results import Results
 from benchmarks.experiments.statistics import HELD, NOT_TESTABLE, OPPOSITE, Difference, holm, p_value
+from benchmarks.tables import markdown
 
-SHOWN = {"more": "more", "less": "less", "not-inferior": "not less by {:g}", "equal": "equal within {:g}"}
 PER_PROMPT = {"pass1": ("right_of_each", True), "distinct": ("distinct_of_each", False)}
 
 
@@ -38,15 +38,13 @@ def findings(results: Results, expert: str, bases: Collection[int] | None = None
     if old and results.published is not None:
         bases = set(results.published)
     pairs = [(claim, c) for claim in results.claims for c in claim.comparisons if not (old and c.margin)]
-    found = [_difference(results, c, expert, bases, old) for _, c in pairs]
-    ps = [p_value(d, c.expect, c.margin) for d, (_, c) in zip(found, pairs, strict=True)]
-    corrected = ps if old else holm(ps)
-    return [
-        Finding(
-            claim, c, d, p, statistics.verdict(d, c.expect, c.margin, p), _planned(results, c, expert, bases) - d.pairs
-        )
-        for (claim, c), d, p in zip(pairs, found, corrected, strict=True)
-    ]
+    differences = [_difference(results, c, expert, bases, old) for _, c in pairs]
+    ps = [p_value(d, c.expect, c.margin) for d, (_, c) in zip(differences, pairs, strict=True)]
+    found = []
+    for (claim, c), d, p in zip(pairs, differences, ps if old else holm(ps), strict=True):
+        said, missing = statistics.verdict(d, c.expect, c.margin, p), _planned(results, c, expert, bases) - d.pairs
+        found.append(Finding(claim, c, d, p, said, missing))
+    return found
 
 
 def _difference(results: Results, comparison: Comparison, expert: str, bases: set[int], runs: bool) -> Difference:
@@ -56,7 +54,7 @@ def _difference(results: Results, comparison: Comparison, expert: str, bases: se
     name, share = PER_PROMPT[comparison.measure]
     scale = results.study.evaluation.samples if share else 1
     if min(map(len, arms)) < 2:
-        return statistics.OverUnits(math.nan, math.nan, 0, 0)
+        return statistics.OverUnits(math.nan, 0, 0, math.nan)
     return statistics.over_seeds_and_prompts(*arms, lambda record: [n / scale for n in record["metrics"][name]])
 
 
@@ -70,14 +68,12 @@ def summary_table(results: Results, experts: Sequence[str]) -> str:
     """A line a claim; for an exploratory study each expert twice: as read at first, and now."""
     twice = results.published is not None
     heads = [head for e in experts for head in ([f"`{e}`, at first", f"`{e}`, corrected"] if twice else [f"`{e}`"])]
-    lines = [f"| claim | origin | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
     readings = [findings(results, e, old=old) for e in experts for old in ([True, False] if twice else [False])]
-    for claim in results.claims:
-        if not claim.comparisons:
-            continue
-        said = [short([f for f in reading if f.claim == claim]) for reading in readings]
-        lines.append(f"| {claim.text} | {claim.origin} | " + " | ".join(said) + " |")
-    return "\n".join(lines) + "\n"
+    lines = [
+        [claim.text, claim.origin, *(short([f for f in reading if f.claim == claim]) for reading in readings)]
+        for claim in results.claims if claim.comparisons
+    ]  # fmt: skip
+    return markdown(["claim", "origin", *heads], lines)
 
 
 def short(found: Sequence[Finding]) -> str:
@@ -105,7 +101,7 @@ def full_table(results: Results, expert: str) -> str:
         head = (*head[:3], "seeds", *head[4:])
     every = findings(results, expert, results.bases) if results.weak else None
     head = (*head, "with the weak bases") if every else head
-    lines = ["| " + " | ".join(head) + " |", "|---|---|---|---:|---:|---:|---:|---|" + "---|" * bool(every)]
+    lines = []
     for number, found in enumerate(findings(results, expert)):
         cells = _cells(found)
         if every:
@@ -113,8 +109,8 @@ def full_table(results: Results, expert: str) -> str:
             more = other.difference.units > found.difference.units
             shown = f"{difference_of(other.difference)}, {other.difference.units} bases: {emphasised(other.said)}"
             cells.append(shown if more else "no runs")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown(head, lines, "lllrrrrl")
 
 
 def _cells(found: Finding) -> list[str]:
@@ -125,7 +121,7 @@ def _cells(found: Finding) -> list[str]:
 
 
 def compared(one: Comparison) -> str:
-    expected = SHOWN[one.expect].format(one.margin)
+    expected = EXPECTATIONS[one.expect].format(one.margin)
     return f"{MEASURES[one.measure].title}: {label_of(one.better)} against {label_of(one.other)}, {expected}"
 
 

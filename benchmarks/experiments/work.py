@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import time
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ KINDS = {"digit-sum": tasks.DigitSums, "gsm8k": tasks.WordProblems, "extraction"
 def do(study: Study, folder: Folder, job: Job, device: str) -> None:
     """Leaves the job's model and, last, its result in the folder."""
     start, cpu_start = time.perf_counter(), time.process_time()
-    task = make_task(tuple(sorted((key, _frozen(value)) for key, value in study.task.items())))
+    task = make_task(json.dumps(study.task))
     base = None if job.kind == jobs.BASE else load(task, folder, Job(jobs.BASE, job.base).name, device)
     training = None
     if base is None:
@@ -32,9 +33,10 @@ def do(study: Study, folder: Folder, job: Job, device: str) -> None:
     elif not METHODS[job.method].trains:
         model, rate = base, 0.0
     else:
-        rate = rate_of(study, folder, job)
-        before = Job(jobs.RUN, job.base, job.before or "", _expert_before(study, job), job.seed).name
-        model = load(task, folder, before if job.before else Job(jobs.BASE, job.base).name, device)
+        rate, before = rate_of(study, folder, job), Job(jobs.BASE, job.base)
+        if job.before:
+            before = Job(jobs.RUN, job.base, job.before, study.expert_of(job.before, job.expert), job.seed)
+        model = load(task, folder, before.name, device)
         training = summary(*train(model, task, stage_of(study, task, job, rate, device)))
     purpose = tasks.DEVELOPMENT if job.kind == jobs.TUNING else tasks.TEST
     metrics = score(study, task, model.eval(), base, job, purpose)
@@ -43,26 +45,16 @@ def do(study: Study, folder: Folder, job: Job, device: str) -> None:
         folder.model(job.name).parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), folder.model(job.name))
     identity = {"kind": job.kind, "chain": job.chain, "expert": job.expert, "base": job.base, "seed": job.seed}
-    spent = {
-        "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(time.process_time() - cpu_start, 1),
-    }
+    spent = {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu_start, 1)}
     record = {**identity, "rate": rate, "metrics": metrics, **spent, "commit": provenance.commit()}
     folder.write(job.name, record | ({"training": training} if training else {}))
 
 
 @functools.lru_cache(1)
-def make_task(settings: tuple):
-    values = {key: dict(value) if isinstance(value, tuple) else value for key, value in settings}
+def make_task(settings: str):
+    """settings: as JSON, so that the jobs of a worker share a task."""
+    values = json.loads(settings)
     return KINDS[values.pop("name")](**values)
-
-
-def _frozen(value):
-    return tuple(value.items()) if isinstance(value, dict) else value
-
-
-def _expert_before(study: Study, job: Job) -> str | None:
-    return study.expert_of(job.before, job.expert) if job.before else None
 
 
 def fit_base(study: Study, task, job: Job, device: str):
@@ -70,9 +62,8 @@ def fit_base(study: Study, task, job: Job, device: str):
     model = task.new_model(job.base).to(device)
     if not study.base:
         return model
-    train(
-        model, task, Stage({**FIT, "logging_steps": 1, **study.base}, task.base_rows(job.base), None, job.base, device)
-    )
+    options = {**FIT, "logging_steps": 1, **study.base}
+    train(model, task, Stage(options, task.base_rows(job.base), None, job.base, device))
     return model
 
 
@@ -121,8 +112,4 @@ def score(study: Study, task, model, base, job: Job, purpose: int) -> dict:
         found["retention"] = task.retention(model, settings.retention)
     if job.kind != jobs.RUN:
         found = {name: value for name, value in found.items() if not isinstance(value, list)}
-    return {name: value if isinstance(value, list) else _rounded(value) for name, value in found.items()}
-
-
-def _rounded(value):
-    return {k: rounded(v) for k, v in value.items()} if isinstance(value, dict) else rounded(value)
+    return rounded(found)

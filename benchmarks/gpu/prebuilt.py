@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.gpu.programs import ROOT
+from benchmarks.gpu.programs import ROOT, last_line
 
 NEEDED = ("setuptools", "pybind11", "cmake", "ninja")
 SUFFIX = "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"
@@ -36,7 +36,6 @@ if torch.cuda.is_available():
 """
 PROBE_S = 60.0
 CAPABILITY = "import torch; print(*torch.cuda.get_device_capability(), sep='')"
-Version = tuple[int, ...]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.python is None:
         return build_here()
     module = build(options.python, "90-real")
-    newer = too_new(symbols(module), {"GLIBC": options.glibc, "GLIBCXX": options.glibcxx})
+    symbols = subprocess.run(["objdump", "-T", module], capture_output=True, text=True, check=True).stdout
+    newer = too_new(symbols, {"GLIBC": options.glibc, "GLIBCXX": options.glibcxx})
     print(f"{module.relative_to(ROOT)}: {module.stat().st_size / 1e6:.1f} MB", *newer, sep="\n")
     return 1 if newer else 0
 
@@ -62,7 +62,7 @@ def build_here() -> int:
     print(f"building: the module that is here does not fit: {reason}", flush=True)
     asked = subprocess.run([sys.executable, "-c", CAPABILITY], capture_output=True, text=True, cwd=ROOT)
     if asked.returncode != 0:
-        sys.exit(f"torch must see a GPU to build for, got {_last_line(asked.stderr)}")
+        sys.exit(f"torch must see a GPU to build for, got {last_line(asked.stderr)}")
     print(build(sys.executable, f"{asked.stdout.strip()}-real"))
     return 0
 
@@ -78,7 +78,7 @@ def unfit(module: Path) -> str | None:
         tried = subprocess.run(probe, capture_output=True, text=True, cwd=ROOT, timeout=PROBE_S)
     except subprocess.TimeoutExpired:
         return f"a small call does not end within {PROBE_S:g} s"
-    return None if tried.returncode == 0 else _last_line(tried.stderr) or f"exit status {tried.returncode}"
+    return None if tried.returncode == 0 else last_line(tried.stderr) or f"exit status {tried.returncode}"
 
 
 def build(python: str, architectures: str, needed: Sequence[str] = NEEDED) -> Path:
@@ -128,28 +128,18 @@ def mark() -> bytes:
     return f"\nmade from {contents.hexdigest()}\n".encode()
 
 
-def symbols(module: Path) -> str:
-    """The dynamic symbols of a module, as `objdump -T` lists them."""
-    return subprocess.run(["objdump", "-T", module], capture_output=True, text=True, check=True).stdout
-
-
-def too_new(table: str, machine: dict[str, str]) -> list[str]:
-    """Each library of which the module asks more than the machine has, as a sentence."""
+def too_new(symbols: str, machine: dict[str, str]) -> list[str]:
+    """Each library of which a module asks more than the machine has, as a sentence. symbols: as `objdump -T` says."""
     sentences = []
     for library, has in machine.items():
-        asked = max(map(_version, re.findall(rf"\b{library}_([\d.]+)", table)), default=(0,))
-        if asked > _version(has):
-            words = ".".join(map(str, asked))
-            sentences.append(f"{library} must be at most {has} there, got {words}; build with an older toolchain")
+        asked = max(re.findall(rf"\b{library}_([\d.]+)", symbols), key=_version, default="0")
+        if _version(asked) > _version(has):
+            sentences.append(f"{library} must be at most {has} there, got {asked}; build with an older toolchain")
     return sentences
 
 
-def _version(text: str) -> Version:
+def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("."))
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[-1]
 
 
 if __name__ == "__main__":

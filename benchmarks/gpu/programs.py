@@ -34,15 +34,15 @@ class Ended:
     output: str = ""
 
     def line(self, name: str) -> dict:
+        line = {"stage": name, "outcome": self.outcome, "seconds": round(self.seconds, 1), "why": self.why}
+        line["ended"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         kept = {} if self.outcome in ("passed", "skipped") else {"output": self.output[-KEPT_CHARACTERS:]}
-        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return {
-            "stage": name,
-            "outcome": self.outcome,
-            "seconds": round(self.seconds, 1),
-            "why": self.why,
-            "ended": at,
-        } | kept
+        return line | kept
+
+
+def last_line(text: str) -> str:
+    """Of what a program printed, which names its error."""
+    return (text.strip().splitlines() or [""])[-1]
 
 
 def say(text: str) -> None:

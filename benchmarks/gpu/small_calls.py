@@ -27,17 +27,19 @@ def loss_and_gradient(backend: str, logits: torch.Tensor, **options) -> tuple[to
     return loss.detach(), leaf.grad
 
 
+def agree(ours, truth, dtype: torch.dtype) -> None:
+    """ours, truth: losses and gradient."""
+    torch.testing.assert_close(ours[0], truth[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours[1], truth[1], rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-5)
+
+
 def compare(vocab: int, dtype: torch.dtype, **options) -> None:
     torch.manual_seed(vocab)
     logits = torch.randn(4, 3, vocab, device="cuda").to(dtype)
     targets = torch.randint(vocab, (4, 3), device="cuda")
     targets[1, 1] = -100
     shared = {"targets": targets, "rewards": torch.tensor([1.0, 0.0, 0.5, 0.5], device="cuda"), "group_size": 2}
-    ours = loss_and_gradient("cuda", logits, **shared, **options)
-    reference = loss_and_gradient("reference", logits, **shared, **options)
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(ours[0], reference[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours[1], reference[1], rtol=tolerance, atol=1e-5)
+    agree(*(loss_and_gradient(backend, logits, **shared, **options) for backend in ("cuda", "reference")), dtype)
 
 
 def shards(dtype: torch.dtype, entropy_coef: float) -> None:
@@ -56,9 +58,7 @@ def clusters(dtype: torch.dtype, blocks: int) -> None:
     credit = Credit(torch.arange(7, device="cuda"), advantages_R=torch.randn(7, device="cuda"))
     call = RowCall(logits, credit, want_gradient=True)
     ours, truth = cuda.run(call, cluster=blocks, clusters=2), reference.run(call)
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(ours.loss, truth.loss, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.gradient_STV, truth.gradient_STV, rtol=tolerance, atol=1e-5)
+    agree((ours.loss, ours.gradient_STV), (truth.loss, truth.gradient_STV), dtype)
 
 
 def rounded(dtype: torch.dtype, vocab: int) -> None:
@@ -87,9 +87,8 @@ def main() -> None:
         shards(dtype, entropy_coef=0.1)
     compare(262144, torch.float32)
     with torch.no_grad():
-        gft_loss(
-            torch.randn(5, 50257, device="cuda"), torch.arange(5, device="cuda"), return_stats=True, backend="cuda"
-        )
+        logits = torch.randn(5, 50257, device="cuda")
+        gft_loss(logits, torch.arange(5, device="cuda"), return_stats=True, backend="cuda")
     torch.cuda.synchronize()
     print("every call agrees with the reference")
 

@@ -76,19 +76,23 @@ def last_json_line(run: Run, output: str) -> dict:
     return json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
 
 
-GPU_TESTS = ("tests/backends/gpu",)
 ORACLE_TESTS = ("tests/loss/test_loss.py", "tests/loss/test_policy.py", "tests/loss/test_autograd.py",
                 "tests/loss/test_advantages.py", "tests/linear/test_linear_gradients.py", "tests/linear/test_linear.py",
                 "tests/linear/test_sparse.py")  # fmt: skip
 """Every file whose tests take the device that is asked for; a process each."""
 
 
-def tests(file: str, paths: tuple[str, ...], run: Run) -> list[str]:
-    return python("-m", "benchmarks.gpu.lines", str(run.results / file), *paths, "--device", "cuda", "--tb=short")
+def tests(name: str, *paths: str) -> Stage:
+    """Tests that leave NAME.jsonl, two threads to a process, whose neighbours work as well."""
 
+    def command(run: Run) -> list[str]:
+        file = str(run.results / f"{name}.jsonl")
+        return python("-m", "benchmarks.gpu.lines", file, *paths, "--device", "cuda", "--tb=short")
 
-def counted(file: str, run: Run, output: str) -> dict:
-    return {"tests": summary.counts(run.results / file)}
+    def counted(run: Run, output: str) -> dict:
+        return {"tests": summary.counts(run.results / f"{name}.jsonl")}
+
+    return Stage(name, 105, command, {"OMP_NUM_THREADS": "2"}, counted)
 
 
 def sanitizer(tool: str, run: Run) -> list[str] | str:
@@ -110,18 +114,13 @@ def profiled(number: int, run: Run) -> list[str] | str:
     return traffic.command(path, number, python()) if path else "ncu (Nsight Compute) is not on this machine"
 
 
-def benchmark(file: str, *options: str) -> Callable[[Run], list[str]]:
-    def command(run: Run) -> list[str]:
-        saved = str(run.results / file)
-        return python("-m", "benchmarks", *options, "--device", "cuda", "--no-memory", "--save", saved)
-
-    return command
+def benchmark(file: str, options: str, run: Run) -> list[str]:
+    saved = str(run.results / file)
+    return python("-m", "benchmarks", *options.split(), "--device", "cuda", "--no-memory", "--save", saved)
 
 
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 """Every tensor its own cudaMalloc: memcheck knows where each one ends."""
-FEW_THREADS = {"OMP_NUM_THREADS": "2"}
-"""Of a process whose neighbours work as well."""
 MACHINE = Stage("machine", 30, lambda run: python("-c", FACTS), read=last_json_line)
 BUILD = Stage("build", 80, lambda run: python("-m", "benchmarks.gpu.prebuilt"))
 PROFILES = {
@@ -130,21 +129,19 @@ PROFILES = {
         (BUILD,),
         (Stage("calls", 25, lambda run: python("-m", "benchmarks.gpu.small_calls")),),
         (
-            Stage("gpu-tests", 105, partial(tests, "gpu-tests.jsonl", GPU_TESTS), FEW_THREADS,
-                  partial(counted, "gpu-tests.jsonl")),
-            Stage("oracle-tests", 105, partial(tests, "oracle-tests.jsonl", ORACLE_TESTS), FEW_THREADS,
-                  partial(counted, "oracle-tests.jsonl")),
+            tests("gpu-tests", "tests/backends/gpu"),
+            tests("oracle-tests", *ORACLE_TESTS),
             *(Stage(tool, 105, partial(sanitizer, tool), UNCACHED) for tool in ("memcheck", "racecheck")),
         ),
     )),
     "speed": Profile(360, (
         (MACHINE,),
         (BUILD,),
-        (Stage("row", 80, benchmark("row.json", "--sweep", "gpu", "--rounds", "7", "--skip", "reference")),),
-        (Stage("linear", 75, benchmark("linear.json", "--sweep", "gpu-linear", "--rounds", "5", "--skip", "reference",
-                                       "--skip", "compile")),),
-        (Stage("small", 25, benchmark("small.json", "--sweep", "gpu-small", "--graph", "--rounds", "11", "--skip",
-                                      "compile", "--skip", "reference")),),
+        (Stage("row", 80, partial(benchmark, "row.json", "--sweep gpu --rounds 7 --skip reference")),),
+        (Stage("linear", 75, partial(benchmark, "linear.json",
+                                     "--sweep gpu-linear --rounds 5 --skip reference --skip compile")),),
+        (Stage("small", 25, partial(benchmark, "small.json",
+                                    "--sweep gpu-small --graph --rounds 11 --skip compile --skip reference")),),
         *((Stage(f"traffic-{number}", 25, partial(profiled, number), read=partial(traffic.read, number)),)
           for number in range(len(traffic.CASES))),
         (Stage("machine-after", 15, lambda run: python("-c", FACTS), read=last_json_line),),

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.gpu.programs import lines_of
+from benchmarks.gpu.programs import last_line, lines_of
 
 NAMED = 20  # tests that failed, of each file: the first one may have brought down the others
 
@@ -37,13 +37,9 @@ def counts(file: Path) -> dict[str, int]:
 def _tests(file: Path) -> Iterator[str]:
     yield f"{file.name}: " + ", ".join(f"{number} {outcome}" for outcome, number in counts(file).items())
     bad = [test for test in tests_of(file).values() if test["outcome"] in ("failed", "begun")]
-    yield from (f"  {test['outcome'].upper()} {test['test']}: {_last(test['why'])}" for test in bad[:NAMED])
+    yield from (f"  {test['outcome'].upper()} {test['test']}: {last_line(test['why'])[:160]}" for test in bad[:NAMED])
     if len(bad) > NAMED:
         yield f"  and {len(bad) - NAMED} more"
-
-
-def _last(why: str) -> str:
-    return (why.strip().splitlines() or [""])[-1][:160]
 
 
 def _benchmark(file: Path) -> Iterator[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import AbsentError, Contender, Passes, Step, sentence
+from benchmarks.kinds.inputs import IGNORE_INDEX, tempered
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 DTYPES = ("float32", "bfloat16")
@@ -51,11 +53,7 @@ class Case:
     seed: int = 20
     device: str = "cpu"
     threads: int = 1  # CPU only
-
-    @property
-    def of_one_length(self) -> bool:
-        """Whether every response has as many rows."""
-        return True
+    of_one_length = True  # whether every response has as many rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +63,21 @@ class Rows:
     case: Any
     targets_N: Tensor  # int64; IGNORE_INDEX on masked rows
     advantages_N: Tensor  # float32
-    upstream: Tensor  # () float32, set by prepare
-    live_rows: int
     limits: ClassVar[Mapping[str, float]]
     """By dtype, the largest deviation that still counts as an answer."""
 
     @property
     def limit(self) -> float:
         return self.limits[self.case.dtype]
+
+    @cached_property
+    def upstream(self) -> Tensor:
+        """() float32, set by prepare."""
+        return torch.ones((), device=self.case.device)
+
+    @cached_property
+    def live_rows(self) -> int:
+        return int((self.targets_N != IGNORE_INDEX).sum())
 
     def prepare(self, upstream: float) -> None:
         """Puts back what a step overwrites."""
@@ -90,7 +95,7 @@ class Kind:
     peers: Mapping[str, Peer]
     step_of: Callable[[Callable, Any], Step]  # (loss, problem) -> one step of it
     input_bytes: Callable[[Any], int]  # what extra memory is a multiple of
-    weighed: Callable[..., list] = lambda device, **grid: []  # as cases: those of which peak memory is measured as well
+    weighed: Callable[[list, bool], list] = lambda timed, quick: []  # of which peak memory is measured as well
     measure: Callable[..., list] | None = None  # of a case, where it is not this process that measures
 
     def invite(self, problem, only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[Contender]:
@@ -119,15 +124,17 @@ class Kind:
             else:
                 step = self.step_of(compile_or_absent(peer.loss) if peer.compiled else peer.loss, problem)
         except AbsentError as error:
-            step = _raising(error)
+            step = partial(_raise, error)
         return Contender(name, step, peer.objective, peer.passes, peer.limit)
 
 
-def _raising(error: AbsentError) -> Step:
-    def step() -> None:
-        raise error
+def whole_grid(timed: list, quick: bool) -> list:
+    """Peak memory is measured of every case that is timed, and of none of the quick ones."""
+    return [] if quick else timed
 
-    return step
+
+def _raise(error: AbsentError) -> None:
+    raise error
 
 
 def _require(peer: Peer, device: str) -> None:
@@ -139,6 +146,17 @@ def _require(peer: Peer, device: str) -> None:
     if device != "cuda" and not peer.on_cpu:
         package = peer.needs.split(".")[0]
         raise AbsentError(f"{package}'s kernels run on a GPU only, and this run is on the CPU")
+
+
+def cross_entropy(module: str, function: str, passes: Passes | None = None, **options) -> Peer:
+    """An optional package's plain cross-entropy on a GPU: of logits, or of hidden states and head (token mean)."""
+
+    def loss(first: Tensor, *weight_and_problem) -> Tensor:
+        *weight, problem = weight_and_problem
+        found = getattr(importlib.import_module(module), function)
+        return found(tempered(first, problem), *weight, problem.targets_N, ignore_index=IGNORE_INDEX, **options)
+
+    return Peer(loss, "cross-entropy", module, on_cpu=False, passes=passes)
 
 
 def compile_or_absent(loss: Callable) -> Callable:

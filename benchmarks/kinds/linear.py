@@ -19,16 +19,9 @@ from torch import Tensor
 
 from benchmarks import recorded
 from benchmarks.harness import CHECK_UPSTREAM, AbsentError, Answer, Deviation, Step
-from benchmarks.kinds.inputs import (
-    IGNORE_INDEX,
-    credit,
-    gft_of_log_probs,
-    peak_shares,
-    peak_tokens,
-    responses_of_one_length,
-    tempered,
-)
-from benchmarks.kinds.kind import BACKENDS, ITEM_BYTES, Case, Kind, Peer, Rows, served, words_of
+from benchmarks.kinds import inputs
+from benchmarks.kinds.inputs import IGNORE_INDEX, gft_of_log_probs, tempered
+from benchmarks.kinds.kind import BACKENDS, ITEM_BYTES, Case, Kind, Peer, Rows, cross_entropy, served, words_of
 from benchmarks.kinds.truth import coefficients, deviation, relative_error
 
 ERROR_LIMIT = {"float32": 2e-3, "bfloat16": 1e-1, "float16": 5e-2}
@@ -85,11 +78,6 @@ def cases(device: str, *, quick: bool = False, threads: int = 1) -> list[LinearC
     return found + [replace(llama, chunk_rows=rows) for rows in (512, 1024, 2048, 4096, 8192)]
 
 
-def memory_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[LinearCase]:
-    found = cases(device, quick=quick, threads=threads)
-    return found[:1] if quick else found
-
-
 def live_sweep(device: str, threads: int = 1) -> list[LinearCase]:
     """One to all of eight responses with an advantage."""
     head = LinearCase(256, 896, 151936, threads=threads)
@@ -143,9 +131,8 @@ class LinearProblem(Rows):
         hidden_ND, weight_VD = self.hidden_ND.detach(), self.weight_VD.detach()
         dhidden_ND, dweight_VD = answer.gradients
         live_N, index_N = self.targets_N != IGNORE_INDEX, self.targets_N.clamp(min=0)
-        kappa_N, loss_N = coefficients(
-            self.target_logits_N - self.log_masses_N, self.advantages_N.double(), objective, self.case.tau
-        )
+        log_pi_N = self.target_logits_N - self.log_masses_N
+        kappa_N, loss_N = coefficients(log_pi_N, self.advantages_N.double(), objective, self.case.tau)
         weight_N = live_N / max(self.live_rows, 1)
         scale_N = weight_N * kappa_N * CHECK_UPSTREAM / self.case.temperature
         loss_gap = abs(answer.loss.item() - (weight_N * loss_N).sum().item())
@@ -196,10 +183,10 @@ def build(case: LinearCase) -> LinearProblem:
         hidden_ND = torch.randn(case.rows, case.hidden, generator=generator, device=case.device)
         targets_N = torch.randint(case.vocab, (case.rows,), generator=generator, device=case.device)
         # the other logits are about standard normal: log Σ e^z = log V + 1/2
-        height_N = torch.logit(peak_shares(case.rows, case.device)) + math.log(case.vocab) + 0.5
-        peak_ND = weight_VD[peak_tokens(targets_N, case.vocab, generator)]
+        height_N = torch.logit(inputs.peak_shares(case.rows, case.device)) + math.log(case.vocab) + 0.5
+        peak_ND = weight_VD[inputs.peak_tokens(targets_N, case.vocab, generator)]
         hidden_ND += (height_N / peak_ND.square().sum(1))[:, None] * peak_ND
-    advantages_N, targets_N = credit(case, targets_N, generator)
+    advantages_N, targets_N = inputs.credit(case, targets_N, generator)
     return _problem(case, hidden_ND, targets_N, advantages_N, weight_VD)
 
 
@@ -236,10 +223,7 @@ def trained_states(weight_VD: Tensor, rows: int, generator: torch.Generator) -> 
 
 def _recorded(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden, targets, advantages (1 of an expert's answer, -0.7 of a teacher's) and head of a real model."""
-    try:
-        found, weight_VD = recorded.answers(rows), recorded.head()
-    except ValueError as error:
-        raise RuntimeError(str(error)) from error
+    found, weight_VD = recorded.answers(rows), recorded.head()
     return found.hidden_ND.float(), found.targets_N, torch.where(found.response_N % 2 == 0, 1.0, -0.7), weight_VD
 
 
@@ -251,8 +235,6 @@ def _problem(case: LinearCase, hidden_ND: Tensor, targets_N: Tensor, advantages_
         weight_VD=weight_VD.to(case.device, dtype).requires_grad_(),
         targets_N=targets_N.to(case.device),
         advantages_N=advantages_N.to(case.device),
-        upstream=torch.ones((), device=case.device),
-        live_rows=int((targets_N != IGNORE_INDEX).sum()),
     )
 
 
@@ -327,21 +309,13 @@ BFLOAT16_AUTO = 2.0**-11
 """What `filter_eps="auto"` is in bfloat16: float32 operands are measured at the same error."""
 
 
-def ours(
-    backend: str,
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    problem,
-    chunk_rows: int | None = None,
-    filter_eps: float | None = None,
-) -> Tensor:
+def ours(backend: str, hidden_ND: Tensor, weight_VD: Tensor, problem, **options) -> Tensor:
+    """options: of gft_linear_loss, beside those that the case sets."""
     from gft_kernels import gft_linear_loss
 
-    case = problem.case
-    chunk_rows = chunk_rows or getattr(case, "chunk_rows", None)
-    options = {"tau": case.tau, "temperature": case.temperature, "chunk_rows": chunk_rows, "backend": backend,
-               "filter_eps": filter_eps}  # fmt: skip
-    tensors = hidden_ND, weight_VD, problem.targets_N
+    case, tensors = problem.case, (hidden_ND, weight_VD, problem.targets_N)
+    options |= {"tau": case.tau, "temperature": case.temperature, "backend": backend}
+    options.setdefault("chunk_rows", getattr(case, "chunk_rows", None))
     return served(gft_linear_loss, *tensors, advantages=problem.advantages_N, **options)
 
 
@@ -360,9 +334,7 @@ def _torch_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, problem, chunked:
     if not hasattr(F, "linear_cross_entropy"):
         since = "torch.nn.functional.linear_cross_entropy came with torch 2.13"
         raise AbsentError(f"{since}, and this is {torch.__version__}")
-    options = (
-        torch.nn.LinearCrossEntropyOptions() if chunked and hasattr(torch.nn, "LinearCrossEntropyOptions") else None
-    )
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", lambda: None)() if chunked else None
     words = {"ignore_index": IGNORE_INDEX, "options": options}
     return F.linear_cross_entropy(tempered(hidden_ND, problem), weight_VD, problem.targets_N, **words)
 
@@ -386,7 +358,7 @@ def _trl_loss(hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:
 def _liger_grpo(hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
 
-    case, shape_ST = problem.case, responses_of_one_length(problem.case)
+    case, shape_ST = problem.case, inputs.responses_of_one_length(problem.case)
     targets_ST = problem.targets_N.view(shape_ST)
     options = {"beta": 0.0, "loss_type": "bnpo", "use_ref_model": False, "temperature": case.temperature}
     value, _metrics = LigerFusedLinearGRPOLoss(**options, compiled=case.device == "cuda")(
@@ -399,27 +371,8 @@ def _liger_grpo(hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:
     return value
 
 
-def _liger_cross_entropy(chunks: int, hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    options = {"ignore_index": IGNORE_INDEX, "chunk_mem_const": chunks}
-    return liger_fused_linear_cross_entropy(tempered(hidden_ND, problem), weight_VD, problem.targets_N, **options)
-
-
-def _cut_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(tempered(hidden_ND, problem), weight_VD, problem.targets_N, ignore_index=IGNORE_INDEX)
-
-
-def _quack_loss(hidden_ND: Tensor, weight_VD: Tensor, problem) -> Tensor:
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    tensors = tempered(hidden_ND, problem), weight_VD, problem.targets_N
-    return chunked_linear_cross_entropy(*tensors, ignore_index=IGNORE_INDEX)
-
-
-_LIGER = "liger_kernel.transformers.functional"
+_LIGER = "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"
+_QUACK = "quack.linear_cross_entropy", "chunked_linear_cross_entropy"
 PEERS = {
     "floor: three bare products": Peer(step=lambda p: bare_products(p.hidden_ND, p.weight_VD), objective=None),
     **{f"gft_linear_loss {backend}": Peer(partial(ours, backend)) for backend in BACKENDS},
@@ -430,14 +383,12 @@ PEERS = {
     "F.linear_cross_entropy, chunked": Peer(partial(_torch_cross_entropy, chunked=True), "cross-entropy"),
     "TRL chunked log-probabilities + 3 lines": Peer(_trl_loss, needs="trl.kernels.chunked_logprob"),
     "Liger fused linear GRPO": Peer(_liger_grpo, "grpo", "liger_kernel.chunked_loss.grpo_loss"),
-    "Liger fused linear cross-entropy": Peer(partial(_liger_cross_entropy, 1), "cross-entropy", _LIGER, on_cpu=False),
+    "Liger fused linear cross-entropy": cross_entropy(*_LIGER, chunk_mem_const=1),
     # by default Liger's chunk of logits is about as large as the hidden states; larger ones cost memory, save time
-    "Liger fused linear cross-entropy, 8 × chunks": Peer(partial(_liger_cross_entropy, 8), "cross-entropy", _LIGER,
-                                                         on_cpu=False),
-    "CCE": Peer(_cut_cross_entropy, "cross-entropy", "cut_cross_entropy", on_cpu=False),
-    "quack chunked linear cross-entropy": Peer(_quack_loss, "cross-entropy", "quack.linear_cross_entropy",
-                                               on_cpu=False),
-}  # fmt: skip
+    "Liger fused linear cross-entropy, 8 × chunks": cross_entropy(*_LIGER, chunk_mem_const=8),
+    "CCE": cross_entropy("cut_cross_entropy", "linear_cross_entropy"),
+    "quack chunked linear cross-entropy": cross_entropy(*_QUACK),
+}
 
 
 def hidden_and_head_bytes(case) -> int:
@@ -445,4 +396,4 @@ def hidden_and_head_bytes(case) -> int:
 
 
 KIND = Kind("loss and gradients over hidden states and output head", LinearCase, cases, build, PEERS, step_of,
-            hidden_and_head_bytes, weighed=memory_cases)  # fmt: skip
+            hidden_and_head_bytes, weighed=lambda timed, quick: timed[:1] if quick else timed)  # fmt: skip

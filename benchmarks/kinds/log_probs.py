@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.harness import Answer, Deviation, Step
 from benchmarks.kinds import linear
-from benchmarks.kinds.kind import BACKENDS, DTYPES, Kind, Peer, served
+from benchmarks.kinds.kind import BACKENDS, DTYPES, Kind, Peer, served, whole_grid
 from benchmarks.kinds.linear import LinearCase, LinearProblem
 
 OBJECTIVE = "log-probs"
@@ -34,10 +34,6 @@ def cases(device: str, *, quick: bool = False, threads: int = 1) -> list[LogProb
     if device == "cpu":
         return [LogProbCase(512, 896, 151936, dtype, threads=threads) for dtype in DTYPES]
     return [LogProbCase(8192, d, v, "bfloat16", device=device) for d, v in ((4096, 128256), (896, 151936))]
-
-
-def memory_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[LogProbCase]:
-    return [] if quick else cases(device, threads=threads)[:1]
 
 
 class LogProbProblem(LinearProblem):
@@ -87,4 +83,4 @@ PEERS = {
 }
 
 KIND = Kind("log-probabilities of the targets, no gradient", LogProbCase, cases, build, PEERS, step_of,
-            linear.hidden_and_head_bytes, weighed=memory_cases)  # fmt: skip
+            linear.hidden_and_head_bytes, weighed=lambda timed, quick: whole_grid(timed[:1], quick))  # fmt: skip

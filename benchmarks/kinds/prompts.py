@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.harness import Step
 from benchmarks.kinds import linear
 from benchmarks.kinds.inputs import normal_advantages
-from benchmarks.kinds.kind import ITEM_BYTES, Case, Kind, Peer, words_of
+from benchmarks.kinds.kind import ITEM_BYTES, Case, Kind, Peer, whole_grid, words_of
 from benchmarks.kinds.step import StepProblem, changing_parts, random_model, update_of
 
 
@@ -42,16 +42,21 @@ class PromptCase(Case):
         model = f"{self.layers} layers × {self.hidden} × {self.vocab}"
         return ", ".join([f"{shape}, {model} {self.dtype}", *words_of(self)])
 
+    def model(self) -> Any:
+        """Raises ImportError without transformers."""
+        from transformers import LlamaForCausalLM
+
+        model = random_model(LlamaForCausalLM, self, self.hidden * 8 // 3, self.heads // 3 or 1)
+        return model.to(getattr(torch, self.dtype))
+
 
 def cases(device: str, *, quick: bool = False, threads: int = 1) -> list[PromptCase]:
     """Prompts eight times as long as responses, as long, and an eighth."""
     small = {"layers": 2, "hidden": 48, "heads": 3, "vocab": 4096} if quick else {}
     if device == "cpu":
         return [PromptCase(p, r, threads=threads, **small) for p, r in ((64, 8), (36, 36), (8, 64))]
-    return [
-        PromptCase(p, r, responses=32, groups=4, dtype="bfloat16", device=device)
-        for p, r in ((1024, 128), (576, 576), (128, 1024))
-    ]
+    large = {"responses": 32, "groups": 4, "dtype": "bfloat16"}
+    return [PromptCase(p, r, device=device, **large) for p, r in ((1024, 128), (576, 576), (128, 1024))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,28 +66,17 @@ class PromptProblem(StepProblem):
     whole: dict[str, Tensor]
     shared: dict[str, Tensor]
 
-    def unpatched(self) -> Any:
-        return build_model(self.case)
-
     def hidden_of(self, model) -> Tensor:
         """The states that predict the responses' tokens, in rows of whole length."""
         hidden = model.model(input_ids=self.inputs_ST, use_cache=False).last_hidden_state
         return hidden[:, self.case.prompt - 1 : -1].flatten(0, 1)
 
 
-def build_model(case: PromptCase):
-    """Raises ImportError without transformers."""
-    from transformers import LlamaForCausalLM
-
-    model = random_model(LlamaForCausalLM, case, case.hidden * 8 // 3, case.heads // 3 or 1)
-    return model.to(getattr(torch, case.dtype))
-
-
 def build(case: PromptCase) -> PromptProblem:
     from gft_kernels.model import patch_model, shared_prompts
 
     generator = torch.Generator(case.device).manual_seed(case.seed)
-    model = patch_model(build_model(case), objective="gft", tau=case.tau, temperature=case.temperature)
+    model = patch_model(case.model(), objective="gft", tau=case.tau, temperature=case.temperature)
     drawn = partial(torch.randint, case.vocab, generator=generator, device=case.device)
     each = case.responses // case.groups
     prompts_GP, responses_SR = drawn((case.groups, case.prompt)), drawn((case.responses, case.response))
@@ -100,8 +94,6 @@ def build(case: PromptCase) -> PromptProblem:
         inputs_ST=rows,
         targets_N=responses_SR.flatten(),
         advantages_N=advantages_S.repeat_interleave(case.response),
-        upstream=torch.ones((), device=case.device),
-        live_rows=responses_SR.numel(),
         whole={**whole, "logits_to_keep": case.response + 1, "gft_advantages": advantages_S},
         shared={**shared, "gft_advantages": advantages_S},
     )
@@ -114,16 +106,14 @@ def step_of(layout: Callable[[PromptProblem], dict[str, Tensor]], problem: Promp
 
 def _floor(problem: PromptProblem) -> Step:
     """What sharing cannot save: every token once through the layers, the head's products and the update."""
-    case, trunk = problem.case, problem.unpatched().model
-    prompts = problem.shared["gft_prompt_ids"]
-    gradients = [torch.randn(*ids.shape, case.hidden).to(trunk.device, trunk.dtype) for ids in
-                 (prompts, problem.shared["input_ids"])]  # fmt: skip
+    trunk, tokens = problem.case.model().model, [problem.shared[name] for name in ("gft_prompt_ids", "input_ids")]
+    gradients = [torch.randn(*ids.shape, problem.case.hidden).to(trunk.device, trunk.dtype) for ids in tokens]
     products = linear.bare_products(gradients[1].flatten(0, 1), problem.weight_VD)
     optimizer = torch.optim.AdamW(trunk.parameters(), lr=1e-6, fused=True)
 
     def step() -> None:
         products()
-        for ids, gradient in zip((prompts, problem.shared["input_ids"]), gradients, strict=True):
+        for ids, gradient in zip(tokens, gradients, strict=True):
             trunk(input_ids=ids, use_cache=False).last_hidden_state.backward(gradient)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -138,5 +128,4 @@ PEERS = {
 }
 
 KIND = Kind("an optimizer step over groups, whole rows or each prompt once", PromptCase, cases, build, PEERS, step_of,
-            lambda case: case.vocab * case.hidden * ITEM_BYTES[case.dtype],
-            weighed=lambda device, quick=False, threads=1: [] if quick else cases(device, threads=threads))  # fmt: skip
+            lambda case: case.vocab * case.hidden * ITEM_BYTES[case.dtype], weighed=whole_grid)  # fmt: skip

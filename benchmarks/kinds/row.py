@@ -17,16 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import CHECK_UPSTREAM, Answer, Deviation, Passes, Step
-from benchmarks.kinds.inputs import (
-    IGNORE_INDEX,
-    credit,
-    gft_of_log_probs,
-    peak_shares,
-    peak_tokens,
-    responses_of_one_length,
-    tempered,
-)
-from benchmarks.kinds.kind import BACKENDS, DTYPES, ITEM_BYTES, Case, Kind, Peer, Rows, served, words_of
+from benchmarks.kinds import inputs
+from benchmarks.kinds.inputs import IGNORE_INDEX, gft_of_log_probs, tempered
+from benchmarks.kinds.kind import BACKENDS, DTYPES, ITEM_BYTES, Case, Kind, Peer, Rows, cross_entropy, served, words_of
 from benchmarks.kinds.truth import deviation, row_truth
 
 ERROR_LIMIT = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
@@ -81,10 +74,8 @@ def cases(device: str, *, quick: bool = False, threads: int = 1) -> list[RowCase
     return [*found, replace(head, dtype="float16")]
 
 
-def memory_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[RowCase]:
+def memory_cases(device: str, threads: int = 1) -> list[RowCase]:
     """Row counts at which peak memory is measured (one step each, in a process of its own on a CPU)."""
-    if quick:
-        return cases(device, quick=True, threads=threads)[:1]
     rows = {"cpu": (16, 32, 64, 128), "cuda": (1024, 2048, 4096, 8192)}[device]
     return [RowCase(n, HEADLINE_VOCABULARY, dtype, device=device) for dtype in DTYPES for n in rows]
 
@@ -154,7 +145,7 @@ def build(case: RowCase) -> RowProblem:
     targets_N = torch.randint(case.vocab, (case.rows,), generator=generator, device=case.device)
     if case.logits == "peaked":
         _raise_peaks(logits_NV, targets_N, generator)
-    advantages_N, targets_N = credit(case, targets_N, generator)
+    advantages_N, targets_N = inputs.credit(case, targets_N, generator)
     pristine_NV = logits_NV.to(getattr(torch, case.dtype))
     return RowProblem(
         case=case,
@@ -162,17 +153,15 @@ def build(case: RowCase) -> RowProblem:
         pristine_NV=pristine_NV,
         targets_N=targets_N,
         advantages_N=advantages_N,
-        upstream=torch.ones((), device=case.device),
-        live_rows=int((targets_N != IGNORE_INDEX).sum()),
     )
 
 
 def _raise_peaks(logits_NV: Tensor, targets_N: Tensor, generator: torch.Generator) -> None:
     """Set the likely token's logit so that it has its share of the row."""
     rows, vocab = logits_NV.shape
-    peak_N1 = peak_tokens(targets_N, vocab, generator)[:, None]
+    peak_N1 = inputs.peak_tokens(targets_N, vocab, generator)[:, None]
     logits_NV.scatter_(1, peak_N1, -math.inf)
-    share_N1 = peak_shares(rows, logits_NV.device)[:, None]
+    share_N1 = inputs.peak_shares(rows, logits_NV.device)[:, None]
     logits_NV.scatter_(1, peak_N1, logits_NV.logsumexp(1, keepdim=True) + torch.logit(share_N1))
 
 
@@ -227,11 +216,7 @@ def floor(problem: RowProblem) -> Step:
     """
     bytes_B = problem.logits_NV.view(-1).view(torch.uint8)
     words = bytes_B[: bytes_B.numel() // 8 * 8].view(torch.int64)
-
-    def step() -> None:
-        words.bitwise_xor_(1)
-
-    return step
+    return partial(words.bitwise_xor_, 1)
 
 
 def ours(backend: str, inplace: bool, logits_NV: Tensor, problem, **options) -> Tensor:
@@ -243,10 +228,9 @@ def ours(backend: str, inplace: bool, logits_NV: Tensor, problem, **options) -> 
 
 def ours_by_name(*backends: str, loss: Callable = ours) -> dict[str, Peer]:
     """In place and not. The reference is plain torch: its traffic is torch's, and in place only adds a copy."""
+    passes = {"reference": None}
     return {
-        f"gft_loss {b}{', in place' * inplace}": Peer(
-            partial(loss, b, inplace), passes=None if b == "reference" else READ_WRITE
-        )
+        f"gft_loss {b}{', in place' * inplace}": Peer(partial(loss, b, inplace), passes=passes.get(b, READ_WRITE))
         for b in backends for inplace in (True, False) if not (b == "reference" and inplace)
     }  # fmt: skip
 
@@ -272,12 +256,6 @@ def _cross_entropy(logits_NV: Tensor, problem: RowProblem) -> Tensor:
     return F.cross_entropy(tempered(logits_NV, problem), problem.targets_N, ignore_index=IGNORE_INDEX)
 
 
-def _liger_cross_entropy(logits_NV: Tensor, problem: RowProblem) -> Tensor:
-    from liger_kernel.transformers.functional import liger_cross_entropy
-
-    return liger_cross_entropy(tempered(logits_NV, problem), problem.targets_N, ignore_index=IGNORE_INDEX)
-
-
 def _quack_cross_entropy(logits_NV: Tensor, problem: RowProblem) -> Tensor:
     from quack.cross_entropy import cross_entropy
 
@@ -297,7 +275,7 @@ def _liger_grpo(problem: RowProblem) -> Step:
     """Liger reads (S, T + 1, V) logits and skips the last position of each response; the copy is made once, here."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    case, shape_ST = problem.case, responses_of_one_length(problem.case)
+    case, shape_ST = problem.case, inputs.responses_of_one_length(problem.case)
     wide_SUV = F.pad(problem.pristine_NV.view(*shape_ST, case.vocab), (0, 0, 0, 1)).requires_grad_()
     targets_ST = problem.targets_N.view(shape_ST)
     live_ST = targets_ST != IGNORE_INDEX
@@ -323,8 +301,7 @@ PEERS = {
     "eager PyTorch, lean": Peer(lean_loss),
     "torch.compile of lean": Peer(lean_loss, compiled=True),
     "F.cross_entropy": Peer(_cross_entropy, "cross-entropy"),
-    "Liger cross-entropy": Peer(_liger_cross_entropy, "cross-entropy", "liger_kernel.transformers.functional",
-                                on_cpu=False, passes=TWO_PASS),
+    "Liger cross-entropy": cross_entropy("liger_kernel.transformers.functional", "liger_cross_entropy", TWO_PASS),
     "quack cross-entropy": Peer(_quack_cross_entropy, "cross-entropy", "quack.cross_entropy", on_cpu=False,
                                 passes=TWO_PASS),
     "TRL log-probabilities + 3 lines": Peer(_trl_loss, needs="trl.kernels.logprob_entropy", on_cpu=False,
@@ -338,4 +315,5 @@ def logits_bytes(case) -> int:
     return case.rows * case.vocab * ITEM_BYTES[case.dtype]
 
 
-KIND = Kind("loss and gradient over logits", RowCase, cases, build, PEERS, step_of, logits_bytes, weighed=memory_cases)
+KIND = Kind("loss and gradient over logits", RowCase, cases, build, PEERS, step_of, logits_bytes,
+            weighed=lambda timed, quick: timed[:1] if quick else memory_cases(timed[0].device))  # fmt: skip

@@ -7,21 +7,20 @@ used up its budget.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import pickle
 import tempfile
-from dataclasses import asdict, dataclass, replace
+import time
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, multiprocessing
 
-from benchmarks.clocks import clock_for
+from benchmarks.clocks import Clock, clock_for
 from benchmarks.harness import Answer, Deviation, Outcome, Step, measure
 from benchmarks.kinds import row
 from benchmarks.kinds.inputs import IGNORE_INDEX, gft_of_log_probs
@@ -116,9 +115,8 @@ class _ShardedLogProbs(torch.autograd.Function):
 
 def _sharded_loss(logits_NV: Tensor, problem: ShardProblem) -> Tensor:
     targets_N = problem.targets_N.clamp(min=0)
-    return gft_of_log_probs(
-        _ShardedLogProbs.apply(logits_NV / problem.case.temperature, targets_N, problem.first), problem
-    )
+    log_pi_N = _ShardedLogProbs.apply(logits_NV / problem.case.temperature, targets_N, problem.first)
+    return gft_of_log_probs(log_pi_N, problem)
 
 
 class _Gathered(torch.autograd.Function):
@@ -164,19 +162,15 @@ PEERS = {
 
 # Ranks.
 
-RANK = "import json, sys; from benchmarks.kinds import shards; shards.main(int(sys.argv[1]), json.loads(sys.argv[2]))"
 LIMIT_S = 600
 """After this a run over ranks is ended: one of them waits for another that will not come."""
 
 
-class Lockstep:
+class Lockstep(Clock):
     """A clock all ranks share: they start a step together, and the slowest one's time is everyone's."""
 
     def __init__(self, device: str, *, cold: bool):
         self._clock, self._device = clock_for(device, cold=cold, meet=dist.barrier), device
-
-    def arm(self, step: Step) -> Step:
-        return self._clock.arm(step)
 
     def time(self, step: Step) -> float:
         slowest = torch.tensor(self._clock.time(step), dtype=torch.float64, device=self._device)
@@ -186,46 +180,38 @@ class Lockstep:
 
 def measure_in_ranks(case: ShardCase, **options) -> list[Outcome]:
     """`harness.measure` of a case with `case.ranks` processes. Ranks that fail are one outcome that says why."""
-    root = Path(__file__).parents[2]
-    python_path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with tempfile.TemporaryDirectory() as folder, Path(folder, "errors").open("w+") as errors:
-        call = json.dumps({"case": asdict(case), "store": f"{folder}/store", **options})
-        ranks = [
-            subprocess.Popen([sys.executable, "-c", RANK, str(rank), call], text=True, stderr=errors,
-                             stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": python_path})
-            for rank in range(case.ranks)
-        ]  # fmt: skip
+    deadline = time.monotonic() + LIMIT_S
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = multiprocessing.spawn(main, (case, Path(folder), options), case.ranks, join=False)
         try:
-            printed = [process.communicate(timeout=LIMIT_S)[0] for process in ranks]
-        except subprocess.TimeoutExpired:
-            return [Outcome("all", "failed", why=f"the ranks did not finish within {LIMIT_S} s")]
+            while not ranks.join(timeout=max(0.0, deadline - time.monotonic())):
+                if time.monotonic() > deadline:
+                    return [Outcome("all", "failed", why=f"the ranks did not finish within {LIMIT_S} s")]
+        except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+            return [Outcome("all", "failed", why=str(error).strip().splitlines()[-1][:200])]
         finally:
-            for process in ranks:
+            for process in ranks.processes:
                 process.kill()
-        errors.seek(0)
-        if any(process.returncode for process in ranks):
-            why = (errors.read().strip().splitlines() or ["a rank failed without a word"])[-1][:200]
-            return [Outcome("all", "failed", why=why)]
-    return [Outcome(**outcome) for outcome in json.loads(printed[0].splitlines()[-1])]
+        return pickle.loads(Path(folder, "outcomes").read_bytes())
 
 
 KIND = Kind("loss and gradient over logits sharded over the vocabulary", ShardCase, cases, build, PEERS, row.step_of,
             lambda case: row.logits_bytes(case) // case.ranks, measure=measure_in_ranks)  # fmt: skip
 
 
-def main(rank: int, call: dict) -> None:
-    case = ShardCase(**call["case"])
+def main(rank: int, case: ShardCase, folder: Path, options: dict[str, Any]) -> None:
     backend = "gloo" if case.device == "cpu" else "nccl"
-    dist.init_process_group(backend, init_method=f"file://{call['store']}", rank=rank, world_size=case.ranks,
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=case.ranks,
                             timeout=timedelta(seconds=120))  # fmt: skip
     if case.device == "cpu":
         torch.set_num_threads(case.threads)
     else:
         torch.cuda.set_device(rank)
     problem = build(case)
-    clock, contenders = Lockstep(case.device, cold=call["cold"]), KIND.invite(problem, call["only"], call["skip"])
-    outcomes = measure(problem, contenders, clock, rounds=call["rounds"], budget_s=call["budget_s"])
+    clock = Lockstep(case.device, cold=options.pop("cold"))
+    contenders = KIND.invite(problem, options.pop("only"), options.pop("skip"))
+    outcomes = measure(problem, contenders, clock, **options)
     dist.barrier()
     dist.destroy_process_group()
     if rank == 0:
-        print(json.dumps([asdict(outcome) for outcome in outcomes]))
+        (folder / "outcomes").write_bytes(pickle.dumps(outcomes))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.harness import CHECK_UPSTREAM, Answer, Deviation, Step
 from benchmarks.kinds import linear, row
 from benchmarks.kinds.inputs import normal_advantages, peak_tokens
-from benchmarks.kinds.kind import BACKENDS, ITEM_BYTES, Case, Kind, Peer, Rows, words_of
+from benchmarks.kinds.kind import BACKENDS, ITEM_BYTES, Case, Kind, Peer, Rows, whole_grid, words_of
 from benchmarks.kinds.truth import coefficients
 from gft_kernels.data import dates, pretrained, text
 
@@ -47,6 +47,15 @@ class StepCase(Case):
     def rows(self) -> int:
         return self.responses * self.tokens
 
+    def model(self) -> Any:
+        """Raises ImportError without transformers, ValueError with the remedy where a pretrained model is not here."""
+        from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+
+        if self.pretrained:
+            found = AutoModelForCausalLM.from_pretrained(pretrained.located("smollm2"), dtype=torch.float32)
+            return found.to(self.device)
+        return random_model(Qwen2ForCausalLM, self, 4 * self.hidden, max(1, self.heads // 2))
+
     def label(self) -> str:
         model = "SmolLM2-135M" if self.pretrained else f"{self.layers} layers × {self.hidden} × {self.vocab}"
         return ", ".join([f"step of {self.responses} × {self.tokens} tokens, {model} {self.dtype}", *words_of(self)])
@@ -67,10 +76,6 @@ def pretrained_sweep(device: str, threads: int = 2) -> list[StepCase]:
     return [StepCase(2048, device=device, dtype="bfloat16", **shape)]
 
 
-def memory_cases(device: str, *, quick: bool = False, threads: int = 1) -> list[StepCase]:
-    return [] if quick else cases(device, threads=threads)
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepProblem(Rows):
     """Weights that each step changes and `prepare` puts back."""
@@ -86,16 +91,9 @@ class StepProblem(Rows):
         """The output head, which is the embedding too."""
         return self.model.lm_head.weight
 
-    def unpatched(self) -> Any:
-        """The model again, with other weights."""
-        return build_model(self.case)
-
     def hidden_of(self, model) -> Tensor:
         """The last hidden states (N, D) of the batch, with their graph."""
         return _hidden(model, self.inputs_ST)
-
-    def hidden_ND(self) -> Tensor:
-        return self.hidden_of(self.model)
 
     def parameters(self) -> list[Tensor]:
         return list(self.model.parameters())
@@ -106,17 +104,12 @@ class StepProblem(Rows):
         super().prepare(upstream)
 
     @cached_property
-    def _truths(self) -> dict[str, tuple[float, float, list[Tensor]]]:
-        """By objective: the loss, the sum of the rows' absolute losses, the gradients. Kept for all contenders."""
-        return {}
-
-    def _truth(self, objective: str) -> tuple[float, float, list[Tensor]]:
-        if objective not in self._truths:
-            self._truths[objective] = self._fp64_step(objective)
-        return self._truths[objective]
+    def truth(self) -> Callable[[str], tuple[float, float, list[Tensor]]]:
+        """By objective: the loss, the mean of the rows' absolute losses, the gradients. Kept for all contenders."""
+        return cache(self._fp64_step)
 
     def _fp64_step(self, objective: str) -> tuple[float, float, list[Tensor]]:
-        model = self.unpatched().double()
+        model = self.case.model().double()  # the same again, not patched
         with torch.no_grad():
             torch._foreach_copy_(list(model.parameters()), [weight.double() for weight in self.pristine])
         logits_NV = self.hidden_of(model) @ model.lm_head.weight.t() / self.case.temperature
@@ -128,28 +121,15 @@ class StepProblem(Rows):
 
     def deviation(self, answer: Answer, objective: str) -> Deviation:
         """Of the loss, and of each weight's gradient as a whole."""
-        loss, size, truths = self._truth(objective)
-        gaps = [
-            ((mine.double() - truth).norm() / truth.norm()).nan_to_num(nan=float("inf")).item()
-            for mine, truth in zip(answer.gradients, truths, strict=True)
-        ]
-        loss_gap = abs(answer.loss.item() - loss) / size
-        worst = max(gaps)
-        return Deviation(float("inf") if loss_gap != loss_gap else max(worst, loss_gap), worst)
+        loss, size, truths = self.truth(objective)
+        gaps = [(mine.double() - its).norm() / its.norm() for mine, its in zip(answer.gradients, truths, strict=True)]
+        gaps.append((answer.loss.double() - loss).abs() / size)
+        *of_gradients, of_loss = (gap.nan_to_num(nan=float("inf")).item() for gap in gaps)
+        return Deviation(max(*of_gradients, of_loss), max(of_gradients))
 
 
 def _hidden(model, inputs_ST: Tensor) -> Tensor:
     return model.model(input_ids=inputs_ST, use_cache=False).last_hidden_state.flatten(0, 1)
-
-
-def build_model(case: StepCase):
-    """Raises ImportError without transformers, ValueError with the remedy where a pretrained model is not here."""
-    from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
-
-    if case.pretrained:
-        found = AutoModelForCausalLM.from_pretrained(pretrained.located("smollm2"), dtype=torch.float32)
-        return found.to(case.device)
-    return random_model(Qwen2ForCausalLM, case, 4 * case.hidden, max(1, case.heads // 2))
 
 
 def random_model(kind: Any, case, intermediate_size: int, key_value_heads: int):
@@ -190,7 +170,7 @@ def chats(count: int, tokens: int) -> Tensor:
 
 def build(case: StepCase) -> StepProblem:
     generator = torch.Generator(case.device).manual_seed(case.seed)
-    model = build_model(case).to(getattr(torch, case.dtype))
+    model = case.model().to(getattr(torch, case.dtype))
     if case.pretrained:
         tokens_ST = chats(case.responses, case.tokens + 1).to(case.device)
         inputs_ST, targets_N = tokens_ST[:, :-1], tokens_ST[:, 1:].flatten()
@@ -200,21 +180,18 @@ def build(case: StepCase) -> StepProblem:
             blocks = _hidden(model, inputs_ST).split(256)
             likely_N = torch.cat([(block @ model.lm_head.weight.t()).argmax(1) for block in blocks])
         targets_N = peak_tokens(likely_N, case.vocab, generator)
-    advantages_S = normal_advantages(case, generator)
     return StepProblem(
         case=case,
         **changing_parts(model),
         inputs_ST=inputs_ST,
         targets_N=targets_N,
-        advantages_N=advantages_S.repeat_interleave(case.tokens),
-        upstream=torch.ones((), device=case.device),
-        live_rows=case.rows,
+        advantages_N=normal_advantages(case, generator).repeat_interleave(case.tokens),
     )
 
 
 def step_of(loss: Callable[[Tensor, Tensor, Any], Tensor], problem: StepProblem) -> Step:
     """Forward, backward and update under a loss over hidden states and head."""
-    return update_of(lambda: loss(problem.hidden_ND(), problem.weight_VD, problem), problem)
+    return update_of(lambda: loss(problem.hidden_of(problem.model), problem.weight_VD, problem), problem)
 
 
 def update_of(loss: Callable[[], Tensor], problem: StepProblem) -> Step:
@@ -236,11 +213,11 @@ def update_of(loss: Callable[[], Tensor], problem: StepProblem) -> Step:
 
 def _floor(problem: StepProblem) -> Step:
     """What no loss can save: the model's own passes, the head's products and the update."""
-    dhidden_ND = problem.hidden_ND().detach()  # any numbers of that shape
+    dhidden_ND = problem.hidden_of(problem.model).detach()  # any numbers of that shape
     products = linear.bare_products(dhidden_ND, problem.weight_VD)
 
     def step() -> None:
-        hidden_ND = problem.hidden_ND()
+        hidden_ND = problem.hidden_of(problem.model)
         products()
         hidden_ND.backward(dhidden_ND)
         problem.optimizer.step()
@@ -267,4 +244,4 @@ PEERS = {
 }
 
 KIND = Kind("an optimizer step of a small model", StepCase, cases, build, PEERS, step_of,
-            lambda case: case.vocab * case.hidden * ITEM_BYTES[case.dtype], weighed=memory_cases)  # fmt: skip
+            lambda case: case.vocab * case.hidden * ITEM_BYTES[case.dtype], weighed=whole_grid)  # fmt: skip

@@ -46,11 +46,7 @@ def tail(t: float, df: int) -> float:
 
 @functools.lru_cache
 def quantile(level: float, df: int) -> float:
-    low, high = 0.0, 100.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if tail(middle, df) > 1 - level else (low, middle)
-    return low
+    return float(mpmath.findroot(lambda t: tail(float(t), df) - (1 - level), 2.0, tol=1e-20))
 
 
 def closed_holm(ps: list[float]) -> list[float]:
@@ -72,9 +68,8 @@ def table_of(path: Path) -> tuple[dict, pandas.DataFrame]:
     """The settings, and a line a job with every measure."""
     head, *records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     names = ("kind", "chain", "expert", "base", "seed")
-    return head, pandas.DataFrame(
-        [{k: r[k] for k in names} | {m: of(r) for m, of in MEASURES.items()} for r in records]
-    )
+    found = [{k: r[k] for k in names} | {m: of(r) for m, of in MEASURES.items()} for r in records]
+    return head, pandas.DataFrame(found)
 
 
 def test_of(found: pandas.DataFrame, better: str, other: str, expert: str, measure: str, runs: bool):

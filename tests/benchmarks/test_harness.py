@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import memory
-from benchmarks.clocks import CpuClock
+from benchmarks.clocks import Clock, CpuClock
 from benchmarks.harness import AbsentError, Answer, Contender, measure
 from benchmarks.kinds import row
 from benchmarks.kinds.row import RowCase
@@ -16,31 +16,19 @@ from benchmarks.kinds.row import RowCase
 SMALL = RowCase(rows=12, vocab=257, responses=4)
 
 
-class CountingClock:
+class CountingClock(Clock):
     """Hands out set durations instead of measuring, and counts the steps it was asked for."""
-
-    name = "counting"
 
     def __init__(self, seconds: dict[str, float]):
         self.seconds, self.steps = seconds, []
-
-    def arm(self, step):
-        return step
 
     def time(self, step) -> float:
         self.steps.append(step())
         return self.seconds[self.steps[-1]]
 
 
-class NamedProblem:
-    """A problem without inputs, for floors alone."""
-
-    limit, case = 0.1, SimpleNamespace(upstream=1.0)
-
-    def prepare(self, upstream: float) -> None: ...
-
-    def deviation(self, answer, objective):
-        raise AssertionError("floors are not checked")
+PROBLEM = SimpleNamespace(case=SimpleNamespace(upstream=1.0), prepare=lambda upstream: None)
+"""Without inputs, for floors alone: they are not checked."""
 
 
 def floor(name: str) -> Contender:
@@ -57,11 +45,9 @@ def test_failing_and_absent_contenders_leave_a_sentence():
         raise AbsentError("not installed")
 
     contenders = [Contender("fails", fail), Contender("absent", lack)]
-    outcomes = measure(problem, contenders, CpuClock(cold=False), rounds=1)
-    assert [(o.status, o.why) for o in outcomes] == [
-        ("failed", "RuntimeError: no such kernel"),
-        ("absent", "not installed"),
-    ]
+    failed, absent = measure(problem, contenders, CpuClock(cold=False), rounds=1)
+    assert (failed.status, failed.why) == ("failed", "RuntimeError: no such kernel")
+    assert (absent.status, absent.why) == ("absent", "not installed")
 
 
 @pytest.mark.parametrize("where", ["prepare", "deviation"])
@@ -92,7 +78,7 @@ def test_what_is_wrong_is_never_timed():
 
 def test_contenders_take_turns_and_warm_up_is_dropped():
     clock = CountingClock({"a": 2.0, "b": 3.0})
-    a, b = measure(NamedProblem(), [floor("a"), floor("b")], clock, rounds=4, warmup=2)
+    a, b = measure(PROBLEM, [floor("a"), floor("b")], clock, rounds=4, warmup=2)
     assert len(clock.steps) == 2 * (2 + 4)
     assert all({clock.steps[i], clock.steps[i + 1]} == {"a", "b"} for i in range(0, 12, 2)), "a round without everyone"
     assert len({tuple(clock.steps[i : i + 2]) for i in range(0, 12, 2)}) == 2, "the order must change"
@@ -102,7 +88,7 @@ def test_contenders_take_turns_and_warm_up_is_dropped():
 
 def test_slow_contender_stops_after_its_budget():
     clock = CountingClock({"slow": 10.0, "fast": 1.0})
-    slow, fast = measure(NamedProblem(), [floor("slow"), floor("fast")], clock, rounds=6, warmup=1, budget_s=25.0)
+    slow, fast = measure(PROBLEM, [floor("slow"), floor("fast")], clock, rounds=6, warmup=1, budget_s=25.0)
     assert slow.rounds == 2, "10 s of warm-up, then 10 s and 10 s, which passes 25 s"
     assert fast.rounds == 6 and fast.over_floor == 0.1
 
@@ -115,7 +101,7 @@ def test_who_fails_in_its_turn_takes_no_more_and_the_others_go_on():
 
     clock = CountingClock({"a": 2.0, "b": 3.0})
     contenders = [floor("b"), Contender("a", out_of_memory, None)]
-    b, a = measure(NamedProblem(), contenders, clock, rounds=4, warmup=1)
+    b, a = measure(PROBLEM, contenders, clock, rounds=4, warmup=1)
     assert (a.status, a.median_s, a.why.split(":")[0]) == ("failed", None, "OutOfMemoryError"), a
     assert b.rounds == 4
 
@@ -132,32 +118,18 @@ def test_logits_are_restored_before_every_step():
 # ---- the longest sequence within a budget
 
 
-def line(fixed: int, per_token: int):
-    probes = []
-
-    def peak(tokens: int) -> int:
-        probes.append(tokens)
-        return fixed + per_token * tokens
-
-    return peak, probes
-
-
 @pytest.mark.parametrize("fixed", [0, 3_000_000])
 @pytest.mark.parametrize("per_token", [40, 1_000, 90_000])
 def test_the_longest_length_that_fits_is_found_in_few_probes(fixed, per_token):
-    peak, probes = line(fixed, per_token)
-    budget = 10_000_000
-    found = memory.longest(peak, budget)
+    probes, budget = [], 10_000_000
+    found = memory.longest(lambda tokens: probes.append(tokens) or fixed + per_token * tokens, budget)
     best = (budget - fixed) // per_token // memory.GRAIN * memory.GRAIN
     assert (1 - memory.CLOSE) * best - memory.GRAIN <= found.tokens <= best
     assert len(probes) <= memory.PROBES
     assert found.peaks == [(tokens, fixed + per_token * tokens) for tokens in sorted(probes)]
 
 
-def test_steps_in_the_peak_are_no_trap():
+def test_steps_in_the_peak_are_no_trap_and_nothing_may_fit():
     found = memory.longest(lambda tokens: 1_000 * (tokens // 100 * 100), 1_000_000)
     assert 970 <= found.tokens < 1_100
-
-
-def test_nothing_fits():
     assert memory.longest(lambda tokens: 10**9, 10**6).tokens == 0
