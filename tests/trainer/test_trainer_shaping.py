@@ -270,7 +270,7 @@ def test_split_weighs_what_is_given_against_the_samples(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"imitation": 0.5}, "imitation must be 1.0 without normalize 'split', got 0.5"),
+        ({"imitation": 0.5}, "imitation must be 1.0 with normalize 'std', got 0.5; only 'split'"),
         ({"normalize": "split", "imitation": -1.0}, "imitation must be 0 or positive and finite, got -1.0"),
         ({"normalize": "split", "train": rig.offline_rows(), "num_generations": 0}, "must not be 'split' where rows"),
     ],
