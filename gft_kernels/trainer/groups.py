@@ -26,7 +26,7 @@ from gft_kernels.objectives import PRESETS
 from gft_kernels.options import BATCH, SPLIT
 from gft_kernels.trainer.config import GFTConfig, tells_given
 from gft_kernels.trainer.rewards import Rewards
-from gft_kernels.trainer.rollouts import Sampling, forward_is_collective, seeded
+from gft_kernels.trainer.rollouts import Sampling, forward_is_collective, is_complete, seeded
 
 SOURCES = ("expert", "teacher", "sampled", "offline")
 
@@ -101,11 +101,14 @@ class GroupBuilder:
         with seeded(*entropy, device=model.device):
             for start in range(0, len(asked), size):
                 completions += self.rollout_fn(model, asked[start : start + size], sampling)
-        skip = self.config.skip_special_tokens
-        texts = [decode(self.tokenizer, ids, self.eos_ids, skip) for ids in completions]
-        responses = iter(Response(text, ids, "sampled") for text, ids in zip(texts, completions, strict=True))
+        responses = map(self._response, completions)
         drawn = [list(itertools.islice(responses, number)) if asks_too else [] for asks_too in asks]
         return [[] if row.absent else samples for row, samples in zip(rows, drawn, strict=True)]
+
+    def _response(self, ids: list[int]) -> Response:
+        text = decode(self.tokenizer, ids, self.eos_ids, self.config.skip_special_tokens)
+        whole = is_complete(ids, self.eos_ids, self.config.stop_strings, self.tokenizer)
+        return Response(text, ids, "sampled", truncated=not whole)
 
     def _reward(self, groups):
         pairs = [(g.row, r) for g in groups for r in g.responses if r.source != "offline"]

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from gft_kernels.data import pretrained
-from gft_kernels.data.rows import Limits, Response, Rows
+from gft_kernels.data.rows import Limits, Rows
 from gft_kernels.model.columns import IGNORE
 from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.trainer import adapters, windows
@@ -36,7 +36,7 @@ from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, s
 from gft_kernels.trainer.policies import Forward
 from gft_kernels.trainer.reference_model import FollowsPolicy, start_model
 from gft_kernels.trainer.rewards import Rewards
-from gft_kernels.trainer.rollouts import end_tokens, is_complete, refuse_virtual_tokens
+from gft_kernels.trainer.rollouts import end_tokens, refuse_virtual_tokens
 from gft_kernels.trainer.sharing import Sharing
 
 TRAINING, EVALUATION = 0, 1  # what random numbers are for
@@ -177,7 +177,7 @@ class GFTTrainer(Trainer):
         if self.queue.is_empty(epoch_iterator):
             self.queue.windows = self._roll_out(epoch_iterator, num_batches, device)
         window = self.queue.windows.pop(0)
-        self.means.add_groups(window.groups, self.is_truncated, self.args)
+        self.means.add_groups(window.groups, self.args)
         every, step = self.args.log_completions_steps, self.state.global_step
         if every and step % every == 0 and window.groups and self.is_world_process_zero():
             show_completions(window.groups, step, str(self.args.output_dir), self.callback_handler.callbacks)
@@ -194,9 +194,9 @@ class GFTTrainer(Trainer):
         rows = [row for batches in steps_batches for batch in batches for row in batch]
         groups = self.builder.build(self.model, rows, (args.seed, TRAINING, self.state.global_step, args.process_index))
         parts = iter(windows.micro_batches_of(groups, [*itertools.chain(*steps_batches)], args.rollout_order))
-        left_out = self.is_truncated if args.mask_truncated_completions else None
         steps_parts = [[next(parts) for _ in some] for some in steps_batches if some]
-        cut = [windows.window_of(some, self.builder.pad_id, left_out, self.sharing.applies) for some in steps_parts]
+        how = (self.builder.pad_id, args.mask_truncated_completions, self.sharing.applies)
+        cut = [windows.window_of(some, *how) for some in steps_parts]
         for window in cut:
             start = self.start_model if args.beta else None
             self.ask.remember(window, self.model, start, self._remembers, args.top_entropy_quantile)
@@ -251,17 +251,12 @@ class GFTTrainer(Trainer):
         columns = [self.ask.experts(model, inputs, builder.pad_id)]
         for temperature in args.eval_temperatures:
             sampled = builder.sample(self.model, inputs, args.eval_num_generations, temperature, entropy)
-            lines = heldout_lines(inputs, sampled, builder.rewards, self.is_truncated)
+            lines = heldout_lines(inputs, sampled, builder.rewards)
             columns.append(torch.tensor(lines, device=args.device))
         lines_BX = torch.cat(columns, 1)
         return None, lines_BX, torch.zeros(len(inputs), device=args.device)
 
     # Reporting
-
-    def is_truncated(self, response: Response) -> bool:
-        """Whether a sample was cut at the length limit."""
-        stops, tokenizer = self.args.stop_strings, self.processing_class
-        return response.source == "sampled" and not is_complete(response.ids, self.builder.eos_ids, stops, tokenizer)
 
     def _logs_after_this_step(self) -> bool:
         return (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0

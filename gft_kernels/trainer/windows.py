@@ -50,18 +50,19 @@ def same_group(pairs: Sequence[tuple[Group, Response]]) -> list[list[tuple[Group
 def window_of(
     parts: Sequence[Sequence[Group]],
     pad_id: int,
-    left_out: Callable[[Response], bool] | None,
+    masks_truncated: bool,
     shares: Callable[[Sequence[Group]], bool],
 ) -> Window:
     """The window of these micro-batches without the groups that are left out.
 
-    Responses `left_out` keep no target there, so no loss. A micro-batch that `shares` holds each prompt once.
+    With `masks_truncated` truncated responses keep no target there, so no loss. A micro-batch that `shares` holds each
+    prompt once.
     """
     kept = [[group for group in part if not group.left_out] for part in parts]
     micro_batches = [collate(part, pad_id, shares(part)) for part in kept]
     for part, inputs in zip(kept, micro_batches, strict=True):
         for s, response in enumerate(r for g in part for r in g.responses):
-            if left_out is not None and left_out(response):
+            if masks_truncated and response.truncated:
                 inputs["targets"][s] = IGNORE
     return Window([g for part in parts for g in part if g.responses], micro_batches)
 
