@@ -26,12 +26,11 @@ from gft_kernels.data.rows import Limits, Rows
 from gft_kernels.model.columns import IGNORE
 from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.trainer import adapters, windows
-from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt
-from gft_kernels.trainer.checkpoints import Manifests
-from gft_kernels.trainer.completions import show_completions
+from gft_kernels.trainer.checkpoints import Manifests, SaveOnInterrupt
 from gft_kernels.trainer.config import GFTConfig, call_options, clip_range, has_ratio
 from gft_kernels.trainer.engines import Rollout
 from gft_kernels.trainer.groups import GroupBuilder, check_sources, denominator, row_options
+from gft_kernels.trainer.logs import RunLog, show_completions
 from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, signs_of_collapse
 from gft_kernels.trainer.policies import Forward
 from gft_kernels.trainer.reference_model import FollowsPolicy, start_model
