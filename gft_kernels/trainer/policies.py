@@ -1,25 +1,32 @@
-"""What policies say of micro-batches: the loss of a step, log pi and entropy of its tokens."""
+"""What policies say of micro-batches: the loss of a step, log pi and entropy of its tokens; the one the KL goes to."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import TrainerCallback
 
 from gft_kernels.data.rows import Row
 from gft_kernels.model.columns import IGNORE
+from gft_kernels.model.patch import unwrapped
 from gft_kernels.model.shared_prompts import ARGUMENTS, PROMPT_IDS
 from gft_kernels.options import TokenStats
+from gft_kernels.trainer.engines import named_weights
 from gft_kernels.trainer.groups import Group, collate
 from gft_kernels.trainer.windows import Window
 
 TEXTS = ("input_ids", "attention_mask")
+REFERENCE = "reference.safetensors"
 
 
 class Forward:
@@ -99,3 +106,49 @@ def keep_uncertain(window: Window, share: float, accelerator) -> None:
     least = every[math.floor((len(every) - 1) * share + 1e-9)] if len(every) else 0.0
     for inputs, entropy_ST in zip(window.micro_batches, entropies, strict=True):
         inputs["uncertain"] = entropy_ST >= least
+
+
+# The policy that the KL is taken to
+
+
+def start_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """A frozen copy of a patched model as it is now, whole on this rank. Raises ValueError where it is not whole."""
+    if any(p.numel() == 0 for p in model.parameters()):
+        raise ValueError(
+            "zero3_init_flag must be false with log_kl or beta, got a model whose weights are elsewhere; "
+            "every rank keeps a whole copy of the starting weights."
+        )
+    return copy.deepcopy(model).requires_grad_(False).eval().to(device)
+
+
+class FollowsPolicy(TrainerCallback):
+    """Every `ref_model_sync_steps` the copy becomes α·policy + (1 - α)·copy; a checkpoint holds what it has become.
+
+    Of an adapted model what is trained alone moves. Source: TR-DPO, arXiv 2404.09656; names as in TRL.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def moving(self) -> dict[str, Tensor]:
+        """The copy's weights that move, by name."""
+        trained = {name for name, p in unwrapped(self.trainer.model).named_parameters() if p.requires_grad}
+        named = unwrapped(self.trainer.start_model).named_parameters()
+        return {name: parameter.data for name, parameter in named if name in trained}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.ref_model_sync_steps == 0:
+            copies = self.moving()
+            for name, weight in named_weights(self.trainer.model):
+                if name in copies:
+                    copies[name].lerp_(weight.to(copies[name]), args.ref_model_mixup_alpha)
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if args.should_save and folder.is_dir():
+            save_file(self.moving(), folder / REFERENCE)
+
+    def restore(self, checkpoint: str) -> None:
+        """Raises FileNotFoundError for a checkpoint of a run whose copy did not move."""
+        for name, weight in load_file(Path(checkpoint, REFERENCE), device=str(self.trainer.args.device)).items():
+            self.moving()[name].copy_(weight)

@@ -14,7 +14,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,11 +32,9 @@ from gft_kernels.trainer.engines import Rollout
 from gft_kernels.trainer.groups import GroupBuilder, check_sources, denominator, row_options
 from gft_kernels.trainer.logs import RunLog, show_completions
 from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, signs_of_collapse
-from gft_kernels.trainer.policies import Forward
-from gft_kernels.trainer.reference_model import FollowsPolicy, start_model
+from gft_kernels.trainer.policies import FollowsPolicy, Forward, start_model
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import end_tokens, refuse_virtual_tokens
-from gft_kernels.trainer.sharing import Sharing
 
 TRAINING, EVALUATION = 0, 1  # what random numbers are for
 LOADER = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
@@ -112,12 +110,14 @@ class GFTTrainer(Trainer):
         # Read by transformers before 5.19, where loss_is_scaled_for_ga does not exist yet.
         self.model_accepts_loss_kwargs = True
         language_model = unwrapped(self.accelerator.unwrap_model(self.model))
-        self.sharing = Sharing(args, language_model, self.accelerator)
+        self.sharing = windows.Sharing(args, language_model, self.accelerator)
         self.rollout = Rollout(args, self.model, rollout_fn, processing_class, self.sharing.samples)
         self.builder = GroupBuilder(args, processing_class, rewards, self.rollout, end_tokens(model, processing_class))
         self._patch(language_model)
         self.start_model = start_model(model, args.device) if args.log_kl or args.beta else None
-        self.queue, self.means = windows.Queue(), Means(args.device)
+        self.means = Means(args.device)
+        self._ahead: list[windows.Window] = []  # sampled and not yet trained on, of the epoch of this iterator
+        self._epoch: Iterator | None = None
         self._last_log, self._aside = time.perf_counter(), 0.0  # seconds since then that were not training
 
     def rows_of(self, records, name: str) -> Any:
@@ -173,9 +173,9 @@ class GFTTrainer(Trainer):
         if 0 < self.state.max_steps <= self.state.global_step:  # resumed at its end: Trainer would take one more step
             self.control.should_training_stop = True
             return [], None
-        if self.queue.is_empty(epoch_iterator):
-            self.queue.windows = self._roll_out(epoch_iterator, num_batches, device)
-        window = self.queue.windows.pop(0)
+        if self._epoch is not epoch_iterator or not self._ahead:  # those of an epoch that was broken off are forgotten
+            self._epoch, self._ahead = epoch_iterator, self._roll_out(epoch_iterator, num_batches, device)
+        window = self._ahead.pop(0)
         self.means.add_groups(window.groups, self.args)
         every, step = self.args.log_completions_steps, self.state.global_step
         if every and step % every == 0 and window.groups and self.is_world_process_zero():
