@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import transformers
@@ -183,8 +183,3 @@ def clip_range(config: GFTConfig) -> tuple[float, float]:
     if not has_ratio(config):
         low = high = CLIP
     return 0.0 if low is None else 1.0 - low, 1.0 + (high or 0.0)  # psft has no lower bound
-
-
-def call_options(config: GFTConfig) -> dict[str, Any]:
-    """What a training forward of the patched model is given beside its tensors."""
-    return {f"gft_{name}": getattr(config, name) for name in (*OF_THE_LOSS, "reduction")}

@@ -24,7 +24,7 @@ from gft_kernels.model.columns import IGNORE
 from gft_kernels.model.shared_prompts import layout
 from gft_kernels.objectives import PRESETS
 from gft_kernels.options import BATCH, SPLIT
-from gft_kernels.trainer.config import GFTConfig, tells_given
+from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import Sampling, forward_is_collective, is_complete, seeded
 
@@ -179,22 +179,6 @@ def collate(groups: Sequence[Group], pad_id: int, shares: bool = False) -> dict[
         "advantages": torch.tensor([r.advantage for _, r in pairs], dtype=torch.float32),
         "sources": torch.tensor([SOURCES.index(r.source) for _, r in pairs]),
     }
-
-
-def row_options(inputs: dict[str, Tensor], config: GFTConfig) -> dict[str, Tensor]:
-    """What the loss is told of each response of a micro-batch: its advantage, weight, and whether it was given."""
-    given_S, advantages_S, found = inputs["sources"] != SOURCES.index("sampled"), inputs["advantages"], {}
-    if config.given_objective is not None and not PRESETS[config.given_objective].weighs:
-        advantages_S = torch.where(given_S, 1.0, advantages_S)
-    if config.advantages == "group":
-        found["gft_advantages"] = advantages_S
-    if "uncertain" in inputs:
-        found["gft_advantages"] = advantages_S[:, None] * inputs["uncertain"]
-    if tells_given(config):
-        found["gft_given"] = given_S
-    if config.given_weight != 1.0:
-        found["gft_weights"] = torch.where(given_S, config.given_weight, 1.0)
-    return found
 
 
 def whole_rows(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -24,12 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from gft_kernels.data import pretrained
 from gft_kernels.data.rows import Limits, Rows
 from gft_kernels.model.columns import IGNORE
-from gft_kernels.model.patch import patch_model, unwrapped
+from gft_kernels.model.patch import unwrapped
 from gft_kernels.trainer import adapters, windows
 from gft_kernels.trainer.checkpoints import Manifests, SaveOnInterrupt
-from gft_kernels.trainer.config import GFTConfig, call_options, clip_range, has_ratio
+from gft_kernels.trainer.config import GFTConfig, clip_range
 from gft_kernels.trainer.engines import Rollout
-from gft_kernels.trainer.groups import GroupBuilder, check_sources, denominator, row_options
+from gft_kernels.trainer.groups import GroupBuilder, check_sources, denominator
 from gft_kernels.trainer.logs import RunLog, show_completions
 from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, signs_of_collapse
 from gft_kernels.trainer.policies import FollowsPolicy, Forward, start_model
@@ -113,7 +113,7 @@ class GFTTrainer(Trainer):
         self.sharing = windows.Sharing(args, language_model, self.accelerator)
         self.rollout = Rollout(args, self.model, rollout_fn, processing_class, self.sharing.samples)
         self.builder = GroupBuilder(args, processing_class, rewards, self.rollout, end_tokens(model, processing_class))
-        self._patch(language_model)
+        self.ask = Forward(args, language_model, self.accelerator, self.sharing.samples)
         self.start_model = start_model(model, args.device) if args.log_kl or args.beta else None
         self.means = Means(args.device)
         self._ahead: list[windows.Window] = []  # sampled and not yet trained on, of the epoch of this iterator
@@ -127,20 +127,6 @@ class GFTTrainer(Trainer):
         if isinstance(records, dict):
             return {key: self.rows_of(some, f"{name}[{key!r}]") for key, some in records.items()}
         return self._rows(records, name)
-
-    def _patch(self, model) -> None:
-        """Let the model compute the loss in its head, and settle what it is asked for."""
-        args = self.args
-        self.ask = Forward(model, self.accelerator)
-        # What every call has; a training step adds its objective, for others only ask for log-probabilities.
-        fixed = {name: getattr(args, name) for name in ("temperature", "backend", "filter_eps")}
-        patch_model(model, objective="sft", ignore_index=IGNORE, **fixed)
-        model._gft_forward.tried_prompts = self.sharing.samples  # it has gone on from the cache of a prompt already
-        statistics = {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
-        self._loss_options = call_options(args) | statistics
-        # The policy that sampled is remembered where later steps differ from it and something asks how far.
-        drifts = args.steps_per_rollout > 1 or args.num_iterations > 1
-        self._remembers = drifts and (args.token_metrics or has_ratio(args))
 
     def get_train_dataloader(self) -> DataLoader:
         """Rows in an order that gives every rank as many, the last ones absent where they do not suffice."""
@@ -197,8 +183,7 @@ class GFTTrainer(Trainer):
         how = (self.builder.pad_id, args.mask_truncated_completions, self.sharing.applies)
         cut = [windows.window_of(some, *how) for some in steps_parts]
         for window in cut:
-            start = self.start_model if args.beta else None
-            self.ask.remember(window, self.model, start, self._remembers, args.top_entropy_quantile)
+            self.ask.remember(window, self.model, self.start_model)
         tokens, seconds = (now - before for now, before in zip(self.rollout.spent, spent, strict=True))
         self.means.add("tokens_per_second/sampling", tokens, seconds)
         self._aside += time.perf_counter() - begun
@@ -206,14 +191,7 @@ class GFTTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the step's loss. `model` is the wrapped one: its hooks average gradients."""
-        given = row_options(inputs, self.args)
-        if "old_log_probs" in inputs and has_ratio(self.args):
-            given["gft_old_log_probs"] = inputs["old_log_probs"]
-        if "ref_log_probs" in inputs:
-            given["gft_ref_log_probs"] = inputs["ref_log_probs"]
-        outputs, targets_ST = self.ask(
-            model, inputs, num_items_in_batch=num_items_in_batch, **self._loss_options, **given
-        )
+        outputs, targets_ST = self.ask.step(model, inputs, num_items_in_batch)
         if self.args.token_metrics:
             if "ref_log_probs" not in inputs and self.start_model is not None and self._logs_after_this_step():
                 inputs = {**inputs, "ref_log_probs": self.ask.log_probs(self.start_model, inputs)}
