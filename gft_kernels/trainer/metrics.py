@@ -200,9 +200,8 @@ def heldout_summary(names: Sequence[str], temperatures: Sequence[float] = (0.0,)
     """
 
     def summarise(prediction) -> dict[str, float]:
-        (log_prob, tokens), *sampled = np.split(
-            np.asarray(prediction.predictions, dtype=np.float64).T, heldout_places(len(names), len(temperatures))
-        )
+        lines = np.asarray(prediction.predictions, dtype=np.float64).T
+        (log_prob, tokens), sampled = lines[:2], lines[2:].reshape(len(temperatures), -1, lines.shape[1])
         summary = {}
         if tokens.sum() > 0:
             summary["expert_log_likelihood"] = log_prob.sum() / tokens.sum()
@@ -213,12 +212,6 @@ def heldout_summary(names: Sequence[str], temperatures: Sequence[float] = (0.0,)
         return {name: float(value) for name, value in summary.items()}
 
     return summarise
-
-
-def heldout_places(functions: int, temperatures: int) -> list[int]:
-    """Where in a row's line the numbers of each temperature begin, behind the two of the expert."""
-    width = 4 + 2 * functions
-    return [2 + width * i for i in range(temperatures)]
 
 
 def sampled_summary(names: Sequence[str], columns: np.ndarray) -> dict[str, float]:

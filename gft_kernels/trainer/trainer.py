@@ -8,7 +8,6 @@ likelihood of their demonstrations.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
@@ -146,11 +145,12 @@ class GFTTrainer(Trainer):
             self.follows.restore(resume_from_checkpoint)
 
     def train(self, *args, **kwargs):
-        with contextlib.ExitStack() as signals:  # they are given back even when training raises
+        try:
+            return super().train(*args, **kwargs)
+        finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, SaveOnInterrupt):
-                    signals.enter_context(callback)
-            return super().train(*args, **kwargs)
+                    callback.restore()
 
     # One optimizer step
 
