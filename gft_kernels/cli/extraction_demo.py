@@ -23,7 +23,7 @@ from gft_kernels.cli.held_out import TEMPERATURES, draw, screen
 from gft_kernels.data import dates, extract_json, pretrained
 from gft_kernels.data.manifests import read_manifest
 from gft_kernels.trainer import GFTConfig, GFTTrainer
-from gft_kernels.trainer.callbacks import say, time_left
+from gft_kernels.trainer.logs import say, time_left
 
 TASKS: dict[str, tuple[Any, str, str]] = {
     "dates": (dates, "exact_answer", "the date of a sentence as YYYY-MM-DD"),

@@ -18,10 +18,9 @@ import yaml
 from gft_kernels.cli.settings import RunSettings, Secret
 from gft_kernels.data.manifests import read_manifest
 from gft_kernels.trainer import GFTConfig
-from gft_kernels.trainer.callbacks import METRICS_FILE
 from gft_kernels.trainer.checkpoints import checkpoints, newest_whole
-from gft_kernels.trainer.completions import COMPLETIONS_FILE
 from gft_kernels.trainer.config import settle
+from gft_kernels.trainer.logs import COMPLETIONS_FILE, METRICS_FILE
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as launchers say
 LOCK, RECORD, README = ".lock", "run.yaml", "README.md"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gft_kernels.trainer.completions import shorten
+from gft_kernels.trainer.logs import shorten
 
 TEMPERATURES = {"sampled at T = 1": "eval_reward", "greedy": "eval_reward_greedy"}
 WIDTH = 110

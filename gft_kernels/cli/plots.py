@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from gft_kernels.trainer.callbacks import read_metrics
+from gft_kernels.trainer.logs import read_metrics
 
 PANELS = {
     "reward": {"expert": "reward/expert", "teacher": "reward/teacher", "sampled": "reward/sampled",

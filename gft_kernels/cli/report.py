@@ -15,8 +15,7 @@ import yaml
 
 from gft_kernels.cli.folder import MODELS, README, RECORD
 from gft_kernels.cli.plots import draw, svgs
-from gft_kernels.trainer.callbacks import METRICS_FILE
-from gft_kernels.trainer.completions import COMPLETIONS_FILE
+from gft_kernels.trainer.logs import COMPLETIONS_FILE, METRICS_FILE
 
 PAGE = "report.html"
 COMPARED = {"eval_": ("eval_reward", "eval_expert"), "loss": ("reward/", "entropy", "kl_to")}

@@ -13,8 +13,8 @@ import torch
 from gft_kernels.cli.train import summary
 from gft_kernels.data import digit_sum, gsm8k, scratch
 from gft_kernels.trainer import GFTConfig, GFTTrainer
-from gft_kernels.trainer.callbacks import StepLines
 from gft_kernels.trainer.config import described
+from gft_kernels.trainer.logs import StepLines
 
 Options = dict[str, Any]
 SHARED: Options = {"save_strategy": "no", "lr_scheduler_type": "cosine", "use_cpu": True, "seed": 0}

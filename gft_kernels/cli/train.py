@@ -17,10 +17,9 @@ from gft_kernels.cli.inputs import BAD, configuration, held_out_rows, rows, toke
 from gft_kernels.cli.plan import batches
 from gft_kernels.cli.settings import RunSettings, load
 from gft_kernels.trainer import GFTTrainer, RewardError, SaveOnInterrupt, adapters
-from gft_kernels.trainer.callbacks import METRICS_FILE, StepLines, read_metrics, say
 from gft_kernels.trainer.checkpoints import Manifests, newest_whole
-from gft_kernels.trainer.completions import COMPLETIONS_FILE
 from gft_kernels.trainer.config import described
+from gft_kernels.trainer.logs import COMPLETIONS_FILE, METRICS_FILE, StepLines, read_metrics, say
 from gft_kernels.trainer.rewards import find
 
 

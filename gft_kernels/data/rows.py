@@ -26,6 +26,7 @@ class Response:
     source: str  # "expert", "teacher", "sampled" or "offline"
     reward: float = math.nan
     advantage: float = 1.0
+    truncated: bool = False  # a sample that was cut at the length limit
 
 
 @dataclass

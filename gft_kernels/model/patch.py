@@ -63,13 +63,9 @@ def patch_model(
         forward.guard.watch(model)
     inner._gft_forward = inner.forward = forward
     # transformers.Trainer hands over its count of label tokens only if told so; it is the denominator of this mean.
-    inner.accepts_loss_kwargs = divides_by_tokens(loss_options)
+    preset, mean = PRESETS.get(loss_options.get("objective", "gft")), reduction_of(loss_options)
+    inner.accepts_loss_kwargs = mean == "token-mean" and preset is not None and not preset.constant_denominator
     return model
-
-
-def divides_by_tokens(loss_options: dict[str, Any]) -> bool:
-    preset = PRESETS.get(loss_options.get("objective", "gft"))
-    return preset is not None and not preset.constant_denominator and reduction_of(loss_options) == "token-mean"
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:

@@ -5,8 +5,9 @@ User guide: docs/training.md.
 """
 
 from gft_kernels.data.readers import Record, RowError, read_records
-from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt
+from gft_kernels.trainer.checkpoints import SaveOnInterrupt
 from gft_kernels.trainer.config import GFTConfig
+from gft_kernels.trainer.logs import RunLog
 from gft_kernels.trainer.rewards import RewardError
 from gft_kernels.trainer.rollouts import Sampling, generate
 from gft_kernels.trainer.trainer import GFTTrainer

@@ -56,8 +56,8 @@ def refuse_unknown_targets(model: Any, targets: Any) -> None:
 
 def refuse_merging(distributed_type: Any) -> None:
     """Raises ValueError where no rank has the whole weights to merge into."""
-    kind = str(distributed_type).rpartition(".")[2]
-    if kind in ("FSDP", "DEEPSPEED"):
+    if distributed_type in ("FSDP", "DEEPSPEED"):
+        kind = distributed_type.value
         raise ValueError(f"key `{MERGE}` of peft must be false with {kind}, got true; merge the saved adapter later.")
 
 

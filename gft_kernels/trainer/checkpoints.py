@@ -1,21 +1,27 @@
-"""Checkpoints to rely on: a manifest, written last, of all files of one, and the newest checkpoint that is whole."""
+"""Checkpoints to rely on: saved before a signal ends a run, with a manifest of all files; the newest that is whole."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import sys
 import zipfile
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
 from gft_kernels.data.manifests import MANIFEST, differs, files_of, read_manifest, write_manifest
+from gft_kernels.trainer.logs import let_go_of_lost_terminal, say
 
 STATE = "trainer_state.json"
 # Under which names Trainer, FSDP and DeepSpeed (global_step*) write each part.
 WEIGHTS = ("model*.safetensors", "pytorch_model*", "adapter_model*", "global_step*")
 PROGRESS = {"optimizer": ("optimizer*", "global_step*"), "scheduler": ("scheduler.pt", "global_step*")}
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Manifests(TrainerCallback):
@@ -29,6 +35,52 @@ class Manifests(TrainerCallback):
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if args.should_save and checkpoint.is_dir():
             write_manifest(checkpoint, run=self.run)
+
+
+class SaveOnInterrupt(TrainerCallback, contextlib.AbstractContextManager):
+    """Ctrl-C, SIGTERM or SIGHUP finishes the step, saves a checkpoint and stops; the same once more stops at once.
+
+    Works in the main thread only, where signals arrive. `interrupted` tells afterwards what happened. As a context
+    manager (`with stop: trainer.train()`) it gives the signals back even when training raises; GFTTrainer does that.
+    """
+
+    def __init__(self):
+        self.interrupted = False
+        self._before = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in SIGNALS:
+            ignored = signal.getsignal(number) is signal.SIG_IGN  # nohup: the run is to outlive its terminal
+            if number not in self._before and not (ignored and number != signal.SIGINT):
+                self._before[number] = signal.signal(number, self._on_signal) or signal.SIG_DFL
+
+    def _on_signal(self, number, frame):
+        # Only this signal is given back: a launcher answers Ctrl-C by a SIGTERM to its ranks.
+        signal.signal(number, self._before.pop(number))
+        if not self.interrupted:
+            again = "press Ctrl-C again" if number == signal.SIGINT else "send the signal again"
+            say(f"\nfinishing this step, then saving; {again} to stop at once", sys.stderr)
+        self.interrupted = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # signals reach ranks at different times, but all must stop after the same step
+            flag = torch.tensor(int(self.interrupted), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.interrupted = bool(flag.item())
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+        let_go_of_lost_terminal()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+
+    def restore(self) -> None:
+        """The signals mean again what they meant before training."""
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def __exit__(self, *raised):
+        self.restore()
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import transformers
@@ -116,11 +116,9 @@ class GFTConfig(GroupLossOptions, TrainingArguments):
     dataloader_pin_memory: bool = option(False, "Rows are text until the groups are built: nothing to pin.")
 
     def __post_init__(self):
-        config_checks.check_groups(self)
-        config_checks.check_numbers(self, GFTConfig.__annotations__)
-        config_checks.check_eval_temperatures(self)
+        config_checks.check_values(self, GFTConfig.__annotations__)
         settle(self)
-        config_checks.check_steps(self)
+        config_checks.check_together(self)
         config_checks.check_training_arguments(self)
         self.few_log_lines = self.logging_steps is None
         self.logging_steps = LOGGING_STEPS if self.logging_steps is None else self.logging_steps
@@ -152,21 +150,10 @@ def settle(config: GFTConfig) -> None:
     given = one_row.bool() if tells_given(config) else None
     beside = {"ref_log_probs": one_row, "return_stats": True, "given": given}
     objective_of(completed(policy_loss, {**asked, **beside}), one_row.long())  # refuses as policy_loss does
-    preset = PRESETS[config.objective]
-    if not preset.weighs and config.advantages != "ones":
-        raise ValueError(
-            f"advantages must be 'ones' with objective {config.objective!r}, got {config.advantages!r}; "
-            "imitation weighs every response alike."
-        )
-    if preset.constant_denominator and config.reduction == "sequence-mean":
-        raise ValueError(
-            f"reduction must be 'token-mean' with objective {config.objective!r}, got 'sequence-mean'; "
-            "its denominator is the same for every response."
-        )
     settle_means(config)
     for name in CHOSEN:  # where there are two objectives each has its own default
         if getattr(config, name) is None and name not in SHAPES and config.given_objective is None:
-            setattr(config, name, preset.options.get(name))
+            setattr(config, name, PRESETS[config.objective].options.get(name))
 
 
 def tells_given(config: GFTConfig) -> bool:
@@ -196,8 +183,3 @@ def clip_range(config: GFTConfig) -> tuple[float, float]:
     if not has_ratio(config):
         low = high = CLIP
     return 0.0 if low is None else 1.0 - low, 1.0 + (high or 0.0)  # psft has no lower bound
-
-
-def call_options(config: GFTConfig) -> dict[str, Any]:
-    """What a training forward of the patched model is given beside its tensors."""
-    return {f"gft_{name}": getattr(config, name) for name in (*OF_THE_LOSS, "reduction")}

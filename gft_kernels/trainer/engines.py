@@ -91,12 +91,6 @@ def engine_of(config: GFTConfig, model, given: Callable | None) -> Callable:
     if reason is not None:
         raise ValueError(f"rollout must be one that can sample here, got {config.rollout!r}; {reason}.")
     if config.rollout == "continuous":
-        for name, plain in (("min_p", 0.0), ("repetition_penalty", 1.0)):
-            if getattr(config, name) != plain:
-                raise ValueError(
-                    f"{name} must be {plain} with rollout 'continuous', got {getattr(config, name)}; "
-                    "transformers' continuous batching does not know it: set rollout to 'generate'."
-                )
         return generate_continuously
     longest = None if config.max_prompt_length is None else config.max_prompt_length + config.max_completion_length
     dtype = "bfloat16" if config.bf16 else "float16" if config.fp16 else str(model.dtype).removeprefix("torch.")

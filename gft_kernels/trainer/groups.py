@@ -24,9 +24,9 @@ from gft_kernels.model.columns import IGNORE
 from gft_kernels.model.shared_prompts import layout
 from gft_kernels.objectives import PRESETS
 from gft_kernels.options import BATCH, SPLIT
-from gft_kernels.trainer.config import GFTConfig, tells_given
+from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.rewards import Rewards
-from gft_kernels.trainer.rollouts import Sampling, forward_is_collective, seeded
+from gft_kernels.trainer.rollouts import Sampling, forward_is_collective, is_complete, seeded
 
 SOURCES = ("expert", "teacher", "sampled", "offline")
 
@@ -101,11 +101,14 @@ class GroupBuilder:
         with seeded(*entropy, device=model.device):
             for start in range(0, len(asked), size):
                 completions += self.rollout_fn(model, asked[start : start + size], sampling)
-        skip = self.config.skip_special_tokens
-        texts = [decode(self.tokenizer, ids, self.eos_ids, skip) for ids in completions]
-        responses = iter(Response(text, ids, "sampled") for text, ids in zip(texts, completions, strict=True))
+        responses = map(self._response, completions)
         drawn = [list(itertools.islice(responses, number)) if asks_too else [] for asks_too in asks]
         return [[] if row.absent else samples for row, samples in zip(rows, drawn, strict=True)]
+
+    def _response(self, ids: list[int]) -> Response:
+        text = decode(self.tokenizer, ids, self.eos_ids, self.config.skip_special_tokens)
+        whole = is_complete(ids, self.eos_ids, self.config.stop_strings, self.tokenizer)
+        return Response(text, ids, "sampled", truncated=not whole)
 
     def _reward(self, groups):
         pairs = [(g.row, r) for g in groups for r in g.responses if r.source != "offline"]
@@ -176,22 +179,6 @@ def collate(groups: Sequence[Group], pad_id: int, shares: bool = False) -> dict[
         "advantages": torch.tensor([r.advantage for _, r in pairs], dtype=torch.float32),
         "sources": torch.tensor([SOURCES.index(r.source) for _, r in pairs]),
     }
-
-
-def row_options(inputs: dict[str, Tensor], config: GFTConfig) -> dict[str, Tensor]:
-    """What the loss is told of each response of a micro-batch: its advantage, weight, and whether it was given."""
-    given_S, advantages_S, found = inputs["sources"] != SOURCES.index("sampled"), inputs["advantages"], {}
-    if config.given_objective is not None and not PRESETS[config.given_objective].weighs:
-        advantages_S = torch.where(given_S, 1.0, advantages_S)
-    if config.advantages == "group":
-        found["gft_advantages"] = advantages_S
-    if "uncertain" in inputs:
-        found["gft_advantages"] = advantages_S[:, None] * inputs["uncertain"]
-    if tells_given(config):
-        found["gft_given"] = given_S
-    if config.given_weight != 1.0:
-        found["gft_weights"] = torch.where(given_S, config.given_weight, 1.0)
-    return found
 
 
 def whole_rows(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class Means:
         largest = values.max() if name in LARGEST else -values.min()
         self.extremes[i] = torch.maximum(self.extremes[i], largest.to(self.extremes.dtype))
 
-    def add_groups(self, groups: Sequence[Group], is_truncated: Callable[[Response], bool], config: GFTConfig) -> None:
+    def add_groups(self, groups: Sequence[Group], config: GFTConfig) -> None:
         """Rewards and lengths of a step's groups, those that were left out of it among them."""
         responses = [r for g in groups for r in g.responses]
         for source in SOURCES:
@@ -56,8 +56,8 @@ class Means:
         if config.dynamic_sampling == "resample":
             self.add("resampled_groups", sum(g.resampled for g in groups), len(groups))
         if config.curriculum:
-            self.add("demonstrations", len(responses) - sum(r.source == "sampled" for r in responses), len(groups))
-        self.add("truncated", sum(map(is_truncated, sampled)), len(sampled))
+            self.add("demonstrations", len(responses) - len(sampled), len(groups))
+        self.add("truncated", sum(r.truncated for r in sampled), len(sampled))
         self.add("completion_length", sum(len(r.ids) for r in sampled), len(sampled))
         self.add("tokens", count_items(groups, "token-mean"), 1)
 
@@ -174,19 +174,14 @@ def signs_of_collapse(history: Sequence[dict], line: dict) -> tuple[dict[str, fl
 # Evaluation
 
 
-def heldout_lines(
-    rows: Sequence[Row],
-    sampled: Sequence[Sequence[Response]],
-    rewards: Rewards,
-    is_truncated: Callable[[Response], bool],
-) -> list[list[float]]:
+def heldout_lines(rows: Sequence[Row], sampled: Sequence[Sequence[Response]], rewards: Rewards) -> list[list[float]]:
     """A line of numbers per row over its responses: truncated, length, reward; sum and count of each function's;
     count of those some function applies to, which the reward is the mean of (NaN: none)."""
     lines = []
     for row, responses in zip(rows, sampled, strict=True):
         parts = rewards.parts([row] * len(responses), [r.text for r in responses])
         totals = applicable([rewards.total(values) for values in zip(*parts, strict=True)])
-        line = [float(np.mean([*values])) for values in (map(is_truncated, responses), (len(r.ids) for r in responses))]
+        line = [float(np.mean([r.truncated for r in responses])), float(np.mean([len(r.ids) for r in responses]))]
         line.append(float(np.mean(totals)) if totals else math.nan)
         for values in map(applicable, parts):
             line += [sum(values), len(values)]
@@ -205,9 +200,8 @@ def heldout_summary(names: Sequence[str], temperatures: Sequence[float] = (0.0,)
     """
 
     def summarise(prediction) -> dict[str, float]:
-        (log_prob, tokens), *sampled = np.split(
-            np.asarray(prediction.predictions, dtype=np.float64).T, heldout_places(len(names), len(temperatures))
-        )
+        lines = np.asarray(prediction.predictions, dtype=np.float64).T
+        (log_prob, tokens), sampled = lines[:2], lines[2:].reshape(len(temperatures), -1, lines.shape[1])
         summary = {}
         if tokens.sum() > 0:
             summary["expert_log_likelihood"] = log_prob.sum() / tokens.sum()
@@ -218,12 +212,6 @@ def heldout_summary(names: Sequence[str], temperatures: Sequence[float] = (0.0,)
         return {name: float(value) for name, value in summary.items()}
 
     return summarise
-
-
-def heldout_places(functions: int, temperatures: int) -> list[int]:
-    """Where in a row's line the numbers of each temperature begin, behind the two of the expert."""
-    width = 4 + 2 * functions
-    return [2 + width * i for i in range(temperatures)]
 
 
 def sampled_summary(names: Sequence[str], columns: np.ndarray) -> dict[str, float]:

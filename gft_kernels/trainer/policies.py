@@ -1,34 +1,49 @@
-"""What policies say of micro-batches: the loss of a step, log pi and entropy of its tokens."""
+"""What policies say of micro-batches: the loss of a step, log pi and entropy of its tokens; the one the KL goes to."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import TrainerCallback
 
 from gft_kernels.data.rows import Row
 from gft_kernels.model.columns import IGNORE
+from gft_kernels.model.patch import patch_model, unwrapped
 from gft_kernels.model.shared_prompts import ARGUMENTS, PROMPT_IDS
+from gft_kernels.objectives import PRESETS
 from gft_kernels.options import TokenStats
-from gft_kernels.trainer.groups import Group, collate
+from gft_kernels.trainer.config import OF_THE_LOSS, GFTConfig, has_ratio, tells_given
+from gft_kernels.trainer.engines import named_weights
+from gft_kernels.trainer.groups import SOURCES, Group, collate
 from gft_kernels.trainer.windows import Window
 
 TEXTS = ("input_ids", "attention_mask")
+REFERENCE = "reference.safetensors"
 
 
 class Forward:
-    """A patched model asked about micro-batches: for the loss of a step, or the log pi of their targets."""
+    """A model, patched, asked about micro-batches: for the loss of a step, or the log pi of their targets."""
 
-    def __init__(self, model: nn.Module, accelerator):
+    def __init__(self, args: GFTConfig, model: Any, accelerator, tried_prompts: bool):
         # Where the loss needs logits after all, a model that can will not compute those of the prompts.
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.accelerator = accelerator
+        self.args, self.accelerator = args, accelerator
+        # What every call has; a training step adds its objective, for others only ask for log-probabilities.
+        fixed = {name: getattr(args, name) for name in ("temperature", "backend", "filter_eps")}
+        patch_model(model, objective="sft", ignore_index=IGNORE, **fixed)
+        model._gft_forward.tried_prompts = tried_prompts  # it has gone on from the cache of a prompt already
+        self.objective = {f"gft_{name}": getattr(args, name) for name in (*OF_THE_LOSS, "reduction")}
+        self.objective |= {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
 
     def __call__(self, model: Any, inputs, **options) -> tuple[Any, Tensor]:
         """The output for the responses' tokens, and the targets (S, T) its statistics have the shape of."""
@@ -41,6 +56,29 @@ class Forward:
         targets_ST = functional.pad(inputs["targets"], (before, 1), value=IGNORE)
         texts = {name: inputs[name] for name in TEXTS}
         return model(**texts, **selection, shift_labels=targets_ST, **options), targets_ST
+
+    def step(self, model: Any, inputs: dict[str, Tensor], num_items: Any) -> tuple[Any, Tensor]:
+        """The same with the loss of a training step, told of each response its advantage, weight, and if it was given.
+
+        And of each token what the policy that sampled said of it, and the one the KL goes to.
+        """
+        args, told = self.args, dict(self.objective)
+        given_S, advantages_S = inputs["sources"] != SOURCES.index("sampled"), inputs["advantages"]
+        if args.given_objective is not None and not PRESETS[args.given_objective].weighs:
+            advantages_S = torch.where(given_S, 1.0, advantages_S)
+        if args.advantages == "group":
+            told["gft_advantages"] = advantages_S
+        if "uncertain" in inputs:
+            told["gft_advantages"] = advantages_S[:, None] * inputs["uncertain"]
+        if tells_given(args):
+            told["gft_given"] = given_S
+        if args.given_weight != 1.0:
+            told["gft_weights"] = torch.where(given_S, args.given_weight, 1.0)
+        if "old_log_probs" in inputs and has_ratio(args):
+            told["gft_old_log_probs"] = inputs["old_log_probs"]
+        if "ref_log_probs" in inputs:
+            told["gft_ref_log_probs"] = inputs["ref_log_probs"]
+        return self(model, inputs, num_items_in_batch=num_items, **told)
 
     def log_probs(self, model: Any, inputs, **options) -> Tensor:
         """log pi (nats) of each target as the policy samples, without dropout."""
@@ -68,12 +106,14 @@ class Forward:
             out_B2[where, 1] = out_B2.new_tensor([len(response.ids) for response in best])
         return out_B2
 
-    def remember(self, window: Window, model: Any, start: Any, ratios: bool, share: float) -> None:
+    def remember(self, window: Window, model: Any, start: Any) -> None:
         """What the policies say of a window's tokens now, into its micro-batches.
 
-        With `ratios` that is log pi of the policy that samples, with a `start` that of the one it is held to, and below
-        1 the `share` of the tokens that advantages weigh.
+        That is log pi of the policy that samples, where later steps differ from it and something asks how far; with
+        beta, of `start`, which it is held to; and the share of the tokens that advantages weigh, if that is below 1.
         """
+        args, share = self.args, self.args.top_entropy_quantile
+        ratios = (args.steps_per_rollout > 1 or args.num_iterations > 1) and (args.token_metrics or has_ratio(args))
         for inputs in window.micro_batches:
             if ratios or share < 1:
                 stats, live_ST = self.statistics(model, inputs, gft_return_entropy=share < 1)
@@ -81,7 +121,7 @@ class Forward:
                     inputs["old_log_probs"] = stats.log_probs
                 if stats.entropy is not None:
                     inputs["entropies"] = torch.where(live_ST, stats.entropy, -1.0)
-            if start is not None:
+            if args.beta:
                 inputs["ref_log_probs"] = self.log_probs(start, inputs)
         if share < 1:
             keep_uncertain(window, share, self.accelerator)
@@ -99,3 +139,49 @@ def keep_uncertain(window: Window, share: float, accelerator) -> None:
     least = every[math.floor((len(every) - 1) * share + 1e-9)] if len(every) else 0.0
     for inputs, entropy_ST in zip(window.micro_batches, entropies, strict=True):
         inputs["uncertain"] = entropy_ST >= least
+
+
+# The policy that the KL is taken to
+
+
+def start_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """A frozen copy of a patched model as it is now, whole on this rank. Raises ValueError where it is not whole."""
+    if any(p.numel() == 0 for p in model.parameters()):
+        raise ValueError(
+            "zero3_init_flag must be false with log_kl or beta, got a model whose weights are elsewhere; "
+            "every rank keeps a whole copy of the starting weights."
+        )
+    return copy.deepcopy(model).requires_grad_(False).eval().to(device)
+
+
+class FollowsPolicy(TrainerCallback):
+    """Every `ref_model_sync_steps` the copy becomes α·policy + (1 - α)·copy; a checkpoint holds what it has become.
+
+    Of an adapted model what is trained alone moves. Source: TR-DPO, arXiv 2404.09656; names as in TRL.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def moving(self) -> dict[str, Tensor]:
+        """The copy's weights that move, by name."""
+        trained = {name for name, p in unwrapped(self.trainer.model).named_parameters() if p.requires_grad}
+        named = unwrapped(self.trainer.start_model).named_parameters()
+        return {name: parameter.data for name, parameter in named if name in trained}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.ref_model_sync_steps == 0:
+            copies = self.moving()
+            for name, weight in named_weights(self.trainer.model):
+                if name in copies:
+                    copies[name].lerp_(weight.to(copies[name]), args.ref_model_mixup_alpha)
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if args.should_save and folder.is_dir():
+            save_file(self.moving(), folder / REFERENCE)
+
+    def restore(self, checkpoint: str) -> None:
+        """Raises FileNotFoundError for a checkpoint of a run whose copy did not move."""
+        for name, weight in load_file(Path(checkpoint, REFERENCE), device=str(self.trainer.args.device)).items():
+            self.moving()[name].copy_(weight)

@@ -78,10 +78,8 @@ def prefilled(model, texts: Sequence[Tensor], sampling: Sampling) -> dict[str, A
 
 def cut(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
     """Ids up to and including the first end token."""
-    for position, token in enumerate(ids):
-        if token in eos_ids:
-            return ids[: position + 1]
-    return ids
+    end = next((number for number, token in enumerate(ids, 1) if token in eos_ids), len(ids))
+    return ids[:end]
 
 
 def cut_at_text(ids: list[int], stop_strings: Sequence[str], tokenizer) -> list[int]:

@@ -8,13 +8,12 @@ likelihood of their demonstrations.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,22 +21,19 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from gft_kernels.data import pretrained
-from gft_kernels.data.rows import Limits, Response, Rows
+from gft_kernels.data.rows import Limits, Rows
 from gft_kernels.model.columns import IGNORE
-from gft_kernels.model.patch import patch_model, unwrapped
+from gft_kernels.model.patch import unwrapped
 from gft_kernels.trainer import adapters, windows
-from gft_kernels.trainer.callbacks import RunLog, SaveOnInterrupt
-from gft_kernels.trainer.checkpoints import Manifests
-from gft_kernels.trainer.completions import show_completions
-from gft_kernels.trainer.config import GFTConfig, call_options, clip_range, has_ratio
+from gft_kernels.trainer.checkpoints import Manifests, SaveOnInterrupt
+from gft_kernels.trainer.config import GFTConfig, clip_range
 from gft_kernels.trainer.engines import Rollout
-from gft_kernels.trainer.groups import GroupBuilder, check_sources, denominator, row_options
+from gft_kernels.trainer.groups import GroupBuilder, check_sources, denominator
+from gft_kernels.trainer.logs import RunLog, show_completions
 from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, signs_of_collapse
-from gft_kernels.trainer.policies import Forward
-from gft_kernels.trainer.reference_model import FollowsPolicy, start_model
+from gft_kernels.trainer.policies import FollowsPolicy, Forward, start_model
 from gft_kernels.trainer.rewards import Rewards
-from gft_kernels.trainer.rollouts import end_tokens, is_complete, refuse_virtual_tokens
-from gft_kernels.trainer.sharing import Sharing
+from gft_kernels.trainer.rollouts import end_tokens, refuse_virtual_tokens
 
 TRAINING, EVALUATION = 0, 1  # what random numbers are for
 LOADER = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
@@ -113,12 +109,14 @@ class GFTTrainer(Trainer):
         # Read by transformers before 5.19, where loss_is_scaled_for_ga does not exist yet.
         self.model_accepts_loss_kwargs = True
         language_model = unwrapped(self.accelerator.unwrap_model(self.model))
-        self.sharing = Sharing(args, language_model, self.accelerator)
+        self.sharing = windows.Sharing(args, language_model, self.accelerator)
         self.rollout = Rollout(args, self.model, rollout_fn, processing_class, self.sharing.samples)
         self.builder = GroupBuilder(args, processing_class, rewards, self.rollout, end_tokens(model, processing_class))
-        self._patch(language_model)
+        self.ask = Forward(args, language_model, self.accelerator, self.sharing.samples)
         self.start_model = start_model(model, args.device) if args.log_kl or args.beta else None
-        self.queue, self.means = windows.Queue(), Means(args.device)
+        self.means = Means(args.device)
+        self._ahead: list[windows.Window] = []  # sampled and not yet trained on, of the epoch of this iterator
+        self._epoch: Iterator | None = None
         self._last_log, self._aside = time.perf_counter(), 0.0  # seconds since then that were not training
 
     def rows_of(self, records, name: str) -> Any:
@@ -128,20 +126,6 @@ class GFTTrainer(Trainer):
         if isinstance(records, dict):
             return {key: self.rows_of(some, f"{name}[{key!r}]") for key, some in records.items()}
         return self._rows(records, name)
-
-    def _patch(self, model) -> None:
-        """Let the model compute the loss in its head, and settle what it is asked for."""
-        args = self.args
-        self.ask = Forward(model, self.accelerator)
-        # What every call has; a training step adds its objective, for others only ask for log-probabilities.
-        fixed = {name: getattr(args, name) for name in ("temperature", "backend", "filter_eps")}
-        patch_model(model, objective="sft", ignore_index=IGNORE, **fixed)
-        model._gft_forward.tried_prompts = self.sharing.samples  # it has gone on from the cache of a prompt already
-        statistics = {"gft_return_stats": args.token_metrics, "gft_return_entropy": args.token_metrics}
-        self._loss_options = call_options(args) | statistics
-        # The policy that sampled is remembered where later steps differ from it and something asks how far.
-        drifts = args.steps_per_rollout > 1 or args.num_iterations > 1
-        self._remembers = drifts and (args.token_metrics or has_ratio(args))
 
     def get_train_dataloader(self) -> DataLoader:
         """Rows in an order that gives every rank as many, the last ones absent where they do not suffice."""
@@ -161,11 +145,12 @@ class GFTTrainer(Trainer):
             self.follows.restore(resume_from_checkpoint)
 
     def train(self, *args, **kwargs):
-        with contextlib.ExitStack() as signals:  # they are given back even when training raises
+        try:
+            return super().train(*args, **kwargs)
+        finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, SaveOnInterrupt):
-                    signals.enter_context(callback)
-            return super().train(*args, **kwargs)
+                    callback.restore()
 
     # One optimizer step
 
@@ -174,10 +159,10 @@ class GFTTrainer(Trainer):
         if 0 < self.state.max_steps <= self.state.global_step:  # resumed at its end: Trainer would take one more step
             self.control.should_training_stop = True
             return [], None
-        if self.queue.is_empty(epoch_iterator):
-            self.queue.windows = self._roll_out(epoch_iterator, num_batches, device)
-        window = self.queue.windows.pop(0)
-        self.means.add_groups(window.groups, self.is_truncated, self.args)
+        if self._epoch is not epoch_iterator or not self._ahead:  # those of an epoch that was broken off are forgotten
+            self._epoch, self._ahead = epoch_iterator, self._roll_out(epoch_iterator, num_batches, device)
+        window = self._ahead.pop(0)
+        self.means.add_groups(window.groups, self.args)
         every, step = self.args.log_completions_steps, self.state.global_step
         if every and step % every == 0 and window.groups and self.is_world_process_zero():
             show_completions(window.groups, step, str(self.args.output_dir), self.callback_handler.callbacks)
@@ -194,12 +179,11 @@ class GFTTrainer(Trainer):
         rows = [row for batches in steps_batches for batch in batches for row in batch]
         groups = self.builder.build(self.model, rows, (args.seed, TRAINING, self.state.global_step, args.process_index))
         parts = iter(windows.micro_batches_of(groups, [*itertools.chain(*steps_batches)], args.rollout_order))
-        left_out = self.is_truncated if args.mask_truncated_completions else None
         steps_parts = [[next(parts) for _ in some] for some in steps_batches if some]
-        cut = [windows.window_of(some, self.builder.pad_id, left_out, self.sharing.applies) for some in steps_parts]
+        how = (self.builder.pad_id, args.mask_truncated_completions, self.sharing.applies)
+        cut = [windows.window_of(some, *how) for some in steps_parts]
         for window in cut:
-            start = self.start_model if args.beta else None
-            self.ask.remember(window, self.model, start, self._remembers, args.top_entropy_quantile)
+            self.ask.remember(window, self.model, self.start_model)
         tokens, seconds = (now - before for now, before in zip(self.rollout.spent, spent, strict=True))
         self.means.add("tokens_per_second/sampling", tokens, seconds)
         self._aside += time.perf_counter() - begun
@@ -207,14 +191,7 @@ class GFTTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the step's loss. `model` is the wrapped one: its hooks average gradients."""
-        given = row_options(inputs, self.args)
-        if "old_log_probs" in inputs and has_ratio(self.args):
-            given["gft_old_log_probs"] = inputs["old_log_probs"]
-        if "ref_log_probs" in inputs:
-            given["gft_ref_log_probs"] = inputs["ref_log_probs"]
-        outputs, targets_ST = self.ask(
-            model, inputs, num_items_in_batch=num_items_in_batch, **self._loss_options, **given
-        )
+        outputs, targets_ST = self.ask.step(model, inputs, num_items_in_batch)
         if self.args.token_metrics:
             if "ref_log_probs" not in inputs and self.start_model is not None and self._logs_after_this_step():
                 inputs = {**inputs, "ref_log_probs": self.ask.log_probs(self.start_model, inputs)}
@@ -251,17 +228,12 @@ class GFTTrainer(Trainer):
         columns = [self.ask.experts(model, inputs, builder.pad_id)]
         for temperature in args.eval_temperatures:
             sampled = builder.sample(self.model, inputs, args.eval_num_generations, temperature, entropy)
-            lines = heldout_lines(inputs, sampled, builder.rewards, self.is_truncated)
+            lines = heldout_lines(inputs, sampled, builder.rewards)
             columns.append(torch.tensor(lines, device=args.device))
         lines_BX = torch.cat(columns, 1)
         return None, lines_BX, torch.zeros(len(inputs), device=args.device)
 
     # Reporting
-
-    def is_truncated(self, response: Response) -> bool:
-        """Whether a sample was cut at the length limit."""
-        stops, tokenizer = self.args.stop_strings, self.processing_class
-        return response.source == "sampled" and not is_complete(response.ids, self.builder.eos_ids, stops, tokenizer)
 
     def _logs_after_this_step(self) -> bool:
         return (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0

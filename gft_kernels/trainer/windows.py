@@ -6,16 +6,22 @@ A window is the micro-batches of one step's gradient accumulation.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 
 from gft_kernels.data.rows import Response
+from gft_kernels.model import shared_prompts
 from gft_kernels.model.columns import IGNORE
 from gft_kernels.trainer.config import GFTConfig
 from gft_kernels.trainer.groups import Group, collate
+
+logger = logging.getLogger(__name__)
+WORTHWHILE = 0.9  # of the tokens of whole rows; a second pass through the layers costs what some tokens do
 
 
 @dataclass
@@ -50,33 +56,81 @@ def same_group(pairs: Sequence[tuple[Group, Response]]) -> list[list[tuple[Group
 def window_of(
     parts: Sequence[Sequence[Group]],
     pad_id: int,
-    left_out: Callable[[Response], bool] | None,
+    masks_truncated: bool,
     shares: Callable[[Sequence[Group]], bool],
 ) -> Window:
     """The window of these micro-batches without the groups that are left out.
 
-    Responses `left_out` keep no target there, so no loss. A micro-batch that `shares` holds each prompt once.
+    With `masks_truncated` truncated responses keep no target there, so no loss. A micro-batch that `shares` holds each
+    prompt once.
     """
     kept = [[group for group in part if not group.left_out] for part in parts]
     micro_batches = [collate(part, pad_id, shares(part)) for part in kept]
     for part, inputs in zip(kept, micro_batches, strict=True):
         for s, response in enumerate(r for g in part for r in g.responses):
-            if left_out is not None and left_out(response):
+            if masks_truncated and response.truncated:
                 inputs["targets"][s] = IGNORE
     return Window([g for part in parts for g in part if g.responses], micro_batches)
 
 
-class Queue:
-    """Windows that are sampled and not yet trained on; those of an epoch that was broken off are forgotten."""
+class Sharing:
+    """`share_prompts` of a run. Raises ValueError, with the reason, where it is True and cannot be.
 
-    def __init__(self):
-        self.windows: list[Window] = []
-        self.source: Iterator | None = None
+    model: the language model inside its wrappers. `reason`: why its training computes whole rows, or None. `samples`:
+    whether sampling computes each prompt once.
+    """
 
-    def is_empty(self, source: Iterator) -> bool:
-        if self.source is not source:
-            self.windows, self.source = [], source
-        return not self.windows
+    def __init__(self, args: GFTConfig, model: Any, accelerator):
+        self.asked, self.tells, self.told = args.share_prompts, args.should_log, False
+        self.samples, self.reason = False, None
+        if self.asked is False:
+            return
+        kept = refusal_of_wrapper(accelerator) or shared_prompts.refusal_of_cache(model)
+        kept = kept or shared_prompts.refusal_of_trial(model)
+        self.samples = kept is None
+        self.reason = kept or refusal_of_run(args) or shared_prompts.refusal_of_loss(model, training=True)
+        if self.asked is True and self.reason is not None:
+            raise ValueError(f"share_prompts must be 'auto' or False here, got True; {self.reason}.")
+        if self.reason is not None:
+            self._tell(self.reason)
+
+    def applies(self, groups: Sequence[Group]) -> bool:
+        """Whether the prompts of this micro-batch are computed once: 'auto' counts the tokens that pass the layers."""
+        pairs = [(len(g.row.prompt_ids), len(r.ids)) for g in groups for r in g.responses]
+        if self.asked is False or self.reason is not None or not pairs:
+            return False
+        prompts = max(prompt for prompt, _ in pairs) * sum(bool(g.responses) for g in groups)
+        shared = prompts + len(pairs) * max(response for _, response in pairs)
+        whole = len(pairs) * max(map(sum, pairs))
+        if self.asked is True or shared <= WORTHWHILE * whole:
+            return True
+        if not self.told:
+            self._tell(f"a micro-batch of {whole} tokens would be one of {shared}, too little to gain (told once)")
+        self.told = True
+        return False
+
+    def _tell(self, reason: str) -> None:
+        if self.tells:
+            logger.warning("share_prompts: training computes prompts with every response, for %s", reason)
+
+
+def refusal_of_wrapper(accelerator) -> str | None:
+    """Why what is wrapped around the model cannot serve a cache of its prompts."""
+    kind = accelerator.distributed_type
+    if kind in ("FSDP", "DEEPSPEED"):
+        return f"{kind.value} gathers weights, or reduces gradients, once for each call of a layer"
+    return None
+
+
+def refusal_of_run(args: GFTConfig) -> str | None:
+    """Why this run, whatever its model, cannot train on shared prompts."""
+    if args.torch_compile:
+        return "torch_compile would compile for every length of a prompt"
+    if args.gradient_checkpointing:
+        return "gradient checkpointing runs layers again without their cache"
+    if args.neftune_noise_alpha:
+        return "neftune_noise_alpha draws noise anew for each row in training"
+    return None
 
 
 class EvenSampler(Sampler):
@@ -143,9 +197,9 @@ def refuse_layouts(args: GFTConfig, accelerator) -> None:
         )
     if getattr(accelerator, "parallelism_config", None) is not None:
         raise ValueError("parallelism_config must be absent, got one; only data parallelism is supported.")
-    if str(accelerator.distributed_type).endswith("FSDP") and not accelerator.is_fsdp2:
+    if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise ValueError("fsdp_version must be 2, got 1; its flat parameters cannot be sampled from.")
-    if args.sync_ref_model and str(accelerator.distributed_type).endswith("DEEPSPEED"):
+    if args.sync_ref_model and accelerator.distributed_type == "DEEPSPEED":
         raise ValueError("sync_ref_model must be False with DeepSpeed, got True; the copy could not follow the policy.")
     for name in ("dispatch_batches", "split_batches"):
         if getattr(args.accelerator_config, name):

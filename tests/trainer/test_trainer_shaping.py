@@ -110,7 +110,7 @@ def test_a_response_ends_with_a_stop_string_and_is_not_truncated(tmp_path, rollo
                 for response in (r for r in group.responses if r.source == "sampled"):
                     text = tokenizer.decode(response.ids)
                     found = [text.find(s) for s in stops if s in text]
-                    assert self.is_truncated(response) == (not found and response.ids[-1] != 1)
+                    assert response.truncated == (not found and response.ids[-1] != 1)
                     assert not found or min(found) == len(text) - 1
                     longest[0] = max(longest[0], len(response.ids))
             return inputs, count

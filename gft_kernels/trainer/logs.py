@@ -1,21 +1,25 @@
-"""Small callbacks: the metrics on disk, a readable line for each log call, and a checkpoint before a signal's end."""
+"""What a run writes down and shows: its metrics, a line for each log call, groups of responses."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import signal
 import sys
+import textwrap
 import time
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
-METRICS_FILE = "metrics.jsonl"
+from gft_kernels.trainer.groups import Group
+
+METRICS_FILE, COMPLETIONS_FILE = "metrics.jsonl", "completions.jsonl"
+LIBRARIES = ("_wandb", "_trackio")  # where transformers' callbacks keep the library whose tables can be logged
 
 
 def say(text: str, file=None, write=print) -> None:
@@ -109,58 +113,6 @@ def time_left(seconds: float) -> str:
     return f"about {max(seconds, 0) / 60:.0f} min left" if seconds > 90 else f"about {max(seconds, 0):.0f} s left"
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C, SIGTERM or SIGHUP finishes the step, saves a checkpoint and stops; the same once more stops at once.
-
-    Works in the main thread only, where signals arrive. `interrupted` tells afterwards what happened. As a context
-    manager (`with stop: trainer.train()`) it gives the signals back even when training raises; GFTTrainer does that.
-    """
-
-    def __init__(self):
-        self.interrupted = False
-        self._before = {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        for number in SIGNALS:
-            ignored = signal.getsignal(number) is signal.SIG_IGN  # nohup: the run is to outlive its terminal
-            if number not in self._before and not (ignored and number != signal.SIGINT):
-                self._before[number] = signal.signal(number, self._on_signal) or signal.SIG_DFL
-
-    def _on_signal(self, number, frame):
-        # Only this signal is given back: a launcher answers Ctrl-C by a SIGTERM to its ranks.
-        signal.signal(number, self._before.pop(number))
-        if not self.interrupted:
-            again = "press Ctrl-C again" if number == signal.SIGINT else "send the signal again"
-            say(f"\nfinishing this step, then saving; {again} to stop at once", sys.stderr)
-        self.interrupted = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1:  # signals reach ranks at different times, but all must stop after the same step
-            flag = torch.tensor(int(self.interrupted), device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.interrupted = bool(flag.item())
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-        let_go_of_lost_terminal()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.restore()
-
-    def restore(self) -> None:
-        """The signals mean again what they meant before training."""
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *raised):
-        self.restore()
-
-
 def read_metrics(run: str | Path) -> list[dict]:
     """The log lines of a run in step order; where a resumed run logged a step again, the later line counts.
 
@@ -187,3 +139,53 @@ def read_metrics(run: str | Path) -> list[dict]:
             f"{path}: line {', '.join(torn)} was cut short and is left out.", stacklevel=1
         )  # once, whoever reads
     return [lines[key] for key in sorted(lines)]
+
+
+# Groups of responses
+
+
+def show_completions(
+    groups: Sequence[Group], step: int, output_dir: str, callbacks: Iterable[TrainerCallback] = ()
+) -> None:
+    """Prints the first group, appends one JSON line per response of all to completions.jsonl, and tells trackers."""
+    entries = []
+    for row, r in ((g.row, r) for g in groups for r in g.responses):
+        entry = {"step": step, "row": row.where, "source": r.source, "advantage": r.advantage}
+        entry |= {"reward": r.reward if r.reward == r.reward else None, "prompt": row.prompt, "text": r.text}
+        entries.append(entry)
+    with Path(output_dir, COMPLETIONS_FILE).open("a", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    say("\n" + completions_table(groups[0], step))
+    _to_trackers(groups, entries, step, callbacks)
+
+
+def _to_trackers(groups: Sequence[Group], entries: list[dict], step: int, callbacks: Iterable[TrainerCallback]) -> None:
+    for callback in callbacks:
+        library = next(filter(None, (getattr(callback, name, None) for name in LIBRARIES)), None)
+        if library is not None:
+            import pandas
+
+            table = pandas.DataFrame([{**entry, "prompt": _asked(entry["prompt"])} for entry in entries])
+            library.log({"completions": library.Table(dataframe=table), "train/global_step": step})
+        elif isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            text = "\n\n".join(completions_table(group, step) for group in groups)
+            callback.tb_writer.add_text("completions", textwrap.indent(text, "    "), step)  # Markdown: as it is
+
+
+def completions_table(group: Group, step: int, width: int = 110) -> str:
+    """One group as a table: where each response comes from, its reward, its advantage, its text."""
+    lines = [f"step {step} · {group.row.where} · {shorten(_asked(group.row.prompt), width)}"]
+    lines.append(f"{'source':8} {'reward':>7} {'advantage':>9} {'tokens':>6}  text")
+    for r in group.responses:
+        text = shorten(r.text, width - 36)
+        lines.append(f"{r.source:8} {r.reward:7.3f} {r.advantage:+9.3f} {len(r.ids):6}  {text}")
+    return "\n".join(lines)
+
+
+def _asked(prompt: str | list[dict]) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def shorten(text: str, width: int) -> str:
+    """The beginning of a text, on one line."""
+    return textwrap.shorten(text.replace("\n", " ⏎ "), width, placeholder=" …")
