@@ -12,9 +12,10 @@ from gft_kernels.cli import extraction_demo, scratch_demos
 TAKES = {"gsm8k": ("data",), "digit-sum": (), **dict.fromkeys(extraction_demo.TASKS, ("model", "seed"))}
 
 
-def demo(out: str, part: str, **given: Any) -> None:
+def demo(out: str, part: str, **given: Any) -> str:
     """One training; its models, logs and plots lie in `out`. given: `data`, `model`, `seed`, or None.
 
+    Returns: how long it took.
     Raises: ValueError for an option that the part does not take; FileNotFoundError, RowError for `data` that is no
     GSM8K.
     """
@@ -32,4 +33,4 @@ def demo(out: str, part: str, **given: Any) -> None:
         scratch_demos.digit_sum_demo(directory)
     else:
         extraction_demo.run(directory, part, **options)
-    print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
+    return f"{part}: {time.perf_counter() - start:.0f} s"

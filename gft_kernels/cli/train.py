@@ -25,24 +25,20 @@ from gft_kernels.trainer.rewards import find
 
 
 def train(
-    config: str | None,
-    flags: list[str],
-    data: str | None,
-    resume: bool,
-    dry: bool = False,
-    ranks: int | None = None,
-    anyway: bool = False,
-) -> int:
-    """One training run, or the report of a dry one; returns the exit code."""
+    config: str | None, overrides: list[str], data: str | None, resume: bool, resume_anyway: bool, dry: bool,
+    ranks: int | None,
+) -> int | str:  # fmt: skip
+    """One training run, or a dry one; returns the exit code, or the report."""
     try:
-        settings, options = load(config, flags, data)
+        if ranks is not None and (not dry or ranks < 1):
+            raise ValueError("--ranks must be at least 1 and come with --dry-run; torchrun decides otherwise.")
+        settings, options = load(config, overrides, data)
         if dry:
             from gft_kernels.cli.dry_run import dry_run
 
-            print(dry_run(settings, options, ranks or 1))
-            return DONE
+            return dry_run(settings, options, ranks or 1)
         with folder.locked(options["output_dir"]):
-            return run(settings, options, resume or anyway, anyway)
+            return run(settings, options, resume or resume_anyway, resume_anyway)
     except (*BAD, RewardError) as error:
         return ended(BAD_INPUT, one_line(error))
 
