@@ -92,18 +92,15 @@ class CarryAdvantages:
         self.collator, self.padding_side = collator, padding_side
 
     def __call__(self, features: list, *args: Any, **kwargs: Any) -> Any:
-        packs = [feature if isinstance(feature, list) else None for feature in features]
-        taken = [
-            [self._take(row) for row in (pack or [feature])] for pack, feature in zip(packs, features, strict=True)
-        ]
-        rows = [
-            [without(row) for row in pack] if pack else without(row) for pack, row in zip(packs, features, strict=True)
-        ]
-        batch = self.collator(rows, *args, **kwargs)
-        if packs[0] is None:
-            batch[COLUMN] = torch.tensor([advantage for [(advantage, _)] in taken])
-        else:
+        packed = isinstance(features[0], list)
+        packs = features if packed else [[row] for row in features]
+        taken = [[self._take(row) for row in pack] for pack in packs]
+        bare = [[without(row) for row in pack] for pack in packs]
+        batch = self.collator(bare if packed else [row for [row] in bare], *args, **kwargs)
+        if packed:
             batch[COLUMN] = torch.stack([self._per_token(pack, batch["labels"].shape[1]) for pack in taken])
+        else:
+            batch[COLUMN] = torch.tensor([advantage for [(advantage, _)] in taken])
         return batch
 
     def _take(self, row: Mapping[str, Any]) -> tuple[float, int]:

@@ -53,12 +53,7 @@ class GFTGRPOTrainer(GRPOTrainer):
         if isinstance(self.train_dataset, Dataset):  # the rows of a stream are checked as they come
             for i, row in enumerate(self.train_dataset):
                 self._demonstrations(row, f"train_dataset[{i}]")
-        patch_trainer(
-            self,
-            rectify=self.args.rectify,
-            temperature=self.args.temperature,
-            reduction=self.args.reduction,
-        )
+        patch_trainer(self, rectify=self.args.rectify, temperature=self.args.temperature, reduction=self.args.reduction)
         self._end_as_demonstrations()
         self._given: list[list[int] | None] = []  # of the batch being generated: a demonstration's ids, None: to sample
         self._rewards_NF: Tensor | None = None
@@ -159,10 +154,7 @@ class GFTGRPOTrainer(GRPOTrainer):
         if self.top_entropy_quantile < 1.0:
             advantages = advantages[:, None] * self._uncertain(model, texts, targets_ST)
         outputs = model(
-            **texts,
-            shift_labels=targets_ST,
-            gft_advantages=advantages,
-            num_items_in_batch=self._num_items(inputs),
+            **texts, shift_labels=targets_ST, gft_advantages=advantages, num_items_in_batch=self._num_items(inputs)
         )
         if self.args.token_metrics:
             means = token_means(outputs.stats, targets_ST != IGNORE)
