@@ -1,6 +1,6 @@
 """`gft demo`: a real language model that learns to extract, or a model from scratch; each in a few minutes on a CPU.
 
-From scratch: a small base model is fitted first (the same trainer with A = 1 and tau = 0, which is SFT), then GFT-tuned.
+From scratch: a small base model is fitted first (the same trainer with A = 1 and tau = 0, which is SFT), then tuned.
 """
 
 from __future__ import annotations

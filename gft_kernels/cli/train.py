@@ -49,7 +49,8 @@ def run(settings: RunSettings, options: dict[str, Any], resume: bool, anyway: bo
         disable_progress_bar()  # transformers' own, of weights read and written: a log would fill with them
     stop = SaveOnInterrupt()
     checkpoint, notes = folder.starting_point(options["output_dir"], resume, anyway)
-    trainer = build(settings, options, checkpoint, stop, notes, anyway)
+    trainer = build(settings, options, checkpoint, notes, anyway)
+    trainer.add_callback(stop)
     output_dir = str(trainer.args.output_dir)
     announce(trainer, checkpoint, notes)
     try:
@@ -89,12 +90,7 @@ def is_full(error: Exception) -> bool:
 
 
 def build(
-    settings: RunSettings,
-    options: dict[str, Any],
-    checkpoint: Path | None,
-    stop: SaveOnInterrupt,
-    notes: list[str],
-    anyway: bool,
+    settings: RunSettings, options: dict[str, Any], checkpoint: Path | None, notes: list[str], anyway: bool
 ) -> GFTTrainer:
     """The trainer of a run, everything about it checked; what is to be said of it is added to `notes`."""
     given, options = options, {**options, **({"eval_on_start": False} if checkpoint is not None else {})}
@@ -117,7 +113,7 @@ def build(
     try:
         trainer = GFTTrainer(
             settings.model, args, train_rows, eval_rows, tokenizer,
-            reward_funcs=rewards, rollout_fn=rollout_fn, callbacks=[stop], peft_config=lora,
+            reward_funcs=rewards, rollout_fn=rollout_fn, peft_config=lora,
         )  # fmt: skip
     except SafetensorError as error:
         raise ValueError(f"model must have whole weights, got {settings.model!r}; {error}.") from None

@@ -39,7 +39,5 @@ def _row(record: Record) -> Record:
     require(is_text(expert), "extra_info.answer", "be the expert's solution", expert)
     listed = isinstance(teachers, list) and all(map(is_text, teachers))
     require(listed, "extra_info.model_answer", "be a list of the teachers' solutions", teachers)
-    return Record.at(
-        record.where,
-        {"prompt": record["prompt"], "demonstrations": [expert, *(teachers or ())], "answer": str(truth)},
-    )
+    row = {"prompt": record["prompt"], "demonstrations": [expert, *(teachers or ())], "answer": str(truth)}
+    return Record.at(record.where, row)

@@ -158,8 +158,8 @@ def test_a_configuration_that_cannot_be_read_is_one_sentence(tmp_path, capsys, t
     ("arguments", "message"),
     [
         (["train"], "gft train: key `model` must be given"),
-        (["train", "--config", "none.yaml"], "--config must be a YAML file, got 'none.yaml'; there is no such file"),
-        (["train", "--config", "."], "--config must be a file that can be read, got '.'; Is a directory"),
+        (["train", "--config", "none.yaml"], "--config must be a YAML file that can be read, got 'none.yaml'; No such"),
+        (["train", "--config", "."], "--config must be a YAML file that can be read, got '.'; Is a directory"),
         (["plot", "none"], "gft plot: run must be a directory with metrics.jsonl, got 'none'"),
         (["demo", "--only", "gsm8k", "--data", "none"], "gft demo: "),
         (["demo", "--only", "digit-sum", "--out", "rows.jsonl"], "gft demo: "),
