@@ -122,9 +122,7 @@ def parser(keys: Iterable[str] = ()) -> argparse.ArgumentParser:
         "--only", choices=("dates", "json", "digit-sum", "gsm8k"), dest="part", default="dates",
         help="what to learn: the first two of a pretrained model, the others from scratch (default: %(default)s)",
     )  # fmt: skip
-    demo.add_argument(
-        "--model", help="dates, json: a folder, a GGUF file or a name, as of gft train (default: smollm2)"
-    )
+    demo.add_argument("--model", help="dates, json: a folder, a GGUF file or a name, as gft train's (default: smollm2)")
     demo.add_argument("--seed", type=int, help="dates, json: of rows' order and samples (default: 0)")
     demo.add_argument("--data", help="gsm8k: the full set, a directory with train.parquet, test.parquet and socratic/")
     demo.set_defaults(function="gft_kernels.cli.demo:demo")

@@ -20,6 +20,9 @@ from gft_kernels import checks
 from gft_kernels.advantages import group_advantages
 from gft_kernels.api import policy_loss
 from gft_kernels.arguments import completed
+from gft_kernels.data.fields import check_record
+from gft_kernels.data.readers import RowError
+from gft_kernels.data.text import encode_prompt, encode_response
 from gft_kernels.model.columns import PER_CALL
 from gft_kernels.model.forward import OF_THE_MODEL, refuse
 from gft_kernels.model.guard import PREFIX
@@ -38,9 +41,6 @@ def response_rows(rows: Iterable[Mapping[str, Any]], **normalisation: Any) -> li
 
     Raises: ValueError for a malformed row.
     """
-    from gft_kernels.data.fields import check_record
-    from gft_kernels.data.readers import RowError
-
     found: list[dict[str, Any]] = []
     for number, given in enumerate(rows):
         where = getattr(given, "where", f"rows[{number}]")
@@ -63,8 +63,6 @@ def encode_row(row: Mapping[str, Any], tokenizer: Any, max_length: int | None = 
     The response is closed once, after messages as the chat template closes a turn, else by the end-of-text token.
     Raises: ValueError for a row of more than max_length tokens.
     """
-    from gft_kernels.data.text import encode_prompt, encode_response
-
     prompt = encode_prompt(tokenizer, row["prompt"], row.get("tools"), row.get("chat_template_kwargs"))
     response = encode_response(tokenizer, row["response"], row["prompt"], prompt)
     length = len(prompt) + len(response)
@@ -157,9 +155,7 @@ def patch_for_rows(model: nn.Module, *, counted: bool = True, **loss_options: An
     return model
 
 
-def complete_batch(
-    counted: bool, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
+def complete_batch(counted: bool, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]]:
     """A call's arguments with the column as a tensor. Raises ValueError for labels without what belongs to them."""
     labels, advantages = kwargs.get("labels"), kwargs.get(COLUMN)
     if labels is None:

@@ -31,9 +31,7 @@ class GFTPolicyLossConfig(PolicyLossConfig):
 
     def __post_init__(self):
         if self.loss_mode != NAME:
-            raise ValueError(
-                f"loss_mode must be {NAME!r}, got {self.loss_mode!r}; no other loss reads tau and rectify."
-            )
+            raise ValueError(f"loss_mode must be {NAME!r}, got {self.loss_mode!r}; no other reads tau and rectify.")
         checks.check_coefficient(self.tau, self.rectify)
 
 

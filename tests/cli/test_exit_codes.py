@@ -94,8 +94,8 @@ FLAGS = [
     (["--model", "no/such/model"], "model must be a folder or the name of a model on the hub, got 'no/such/model'"),
     (["--model", "nobody/nothing"], "model must be a folder or the name of a model on the hub, with a tokenizer, got"),
     (["--tokenizer", "./none"], "tokenizer must be a folder or the name of a model on the hub, got './none'"),
-    (["--output_dir", "rows.jsonl/run"], "output_dir must be a folder that can be written, got 'rows.jsonl/run'; Not"),
-    (["--output_dir", "/proc/nothing"], "output_dir must be a folder that can be written, got '/proc/nothing'"),
+    (["--output_dir", "rows.jsonl/run"], "output_dir must be a writable folder, got 'rows.jsonl/run'; Not"),
+    (["--output_dir", "/proc/nothing"], "output_dir must be a writable folder, got '/proc/nothing'"),
     (["--resume"], "--resume must find a whole checkpoint in output_dir, got none"),
     # the user's own code
     (["--rewards", "nothing:here"], "reward function must be importable, got 'nothing:here'"),

@@ -69,7 +69,7 @@ class GFTGRPOTrainer(GRPOTrainer):
     def _demonstrations(self, row: dict, where: str) -> list[list[int]]:
         """Token ids of the row's demonstrations, each with its end token. Raises RowError."""
         row = check_record(row, where)
-        texts, longest = demonstrations(row, self.args.num_demonstrations, where), self.args.max_completion_length
+        texts, limit = demonstrations(row, self.args.num_demonstrations, where), self.args.max_completion_length
         prompt, variables = row["prompt"], cast(dict, self.chat_template_kwargs)
         try:
             prompt_ids = encode_prompt(self._tokenizer, prompt, chat_template_kwargs=variables)
@@ -77,10 +77,8 @@ class GFTGRPOTrainer(GRPOTrainer):
             raise RowError(f"{where}: {error}.") from None
         ids = [encode_response(self._tokenizer, text, prompt, prompt_ids) for text in texts]
         length = max(map(len, ids), default=0)
-        if longest is not None and length > longest:
-            raise RowError(
-                f"{where}: a demonstration has {length} tokens, max_completion_length is {longest}; raise it."
-            )
+        if limit is not None and length > limit:
+            raise RowError(f"{where}: a demonstration has {length} tokens, max_completion_length is {limit}; raise it.")
         return ids
 
     # One generation batch
