@@ -22,6 +22,11 @@ class Record(dict):
         record.where = where
         return record
 
+    def require(self, holds: bool, field: str, condition: str, value: object) -> None:
+        """Raises RowError, which names place and field, where the condition does not hold of the value."""
+        if not holds:
+            raise RowError(f"{self.where}: field `{field}` must {condition}, got {value!r:.60}.")
+
 
 def read_records(path: str | Path) -> list[Record]:
     """Rows of a .jsonl, .json or .parquet file, each knowing its place.
