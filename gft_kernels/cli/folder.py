@@ -50,9 +50,7 @@ def locked(output_dir: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _opened(path)
     except OSError as error:
-        raise ValueError(
-            f"output_dir must be a folder that can be written, got {output_dir!r}; {error.strerror}."
-        ) from None
+        raise ValueError(f"output_dir must be a writable folder, got {output_dir!r}; {error.strerror}.") from None
     with file:
         try:
             yield
@@ -98,7 +96,7 @@ def starting_point(output_dir: str, resume: bool, anyway: bool) -> tuple[Path | 
         there = [*checkpoints(output_dir), *(p for pattern in MODELS for p in Path(output_dir).glob(pattern))]
         if there:
             raise ValueError(
-                f"output_dir must be free of another run, got {str(there[0])!r}; add --resume or choose another one."
+                f"output_dir must hold no other run, got {str(there[0])!r}; add --resume or choose another."
             )
         return None, []
     found, notes = newest_whole(output_dir, RANKS, weights_suffice=anyway)

@@ -43,14 +43,11 @@ def init(data: str, model: str, out: str, lora: bool = False) -> str:
 
 def of_rows(records: Sequence[dict], model: str) -> dict[str, Any]:
     """What the rows decide: where the responses of a group come from, what rewards them, and how long they may be."""
-    given = "responses" if "responses" in records[0] else "demonstrations"
-    texts = [record.get(given) or [] for record in records]
-    chosen: dict[str, Any] = {}
-    if given == "demonstrations":
-        chosen["num_demonstrations"] = min(len(each) for each in texts)
-    chosen["num_generations"] = 0 if given == "responses" else RESPONSES
-    if given == "demonstrations":
-        chosen["rewards"] = [ready_reward(records) or OWN_REWARD]
+    offline = "responses" in records[0]
+    texts = [record.get("responses" if offline else "demonstrations") or [] for record in records]
+    chosen: dict[str, Any] = {"num_generations": 0 if offline else RESPONSES}
+    if not offline:
+        chosen |= {"num_demonstrations": min(map(len, texts)), "rewards": [ready_reward(records) or OWN_REWARD]}
     tokenizer = local(AutoTokenizer, located(model))
     longest = max((text for each in texts for text in each), key=len, default=None)
     if tokenizer is not None and longest is not None:

@@ -31,9 +31,7 @@ def configuration(options: dict[str, Any]) -> GFTConfig:
     except (*BAD, ImportError):
         raise
     except Exception as error:
-        raise ValueError(
-            f"options must be those of GFTConfig, got {type(error).__name__}: {one_line(error)}"
-        ) from error
+        raise ValueError(f"options must be GFTConfig's, got {type(error).__name__}: {one_line(error)}") from error
     asked: Any = found.report_to  # which transformers has made a list
     installed = get_available_reporting_integrations()
     for name in TRACKERS:

@@ -27,7 +27,6 @@ def merge(run: str, out: str) -> str:
         base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         model = PeftModel.from_pretrained(base, run).merge_and_unload(safe_merge=True)
         model.to(getattr(AutoConfig.from_pretrained(name), "dtype", None) or torch.float32).save_pretrained(out)
-        AutoTokenizer.from_pretrained(run if Path(run, "tokenizer_config.json").is_file() else name).save_pretrained(
-            out
-        )
+        tokenizer = run if Path(run, "tokenizer_config.json").is_file() else name
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(out)
     return f"model        {out}, from {name} and {run}\nto publish   hf upload YOUR_NAME/{Path(out).name} {out}"

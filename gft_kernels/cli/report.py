@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from gft_kernels.cli.folder import MODELS, README, RECORD
-from gft_kernels.cli.plots import draw, svgs
+from gft_kernels.cli.plots import draw, logged, svgs
 from gft_kernels.trainer.logs import COMPLETIONS_FILE, METRICS_FILE
 
 PAGE = "report.html"
@@ -49,9 +49,12 @@ def write(run: str | Path, lines: list[dict]) -> list[Path]:
     return [curves, _rendered(README, found, Path(run, README)), _rendered(PAGE, found, Path(run, PAGE))]
 
 
-def write_page(run: str | Path, lines: list[dict], out: str | Path) -> Path:
-    """Writes the page of a run to a path of one's own."""
-    return _rendered(PAGE, content(run, lines), Path(out))
+def plot(run: str, out: str | None) -> str:
+    """Writes all of these, or the page (.html) or the curves to a path of one's own; returns what was written."""
+    lines = logged(run)
+    if out is None:
+        return "\n".join(map(str, write(run, lines)))
+    return str(_rendered(PAGE, content(run, lines), Path(out)) if out.endswith(".html") else draw(lines, out))
 
 
 def content(run: str | Path, lines: list[dict]) -> dict[str, Any]:

@@ -117,10 +117,8 @@ def _read_yaml(path):
         return {}
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"--config must be a YAML file, got {path!r}; there is no such file.") from None
     except OSError as error:
-        raise ValueError(f"--config must be a file that can be read, got {path!r}; {error.strerror}.") from None
+        raise ValueError(f"--config must be a YAML file that can be read, got {path!r}; {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8, got another encoding; {error}.") from None
     values = _parse(text, path)

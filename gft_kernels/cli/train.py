@@ -24,24 +24,20 @@ from gft_kernels.trainer.rewards import find
 
 
 def train(
-    config: str | None,
-    flags: list[str],
-    data: str | None,
-    resume: bool,
-    dry: bool = False,
-    ranks: int | None = None,
-    anyway: bool = False,
-) -> int:
-    """One training run, or the report of a dry one; returns the exit code."""
+    config: str | None, overrides: list[str], data: str | None, resume: bool, resume_anyway: bool, dry: bool,
+    ranks: int | None,
+) -> int | str:  # fmt: skip
+    """One training run, or a dry one; returns the exit code, or the report."""
     try:
-        settings, options = load(config, flags, data)
+        if ranks is not None and (not dry or ranks < 1):
+            raise ValueError("--ranks must be at least 1 and come with --dry-run; torchrun decides otherwise.")
+        settings, options = load(config, overrides, data)
         if dry:
             from gft_kernels.cli.dry_run import dry_run
 
-            print(dry_run(settings, options, ranks or 1))
-            return DONE
+            return dry_run(settings, options, ranks or 1)
         with folder.locked(options["output_dir"]):
-            return run(settings, options, resume or anyway, anyway)
+            return run(settings, options, resume or resume_anyway, resume_anyway)
     except (*BAD, RewardError) as error:
         return ended(BAD_INPUT, one_line(error))
 
@@ -52,7 +48,8 @@ def run(settings: RunSettings, options: dict[str, Any], resume: bool, anyway: bo
         disable_progress_bar()  # transformers' own, of weights read and written: a log would fill with them
     stop = SaveOnInterrupt()
     checkpoint, notes = folder.starting_point(options["output_dir"], resume, anyway)
-    trainer = build(settings, options, checkpoint, stop, notes, anyway)
+    trainer = build(settings, options, checkpoint, notes, anyway)
+    trainer.add_callback(stop)
     output_dir = str(trainer.args.output_dir)
     announce(trainer, checkpoint, notes)
     try:
@@ -92,19 +89,12 @@ def is_full(error: Exception) -> bool:
 
 
 def build(
-    settings: RunSettings,
-    options: dict[str, Any],
-    checkpoint: Path | None,
-    stop: SaveOnInterrupt,
-    notes: list[str],
-    anyway: bool,
+    settings: RunSettings, options: dict[str, Any], checkpoint: Path | None, notes: list[str], anyway: bool
 ) -> GFTTrainer:
     """The trainer of a run, everything about it checked; what is to be said of it is added to `notes`."""
     given, options = options, {**options, **({"eval_on_start": False} if checkpoint is not None else {})}
     if settings.eval_data is None and (given.get("eval_on_start") or given.get("eval_strategy", "no") != "no"):
-        raise ValueError(
-            "eval_data must be given where eval_on_start or eval_strategy asks for evaluation, got nothing."
-        )
+        raise ValueError("eval_data must be given where eval_on_start or eval_strategy asks for it, got nothing.")
     args = configuration(options)
     lora = None if settings.peft is None else adapters.lora_config(settings.peft)
     rewards = [find(name) for name in settings.rewards or ()]  # before the rows, which take longer
@@ -120,7 +110,7 @@ def build(
     try:
         trainer = GFTTrainer(
             settings.model, args, train_rows, eval_rows, tokenizer,
-            reward_funcs=rewards, rollout_fn=rollout_fn, callbacks=[stop], peft_config=lora,
+            reward_funcs=rewards, rollout_fn=rollout_fn, peft_config=lora,
         )  # fmt: skip
     except SafetensorError as error:
         raise ValueError(f"model must have whole weights, got {settings.model!r}; {error}.") from None

@@ -10,6 +10,8 @@ import re
 import threading
 from decimal import Decimal, InvalidOperation
 
+from gft_kernels.data.readers import fields_once
+
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 NO_MATH_VERIFY = "math_verify must be installed for this reward, got none; run pip install 'gft-kernels[math]'."
@@ -69,15 +71,9 @@ def read_number(text: str) -> Decimal | None:
 def canonical(text: str) -> str | None:
     """The one spelling of a JSON value, by which two texts of it are compared; None for what is none."""
     try:
-        return json.dumps(json.loads(text, object_pairs_hook=_fields, parse_constant=_refused), sort_keys=True)
+        return json.dumps(json.loads(text, object_pairs_hook=fields_once, parse_constant=_refused), sort_keys=True)
     except (ValueError, RecursionError):
         return None
-
-
-def _fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a field stands twice")
-    return found
 
 
 def _refused(constant: str) -> None:

@@ -10,7 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from gft_kernels.data.readers import Record, RowError, read_records
+from gft_kernels.data.fields import is_text
+from gft_kernels.data.readers import Record, read_records
 
 SAMPLE = Path(__file__).parent / "samples"
 CALCULATION = re.compile(r"<<[^>]*>>")
@@ -34,18 +35,15 @@ def read_rows(path: str | Path | None = None, split: str = "train") -> list[Reco
     if not beside.is_file():
         return [_row(r.where, r["question"], [r["answer"]]) for r in records]
     socratic = {r["question"]: r["answer"] for r in map(_checked, read_records(beside))}
-    missing = next((r for r in records if r["question"] not in socratic), None)
-    if missing is not None:
-        raise RowError(f"{missing.where}: field `question` must occur in {beside} as well, got one that does not.")
+    for r in records:
+        r.require(r["question"] in socratic, "question", f"occur in {beside} as well", r["question"])
     return [_row(r.where, r["question"], [r["answer"], socratic[r["question"]]]) for r in records]
 
 
 def _checked(record: Record) -> Record:
     for name in ("question", "answer"):
-        if not isinstance(record.get(name), str) or not record[name].strip():
-            raise RowError(f"{record.where}: field `{name}` must be text, got {record.get(name)!r}.")
-    if "####" not in record["answer"]:
-        raise RowError(f"{record.where}: field `answer` must end in a line '#### <number>', got none.")
+        record.require(is_text(record.get(name)), name, "be text", record.get(name))
+    record.require("####" in record["answer"], "answer", "end in a line '#### <number>'", record["answer"])
     return record
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gft_kernels.data.fields import is_messages, is_text
-from gft_kernels.data.readers import Record, RowError, read_records
+from gft_kernels.data.readers import Record, read_records
 
 
 def read_rows(path: str | Path, split: str = "train") -> list[Record]:
@@ -23,11 +23,7 @@ def read_rows(path: str | Path, split: str = "train") -> list[Record]:
 
 
 def _row(record: Record) -> Record:
-    def require(holds: bool, field: str, condition: str, value: object) -> None:
-        if not holds:
-            raise RowError(f"{record.where}: field `{field}` must {condition}, got {value!r:.60}.")
-
-    rule, extra = record.get("reward_model"), record.get("extra_info")
+    rule, extra, require = record.get("reward_model"), record.get("extra_info"), record.require
     require(is_messages(record.get("prompt")), "prompt", "be a list of {role, content} messages", record.get("prompt"))
     require(isinstance(rule, dict), "reward_model", "be {style, ground_truth}", rule)
     require(isinstance(extra, dict), "extra_info", "be {answer, model_answer}", extra)
@@ -39,7 +35,5 @@ def _row(record: Record) -> Record:
     require(is_text(expert), "extra_info.answer", "be the expert's solution", expert)
     listed = isinstance(teachers, list) and all(map(is_text, teachers))
     require(listed, "extra_info.model_answer", "be a list of the teachers' solutions", teachers)
-    return Record.at(
-        record.where,
-        {"prompt": record["prompt"], "demonstrations": [expert, *(teachers or ())], "answer": str(truth)},
-    )
+    row = {"prompt": record["prompt"], "demonstrations": [expert, *(teachers or ())], "answer": str(truth)}
+    return Record.at(record.where, row)

@@ -84,7 +84,7 @@ def folder_of(file: Path) -> Path:
                 _make(file, folder)
     except OSError as error:
         raise ValueError(
-            f"{CACHE} must be a folder that can be written, got {str(folder.parent)!r}; {error.strerror or error}."
+            f"{CACHE} must be a writable folder, got {str(folder.parent)!r}; {error.strerror or error}."
         ) from None
     return folder
 

@@ -22,6 +22,11 @@ class Record(dict):
         record.where = where
         return record
 
+    def require(self, holds: bool, field: str, condition: str, value: object) -> None:
+        """Raises RowError, which names place and field, where the condition does not hold of the value."""
+        if not holds:
+            raise RowError(f"{self.where}: field `{field}` must {condition}, got {value!r:.60}.")
+
 
 def read_records(path: str | Path) -> list[Record]:
     """Rows of a .jsonl, .json or .parquet file, each knowing its place.
@@ -71,7 +76,7 @@ def _json(path: Path) -> Iterator[tuple[str, object]]:
 def _parsed(data: bytes, path: Path, where: str, line: int) -> object:
     """What the JSON text says. `line` is the number of its first line; a byte order mark before it is left out."""
     try:
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_fields)
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=fields_once)
     except UnicodeDecodeError as error:
         where, fault = f"{path}, line {line + data[: error.start].count(10)}", f"be UTF-8, got {error}"
     except json.JSONDecodeError as error:
@@ -79,12 +84,13 @@ def _parsed(data: bytes, path: Path, where: str, line: int) -> object:
         fault = f"be one JSON object, got {error.msg} in column {error.colno}"
     except RecursionError:
         fault = "be nested less deeply, got more levels than can be read"
-    except ValueError as error:  # of _fields, or of a number with thousands of digits
+    except ValueError as error:  # of fields_once, or of a number with thousands of digits
         fault = f"be one JSON object, got {error}"
     raise RowError(f"{where}: must {fault}.") from None
 
 
-def _fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def fields_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object. Raises: ValueError for a field that stands twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

@@ -35,9 +35,7 @@ class GFTArgs(BaseModel):
     def _nothing_that_takes_its_place(cls, config: Any) -> Any:
         for name in _REFUSED:
             if config.get(name):
-                raise ValueError(
-                    f"{name} must be unset with the GFT plugin, got {config[name]!r}; remove one of the two"
-                )
+                raise ValueError(f"{name} must be unset with the GFT plugin, got {config[name]!r}; remove one")
         if (config.get("context_parallel_size") or 1) > 1:
             raise ValueError(
                 f"context_parallel_size must be 1 with the GFT plugin, got {config['context_parallel_size']}; it cuts "

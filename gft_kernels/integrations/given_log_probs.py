@@ -20,6 +20,11 @@ class TokenLosses(NamedTuple):
     log_probs_ST: Tensor
     rectified_ST: Tensor  # bool: C(pi) < 1
 
+    def means(self, live_ST: Tensor) -> dict[str, Tensor]:
+        """Mean pi, and the share of tokens with C(pi) < 1, of those that count."""
+        tokens = live_ST.sum().clamp(min=1)
+        return {"pi": (self.log_probs_ST.exp() * live_ST).sum() / tokens, "rectified": self.rectified_ST.sum() / tokens}
+
 
 def token_losses(log_probs_ST: Tensor, advantages_ST: Tensor, live_ST: Tensor, tau: float, rectify: str) -> TokenLosses:
     """-A·C(pi)·log pi of each live token (F6), from log pi in nats; what lies at the others is never read."""

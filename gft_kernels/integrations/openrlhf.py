@@ -59,10 +59,8 @@ class GFTPolicyLoss(nn.Module):
         live_ST = action_mask.bool()
         found = token_losses(log_probs, advantages, live_ST, self.tau, self.rectify)
         loss = aggregate_loss(found.losses_ST, live_ST.float(), token_level_loss=self.token_level_loss, **totals)
-        with torch.no_grad():
-            tokens = live_ST.sum().clamp(min=1)
-            drift = torch.where(live_ST, old_log_probs - log_probs, 0.0).sum() / tokens
-        return loss, found.rectified_ST.sum() / tokens, drift, None, None
+        drift = torch.where(live_ST, old_log_probs - log_probs.detach(), 0.0).sum() / live_ST.sum().clamp(min=1)
+        return loss, found.means(live_ST)["rectified"], drift, None, None
 
 
 def policy_worker(base: Any, **loss_options: Any) -> Any:

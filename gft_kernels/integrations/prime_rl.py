@@ -28,6 +28,4 @@ def gft_loss(inputs: Any, tau: float = 0.7, rectify: str = "all") -> Any:
     live_T = inputs.loss_mask
     found = token_losses(inputs.trainer_logprobs, inputs.advantages, live_T, tau, rectify)
     losses_T = found.losses_ST if inputs.loss_weights is None else found.losses_ST * inputs.loss_weights
-    tokens = live_T.sum().clamp(min=1)
-    metrics = {"pi": (found.log_probs_ST.exp() * live_T).sum() / tokens, "rectified": found.rectified_ST.sum() / tokens}
-    return LossOutputs(loss=losses_T.sum(), metrics=metrics)
+    return LossOutputs(loss=losses_T.sum(), metrics=found.means(live_T))

@@ -20,6 +20,9 @@ from gft_kernels import checks
 from gft_kernels.advantages import group_advantages
 from gft_kernels.api import policy_loss
 from gft_kernels.arguments import completed
+from gft_kernels.data.fields import check_record
+from gft_kernels.data.readers import RowError
+from gft_kernels.data.text import encode_prompt, encode_response
 from gft_kernels.model.columns import PER_CALL
 from gft_kernels.model.forward import OF_THE_MODEL, refuse
 from gft_kernels.model.guard import PREFIX
@@ -38,9 +41,6 @@ def response_rows(rows: Iterable[Mapping[str, Any]], **normalisation: Any) -> li
 
     Raises: ValueError for a malformed row.
     """
-    from gft_kernels.data.fields import check_record
-    from gft_kernels.data.readers import RowError
-
     found: list[dict[str, Any]] = []
     for number, given in enumerate(rows):
         where = getattr(given, "where", f"rows[{number}]")
@@ -63,8 +63,6 @@ def encode_row(row: Mapping[str, Any], tokenizer: Any, max_length: int | None = 
     The response is closed once, after messages as the chat template closes a turn, else by the end-of-text token.
     Raises: ValueError for a row of more than max_length tokens.
     """
-    from gft_kernels.data.text import encode_prompt, encode_response
-
     prompt = encode_prompt(tokenizer, row["prompt"], row.get("tools"), row.get("chat_template_kwargs"))
     response = encode_response(tokenizer, row["response"], row["prompt"], prompt)
     length = len(prompt) + len(response)
@@ -92,18 +90,15 @@ class CarryAdvantages:
         self.collator, self.padding_side = collator, padding_side
 
     def __call__(self, features: list, *args: Any, **kwargs: Any) -> Any:
-        packs = [feature if isinstance(feature, list) else None for feature in features]
-        taken = [
-            [self._take(row) for row in (pack or [feature])] for pack, feature in zip(packs, features, strict=True)
-        ]
-        rows = [
-            [without(row) for row in pack] if pack else without(row) for pack, row in zip(packs, features, strict=True)
-        ]
-        batch = self.collator(rows, *args, **kwargs)
-        if packs[0] is None:
-            batch[COLUMN] = torch.tensor([advantage for [(advantage, _)] in taken])
-        else:
+        packed = isinstance(features[0], list)
+        packs = features if packed else [[row] for row in features]
+        taken = [[self._take(row) for row in pack] for pack in packs]
+        bare = [[without(row) for row in pack] for pack in packs]
+        batch = self.collator(bare if packed else [row for [row] in bare], *args, **kwargs)
+        if packed:
             batch[COLUMN] = torch.stack([self._per_token(pack, batch["labels"].shape[1]) for pack in taken])
+        else:
+            batch[COLUMN] = torch.tensor([advantage for [(advantage, _)] in taken])
         return batch
 
     def _take(self, row: Mapping[str, Any]) -> tuple[float, int]:
@@ -160,9 +155,7 @@ def patch_for_rows(model: nn.Module, *, counted: bool = True, **loss_options: An
     return model
 
 
-def complete_batch(
-    counted: bool, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
+def complete_batch(counted: bool, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]]:
     """A call's arguments with the column as a tensor. Raises ValueError for labels without what belongs to them."""
     labels, advantages = kwargs.get("labels"), kwargs.get(COLUMN)
     if labels is None:

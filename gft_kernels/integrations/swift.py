@@ -36,9 +36,7 @@ def register(name: str = "gft", **loss_options: Any) -> None:
     Raises: ValueError, TypeError. `reduction` is left out: ms-swift weighs means over tokens.
     """
     if "reduction" in loss_options:
-        raise TypeError(
-            f"reduction must be left out, got {loss_options['reduction']!r}; ms-swift weighs means over tokens"
-        )
+        raise TypeError(f"reduction must be left out, got {loss_options['reduction']!r}; ms-swift weighs token means")
     options = check_loss_options(loss_options)
 
     class GFTCallback(TrainerCallback):

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 from verl.workers.config import PolicyLossConfig
@@ -32,9 +31,7 @@ class GFTPolicyLossConfig(PolicyLossConfig):
 
     def __post_init__(self):
         if self.loss_mode != NAME:
-            raise ValueError(
-                f"loss_mode must be {NAME!r}, got {self.loss_mode!r}; no other loss reads tau and rectify."
-            )
+            raise ValueError(f"loss_mode must be {NAME!r}, got {self.loss_mode!r}; no other reads tau and rectify.")
         checks.check_coefficient(self.tau, self.rectify)
 
 
@@ -58,14 +55,6 @@ def gft_policy_loss(
     tau, rectify = options.get("tau", GFTPolicyLossConfig.tau), options.get("rectify", GFTPolicyLossConfig.rectify)
     live_ST = response_mask.bool()
     found = token_losses(log_prob, advantages, live_ST, tau, rectify)
-    with torch.no_grad():
-        tokens = live_ST.sum().clamp(min=1)
-        metrics = {
-            "actor/pi": ((found.log_probs_ST.exp() * live_ST).sum() / tokens).item(),
-            "actor/rectified": (found.rectified_ST.sum() / tokens).item(),
-        }
-    losses_ST = found.losses_ST
-    if rollout_is_weights is not None:
-        losses_ST = losses_ST * rollout_is_weights
+    losses_ST = found.losses_ST if rollout_is_weights is None else found.losses_ST * rollout_is_weights
     loss = agg_loss(losses_ST, response_mask, loss_agg_mode, **config.global_batch_info)
-    return loss, metrics
+    return loss, {f"actor/{name}": mean.item() for name, mean in found.means(live_ST).items()}

@@ -94,8 +94,8 @@ FLAGS = [
     (["--model", "no/such/model"], "model must be a folder or the name of a model on the hub, got 'no/such/model'"),
     (["--model", "nobody/nothing"], "model must be a folder or the name of a model on the hub, with a tokenizer, got"),
     (["--tokenizer", "./none"], "tokenizer must be a folder or the name of a model on the hub, got './none'"),
-    (["--output_dir", "rows.jsonl/run"], "output_dir must be a folder that can be written, got 'rows.jsonl/run'; Not"),
-    (["--output_dir", "/proc/nothing"], "output_dir must be a folder that can be written, got '/proc/nothing'"),
+    (["--output_dir", "rows.jsonl/run"], "output_dir must be a writable folder, got 'rows.jsonl/run'; Not"),
+    (["--output_dir", "/proc/nothing"], "output_dir must be a writable folder, got '/proc/nothing'"),
     (["--resume"], "--resume must find a whole checkpoint in output_dir, got none"),
     # the user's own code
     (["--rewards", "nothing:here"], "reward function must be importable, got 'nothing:here'"),
@@ -158,8 +158,8 @@ def test_a_configuration_that_cannot_be_read_is_one_sentence(tmp_path, capsys, t
     ("arguments", "message"),
     [
         (["train"], "gft train: key `model` must be given"),
-        (["train", "--config", "none.yaml"], "--config must be a YAML file, got 'none.yaml'; there is no such file"),
-        (["train", "--config", "."], "--config must be a file that can be read, got '.'; Is a directory"),
+        (["train", "--config", "none.yaml"], "--config must be a YAML file that can be read, got 'none.yaml'; No such"),
+        (["train", "--config", "."], "--config must be a YAML file that can be read, got '.'; Is a directory"),
         (["plot", "none"], "gft plot: run must be a directory with metrics.jsonl, got 'none'"),
         (["demo", "--only", "gsm8k", "--data", "none"], "gft demo: "),
         (["demo", "--only", "digit-sum", "--out", "rows.jsonl"], "gft demo: "),

@@ -8,12 +8,13 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from gft_kernels.cli import main, report
-from gft_kernels.cli.plots import PANELS, logged, svgs
+from gft_kernels.cli.plots import PANELS, svgs
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 MESSAGES = [{"role": "system", "content": "Add."}, {"role": "user", "content": "2 + 3?\n2 < 3 & so on"}]
@@ -121,7 +122,7 @@ onload = () => { document.title = JSON.stringify([...document.querySelectorAll("
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on PATH: apt-get install chromium")
 @pytest.mark.filterwarnings("ignore:.*was cut short")
 def test_a_browser_lays_the_page_out_on_a_telephone_and_on_a_desk(run, tmp_path):
-    page = html.escape(report.write_page(run, logged(run), tmp_path / "page.html").read_text())
+    page = html.escape(Path(report.plot(str(run), str(tmp_path / "page.html"))).read_text())
     frames = [f'<iframe width={width} height=4000 srcdoc="{page}"></iframe>' for width in (390, 1280)]
     (tmp_path / "probe.html").write_text(f"<!DOCTYPE html>{PROBE}{''.join(frames)}")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom"]

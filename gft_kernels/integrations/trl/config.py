@@ -45,9 +45,7 @@ class GFTGRPOConfig(GroupLossOptions, GRPOConfig):
         scales = {True: "group", False: "none"}[scales] if isinstance(scales, bool) else scales
         checks.one_of("scale_rewards", scales, tuple(NORMALIZE_OF))
         if self.normalize is not None and scales != "group":
-            raise ValueError(
-                f"scale_rewards must be left at 'group' with normalize, got {scales!r}; one of them decides."
-            )
+            raise ValueError(f"scale_rewards must be 'group' with normalize, got {scales!r}; one of them decides.")
         self.normalize = self.normalize or NORMALIZE_OF[scales]
         super().__post_init__()
         top_entropy = self.top_entropy_quantile

@@ -53,12 +53,7 @@ class GFTGRPOTrainer(GRPOTrainer):
         if isinstance(self.train_dataset, Dataset):  # the rows of a stream are checked as they come
             for i, row in enumerate(self.train_dataset):
                 self._demonstrations(row, f"train_dataset[{i}]")
-        patch_trainer(
-            self,
-            rectify=self.args.rectify,
-            temperature=self.args.temperature,
-            reduction=self.args.reduction,
-        )
+        patch_trainer(self, rectify=self.args.rectify, temperature=self.args.temperature, reduction=self.args.reduction)
         self._end_as_demonstrations()
         self._given: list[list[int] | None] = []  # of the batch being generated: a demonstration's ids, None: to sample
         self._rewards_NF: Tensor | None = None
@@ -74,7 +69,7 @@ class GFTGRPOTrainer(GRPOTrainer):
     def _demonstrations(self, row: dict, where: str) -> list[list[int]]:
         """Token ids of the row's demonstrations, each with its end token. Raises RowError."""
         row = check_record(row, where)
-        texts, longest = demonstrations(row, self.args.num_demonstrations, where), self.args.max_completion_length
+        texts, limit = demonstrations(row, self.args.num_demonstrations, where), self.args.max_completion_length
         prompt, variables = row["prompt"], cast(dict, self.chat_template_kwargs)
         try:
             prompt_ids = encode_prompt(self._tokenizer, prompt, chat_template_kwargs=variables)
@@ -82,10 +77,8 @@ class GFTGRPOTrainer(GRPOTrainer):
             raise RowError(f"{where}: {error}.") from None
         ids = [encode_response(self._tokenizer, text, prompt, prompt_ids) for text in texts]
         length = max(map(len, ids), default=0)
-        if longest is not None and length > longest:
-            raise RowError(
-                f"{where}: a demonstration has {length} tokens, max_completion_length is {longest}; raise it."
-            )
+        if limit is not None and length > limit:
+            raise RowError(f"{where}: a demonstration has {length} tokens, max_completion_length is {limit}; raise it.")
         return ids
 
     # One generation batch
@@ -159,10 +152,7 @@ class GFTGRPOTrainer(GRPOTrainer):
         if self.top_entropy_quantile < 1.0:
             advantages = advantages[:, None] * self._uncertain(model, texts, targets_ST)
         outputs = model(
-            **texts,
-            shift_labels=targets_ST,
-            gft_advantages=advantages,
-            num_items_in_batch=self._num_items(inputs),
+            **texts, shift_labels=targets_ST, gft_advantages=advantages, num_items_in_batch=self._num_items(inputs)
         )
         if self.args.token_metrics:
             means = token_means(outputs.stats, targets_ST != IGNORE)
