@@ -22,6 +22,7 @@ VOCABULARIES = {
     262144: "Gemma 3: a power of two, the longest row",
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = DTYPES[1:]
 TAUS = (0.0, 0.1, 0.7, 1.0)
 UPSTREAM = 3.7
 """A gradient from above that is neither 1 nor a power of two: one that is dropped or rounded away would show."""
