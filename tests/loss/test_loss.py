@@ -320,6 +320,19 @@ def test_statistics(backend, device, want_gradient, dtype):
     torch.testing.assert_close(stats.advantages.cpu().flatten().double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_one_response_alone_is_as_among_others(backend, device):
+    """What is given of it is repeated over its rows: left as a view of stride 0, it would be read past its end."""
+    logits, targets = torch.randn(1, 6, 101, device=device), torch.randint(101, (1, 6), device=device)
+
+    def losses(number):
+        given = torch.zeros(number, dtype=torch.bool, device=device)
+        one_each = {"weights": torch.full((number,), 2.0, device=device), "given": given}
+        rows = logits.repeat(number, 1, 1), targets.repeat(number, 1)
+        return gft_loss(*rows, **one_each, rectify="given", tau=0.5, reduction="none", backend=backend)
+
+    assert torch.equal(losses(1)[0], losses(2)[1])
+
+
 def test_twenty_runs_are_bit_equal(backend, device):
     case = problem(4, 5, 3001)
     first = loss_of(case, backend, device)
