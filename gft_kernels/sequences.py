@@ -56,6 +56,8 @@ def settle(objective: Objective, credit: Credit, log_probs_R: Tensor, advantages
     if geometric:
         low, high = -objective.clip_low, objective.clip_high
         held_R = ((advantages_R > 0.0) & (apart_R > high)) | ((advantages_R < 0.0) & (apart_R < low))
+        if objective.given_R is not None:  # those rows have a rule of their own
+            held_R &= ~objective.given_R
         apart_R = torch.where(held_R, apart_R.clamp(low, high), apart_R)
     mean_R = _of_response(torch.where(live_R, apart_R, 0.0), live_R, credit)
     old_R = torch.where(held_R | (mean_R == formulas.NEG_INF), NEVER, log_probs_R - mean_R)

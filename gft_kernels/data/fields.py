@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import numbers
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -89,7 +89,7 @@ def plain(value: Any) -> Any:
 def is_empty(value: Any) -> bool:
     """Whether this is how a table says that a row has no such field."""
     if isinstance(value, numbers.Real):
-        return math.isnan(value)
+        return bool(value != value)  # NaN; a whole number may be larger than any float
     return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas' own, which need not be installed
 
 
@@ -127,7 +127,8 @@ def _is_tool(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    largest = sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def _all(holds: Callable[[Any], bool], values: Any) -> bool:

@@ -39,6 +39,7 @@ from gft_kernels.trainer.groups import Group, collate
         ({"prompt": "a", "responses": ["b"], "rewards": [1, 2]}, "field `rewards` must hold one number per response"),
         ({"prompt": "a", "responses": ["b"], "rewards": ["1"]}, "field `rewards` must be a list of numbers"),
         ({"prompt": "a", "responses": ["b"], "rewards": [float("nan")]}, "field `rewards` must be a list of numbers"),
+        ({"prompt": "a", "responses": ["b"], "rewards": [10**400]}, "field `rewards` must be a list of numbers"),
         ({"prompt": "a", "responses": [], "rewards": []}, "field `responses` must hold at least one response"),
         ({"prompt": "a", "responses": ["b"], "rewards": [1], "demonstrations": ["c"]}, "field .* must be absent"),
     ],

@@ -81,6 +81,13 @@ def test_equal_rewards_and_completions_without_a_reward_weigh_nothing(tmp_path):
     assert list(trainer._logs["advantages"]) == advantages.tolist()  # TRL's table shows those of the loss
 
 
+@pytest.mark.parametrize("rewards", [[None] * 8, [None] * 7 + [1.0]])
+def test_at_most_one_reward_of_a_batch_weighs_nothing(tmp_path, rewards):
+    """One number has no spread, and no baseline beside it."""
+    trainer = trl_rig.trainer(tmp_path, reward_funcs=lambda prompts, **columns: rewards, scale_rewards="batch")
+    assert not trl_rig.generated(trainer, rows=2)[1]["advantages"].any()
+
+
 def test_several_reward_functions_are_weighted(tmp_path):
     def length(prompts, completions, **columns):
         return [float(len(text)) for text in completions]

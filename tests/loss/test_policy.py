@@ -172,6 +172,17 @@ def test_ratios_of_responses_over_a_head(backend, objective):
             torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-6)
 
 
+def test_demonstrations_beside_gmpo_have_their_own_loss(backend, device):
+    """What gmpo holds at its bound, and adds to a response's loss, is its own rows' alone."""
+    z, y = torch.randn(2, 3, 11, device=device), torch.randint(11, (2, 3), device=device)
+    log_pi = torch.log_softmax(z.double(), -1).gather(-1, y[..., None])[..., 0]
+    options = {"objective": "gmpo", "given_objective": "sft", "old_log_probs": (log_pi - 1.0).float()}
+    options |= {"given": torch.tensor([True, False], device=device), "advantages": torch.ones(2, device=device)}
+    found = policy_loss(z, y, reduction="none", backend=backend, **options)
+    torch.testing.assert_close(found[0].double(), -log_pi[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1].double(), torch.full_like(log_pi[1], -math.exp(0.4)), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("objective", ["gft", "grpo"])
 @pytest.mark.parametrize("reduction", ["token-mean", "sequence-mean", "none"])
 def test_row_weights(backend, reduction, objective):

@@ -137,7 +137,9 @@ class GFTGRPOTrainer(GRPOTrainer):
             eps=self.args.advantage_eps,
             singleton="zero",
         )
-        return advantages_N / (rewards_N[~alone_N].std() + self.args.advantage_eps) if batch else advantages_N
+        scored = rewards_N[~alone_N]
+        spread = scored.std() + self.args.advantage_eps if batch and len(scored) > 1 else 1.0
+        return advantages_N / spread
 
     # One micro-batch
 
