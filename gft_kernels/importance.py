@@ -51,6 +51,8 @@ def importance_weights(
     checks.one_of("bound", bound, BOUNDS)
     low = 0.0 if low is None else checks.not_negative("low", low, "None is no bound")
     high = math.inf if high is None else checks.positive("high", high, "None is no bound")
+    if low > high:
+        raise ValueError(f"low must be at most high, got {low:g} above {high:g}; no weight lies between them.")
     live = torch.ones(shape, dtype=torch.bool, device=device)
     if mask is not None:
         checks.check_tensor("mask", mask, (torch.bool,), shape, device, "pass True where a token counts")

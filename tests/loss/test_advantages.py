@@ -257,6 +257,7 @@ def test_importance_weights(level):
      ({"bound": "clip"}, "bound must be one of truncate, mask, got 'clip'"),
      ({"high": 0.0}, "high must be finite and positive, got 0.0"),
      ({"low": -1.0}, "low must be finite and not negative, got -1.0"),
+     ({"low": 3.0}, "low must be at most high, got 3 above 2"),
      ({"mask": torch.ones(3, dtype=torch.bool)}, r"mask must have shape \(4,\), got \(3,\)"),
      ({"level": "sequence"}, "sequence_ids must be a torch.Tensor, got NoneType"),
      ({"rollout_log_probs": torch.zeros(3)}, r"rollout_log_probs must have shape \(4,\), got \(3,\)")],
