@@ -224,7 +224,7 @@ def _on_rows(values_S: Tensor, credit: Credit) -> Tensor:
     """Each row's response's value. A response id out of range gives NaN."""
     ids_R = credit.sequence_ids_R
     if ids_R is None:
-        return values_S[:, None].expand(-1, credit.tokens_per_response).reshape(-1).contiguous()
+        return values_S.repeat_interleave(credit.tokens_per_response)
     if values_S.numel() == 0:  # then a live row belongs to no response
         return torch.full(ids_R.shape, float("nan"), device=ids_R.device)
     inside = (ids_R >= 0) & (ids_R < values_S.numel())

@@ -182,7 +182,7 @@ def _weights(
     if _is_per_row("weights", weights, rows_shape, sequence_ids):
         return flat
     if sequence_ids is None:
-        return flat[:, None].expand(rows_shape).reshape(-1).contiguous()
+        return flat.repeat_interleave(rows_shape[1])
     return flat[_flat(sequence_ids, torch.int64).clamp(0, max(flat.numel() - 1, 0))]
 
 

@@ -221,7 +221,7 @@ def _given_rows(given: Any, wanted: bool, targets: Tensor, sequence_ids: Any) ->
     if given.shape == targets.shape:
         return given.detach().reshape(-1).contiguous()
     if targets.dim() == 2 and given.shape == targets.shape[:1]:
-        return given.detach()[:, None].expand(targets.shape).reshape(-1).contiguous()
+        return given.detach().repeat_interleave(targets.shape[1])
     if isinstance(sequence_ids, Tensor) and sequence_ids.shape == targets.shape and given.dim() == 1 and given.numel():
         return given.detach()[sequence_ids.detach().clamp(0, given.numel() - 1).long()]
     raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import oracle
+import pytest
 import torch
 
 from gft_kernels.options import Credit, RowCall
@@ -104,6 +105,13 @@ def misaligned(rows, vocabulary, offset, row_stride, dtype=torch.float32):
     view = storage[skip + offset :].as_strided((1, rows, vocabulary), (rows * row_stride, row_stride, 1))
     view.copy_(torch.randn(1, rows, vocabulary) * 3)
     return view
+
+
+def assert_refused(error: type[Exception], sentence: str, call) -> None:
+    """A call raises the error, in one sentence that ends in a remedy."""
+    with pytest.raises(error, match=sentence) as caught:
+        call()
+    assert "\n" not in str(caught.value) and "; " in str(caught.value), "one sentence that ends in a remedy"
 
 
 def assert_loss(loss: torch.Tensor, losses: torch.Tensor) -> None:
