@@ -34,9 +34,9 @@ class PatchedForward:
     def __init__(self, model: Any, head: str | None, options: dict[str, Any], eval_logits: bool):
         self.model, self.head, self.options, self.eval_logits = model, head, options, eval_logits
         self.replaced = {name: model.__dict__.get(name) for name in _REPLACED}
-        self.transforms = heads.transforms(model.config)
-        self.transform: Transform | None = None  # the one of them that the model is known to apply
-        self.refusal: str | None = None  # why the logits are needed, where no later call can change that
+        self.found_for: tuple | None = None  # the head and the numbers that the next two hold for
+        self.transform: Transform | None = None  # what the model is known to do to its logits
+        self.refusal: str | None = None  # why the logits are needed
         self.warned: set[str] = set()
         self.tried_prompts = False  # whether it may go on from the cache of a prompt
         self.head_call: HeadCall | None = None  # the one under way
@@ -134,14 +134,18 @@ class PatchedForward:
 
     def in_head(self, kwargs: dict[str, Any], columns: Columns):
         """The model's output, and the loss (or loss and statistics) its head has computed. Raises LogitsNeededError."""
-        head = heads.trained_module(self.output_head())
+        outer = self.output_head()
+        head, transforms = heads.trained_module(outer), heads.transforms(self.model)
+        now = outer, type(head), transforms
+        if now != self.found_for:
+            self.found_for, self.transform, self.refusal = now, None, None
         reason = self.refusal or heads.adapted(head)
         if reason is not None:
             raise LogitsNeededError(reason)
         if self.transform is None:
-            guess = self.transforms[0]
+            guess = transforms[0]
             output, call = self.attempt(head, guess, kwargs, columns, check=True)
-            transform = call.explanation(self.transforms, output.logits)
+            transform = call.explanation(transforms, output.logits)
             if not call.clears(extra_terms(self.model, output)):
                 return self.from_logits(kwargs, columns)  # until a call with gradients tells
             if call.refusal is None:

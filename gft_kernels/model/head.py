@@ -3,7 +3,8 @@
 The model's own forward runs as it is. For the length of one call the head's forward is another: it returns the loss,
 and the code behind the head is handed stand-in logits in its place. So whatever a model does before its head needs no
 knowledge here, and hooks on the head (FSDP2's gathering, PEFT's) fire as they always do. What a model does to its
-logits behind the head is read from its config and checked once by sending known logits through that code.
+logits behind the head is read from its config and checked once, for each head and each value
+there, by sending known logits through that code.
 
 Sizes: S responses, T positions, D hidden size, V vocabulary.
 """
@@ -37,13 +38,21 @@ class Transform:
         return formulas.transform(logits.double(), self.logit_scale, self.softcap or 0.0, 1.0)
 
 
-def transforms(config) -> list[Transform]:
-    """What the config may mean, likeliest first. The same name multiplies in one family and divides in another."""
-    config = config.get_text_config(decoder=True)
-    scales = [float(value) for name in _SCALES if (value := getattr(config, name, None))]
-    if divisor := getattr(config, "logits_scaling", None):
-        scales += [1.0 / divisor, float(divisor)]
-    softcaps = [float(value) for name in _SOFTCAPS if (value := getattr(config, name, None))]
+def transforms(model: Any) -> list[Transform]:
+    """What the model's numbers may mean, likeliest first: its own, which some families read, and its config's.
+
+    The same name multiplies in one family and divides in another.
+    """
+    config = model.config.get_text_config(decoder=True)
+
+    def named(*names: str) -> list[float]:
+        found = (owner for name in names for owner in (vars(model).get(name), getattr(config, name, None)))
+        return [float(value) for value in found if value]
+
+    scales = named(*_SCALES)
+    for divisor in named("logits_scaling"):
+        scales += [1.0 / divisor, divisor]
+    softcaps = named(*_SOFTCAPS)
     return [Transform(scale, cap) for cap, scale in itertools.product([*softcaps, None], [*scales, 1.0])]
 
 

@@ -423,6 +423,28 @@ def test_a_head_that_is_not_understood_takes_the_logits_and_says_so_once(reason)
     assert_same(patched(model, inputs), theirs)  # a second warning would be an error here
 
 
+CHANGES = {
+    "another head": ("llama", normed_head, r"not hidden @ weight"),
+    "the head's class": ("llama", lambda m: setattr(m.lm_head, "__class__", NormedHead), r"not hidden @ weight"),
+    "a number of the config": ("gemma2", lambda m: setattr(m.config, "final_logit_softcapping", 0.9), None),
+    "no number any more": ("gemma2", lambda m: setattr(m.config, "final_logit_softcapping", None), None),
+    "a number of the model": ("cohere", lambda m: setattr(m, "logit_scale", 0.9), None),
+    "a number of the config that the model does not read": (
+        "cohere", lambda m: setattr(m.config, "logit_scale", 0.9), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_model_that_changes_after_its_first_call(case):
+    family, change, warned = CHANGES[case]
+    model, inputs = tiny(family), batch("right")
+    patched(patch_model(model), inputs)
+    change(model)
+    with pytest.warns(UserWarning, match=warned) if warned else contextlib.nullcontext():
+        ours = patched(model, inputs)
+    assert_same(ours, unfused(unpatch_model(model), inputs))
+
+
 def test_refusals():
     inputs = batch()
     model = tiny("llama")
