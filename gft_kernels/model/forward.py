@@ -139,7 +139,7 @@ class PatchedForward:
         now = outer, type(head), transforms
         if now != self.found_for:
             self.found_for, self.transform, self.refusal = now, None, None
-        reason = self.refusal or heads.adapted(head)
+        reason = self.refusal or heads.adapted(head) or heads.hooked(outer, head)
         if reason is not None:
             raise LogitsNeededError(reason)
         if self.transform is None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gft_kernels.model.head import origin
+
 PREFIX = "gft_"
 LABELS = ("labels", "shift_labels")
 OWN_LOSS = (
@@ -84,10 +86,8 @@ class Guard:
         past = f"{type(self.model).__name__}, got a call that went past it"
         if now is self.forward:
             return f"{past}; call the model itself, not its class's forward or its parts, or call unpatch_model"
-        bare = getattr(now, "__func__", now)
-        by = f"{getattr(bare, '__module__', '')}.{getattr(bare, '__qualname__', type(bare).__name__)}"
         return (
-            f"{past}, but through {by}; call patch_model last, or switch off the library's own loss "
+            f"{past}, but through {origin(now)}; call patch_model last, or switch off the library's own loss "
             "(use_liger_kernel: liger_kernel_config={'fused_linear_cross_entropy': False})"
         )
 

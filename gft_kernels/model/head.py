@@ -2,9 +2,9 @@
 
 The model's own forward runs as it is. For the length of one call the head's forward is another: it returns the loss,
 and the code behind the head is handed stand-in logits in its place. So whatever a model does before its head needs no
-knowledge here, and hooks on the head (FSDP2's gathering, PEFT's) fire as they always do. What a model does to its
-logits behind the head is read from its config and checked once, for each head and each value
-there, by sending known logits through that code.
+knowledge here, and hooks on the head that gather its weight (FSDP2's) fire as they always do; a hook that needs its
+logits takes them. What a model does to its logits behind the head is read from its config and checked once, for each
+head and each value there, by sending known logits through that code.
 
 Sizes: S responses, T positions, D hidden size, V vocabulary.
 """
@@ -19,12 +19,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from gft_kernels import formulas, linear_checks
 from gft_kernels.options import TokenStats
 
 _SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+# Whose hooks move weights or measure, whatever the head returns.
+_WITHOUT_LOGITS = (
+    "torch.distributed.fsdp.",
+    "torch.distributed._tools.",
+    "torch.utils.module_tracker.",
+    "deepspeed.",
+    "trl.models.activation_offloading.",
+    f"{__name__}.",
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,27 @@ def adapted(head: nn.Module) -> str | None:
     if "forward" in head.__dict__:
         return f"another library has replaced the forward of the output head ({kind})"
     return None
+
+
+def hooked(*heads: nn.Module) -> str | None:
+    """Which hook needs the head's logits or their gradient, and would be handed the loss or not be called; or None.
+
+    What runs before the forward sees hidden states as ever.
+    """
+    hooks = [modules._global_forward_hooks, modules._global_backward_hooks, modules._global_backward_pre_hooks]
+    for head in heads:
+        hooks += [head._forward_hooks, head._backward_hooks, head._backward_pre_hooks]
+    for hook in itertools.chain.from_iterable(some.values() for some in hooks):
+        if not (name := origin(hook)).startswith(_WITHOUT_LOGITS):
+            return f"a hook on the output head needs them ({name})"
+    return None
+
+
+def origin(function: Any) -> str:
+    """The module a function, method or partial comes from, and its name there."""
+    bare = getattr(function, "func", function)
+    bare = getattr(bare, "__func__", bare)
+    return f"{getattr(bare, '__module__', '')}.{getattr(bare, '__qualname__', type(bare).__name__)}"
 
 
 @torch.no_grad()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import unittest.mock
 
 import oracle
 import pytest
 import torch
+import torch.utils.flop_counter
 import transformers
 from tiny_families import FAMILIES, HIDDEN, VOCABULARY, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -443,6 +445,43 @@ def test_a_model_that_changes_after_its_first_call(case):
     with pytest.warns(UserWarning, match=warned) if warned else contextlib.nullcontext():
         ours = patched(model, inputs)
     assert_same(ours, unfused(unpatch_model(model), inputs))
+
+
+HOOKS = {
+    "forward": lambda model, hook: model.lm_head.register_forward_hook(lambda m, args, out: hook(out)),
+    "forward of every module": lambda model, hook: torch.nn.modules.module.register_module_forward_hook(
+        lambda m, args, out: hook(out) if m is model.lm_head else None
+    ),
+    "backward": lambda model, hook: model.lm_head.register_full_backward_hook(lambda m, i, o: (hook(o[0]), None)[1]),
+    "before backward": lambda model, hook: model.lm_head.register_full_backward_pre_hook(lambda m, o: (hook(o[0]),)),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_on_the_head_is_given_logits(kind):
+    """Not the loss in their place; it may come after the first call, and go again."""
+    model, inputs = patch_model(tiny("llama")), batch("right")
+    shapes = []
+    plain = patched(model, inputs)
+    handle = HOOKS[kind](model, lambda logits: shapes.append(logits.shape) or logits * 0.5)
+    with pytest.warns(UserWarning, match=r"a hook on the output head needs them \(test_hf\.<lambda>"):
+        ours = patched(model, inputs)
+    assert shapes[0] == (S, L, VOCABULARY)
+    unpatch_model(model)
+    assert_same(ours, unfused(model, inputs))
+    handle.remove()
+    assert_same(patched(patch_model(model), inputs), plain)
+
+
+def test_hooks_that_only_measure_leave_the_loss_in_the_head(monkeypatch):
+    model, inputs = patch_model(tiny("llama")), batch("right")
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        patched(model, inputs)
+    offloading = pytest.importorskip("trl.models.activation_offloading", reason="trl is not installed")
+    monkeypatch.setattr(offloading, "OffloadActivations", lambda **_: unittest.mock.MagicMock())  # needs a GPU
+    offloading.get_act_offloading_ctx_manager(model)
+    assert model.lm_head._forward_hooks
+    patched(model, inputs)
 
 
 def test_refusals():

@@ -71,6 +71,14 @@ def test_the_trained_head_and_the_one_before_it():
     assert abs(trained - original) > 1e-3
 
 
+def test_a_hook_on_the_wrapper_of_the_trained_head_is_given_logits():
+    model, inputs, shapes = patch_model(adapted(modules_to_save=["lm_head"])), batch("right"), []
+    model.base_model.model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    with pytest.warns(UserWarning, match="a hook on the output head needs them"):
+        model(**inputs)
+    assert shapes[0][-1] == 101
+
+
 def test_lora_on_the_head_takes_the_logits():
     model = adapted(target_modules=["q_proj", "lm_head"])
     with pytest.warns(UserWarning, match="the output head carries an adapter"):
