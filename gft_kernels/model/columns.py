@@ -27,6 +27,8 @@ class Columns:
         given = labels if shift_labels is None else shift_labels
         assert given is not None
         self.labels, self.shifts, self.options, self.keep = given, shift_labels is None, options, keep
+        if self.shifts and given.device.type == "cpu" and (isinstance(keep, Tensor) or keep):
+            self._refuse_lost()
 
     def beside(self, states: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Head inputs or outputs (S, T, ·), their targets (S, T), and the options with their tensors next to them.
@@ -56,6 +58,21 @@ class Columns:
     def share(self) -> Tensor:
         """What a term beside the loss is multiplied by (extra_terms.py), of the rows last asked for."""
         return extra_terms.share(self.targets, self.aligned_options)
+
+    def _refuse_lost(self) -> None:
+        """Raises ValueError for a label that counts while logits_to_keep leaves out the row that predicts it."""
+        ignored, mask = self.options.get("ignore_index", IGNORE), self.options.get("mask")
+        live_SL = shifted(self.labels, ignored) != ignored
+        if isinstance(mask, Tensor) and mask.shape == self.labels.shape:
+            live_SL &= shifted(mask, False).to(live_SL)
+        live_SL[:, kept(torch.arange(live_SL.shape[1])[None], self.keep)[0]] = False
+        if live_SL.any():
+            s, t = live_SL.nonzero()[0].tolist()
+            raise ValueError(
+                "logits_to_keep must keep the row before each label that counts, "
+                f"got none for the label at position {t + 1} of row {s}; keep one row more than there are labels to "
+                f"learn at the end, or set that label to {ignored}"
+            )
 
     def _aligned(self, column: Tensor, fill) -> Tensor:
         if column.shape != self.labels.shape or not self.shifts:  # one value per response, or aligned already

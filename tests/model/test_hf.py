@@ -222,7 +222,7 @@ def test_statistics_lie_where_the_next_token_is_predicted():
     assert (output.stats.log_probs[:, -1] == 0).all()
 
 
-@pytest.mark.parametrize("keep", [5, torch.tensor([2, 3, 5])])
+@pytest.mark.parametrize("keep", [6, torch.tensor([5, 1, 3, 2, 4])])
 def test_logits_to_keep_and_shift_labels_choose_the_same_rows(keep):
     model, inputs = tiny("llama"), batch()
     aligned = torch.cat([inputs["labels"][:, 1:], torch.full((S, 1), -100)], 1)
@@ -234,6 +234,16 @@ def test_logits_to_keep_and_shift_labels_choose_the_same_rows(keep):
     assert_same(patched(model, inputs, logits_to_keep=keep), theirs)
     inputs = {"input_ids": inputs["input_ids"], "shift_labels": aligned}
     assert_same(patched(model, inputs, logits_to_keep=keep), theirs)
+
+
+@pytest.mark.parametrize("keep", [4, torch.tensor([2, 4, 5])])
+def test_a_label_whose_row_is_not_kept(keep):
+    model, inputs = patch_model(tiny("llama")), batch()
+    with pytest.raises(ValueError, match=r"^logits_to_keep must keep .* got none for the label at position 2 of row 0"):
+        model(**inputs, logits_to_keep=keep)
+    lost = torch.arange(L) < 4 if isinstance(keep, int) else ~torch.isin(torch.arange(L) - 1, keep)
+    expected = patched(model, {**inputs, "labels": inputs["labels"].where(~lost, -100)}, logits_to_keep=keep)
+    assert_same(patched(model, inputs, gft_mask=(~lost).expand(S, L), logits_to_keep=keep), expected)
 
 
 class LargestLogits(TorchDispatchMode):
