@@ -52,16 +52,22 @@ def absent() -> str | None:
 def refuses(call: RowCall) -> str | None:
     """Why this call cannot be served; None: it can."""
     logits = call.logits_STV
-    kind = logits.device.type
-    if kind != ("cpu" if _interpreted() else "cuda"):
-        where = "on the CPU under TRITON_INTERPRET=1" if _interpreted() else "on a GPU"
-        return f"logits must be {where}, got {kind}"
-    if kind == "cuda" and not _is_new_enough(logits.device.index):
-        return "the GPU must have compute capability 8.0 or later"
+    if (reason := refuses_device(logits.device)) is not None:
+        return reason
     if logits.shape[-1] > MAX_VOCABULARY:
         return f"the vocabulary must be at most {MAX_VOCABULARY}, got {logits.shape[-1]}"
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         return f"logits must have stride 1 along the vocabulary, got {logits.stride(-1)}; pass logits.contiguous()"
+    return None
+
+
+def refuses_device(device: torch.device) -> str | None:
+    """Why no kernel runs there; None: they do."""
+    if device.type != ("cpu" if _interpreted() else "cuda"):
+        where = "on the CPU under TRITON_INTERPRET=1" if _interpreted() else "on a GPU"
+        return f"logits must be {where}, got {device.type}"
+    if device.type == "cuda" and not _is_new_enough(device.index):
+        return "the GPU must have compute capability 8.0 or later"
     return None
 
 
@@ -196,6 +202,50 @@ def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tens
             **launch.options(),
         )
     return gradient
+
+
+def row_sizes(rows_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The twin of `linear.looks.row_sizes`, for rows that begin at multiples of 16 bytes."""
+    from gft_kernels.triton_kernels.sizes import row_sizes_kernel
+
+    assert _begin_aligned(rows_RV)
+    with _on(rows_RV.device):
+        top_R, sum_R, square_R = (_float32(rows_RV, len(rows_RV)) for _ in range(3))
+        launch = _row_launch(rows_RV)
+        row_sizes_kernel[(len(rows_RV),)](
+            rows_RV, top_R, sum_R, square_R, rows_RV.shape[1], rows_RV.stride(0), BLOCK=launch.block, **launch.options()
+        )
+    return top_R, sum_R, square_R
+
+
+def group_sums(rows_RV: Tensor, group: int, factor_R: Tensor, squared: bool = False) -> Tensor:
+    """The twin of `linear.looks.group_sums`, for rows that begin at multiples of 16 bytes."""
+    from gft_kernels.triton_kernels.launch import COLUMNS, ROWS
+    from gft_kernels.triton_kernels.sizes import group_sums_kernel
+
+    assert _begin_aligned(rows_RV)
+    rows, vocabulary = rows_RV.shape
+    with _on(rows_RV.device):
+        sum_NV = torch.empty(-(-rows // group), vocabulary, dtype=torch.float32, device=rows_RV.device)
+        group_sums_kernel[(-(-vocabulary // COLUMNS.block), len(sum_NV))](
+            rows_RV,
+            factor_R,
+            sum_NV,
+            rows,
+            group,
+            vocabulary,
+            rows_RV.stride(0),
+            SQUARED=squared,
+            BLOCK=COLUMNS.block,
+            ROWS=ROWS,
+            **COLUMNS.options(),
+        )
+    return sum_NV
+
+
+def _begin_aligned(rows_RV: Tensor) -> bool:
+    bytes_apart = rows_RV.stride(0) * rows_RV.dtype.itemsize
+    return rows_RV.stride(1) == 1 and bytes_apart % 16 == 0 and rows_RV.data_ptr() % 16 == 0
 
 
 @cache

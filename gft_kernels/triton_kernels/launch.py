@@ -25,7 +25,7 @@ def compiled_once(function):
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """One program per row: `block` elements a tile, `warps` warps; `registers` bounds a thread's, None: no bound."""
+    """A program's: `block` elements a tile, `warps` warps; `registers` bounds a thread's, None: no bound."""
 
     block: int
     warps: int
@@ -47,6 +47,12 @@ SMALL_BYTES = 16384
 
 SMALL = 4096  # bytes a tile: two 16-byte loads a thread are in flight
 LARGE = 16384
+
+
+COLUMNS = RowLaunch(block=1024, warps=4)
+"""Of a sum over rows: 1024 of its columns a program, 8 a thread."""
+
+ROWS = 4  # read at a time: 64 bytes of bfloat16 are under way a thread
 
 
 def row_launch(vocabulary: int, dtype: torch.dtype, architecture: str, softcapped: bool = False) -> RowLaunch:

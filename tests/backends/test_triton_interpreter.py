@@ -29,6 +29,8 @@ SELECTED = {  # `-k`, by file
     # whose memory is written, and when; which derivatives are refused, the operators decide
     "test_autograd.py": "retained_graph or logits_storage or leaves_the_logits_alone or adds_to_what"
     " or checkpointing or nothing_is_materialised or callers_own",
+    "test_looks.py": "not bfloat16",
+    "test_sparse.py": "left_out_is_bounded and (steep or softcap)",
     "formulas_agree.py": "test",
     "rows.py": "test",
 }
@@ -38,7 +40,9 @@ SELECTED = {  # `-k`, by file
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install triton)")
 def test_under_the_interpreter():
     own = [f"backends/interpreter/{name}.py" for name in ("formulas_agree", "rows")]
-    paths = [f"tests/{path}" for path in (*own, "loss/test_autograd.py", "loss/test_loss.py", "loss/test_policy.py")]
+    loss = [f"loss/test_{name}.py" for name in ("autograd", "loss", "policy")]
+    linear = [f"linear/test_{name}.py" for name in ("looks", "sparse")]
+    paths = [f"tests/{path}" for path in (*own, *loss, *linear)]
     names = " or ".join(f"{file} and ({chosen})" for file, chosen in SELECTED.items())
     command = [sys.executable, "-m", "pytest", "-x", "--device", "interpreter", "-k", names, *paths]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -32,12 +32,14 @@ POINTERS = {
 }
 """Pointers that are neither logits (their dtype varies) nor float32 (the rest)."""
 LOGITS = ("logits", "gradient", "scaled")
-WRITTEN = {"row_loss": "gradient", "scale_rows": "scaled", "shard_statistics": "", "shard_gradient": "gradient"}
+WRITTEN = {"row_loss": "gradient", "scale_rows": "scaled", "shard_gradient": "gradient"}
 
 # How many blocks of a row each kernel's text loads and stores: a tile and a tail in each walk, and the walk that maps
 # a row exists once for targets aligned with their source and once for others, whose stores are narrow.
+# Where sizes are taken, rows of the buffer begin aligned: a tile has vectors, its masked tail need not.
 BLOCKS_LOADED = {"row_loss": 6, "scale_rows": 4, "shard_statistics": 2, "shard_gradient": 4}
-BLOCKS_STORED = {"row_loss": 4, "scale_rows": 2, "shard_statistics": 0, "shard_gradient": 4}
+BLOCKS_LOADED |= {"row_sizes": 1, "group_sums": 1}
+BLOCKS_STORED = {"row_loss": 4, "scale_rows": 2, "shard_gradient": 4}
 
 
 # Instructions an element at V = 151936: 7 % above what Triton 3.7 makes. Three passes over bfloat16 leave 57 on an
@@ -90,6 +92,10 @@ def variants(targets=tuple(TARGETS)) -> Iterator[Variant]:
         for constants in (plain, full):
             yield Variant("row_loss", target, "float32", LARGE, constants, "bfloat16")
         yield Variant("scale_rows", target, "float32", LARGE, (), "bfloat16")
+        for dtype in ("float32", "bfloat16"):
+            yield Variant("row_sizes", target, dtype, LARGE)
+            for squared in (False, True):
+                yield Variant("group_sums", target, dtype, LARGE, (("SQUARED", squared),))
         yield Variant("shard_gradient", target, "float32", LARGE, full, "bfloat16")
 
 
@@ -124,13 +130,16 @@ def spending(variant: Variant, sass: str) -> budget.Budget | None:
 
 def recipe(variant: Variant) -> tuple[object, dict[str, object], dict[str, int]]:
     """The kernel, its compile-time arguments and its launch options, as the library would choose them."""
-    from gft_kernels.triton_kernels import launch, row_loss, scale_rows, shard
+    from gft_kernels.triton_kernels import launch, row_loss, scale_rows, shard, sizes
 
     home = {"row_loss": row_loss, "scale_rows": scale_rows, "shard_statistics": shard, "shard_gradient": shard}
-    kernel = getattr(home[variant.kernel], f"{variant.kernel}_kernel")
-    softcapped = dict(variant.constants).get("SOFTCAP", 0.0) != 0.0
+    kernel = getattr(home.get(variant.kernel, sizes), f"{variant.kernel}_kernel")
+    constants = dict(variant.constants)
+    if variant.kernel == "group_sums":
+        return kernel, {**constants, "BLOCK": launch.COLUMNS.block, "ROWS": launch.ROWS}, launch.COLUMNS.options()
+    softcapped = constants.get("SOFTCAP", 0.0) != 0.0
     chosen = launch.row_launch(variant.vocabulary, DTYPES[variant.dtype], variant.target, softcapped)
-    return kernel, {**dict(variant.constants), "BLOCK": chosen.block}, chosen.options()
+    return kernel, {**constants, "BLOCK": chosen.block}, chosen.options()
 
 
 def compile_and_measure(
@@ -162,7 +171,7 @@ def argument_type(parameter, variant: Variant) -> str:
         return "constexpr"
     if named := parameter.annotation_type or SPELLED_OUT.get(parameter.annotation):
         return named
-    if parameter.name == WRITTEN[variant.kernel]:
+    if parameter.name == WRITTEN.get(variant.kernel):
         return TRITON_NAMES[variant.into or variant.dtype]
     return TRITON_NAMES[variant.dtype] if parameter.name in LOGITS else POINTERS.get(parameter.name, "*fp32")
 
@@ -173,10 +182,10 @@ def limits(variant: Variant, constants: dict[str, object], options: dict[str, in
     registers = 512 if amd else options.get("maxnreg", 255)
     threads = options["num_warps"] * (64 if amd else 32)
     loads, stores = (
-        max(1, constants["BLOCK"] * DTYPES[dtype].itemsize // 16 // threads)
+        max(1, constants["BLOCK"] * constants.get("ROWS", 1) * DTYPES[dtype].itemsize // 16 // threads)
         for dtype in (variant.dtype, variant.into or variant.dtype)
     )
-    stored = BLOCKS_STORED[variant.kernel]
+    stored = BLOCKS_STORED.get(variant.kernel, 0)
     if variant.into:  # a tail ends behind a vector of logits: the half of one that its gradient is goes out as such
         stored //= 2
     return Limits(registers, BLOCKS_LOADED[variant.kernel] * loads, stored * stores)

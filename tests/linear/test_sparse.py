@@ -16,7 +16,7 @@ from linear_cases import UPSTREAM, LinearProblem, assert_right, double, here, pr
 from benchmarks import recorded
 from gft_kernels import GFTLinearLoss, gft_linear_loss, policy_loss
 from gft_kernels.data import pretrained
-from gft_kernels.linear import sparse
+from gft_kernels.linear import looks, sparse
 
 pytestmark = pytest.mark.usefixtures("on_device")
 ROUNDOFF = 2.0**-8  # of bfloat16
@@ -115,7 +115,7 @@ def test_auto_disappears_behind_rounding(dtype, monkeypatch):
     """At most an eighth of the roundoff, before the gradient's own rounding; in float32 to the bit."""
     monkeypatch.setattr(sparse, "DENSE", 1.0)
     case, asked = seen_gradient(dtype=dtype), []
-    monkeypatch.setattr(sparse, "tiles_of", lambda g, eps, of=sparse.tiles_of: asked.append(eps) or of(g, eps))
+    monkeypatch.setattr(sparse, "tiles_of", lambda g, eps, *a, of=sparse.tiles_of: asked.append(eps) or of(g, eps, *a))
     (_, auto), (_, exact) = case.gradients(filter_eps="auto"), case.gradients()
     if dtype == torch.float32:
         assert not asked and all(torch.equal(a, b) for a, b in zip(auto, exact, strict=True))
@@ -125,11 +125,21 @@ def test_auto_disappears_behind_rounding(dtype, monkeypatch):
     assert_right(problem(4, 3, 48, 131, dtype, std=1.0), filter_eps="auto")
 
 
+def test_energies_sum_to_two_in_every_tile():
+    """1 of the rows, each by its own size, and 1 of the whole tile, also in the last, which is shorter."""
+    gradient = torch.randn(19, 301) * torch.tensor(LOUD).repeat(4)[:19, None]
+    _, energy = sparse._look(gradient, 8, looks)
+    torch.testing.assert_close(energy.sum(1), torch.full((3,), 2.0))
+
+
 def test_flat_rows_are_multiplied_whole(monkeypatch):
     monkeypatch.setattr(sparse, "add_products", None)  # not to be called
+    seen = []
+    monkeypatch.setattr(sparse, "_look", lambda g, *a, of=sparse._look: seen.append(len(g)) or of(g, *a))
     case = problem(6, 5, 48, 4099, std=0.5)
     (_, filtered), (_, exact) = case.gradients(filter_eps=1e-3), case.gradients()
     assert all(torch.equal(a, b) for a, b in zip(filtered, exact, strict=True))
+    assert seen == [-(-int(case.live().sum()) // sparse.SAMPLED)], "every eighth row says that all are flat"
 
 
 def test_dense_tiles_beside_sparse_ones(monkeypatch):
