@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gft_kernels import calls, objectives
+from gft_kernels.advantages import RowCredit, rows_read
 from gft_kernels.arguments import LinearOptions, LogProbOptions, PolicyOptions, RowOptions, completed, takes
 from gft_kernels.operators.linear import linear_loss
 from gft_kernels.operators.row import row_loss
@@ -146,10 +147,17 @@ def _loss(
     else:
         call = calls.row_call(name, inputs, targets, objective, reduction, given)
         result = row_loss(call, given["backend"])
-    loss = result.loss.reshape(targets.shape) if reduction == "none" else result.loss
+    loss = _of_rows_read(result, call).reshape(targets.shape) if reduction == "none" else result.loss
     if not (given["return_stats"] or given["return_entropy"]):
         return loss
     return loss, _stats(result, call, targets.shape)
+
+
+def _of_rows_read(result: RowResult, call: RowCall | LinearCall) -> Tensor:
+    """The rows' losses; a row that is not read leaves the graph here, so that no upstream makes 0·inf of its gradient."""
+    live_R, weights_R = call.credit.live_R, call.credit.weights_R
+    credit = RowCredit(live_R, result.advantages_R, live_R if weights_R is None else weights_R)
+    return torch.where(rows_read(credit, call.objective, every=False), result.loss, 0.0)
 
 
 def _stats(result: RowResult, call: RowCall | LinearCall, shape: torch.Size) -> TokenStats:

@@ -61,8 +61,8 @@ def _compute(call: RowCall, backend: str) -> tuple[Tensor | None, ...]:
         checks.check_values(call.credit, call.objective, call.logits_STV.shape[-1])
     module = registry.choose(backend, call)
     r = _passes(distributed.VocabularyParallel(module) if call.process_group else module, call)
-    statistics = (r.log_probs_R, r.coefficients_R, r.advantages_R) if call.reads_every_live_row else (None,) * 3
-    return r.loss, *statistics, r.row_scale_R, r.entropy_R, r.gradient_STV
+    statistics = (r.log_probs_R, r.coefficients_R) if call.reads_every_live_row else (None, None)
+    return r.loss, *statistics, r.advantages_R, r.row_scale_R, r.entropy_R, r.gradient_STV
 
 
 def _passes(module: Any, call: RowCall) -> RowResult:
@@ -92,8 +92,8 @@ def _fake_per_row(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
         return logits.new_empty(rows if wanted else 0, dtype=torch.float32)
 
     loss = per_row() if call.credit.reduction == "none" else logits.new_empty((), dtype=torch.float32)
-    statistics = (per_row(call.reads_every_live_row) for _ in range(3))
-    return loss, *statistics, per_row(call.defer_scale), per_row(call.want_entropy)
+    statistics = (per_row(call.reads_every_live_row) for _ in range(2))
+    return loss, *statistics, per_row(), per_row(call.defer_scale), per_row(call.want_entropy)
 
 
 def _fake(logits: Tensor, *arguments) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import DTYPES, TAUS, UPSTREAM, VOCABULARIES, assert_elements, assert_loss, assert_rounded, problem, run
 
-from gft_kernels import GFTLoss, gft_loss
+from gft_kernels import GFTLoss, gft_loss, policy_loss
 
 
 def loss_of(case, backend, device, upstream=UPSTREAM, **kwargs):
@@ -139,6 +139,25 @@ def test_rows_that_do_not_count_cannot_poison(backend, device, poison, inplace, 
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
     assert results[1][1][dead].eq(0).all()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("way", ["beside", "in place", "over a head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_upstream_cannot_poison_rows_that_do_not_count(backend, device, poison, way, dtype):
+    """Masked, A = 0, weight 0: their gradient is 0 and not 0·inf; a row that counts has what it was handed."""
+    logits, targets = torch.randn(5, 101, device=device).to(dtype), torch.tensor([-100, 1, 2, 3, 4], device=device)
+    advantages, weights = torch.ones(5, device=device), torch.ones(5, device=device)
+    advantages[1] = weights[2] = 0.0
+    upstream = torch.tensor([poison] * 4 + [UPSTREAM], device=device)
+    how = {"inplace": True} if way == "in place" else {}
+    if way == "over a head":
+        how = {"weight": torch.eye(101, device=device, dtype=dtype)}
+    _, gradient = run(
+        policy_loss, logits, targets, advantages=advantages, weights=weights, reduction="none", backend=backend,
+        upstream=upstream, **how,
+    )  # fmt: skip
+    assert gradient[:3].eq(0).all() and not gradient[3].isfinite().all() and gradient[4].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
