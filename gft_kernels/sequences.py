@@ -26,8 +26,10 @@ NEVER = 1e30  # a log pi_old, in nats, that makes a ratio of 0
 def two_passes(run: Callable[[Any], Any], call: Any, unwanted: dict[str, Any]) -> Any:
     """The result of a loss's `run` for a call whose ratio is a response's: the logits for log pi, and for the loss.
 
-    unwanted: what the first pass does without, as fields of the call.
+    unwanted: what the first pass does without, as fields of the call. On-policy there is none: every ratio is 1.
     """
+    if call.objective.old_log_probs_R is None:
+        return run(replace(call, objective=replace(call.objective, over_sequence="")))
     seen = run(replace(call, objective=Objective(), want_stats=True, **unwanted))
     settled = settle(call.objective, call.credit, seen.log_probs_R, seen.advantages_R)
     result = run(replace(call, objective=settled.objective))

@@ -7,7 +7,7 @@ import math
 import oracle
 import pytest
 import torch
-from cases import DTYPES
+from cases import DTYPES, run
 from policy_cases import (
     BOUNDS,
     CLIPPED,
@@ -170,6 +170,15 @@ def test_ratios_of_responses_over_a_head(backend, objective):
             strict=True,
         ):
             torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", OF_RESPONSES)
+def test_on_policy_no_rounding_clips_a_response(backend, objective):
+    """Its ratio is 1, whatever digits log pi has: the gradient of grpo, also with nothing between the bounds."""
+    z, y = torch.randn(4, 20, 131), torch.randint(131, (4, 20))
+    options = {"advantages": torch.tensor([1.0, -1.0, 0.5, -2.0]), "clip_low": 0.0, "clip_high": 0.0, "backend": backend}
+    found, expected = (run(policy_loss, z, y, objective=name, **options) for name in (objective, "grpo"))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_demonstrations_beside_gmpo_have_their_own_loss(backend, device):
