@@ -44,7 +44,8 @@ def group_advantages(
         imitation: for "split" alone: the weight of what is given.
 
     Returns: (S,) float32 on the rewards' device; exactly 0 for a group of equal rewards. What is between is
-        float64, so rewards may be as close to each other as that tells them apart: whole ones below 2^53 in size.
+        float64, so rewards may be as close to each other as that tells them apart: whole ones below 2^53 in size; with
+        "std" those within 1e-162 of each other count as equal.
     Raises: ValueError, TypeError. On the CPU a reward that is not finite, or whose advantage would not fit float32, is
         an error, and so is a whole number of 2^53 or more; on a GPU the one spoils its group, the other is rounded.
     Source: docs/formulas.md#F5.
@@ -112,7 +113,7 @@ def _standardised(group: Moments, normalize: str, eps: float) -> Tensor:
     if normalize == "std":
         return formulas.group_advantage(group.apart, group.mean, group.std, eps)
     if normalize == "mean":
-        return formulas.group_advantage(group.apart, group.mean, 1.0, 0.0)
+        return group.apart - group.mean
     # leave-one-out: R - mean of the others = (R - mean)·K / (K - 1)
     return formulas.group_advantage(group.apart, group.mean, (group.size - 1) / group.size, 0.0)
 

@@ -104,8 +104,8 @@ def entropy_coefficient(entropy, power):
 
 
 def group_advantage(reward, mean, std, eps):
-    """F5: A = (R - mean) / (std + eps), exactly 0 where the reward equals its group's mean."""
-    return where(reward == mean, 0.0, (reward - mean) / (std + eps))
+    """F5: A = (R - mean) / (std + eps), exactly 0 where the group has no spread, or one that rounds to 0."""
+    return where(std == 0.0, 0.0, (reward - mean) / (std + eps))
 
 
 def log_ratio(log_a, log_b):

@@ -138,10 +138,10 @@ GFT_HD Real entropy_coefficient(Real entropy, Real power) {
     return share > Real(1) ? Real(1) : std::exp(power * std::log(share));
 }
 
-// F5: A = (R - mean) / (std + eps), exactly 0 where the reward equals its group's mean.
+// F5: A = (R - mean) / (std + eps), exactly 0 where the group has no spread, or one that rounds to 0.
 template <class Real>
 GFT_HD Real group_advantage(Real reward, Real mean, Real std, Real eps) {
-    return reward == mean ? Real(0) : (reward - mean) / (std + eps);
+    return std == Real(0) ? Real(0) : (reward - mean) / (std + eps);
 }
 
 // F5 with its choices. Equal rewards give exactly 0: decided by comparing them, not by a standard deviation of 1e-10.

@@ -85,6 +85,18 @@ def test_equal_rewards_give_exactly_zero(reward, dtype):
                 assert group_advantages(rewards, **groups, **how).eq(0).all(), (size, groups, how)
 
 
+@pytest.mark.parametrize("apart", [5e-324, 1e-200, 1e-162, 1e-150])
+@pytest.mark.parametrize("eps", [0.0, 1e-300])
+def test_rewards_too_close_to_have_a_spread_give_zero(apart, eps):
+    """Below 1e-162 the squares of their distances are 0: no distance is divided by that."""
+    rewards = torch.tensor([0.0, apart], dtype=torch.float64)
+    for groups in ({"group_size": 2}, {"group_ids": torch.zeros(2, dtype=torch.long)}):
+        for of in (rewards, rewards.clone().requires_grad_()):  # C++, torch
+            ours = group_advantages(of, eps=eps, **groups).detach()
+            truth = [-(0.5**0.5), 0.5**0.5] if apart > 1e-162 else [0.0, 0.0]
+            torch.testing.assert_close(ours, torch.tensor(truth))
+
+
 def test_without_numbers_to_look_at_there_is_still_a_result():
     """Traced, fake and batched rewards."""
     rewards = torch.tensor([1.0, 0.0, 1.0, 3.0])
