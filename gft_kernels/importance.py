@@ -39,7 +39,8 @@ def importance_weights(
         sequence_ids: of packed rows, for level "sequence": the response of each.
 
     Returns: float32 of the shape of log_probs.
-    Raises: ValueError, TypeError.
+    Raises: ValueError, TypeError. On the CPU also for a log-probability that counts and is not finite; on a GPU its
+        weight may be NaN.
     Source: truncated importance sampling, fengyao.notion.site/off-policy-rl; TRL's
         vllm_importance_sampling_mode (token_truncate, token_mask, sequence_truncate, sequence_mask).
     """
@@ -57,6 +58,15 @@ def importance_weights(
     if mask is not None:
         checks.check_tensor("mask", mask, (torch.bool,), shape, device, "pass True where a token counts")
         live = mask
+    if sequence_ids is not None and (level == "token" or len(shape) != 1):
+        raise ValueError(
+            f"sequence_ids must be left out with level {level!r} and log_probs of shape {shape}, got "
+            f"{checks.shown(sequence_ids)}; it belongs to packed rows of level 'sequence'"
+        )
+    for name, values in (("log_probs", log_probs), ("rollout_log_probs", rollout_log_probs)):
+        if checks.can_be_read(values):
+            remedy = "take tokens that do not count out with mask"
+            checks.check_finite(name, values.detach().flatten(), live.flatten(), remedy)
     apart = torch.where(live, log_probs.detach().double() - rollout_log_probs.detach().double(), 0.0)
     if level == "sequence":
         apart = _of_response(apart, sequence_ids)

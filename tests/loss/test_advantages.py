@@ -256,7 +256,9 @@ def test_importance_weights(level):
     ):
         found = importance_weights(ours, rollout, bound=bound, **options)
         torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=1e-7)
-        packed = {**options, "mask": mask.flatten(), "sequence_ids": torch.arange(35) // 7}
+        packed = {**options, "mask": mask.flatten()}
+        if level == "sequence":
+            packed["sequence_ids"] = torch.arange(35) // 7
         rows = importance_weights(ours.flatten(), rollout.flatten(), bound=bound, **packed)
         torch.testing.assert_close(rows, found.flatten())
     free = importance_weights(ours, rollout, mask=mask, level=level, high=None)
@@ -272,6 +274,13 @@ def test_importance_weights(level):
      ({"low": 3.0}, "low must be at most high, got 3 above 2"),
      ({"mask": torch.ones(3, dtype=torch.bool)}, r"mask must have shape \(4,\), got \(3,\)"),
      ({"level": "sequence"}, "sequence_ids must be a torch.Tensor, got NoneType"),
+     ({"sequence_ids": torch.zeros(4, dtype=torch.long)}, "sequence_ids must be left out with level 'token'.*, got a t.*"),
+     ({"level": "sequence", "sequence_ids": torch.zeros(2, 2, dtype=torch.long), "log_probs": torch.zeros(2, 2),
+       "rollout_log_probs": torch.zeros(2, 2)}, r"sequence_ids must be left out with .* shape \(2, 2\), got a tensor.*"),
+     ({"log_probs": torch.tensor([[0.0, 0.0], [0.0, math.nan]]), "rollout_log_probs": torch.zeros(2, 2)},
+      "log_probs must be finite, got nan at position 3"),
+     ({"rollout_log_probs": torch.tensor([0.0, math.inf, 0.0, 0.0])},
+      "rollout_log_probs must be finite, got inf at position 1"),
      ({"rollout_log_probs": torch.zeros(3)}, r"rollout_log_probs must have shape \(4,\), got \(3,\)")],
 )  # fmt: skip
 def test_importance_weights_refuse_what_they_cannot_take(wrong, sentence):
