@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gft_kernels import _extension, checks, formulas
-from gft_kernels.options import SPLIT, Credit, Objective
+from gft_kernels.options import SPLIT, Credit, Objective, on_rows
 
 
 def group_advantages(
@@ -222,11 +222,4 @@ def _live_tokens(credit: Credit, live_R: Tensor) -> Tensor:
 
 
 def _on_rows(values_S: Tensor, credit: Credit) -> Tensor:
-    """Each row's response's value. A response id out of range gives NaN."""
-    ids_R = credit.sequence_ids_R
-    if ids_R is None:
-        return values_S.repeat_interleave(credit.tokens_per_response)
-    if values_S.numel() == 0:  # then a live row belongs to no response
-        return torch.full(ids_R.shape, float("nan"), device=ids_R.device)
-    inside = (ids_R >= 0) & (ids_R < values_S.numel())
-    return torch.where(inside, values_S[ids_R.clamp(0, values_S.numel() - 1)], float("nan"))
+    return on_rows(values_S, credit.sequence_ids_R, credit.tokens_per_response, outside=math.nan)

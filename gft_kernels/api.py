@@ -154,7 +154,7 @@ def _loss(
 
 
 def _of_rows_read(result: RowResult, call: RowCall | LinearCall) -> Tensor:
-    """The rows' losses; a row that is not read leaves the graph here, so that no upstream makes 0·inf of its gradient."""
+    """The rows' losses. Rows that are not read leave the graph here: no upstream makes 0·inf of their gradient."""
     live_R, weights_R = call.credit.live_R, call.credit.weights_R
     credit = RowCredit(live_R, result.advantages_R, live_R if weights_R is None else weights_R)
     return torch.where(rows_read(credit, call.objective, every=False), result.loss, 0.0)

@@ -6,6 +6,7 @@ raises ValueError or TypeError, one sentence that names the argument.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from gft_kernels import checks, linear_checks
 from gft_kernels.arguments import DEFAULTS, PolicyOptions
-from gft_kernels.options import BACKENDS, Credit, LinearCall, Objective, RowCall
+from gft_kernels.options import BACKENDS, Credit, LinearCall, Objective, RowCall, on_rows
 
 
 def row_call(
@@ -181,9 +182,8 @@ def _weights(
     flat = _flat(weights, torch.float32)
     if _is_per_row("weights", weights, rows_shape, sequence_ids):
         return flat
-    if sequence_ids is None:
-        return flat.repeat_interleave(rows_shape[1])
-    return flat[_flat(sequence_ids, torch.int64).clamp(0, max(flat.numel() - 1, 0))]
+    ids_R = None if sequence_ids is None else _flat(sequence_ids, torch.int64)
+    return on_rows(flat, ids_R, rows_shape[-1], outside=math.nan)
 
 
 def _is_per_row(name: str, value: Tensor, rows_shape: tuple[int, ...], sequence_ids: Tensor | None) -> bool:

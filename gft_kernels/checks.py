@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gft_kernels import _extension
 from gft_kernels.layout import shares_memory
-from gft_kernels.options import NORMALIZE, RECTIFY, SINGLETON, SPLIT, Credit, Objective
+from gft_kernels.options import NORMALIZE, RECTIFY, SINGLETON, SPLIT, Credit, Objective, on_rows
 from gft_kernels.remembered import by_value
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -330,8 +330,12 @@ def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
     ):
         if values_R is not None and not _all_finite(values_R):
             where_R = credit.live_R
-            if name == "old_log_probs":  # A = 0, or weight 0, decides before the ratio is looked at
-                for factor_R in (credit.advantages_R, credit.weights_R):
+            if name == "old_log_probs":  # a given A = 0, or weight 0, decides before the ratio is looked at
+                advantages_R = credit.advantages_R
+                if credit.advantages_S is not None:
+                    ids_R, tokens = credit.sequence_ids_R, credit.tokens_per_response
+                    advantages_R = on_rows(credit.advantages_S, ids_R, tokens, outside=math.nan)
+                for factor_R in (advantages_R, credit.weights_R):
                     where_R = where_R if factor_R is None else where_R & (factor_R != 0.0)
             check_finite(name, values_R, where_R, "mask rows that do not count with mask=False")
     if credit.weights_R is not None and bool((credit.weights_R < 0.0).any()):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gft_kernels import checks, formulas, sequences, surrogates
 from gft_kernels.arguments import PolicyOptions
-from gft_kernels.options import REDUCTIONS, RULE_FIELDS, LinearCall, Objective, RowCall, RowResult, Rule
+from gft_kernels.options import REDUCTIONS, RULE_FIELDS, LinearCall, Objective, RowCall, RowResult, Rule, on_rows
 from gft_kernels.remembered import by_value
 
 KL_ESTIMATORS = ("k1", "k2", "k3")  # of Schulman 2020, as Objective.kl_estimator numbers them
@@ -221,9 +221,9 @@ def _given_rows(given: Any, wanted: bool, targets: Tensor, sequence_ids: Any) ->
     if given.shape == targets.shape:
         return given.detach().reshape(-1).contiguous()
     if targets.dim() == 2 and given.shape == targets.shape[:1]:
-        return given.detach().repeat_interleave(targets.shape[1])
+        return on_rows(given.detach(), None, targets.shape[1], outside=False)
     if isinstance(sequence_ids, Tensor) and sequence_ids.shape == targets.shape and given.dim() == 1 and given.numel():
-        return given.detach()[sequence_ids.detach().clamp(0, given.numel() - 1).long()]
+        return on_rows(given.detach(), sequence_ids.detach().long(), targets.shape[-1], outside=False)
     raise ValueError(
         f"given must have shape {tuple(targets.shape)} or one entry per response, got {tuple(given.shape)}; {remedy}"
     )

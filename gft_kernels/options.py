@@ -73,6 +73,16 @@ class Credit:
         return torch.arange(rows.numel(), device=rows.device) // max(self.tokens_per_response, 1)
 
 
+def on_rows(values_S: Tensor, sequence_ids_R: Tensor | None, tokens_per_response: int, outside: float | bool) -> Tensor:
+    """(R,) of memory of its own: each row's response's value; `outside` where a row's id names no response."""
+    if sequence_ids_R is None:
+        return values_S.repeat_interleave(tokens_per_response)
+    if values_S.numel() == 0:
+        return torch.full(sequence_ids_R.shape, outside, dtype=values_S.dtype, device=values_S.device)
+    inside_R = (sequence_ids_R >= 0) & (sequence_ids_R < values_S.numel())
+    return torch.where(inside_R, values_S[sequence_ids_R.clamp(0, values_S.numel() - 1)], outside)
+
+
 @dataclass(frozen=True)
 class Rule:
     """What tells one surrogate from another: how kappa and the loss follow from log pi and A (surrogates.py).

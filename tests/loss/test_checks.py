@@ -62,6 +62,8 @@ BAD = {
         (r"advantages must have shape \(12,\), got \(4,\); or pass sequence_ids", dict(**PACKED, advantages=REWARDS)),
         (r"sequence_ids must lie in \[0, 4\), got 4 at row 8",
          dict(**PACKED, rewards=REWARDS, group_size=2, sequence_ids=torch.arange(12) // 2)),
+        ("weights must be finite, got nan at position 8",
+         dict(**PACKED, weights=REWARDS, sequence_ids=torch.arange(12) // 2)),
     ],
     TypeError: [
         ("logits must be a torch.Tensor, got list", dict(logits=[1.0])),

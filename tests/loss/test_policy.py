@@ -176,7 +176,7 @@ def test_ratios_of_responses_over_a_head(backend, objective):
 def test_on_policy_no_rounding_clips_a_response(backend, objective):
     """Its ratio is 1, whatever digits log pi has: the gradient of grpo, also with nothing between the bounds."""
     z, y = torch.randn(4, 20, 131), torch.randint(131, (4, 20))
-    options = {"advantages": torch.tensor([1.0, -1.0, 0.5, -2.0]), "clip_low": 0.0, "clip_high": 0.0, "backend": backend}
+    options = {"clip_low": 0.0, "clip_high": 0.0, "advantages": torch.tensor([1.0, -1.0, 0.5, -2]), "backend": backend}
     found, expected = (run(policy_loss, z, y, objective=name, **options) for name in (objective, "grpo"))
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
@@ -411,6 +411,7 @@ def test_without_advantage_only_the_penalties_act(backend, objective, penalties)
     case.old = torch.full_like(case.old, NAN)  # A = 0 decides before the ratio is looked at
     loss, gradient = case.run(backend=backend)
     assert gradient[case.mask].ne(0).any(-1).all() == bool(penalties)
+    assert torch.equal(case.run(backend=backend, advantages=case.advantages[:, 0])[1], gradient)
     case.old = torch.zeros_like(case.old)
     assert_right(case, loss, gradient)
 
