@@ -38,7 +38,7 @@ def group_advantages(
         normalize: "std" (Bessel-corrected), "mean" (no division) or "leave-one-out" (minus the others' mean); "split"
             weighs samples among themselves, R - mean of the other samples, and what is given against them,
             imitation·(R - mean of the samples).
-        eps: added to the standard deviation, outside the root.
+        eps: added to the standard deviation, outside the root; "std" alone divides by it.
         singleton: advantage of a group of one, and with "split" of a single sample: its "reward" or "zero".
         given: (S,) bool, for "split" alone: the responses that were not sampled from the policy.
         imitation: for "split" alone: the weight of what is given.

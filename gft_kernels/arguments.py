@@ -117,7 +117,7 @@ class _Credit(TypedDict, total=False):
     normalize: Annotated[
         str, "std", '"std" (the paper), "mean" (no division) or "leave-one-out" (unbiased for on-policy groups).'
     ]
-    eps: Annotated[float, 1e-6, "added to the group's standard deviation."]
+    eps: Annotated[float, 1e-6, 'added to the group\'s standard deviation, which normalize="std" alone divides by.']
     singleton: Annotated[str, "reward", 'the advantage of a group of one: its "reward", or "zero".']
     return_stats: Annotated[
         bool, False, "also return `TokenStats`; live rows with A = 0 are then read for their log-probabilities."
