@@ -109,6 +109,14 @@ def normalise(
     return _standardised(_consecutive(rewards.reshape(-1, group_size)), normalize, eps).float().view(-1)
 
 
+def over_batch_spread(advantages: Tensor, scored: Tensor, eps: float) -> Tensor:
+    """Advantages of normalize "mean" to those of "batch": over the deviation of a step's rewards, all that were scored.
+
+    No reward and one have no deviation, and divide nothing.
+    """
+    return advantages if len(scored) < 2 else formulas.group_advantage(advantages, 0.0, scored.std(), eps)
+
+
 def _standardised(group: Moments, normalize: str, eps: float) -> Tensor:
     if normalize == "std":
         return formulas.group_advantage(group.apart, group.mean, group.std, eps)

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gft_kernels import gft_loss, group_advantages, importance_weights
-from gft_kernels.advantages import credit_rows
+from gft_kernels.advantages import credit_rows, over_batch_spread
 from gft_kernels.options import Credit
 
 IDS, REWARDS = (-(10**12), -1, 0, 3, 10**12), (0.0, 0.1, 0.3, 1.0, -2.5, 1e6)
@@ -227,6 +227,15 @@ def test_the_native_text_and_torchs_agree(normalize, singleton):
     leaf = rewards.requires_grad_()
     (gradient,) = torch.autograd.grad(group_advantages(leaf, group_size=4, **how).square().sum(), leaf)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_the_deviation_of_a_batch(eps):
+    rewards = torch.tensor([1.0, 0.0, 3.0, 2.0], dtype=torch.float64)
+    centred = group_advantages(rewards, group_size=2, normalize="mean")
+    torch.testing.assert_close(over_batch_spread(centred, rewards, eps), centred / (math.sqrt(5 / 3) + eps))
+    assert torch.equal(over_batch_spread(centred, rewards[:1], eps), centred)
+    assert over_batch_spread(torch.zeros(4), torch.ones(4), eps).eq(0).all()
 
 
 def test_no_responses():

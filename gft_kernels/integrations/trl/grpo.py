@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from trl import GRPOTrainer
 
-from gft_kernels.advantages import group_advantages
+from gft_kernels.advantages import group_advantages, over_batch_spread
 from gft_kernels.data.fields import check_record, demonstrations
 from gft_kernels.data.readers import RowError
 from gft_kernels.data.text import encode_prompt, encode_response, end_tokens
@@ -137,9 +137,9 @@ class GFTGRPOTrainer(GRPOTrainer):
             eps=self.args.advantage_eps,
             singleton="zero",
         )
-        scored = rewards_N[~alone_N]
-        spread = scored.std() + self.args.advantage_eps if batch and len(scored) > 1 else 1.0
-        return advantages_N / spread
+        if batch:
+            advantages_N = over_batch_spread(advantages_N, rewards_N[~alone_N], self.args.advantage_eps)
+        return advantages_N
 
     # One micro-batch
 
