@@ -337,7 +337,8 @@ def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
                     advantages_R = on_rows(credit.advantages_S, ids_R, tokens, outside=math.nan)
                 for factor_R in (advantages_R, credit.weights_R):
                     where_R = where_R if factor_R is None else where_R & (factor_R != 0.0)
-            check_finite(name, values_R, where_R, "mask rows that do not count with mask=False")
+            named = "give every response id one, and " if name == "weights" else ""  # NaN where an id has none
+            check_finite(name, values_R, where_R, f"{named}mask rows that do not count with mask=False")
     if credit.weights_R is not None and bool((credit.weights_R < 0.0).any()):
         negative_R = credit.live_R & (credit.weights_R < 0.0)
         if bool(negative_R.any()):

@@ -62,7 +62,7 @@ BAD = {
         (r"advantages must have shape \(12,\), got \(4,\); or pass sequence_ids", dict(**PACKED, advantages=REWARDS)),
         (r"sequence_ids must lie in \[0, 4\), got 4 at row 8",
          dict(**PACKED, rewards=REWARDS, group_size=2, sequence_ids=torch.arange(12) // 2)),
-        ("weights must be finite, got nan at position 8",
+        ("weights must be finite, got nan at position 8; give every response id one",
          dict(**PACKED, weights=REWARDS, sequence_ids=torch.arange(12) // 2)),
     ],
     TypeError: [
