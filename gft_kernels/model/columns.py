@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gft_kernels import checks
 from gft_kernels.model import extra_terms
 
 IGNORE = -100  # the label of a token that does not count, where no other is asked for
@@ -27,7 +28,7 @@ class Columns:
         given = labels if shift_labels is None else shift_labels
         assert given is not None
         self.labels, self.shifts, self.options, self.keep = given, shift_labels is None, options, keep
-        if self.shifts and given.device.type == "cpu" and (isinstance(keep, Tensor) or keep):
+        if self.shifts and (isinstance(keep, Tensor) or keep) and checks.can_be_read(given):
             self._refuse_lost()
 
     def beside(self, states: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch
 import torch.utils.flop_counter
 import transformers
 from tiny_families import FAMILIES, HIDDEN, VOCABULARY, tiny
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gft_kernels import gft_loss, policy_loss
@@ -244,6 +245,8 @@ def test_a_label_whose_row_is_not_kept(keep):
     lost = torch.arange(L) < 4 if isinstance(keep, int) else ~torch.isin(torch.arange(L) - 1, keep)
     expected = patched(model, {**inputs, "labels": inputs["labels"].where(~lost, -100)}, logits_to_keep=keep)
     assert_same(patched(model, inputs, gft_mask=(~lost).expand(S, L), logits_to_keep=keep), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:  # as where memory is estimated: there are no numbers
+        assert model(**{name: fake.from_tensor(x) for name, x in inputs.items()}, logits_to_keep=keep).loss.shape == ()
 
 
 class LargestLogits(TorchDispatchMode):
