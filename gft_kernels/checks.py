@@ -26,6 +26,7 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG_PROB_DTYPES = (*LOGIT_DTYPES, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
 INT64 = 2**63
+WHOLE = 2**53  # from here on float64, in which rewards are taken, does not tell whole numbers apart
 FLOAT32 = torch.finfo(torch.float32)
 
 
@@ -271,7 +272,7 @@ def check_rewards(rewards: Any, responses: int | None, device: torch.device | No
 
 def _check_whole_rewards(rewards: Tensor) -> None:
     """Whole numbers must be told apart by float64, which holds them from here on. Raises ValueError."""
-    large = (rewards.double().abs() >= 2.0**53).nonzero()
+    large = (rewards.double().abs() >= WHOLE).nonzero()
     if len(large):
         at = int(large[0])
         raise ValueError(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from gft_kernels.checks import WHOLE
 from gft_kernels.data.readers import RowError
 
 OWN_FIELDS = ("prompt", "demonstrations", "responses", "rewards")
@@ -44,6 +45,8 @@ def check_record(record: Any, where: str) -> dict[str, Any]:
     for name in ("demonstrations", "responses"):
         require(row.get(name) is None or _all(is_text, row[name]), name, "be a list of non-empty texts")
     require(rewards is None or _all(_is_number, rewards), "rewards", "be a list of numbers")
+    told_apart = all(abs(reward) < WHOLE for reward in rewards or () if isinstance(reward, int))
+    require(told_apart, "rewards", "be below 2^53 in size where they are whole")
     require((responses is None) == (rewards is None), "rewards", "come together with `responses`")
     require(responses is None or len(responses) == len(rewards or ()), "rewards", "hold one number per response")
     require(responses is None or len(responses) > 0, "responses", "hold at least one response")

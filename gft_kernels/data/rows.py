@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
+from gft_kernels.checks import check_reward_values
 from gft_kernels.data import text
 from gft_kernels.data.fields import OWN_FIELDS, check_record, demonstrations
 from gft_kernels.data.readers import Record, RowError
@@ -146,6 +148,12 @@ class Rows(Dataset):
                 raise RowError(f"{where}: field `{column}` must be given, got nothing; a reward function reads it.")
         if (record.get("responses") is not None) != self.offline:
             raise RowError(f"{where}: field `responses` must be given in all rows or in none.")
+        if self.offline:
+            rewards_S = torch.tensor(record["rewards"], dtype=torch.float64)
+            try:
+                check_reward_values(rewards_S, self.config.normalize, len(rewards_S), None)
+            except ValueError as error:
+                raise RowError(f"{where}: {error}.") from None
         if not isinstance(record["prompt"], str) and getattr(self.tokenizer, "chat_template", None) is None:
             raise RowError(f"{where}: field `prompt` must be text, got messages; the tokenizer has no chat template.")
 

@@ -56,6 +56,12 @@ def check_values(config: Any, own: Collection[str]) -> None:
     stops = config.stop_strings
     if stops is not None and not (isinstance(stops, (list, tuple)) and all(isinstance(s, str) and s for s in stops)):
         raise ValueError(f"stop_strings must be a list of texts that are not empty, got {stops!r}.")
+    weights = config.reward_weights
+    finite = isinstance(weights, (list, tuple)) and all(
+        is_number(weight) and abs(weight) <= checks.FLOAT32.max for weight in weights
+    )
+    if weights is not None and not finite:
+        raise ValueError(f"reward_weights must be a list of finite numbers of float32, got {weights!r}.")
     for names, condition, holds in NUMBERS:
         for name in names.split():
             value = getattr(config, name)

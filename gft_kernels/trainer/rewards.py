@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gft_kernels.checks import WHOLE
 from gft_kernels.data.answers import (
     NO_MATH_VERIFY,
     boxed_answer,
@@ -26,6 +27,7 @@ from gft_kernels.data.answers import (
     last_number,
     math_verify,
 )
+from gft_kernels.data.fields import plain
 from gft_kernels.data.rows import OWN_FIELDS, Row
 
 LARGEST = torch.finfo(torch.float32).max
@@ -114,7 +116,7 @@ class Reward:
             values = self._values(rows, completions)
         except (Exception, SystemExit) as error:
             raise self._blame(rows, completions, error) from error
-        values = values.tolist() if hasattr(values, "tolist") else values  # an array, a tensor
+        values = plain(values)  # of an array, a tensor, or a list of such numbers
         if not isinstance(values, (list, tuple)) or len(values) != len(completions):
             got = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
             raise RewardError(f"reward function {self.name} must return {len(completions)} values, got {got}.")
@@ -133,10 +135,10 @@ class Reward:
             number = math.nan if isinstance(value, (str, bytes)) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not abs(number) <= LARGEST:
+        if not abs(number) <= LARGEST or (isinstance(value, int) and abs(value) >= WHOLE):
             raise RewardError(
-                f"{row.where}: reward function {self.name} must return finite numbers of float32 or None, "
-                f"got {value!r} for {excerpt(completion)}."
+                f"{row.where}: reward function {self.name} must return finite numbers of float32, whole ones below "
+                f"2^53, or None, got {value!r} for {excerpt(completion)}."
             )
         return number
 

@@ -40,6 +40,10 @@ from gft_kernels.trainer.groups import Group, collate
         ({"prompt": "a", "responses": ["b"], "rewards": ["1"]}, "field `rewards` must be a list of numbers"),
         ({"prompt": "a", "responses": ["b"], "rewards": [float("nan")]}, "field `rewards` must be a list of numbers"),
         ({"prompt": "a", "responses": ["b"], "rewards": [10**400]}, "field `rewards` must be a list of numbers"),
+        (
+            {"prompt": "a", "responses": ["b", "c"], "rewards": [2**60, 2**60 + 1]},
+            r"field `rewards` must be below 2\^53 in size where they are whole, got list \[1152921504606846976, ",
+        ),
         ({"prompt": "a", "responses": [], "rewards": []}, "field `responses` must hold at least one response"),
         ({"prompt": "a", "responses": ["b"], "rewards": [1], "demonstrations": ["c"]}, "field .* must be absent"),
     ],
@@ -64,6 +68,8 @@ def changed(index, **fields):
      (changed(0, prompt="1" * 60), {}, r"\[0\]: prompt and response reach 70 tokens, the model's context is 64"),
      (changed(1, responses=["a"], rewards=[1.0], demonstrations=None), {}, "`responses` must be given in all rows"),
      (changed(1, prompt=[{"role": "user", "content": "1"}]), {}, "the tokenizer has no chat template"),
+     ([{"prompt": "1", "responses": ["1", "2"], "rewards": [1.0, 1e300]}], {"num_generations": 0},
+      r"\[0\]: rewards must lie within 1e\+150 of 0, got 1e\+300 at position 1"),
      ([], {}, "must hold at least one usable row, got 0")],
 )  # fmt: skip
 def test_rows_that_cannot_be_trained_on_are_refused_before_training(tmp_path, rows, options, message):
@@ -191,6 +197,10 @@ def test_a_prompt_without_a_token_predicts_nothing():
         ({"kl_cap": 0.0, "beta": 0.1}, "kl_cap must be finite and positive, got 0.0"),
         ({"imitation": 0.5}, "imitation must be 1.0 with normalize 'std', got 0.5; only 'split'"),
         ({"normalize": "split", "imitation": -1.0}, "imitation must be 0 or positive and finite, got -1.0"),
+        *(
+            ({"reward_weights": value}, "reward_weights must be a list of finite numbers of float32, got ")
+            for value in ([1.0, math.nan], [math.inf], [10**400], ["1"], [True], 1.0)
+        ),
         *(
             ({"share_prompts": value}, "share_prompts must be True, False or 'auto', got ")
             for value in ("always", 1, None)

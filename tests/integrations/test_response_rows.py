@@ -52,7 +52,11 @@ def test_each_response_gets_the_advantage_of_its_group():
     assert [row[COLUMN] for row in response_rows(groups)[:3]] == pytest.approx(standardised.tolist())
 
 
-@pytest.mark.parametrize("row", [{"prompt": "A>"}, {"prompt": "A>", "responses": ["1."], "rewards": [1.0, 2.0]}])
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt": "A>"}, {"prompt": "A>", "responses": ["1."], "rewards": [1.0, 2.0]},
+     {"prompt": "A>", "responses": ["1.", "2."], "rewards": [2**60, 2**60 + 1]}],
+)  # fmt: skip
 def test_a_malformed_row_is_named(row):
     with pytest.raises(ValueError, match=r"rows\[1\]: field `re"):
         response_rows([{"prompt": "A>", "responses": ["1."], "rewards": [1.0]}, row])
