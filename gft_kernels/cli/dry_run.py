@@ -32,7 +32,7 @@ def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
     tokenizer = local(AutoTokenizer, pretrained.located(settings.tokenizer) if settings.tokenizer else model)
     own_config = local(AutoConfig, model)
     model_config = own_config or given_config(settings)
-    kept, longest, about_rows = checked_rows(settings, config, tokenizer, Limits.of(model_config))
+    kept, longest, about_rows = checked_rows(settings, config, tokenizer, Limits.of(model_config), ranks)
     lines = [f"settings     {described(config)}; rollout {config.rollout}, backend {config.backend}", *about_rows]
     records = [kept.records[i] for i in kept.kept]
     offline = kept.offline
@@ -52,13 +52,15 @@ def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
     return "\n".join(lines + memory_lines(config, shape, found, longest, activations))
 
 
-def checked_rows(settings: RunSettings, config: GFTConfig, tokenizer: Any, limits: Limits) -> tuple[Rows, int, list]:
+def checked_rows(
+    settings: RunSettings, config: GFTConfig, tokenizer: Any, limits: Limits, ranks: int
+) -> tuple[Rows, int, list]:
     """The rows to train on, the tokens of their longest prompt, and lines about them and those held out."""
     records, (eval_records, there) = rows(settings.data, settings.reader, "train"), held_out_rows(settings)
     rewards = Rewards(settings.rewards or (), config.reward_weights)
     of_all = tokenizer or Unread(), config, limits, sorted(rewards.required_columns())
     kept = Rows(records, "train_dataset", *of_all)
-    check_sources(config, kept, rewards)
+    check_sources(config, kept, rewards, ranks)
     found = (kept[i] for i in range(len(kept)))
     sizes = [(len(row.prompt_ids), max((len(given.ids) for given in row.given), default=0)) for row in found]
     longest, given = map(max, zip(*sizes, strict=True))

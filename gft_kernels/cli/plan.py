@@ -68,7 +68,8 @@ class Batches:
 
 def batches(config: GFTConfig, rows: int, ranks: int, group: int) -> Batches:
     here = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    micro_batches = math.ceil(rows / (config.per_device_train_batch_size * ranks))
+    whole = math.floor if config.dataloader_drop_last else math.ceil
+    micro_batches = whole(rows / (config.per_device_train_batch_size * ranks))
     steps_per_epoch = math.ceil(micro_batches / config.gradient_accumulation_steps) * config.num_iterations
     steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_per_epoch * config.num_train_epochs)
     return Batches(

@@ -207,8 +207,14 @@ def denominator(groups: Sequence[Group], config: GFTConfig) -> int:
     return count_items(groups, str(config.reduction))
 
 
-def check_sources(args: GFTConfig, rows: Rows, rewards: Rewards) -> None:
-    """Raises ValueError if the rows, the reward functions and the group's make-up contradict each other."""
+def check_sources(args: GFTConfig, rows: Rows, rewards: Rewards, ranks: int) -> None:
+    """Raises ValueError if rows, reward functions and the make-up of groups and batches contradict each other."""
+    prompts = args.per_device_train_batch_size * ranks
+    if args.dataloader_drop_last and len(rows) < prompts:
+        raise ValueError(
+            f"dataloader_drop_last must be False with {len(rows)} rows, fewer than the {prompts} prompts of a "
+            f"micro-batch over {ranks} ranks, got True; nothing would be left to train on."
+        )
     if rows.offline:
         if args.num_generations:
             raise ValueError(

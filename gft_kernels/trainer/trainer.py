@@ -92,7 +92,7 @@ class GFTTrainer(Trainer):
         )
         train_rows = self.rows_of(train_dataset, "train_dataset")
         if train_rows is not None:
-            check_sources(args, train_rows, rewards)
+            check_sources(args, train_rows, rewards, args.world_size)
         self.follows = FollowsPolicy(self)
         super().__init__(
             model=model,

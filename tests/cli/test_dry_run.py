@@ -135,6 +135,7 @@ def test_what_training_would_refuse_the_dry_run_refuses(tmp_path, model_path, ca
         (["--tau", "2"], "tau must lie in [0, 1]"),
         (["--num_demonstrations", "9"], "must hold at least num_demonstrations = 9 texts, got 2"),
         (["--max_completion_length", "2"], "max_completion_length is 2; raise it"),
+        (["--dataloader_drop_last", "true", "--ranks", "6"], "10 rows, fewer than the 12 prompts of a micro"),
         (["--ranks", "0"], "--ranks must be at least 1"),
     ):
         assert main(["train", "--config", config, "--dry-run", *flags]) == 2
@@ -144,10 +145,10 @@ def test_what_training_would_refuse_the_dry_run_refuses(tmp_path, model_path, ca
 
 def test_the_plan_counts_the_steps_the_trainer_takes(tmp_path):
     """Epochs, a partial last step and places without a row: the trainer's own count."""
-    for rows, micro, accumulation in ((11, 2, 2), (8, 2, 4), (3, 4, 1)):
+    for rows, micro, accumulation, drops in ((11, 2, 2, False), (8, 2, 4, False), (3, 4, 1, False), (9, 2, 2, True)):
         trainer = rig.trainer(
             tmp_path, train=rig.rows(rows), per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
-            max_steps=-1, num_train_epochs=2, num_generations=0, learning_rate=0.0,
+            max_steps=-1, num_train_epochs=2, num_generations=0, learning_rate=0.0, dataloader_drop_last=drops,
         )  # fmt: skip
         trainer.train()
         assert plan.batches(trainer.args, rows, 1, 2).steps == trainer.state.global_step

@@ -225,6 +225,8 @@ def test_options_out_of_range_or_in_conflict_are_refused(tmp_path, options, mess
      ({"num_demonstrations": 0, "num_generations": 0}, "must be at least 1, got 0; a group would be empty"),
      ({"train": rig.offline_rows()}, "num_generations must be 0 where rows bring `responses` and `rewards`, got 2"),
      ({"train": rig.offline_rows(), "normalize": "split", "num_generations": 0}, "must not be 'split' where rows"),
+     ({"dataloader_drop_last": True, "per_device_train_batch_size": 9},
+      "dataloader_drop_last must be False with 8 rows, fewer than the 9 prompts of a micro-batch over 1 ranks, got "),
      ({"train": "rows.jsonl"}, "train_dataset must be a list of rows or a datasets.Dataset, got str")],
 )  # fmt: skip
 def test_rows_and_options_that_contradict_each_other_are_refused(tmp_path, options, message):
