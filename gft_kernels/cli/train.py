@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
+from gft_kernels import BackendUnavailable
 from gft_kernels.cli import folder, report
 from gft_kernels.cli.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED, one_line
 from gft_kernels.cli.inputs import BAD, configuration, held_out_rows, rows, tokenizer_of
@@ -38,7 +39,7 @@ def train(
             return dry_run(settings, options, ranks or 1)
         with folder.locked(options["output_dir"]):
             return run(settings, options, resume or resume_anyway, resume_anyway)
-    except (*BAD, RewardError) as error:
+    except (*BAD, RewardError, BackendUnavailable) as error:
         return ended(BAD_INPUT, one_line(error))
 
 

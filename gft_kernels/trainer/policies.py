@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import TrainerCallback
 
+from gft_kernels.api import policy_loss
 from gft_kernels.data.rows import Row
 from gft_kernels.model.columns import IGNORE
 from gft_kernels.model.patch import patch_model, unwrapped
@@ -29,6 +30,13 @@ from gft_kernels.trainer.windows import Window
 
 TEXTS = ("input_ids", "attention_mask")
 REFERENCE = "reference.safetensors"
+
+
+def check_backend(args: GFTConfig) -> None:
+    """Raises BackendUnavailable, with the reason, for a backend that cannot compute a loss on this run's device."""
+    if args.backend != "auto":
+        logits = torch.zeros(1, 1, device=args.device)
+        policy_loss(logits, torch.zeros_like(logits[0], dtype=torch.int64), objective="sft", backend=args.backend)
 
 
 class Forward:

@@ -31,7 +31,7 @@ from gft_kernels.trainer.engines import Rollout
 from gft_kernels.trainer.groups import GroupBuilder, check_sources, denominator
 from gft_kernels.trainer.logs import RunLog, show_completions
 from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, signs_of_collapse
-from gft_kernels.trainer.policies import FollowsPolicy, Forward, start_model
+from gft_kernels.trainer.policies import FollowsPolicy, Forward, check_backend, start_model
 from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import end_tokens, refuse_virtual_tokens
 
@@ -46,7 +46,8 @@ class GFTTrainer(Trainer):
     train_dataset, eval_dataset: lists of rows or datasets.Dataset (docs/training.md#rows).
     reward_funcs: functions, ready names or dotted paths. rollout_fn: `f(model, prompts_ids, sampling) -> token ids`,
     instead of what `args.rollout` names. peft_config: a peft.LoraConfig, under which the model is put.
-    Raises: ValueError or RowError before training for what cannot work, RewardError when a reward function fails.
+    Raises: ValueError, RowError or BackendUnavailable before training for what cannot work, RewardError when a reward
+    function fails.
     """
 
     # compute_loss divides by the whole window's count: Trainer must not divide by the accumulation steps again.
@@ -72,6 +73,7 @@ class GFTTrainer(Trainer):
             raise TypeError(
                 f"args must be a GFTConfig, got {type(args).__name__}; it takes every option of TrainingArguments."
             )
+        check_backend(args)
         if isinstance(model, str):
             model = pretrained.located(model)
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
