@@ -65,14 +65,17 @@ def blamed(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error)} ({frame.filename}:{frame.lineno})"
 
 
-def rows(path: str, reader: str | None, split: str) -> Sequence:
-    """Rows of a file, or of whatever a reader makes of the path; each checked where it was read."""
+def rows(path: str, reader: str | None, split: str, names: tuple[str, str] = ("data", "reader")) -> Sequence:
+    """Rows of a file, or of whatever a reader makes of the path; each checked where it was read.
+
+    names: the keys of the two, for errors.
+    """
     if reader is None:
-        records = read_records(path)
+        records = read_records(path, names[0])
         for record in records:
             check_record(record, record.where)
         return records
-    read = find(reader, "reader")
+    read = find(reader, names[1])
     if "split" in inspect.signature(read).parameters:
         read = functools.partial(read, split=split)
     try:
@@ -80,14 +83,15 @@ def rows(path: str, reader: str | None, split: str) -> Sequence:
     except (*BAD, ImportError):
         raise
     except (Exception, SystemExit) as error:
-        raise ValueError(f"reader must read {path!r}, got {blamed(error)}; see {reader}.") from None
+        raise ValueError(f"{names[1]} must read {path!r}, got {blamed(error)}; see {reader}.") from None
 
 
 def held_out_rows(settings: RunSettings) -> tuple[Sequence | None, int]:
     """The rows that are evaluated, and how many there are to choose from; None and 0 without eval_data."""
     if settings.eval_data is None:
         return None, 0
-    found = rows(settings.eval_data, settings.eval_reader or settings.reader, "test")
+    names = ("eval_data", "eval_reader" if settings.eval_reader else "reader")
+    found = rows(settings.eval_data, settings.eval_reader or settings.reader, "test", names)
     return spread(found, settings.eval_rows), len(found)
 
 

@@ -28,16 +28,16 @@ class Record(dict):
             raise RowError(f"{self.where}: field `{field}` must {condition}, got {value!r:.60}.")
 
 
-def read_records(path: str | Path) -> list[Record]:
-    """Rows of a .jsonl, .json or .parquet file, each knowing its place.
+def read_records(path: str | Path, name: str = "data") -> list[Record]:
+    """Rows of a .jsonl, .json or .parquet file, each knowing its place; `name`: what errors call the path.
 
     Raises: RowError naming file and line; FileNotFoundError; ValueError for another kind of file.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"data must be a file, got {str(path)!r}; there is no such file.")
+        raise FileNotFoundError(f"{name} must be a file, got {str(path)!r}; there is no such file.")
     if path.suffix not in READERS:
-        raise ValueError(f"data must be a .jsonl, .json or .parquet file, got {str(path)!r}.")
+        raise ValueError(f"{name} must be a .jsonl, .json or .parquet file, got {str(path)!r}.")
     records = [_record(fields, where) for where, fields in READERS[path.suffix](path)]
     if not records:
         raise RowError(f"{path}: must hold at least one row, got none.")
@@ -47,7 +47,9 @@ def read_records(path: str | Path) -> list[Record]:
 def refuse_file(path: str | Path | None, what: str) -> None:
     """For readers of rows that are made on the fly. Raises ValueError where a file is named after all."""
     if path is not None:
-        raise ValueError(f"data must be 'sample' for {what}, got {str(path)!r}; the rows are made on the fly.")
+        raise ValueError(
+            f"data and eval_data must be 'sample' for {what}, got {str(path)!r}; the rows are made on the fly."
+        )
 
 
 def _record(fields: object, where: str) -> Record:
