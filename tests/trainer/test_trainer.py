@@ -117,11 +117,13 @@ def test_collate_reads_only_what_the_loss_needs(tmp_path):
     assert (shifted[live] == 1).sum() == 4  # every response's end token is learned
 
 
-@pytest.mark.parametrize("stop", [2, 4], ids=["mid-epoch", "epoch boundary"])
-def test_resuming_gives_the_uninterrupted_run_bit_for_bit(tmp_path, stop):
+@pytest.mark.parametrize(
+    ("stop", "steps"), [(2, 1), (4, 1), (2, 2)], ids=["mid-epoch", "epoch boundary", "between two rollouts"]
+)
+def test_resuming_gives_the_uninterrupted_run_bit_for_bit(tmp_path, stop, steps):
     options = {
         "max_steps": 6, "save_strategy": "steps", "save_steps": stop, "train_sampling_strategy": "random",
-        "save_total_limit": 5,
+        "save_total_limit": 5, "steps_per_rollout": steps,
     }  # fmt: skip
     straight = rig.trainer(tmp_path, rig.gpt2(), evaluation=rig.rows(2), eval_strategy="steps", eval_steps=1, **options)
     expected = [line["loss"] for line in rig.trained(straight)]
