@@ -135,7 +135,7 @@ class Rows(Dataset):
         if not prompt_ids:
             raise RowError(f"{where}: field `prompt` must have a token, got none of {record['prompt']!r:.60}.")
         self._check_vocabulary([prompt_ids, *encoded], where)
-        for kind, sentence in text.doubts(self.tokenizer, prompt_ids, self._texts(record, where)[0]):
+        for kind, sentence in text.doubts(self.tokenizer, prompt_ids, self._texts(record, where)[0], encoded):
             doubts.setdefault(kind, f"{where}: {sentence}")
         fault = self._overlong(len(prompt_ids), max(map(len, encoded), default=0))
         if fault and self.config.overlong == "error":

@@ -13,12 +13,12 @@ PAD, EOS = "<pad>", "<eos>"
 
 
 def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """One token per character of the alphabet; any other character is an error when it is met."""
+    """One token per character of the alphabet; any other character is read as padding, which rows are warned of."""
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=PAD)
 
 
 def byte_pair_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:

@@ -201,8 +201,14 @@ def _first_mark(tokenizer: Any, text: str) -> int | None:
     return next((i for i in ids if i in marks and tokenizer.decode([i]).strip()), None)
 
 
-def doubts(tokenizer: Any, prompt_ids: Sequence[int], responses: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """What about an encoded prompt is hardly meant: its kind, and a sentence about it."""
+def doubts(
+    tokenizer: Any, prompt_ids: Sequence[int], responses: Sequence[str], encoded: Sequence[Sequence[int]]
+) -> Iterator[tuple[str, str]]:
+    """What about an encoded prompt and its responses is hardly meant: its kind, and a sentence about it."""
+    unknown = getattr(tokenizer, "unk_token_id", None)  # GPT-2's ends texts, and is never used for this
+    if unknown != tokenizer.eos_token_id and any(unknown in ids for ids in (prompt_ids, *encoded)):
+        mark = tokenizer.decode([unknown])
+        yield "unknown", f"text should be known to the tokenizer, got some that it reads as {mark!r}"
     end = _length_without_end(tokenizer, prompt_ids)
     if end < len(prompt_ids):
         mark = tokenizer.decode([prompt_ids[end]])

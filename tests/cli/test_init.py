@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 
 KEYS = [key for keys in sections().values() for key in keys]
 OFFLINE = {"prompt": "2 + 3 =", "responses": ["5", "6"], "rewards": [1.0, 0.0]}
-GIVEN = {"prompt": "2 + 3 =", "demonstrations": ["5", "It is 5", "five"], "answer": "5"}
+GIVEN = {"prompt": "2 + 3 =", "demonstrations": ["5", "ab ab 5", "ba"], "answer": "5"}
 
 
 def test_every_key_is_listed_once_with_its_default(capsys):
@@ -57,7 +57,7 @@ def test_the_file_trains_as_it_stands(tmp_path, model_path, capsys):
     settings, options = load(out, [], None)
     assert settings.rewards == ["last_number"] and options["num_demonstrations"] == 3
     assert options["learning_rate"] == 1e-5
-    longest = len(rig.tokenizer()("It is 5")["input_ids"]) + 1
+    longest = len(rig.tokenizer()("ab ab 5")["input_ids"]) + 1
     assert options["max_completion_length"] >= longest and options["max_completion_length"] % 32 == 0
     changes = ["--max_steps", "1", "--use_cpu", "true", "--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true"]
     assert main(["train", "--config", out, *changes]) == 0

@@ -202,10 +202,11 @@ THOUGHT_TWICE = {"prompt": "q<think></think>", "demonstrations": ["<think>x</thi
     ("style", "record", "warning"),
     [("qwen", {"prompt": "q<|im_end|>\n"}, r"field `prompt` should not end in an end token, got '<\|im_end"),
      ("qwen thinking", {"prompt": ASKED}, r"a response should close the <think> that its prompt opens"),
-     ("qwen", THOUGHT_TWICE, r"a response should not think again")],
+     ("qwen", THOUGHT_TWICE, r"a response should not think again"),
+     (rig.tokenizer(), {"demonstrations": ["\N{ROCKET}a"]}, "text should be known to the tokenizer, got some")],
 )  # fmt: skip
 def test_prompts_that_are_hardly_meant_are_named_once(style, record, warning):
-    sound = {"prompt": "q", "demonstrations": ["a"]}
+    sound = {"prompt": "a", "demonstrations": ["a"]}
     with pytest.warns(UserWarning, match=rf"rows\[1\]: {warning}") as found:
         rows(style, [sound, {**sound, **record}, {**sound, **record}])
     assert len(found) == 1
