@@ -17,6 +17,7 @@ from gft_kernels.cli.exits import one_line
 from gft_kernels.cli.settings import RunSettings
 from gft_kernels.data import pretrained
 from gft_kernels.data.fields import check_record
+from gft_kernels.data.rows import numbered
 from gft_kernels.trainer import GFTConfig, read_records
 from gft_kernels.trainer.rewards import find
 
@@ -79,7 +80,7 @@ def rows(path: str, reader: str | None, split: str, names: tuple[str, str] = ("d
     if "split" in inspect.signature(read).parameters:
         read = functools.partial(read, split=split)
     try:
-        return read(None if path == "sample" else path)
+        return numbered(read(None if path == "sample" else path), f"what {names[1]} returns")
     except (*BAD, ImportError):
         raise
     except (Exception, SystemExit) as error:

@@ -57,6 +57,17 @@ class Limits:
         return cls(getattr(text_config, "max_position_embeddings", None), getattr(text_config, "vocab_size", None))
 
 
+def numbered(records: Any, name: str) -> Any:
+    """The rows of a list, a datasets.Dataset or a pandas.DataFrame by their numbers. Raises TypeError for others."""
+    if hasattr(records, "iloc"):  # a pandas.DataFrame, whose items are columns
+        return records.to_dict("records")
+    if not hasattr(records, "__len__") or not hasattr(records, "__getitem__") or isinstance(records, (str, dict)):
+        raise TypeError(f"{name} must be a list of rows or a datasets.Dataset, got {type(records).__name__}.")
+    if hasattr(records, "with_format") and records.format["type"] in TABLES:
+        return records.with_format(None, columns=records.format["columns"])
+    return records
+
+
 class Rows(Dataset):
     """A checked view of rows (a list, a datasets.Dataset, a pandas.DataFrame) that tokenises each when asked for it.
 
@@ -65,12 +76,7 @@ class Rows(Dataset):
     """
 
     def __init__(self, records, name, tokenizer, config, limits: Limits, required_columns: Sequence[str] = ()):
-        if hasattr(records, "iloc"):  # a pandas.DataFrame, whose items are columns
-            records = records.to_dict("records")
-        if not hasattr(records, "__len__") or not hasattr(records, "__getitem__") or isinstance(records, (str, dict)):
-            raise TypeError(f"{name} must be a list of rows or a datasets.Dataset, got {type(records).__name__}.")
-        if hasattr(records, "with_format") and records.format["type"] in TABLES:
-            records = records.with_format(None, columns=records.format["columns"])
+        records = numbered(records, name)
         self.records, self.name, self.tokenizer, self.config, self.limits = records, name, tokenizer, config, limits
         self.required_columns = required_columns
         self.offline = len(records) > 0 and self._record(0)[0].get("responses") is not None

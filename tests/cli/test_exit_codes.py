@@ -24,7 +24,8 @@ MODULES = {
     "fails_on_import": "raise RuntimeError('no licence found')\n",
     "exits_on_import": "raise SystemExit(0)\n",
     "exits": "def reward(prompts, completions, **columns):\n    raise SystemExit(0)\n",
-    "reads": "def exits(path):\n    raise SystemExit(0)\n\n\ndef fails(path):\n    return [][7]\n",
+    "reads": "def exits(path):\n    raise SystemExit(0)\n\n\ndef fails(path):\n    return [][7]\n\n\n"
+    "def nothing(path):\n    pass\n",
 }
 
 
@@ -111,6 +112,7 @@ FLAGS = [
     (["--rollout_fn", "gft_kernels:absent"], "module gft_kernels has no 'absent'"),
     (["--reader", "reads:absent"], "reader must exist, got 'reads:absent'"),
     (["--reader", "reads:exits"], "reader must read "),
+    (["--reader", "reads:nothing"], "what reader returns must be a list of rows or a datasets.Dataset, got NoneType"),
     (["--reader", "reads:fails"], "IndexError: list index out of range ("),
 ]
 

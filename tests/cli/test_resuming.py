@@ -143,6 +143,17 @@ def test_edited_rows_and_other_ranks_are_another_run(copy, capsys, tmp_path, mon
     assert "its rng_state_0.pth is missing" in capsys.readouterr().err
 
 
+def test_edited_rows_of_a_table_are_another_run(tmp_path, model_path, capsys):
+    """pandas counts a table by its columns; some of its rows are held out."""
+    table = {"reader": "pandas:read_json", "eval_data": str(tmp_path / "rows.json"), "eval_rows": 3}
+    config = write_run(tmp_path, model_path, max_steps=1, data=rig.rows(), **table)
+    flags = ["train", "--config", config, "--data", str(tmp_path / "rows.json")]
+    for answer, code in (("1", 0), ("9", 2)):
+        (tmp_path / "rows.json").write_text(json.dumps([*rig.rows(), {**rig.rows(1)[0], "answer": answer + "a"}]))
+        assert main([*flags, *(["--resume"] if code else [])]) == code
+    assert "the rows of data differ" in capsys.readouterr().err
+
+
 def test_what_is_shown_and_kept_may_change(copy):
     assert copy.resume("--resume", "--logging_steps", "2", "--save_total_limit", "9", "--run_name", "another") == 0
 
