@@ -163,14 +163,16 @@ def evaluations(trainer: GFTTrainer) -> str:
 
 
 def finish(trainer: GFTTrainer, merge: bool) -> None:
-    """Saves the model, evaluates once more if the last step was not, writes the run's page, prints the summary."""
-    output_dir, step = str(trainer.args.output_dir), trainer.state.global_step
+    """Saves the model, evaluates it if that was not the last to be, writes the run's page, prints the summary."""
+    output_dir, step, best = str(trainer.args.output_dir), trainer.state.global_step, trainer.state.best_global_step
+    saved = best if trainer.args.load_best_model_at_end and best is not None else step
     trainer.save_model(str(Path(output_dir, "adapter")) if merge else output_dir)
     evaluated = {line["step"] for line in trainer.state.log_history if "eval_runtime" in line}
     held_out: Any = trainer.eval_dataset
-    if held_out is not None and step not in evaluated:
+    if held_out is not None and (step not in evaluated or saved != step):
         if trainer.is_world_process_zero():
-            say(f"evaluating {len(held_out)} held-out rows")  # which may take as long as many steps
+            by = f" by the model of step {saved}, the best" if saved != step else ""
+            say(f"evaluating {len(held_out)} held-out rows{by}")  # which may take as long as many steps
         trainer.evaluate()
     if merge and trainer.args.should_save:
         adapters.save_merged(trainer.model, trainer.processing_class, output_dir)

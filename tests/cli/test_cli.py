@@ -49,6 +49,16 @@ def test_evaluation_waits_to_be_asked_for_and_has_its_limit(tmp_path, model_path
     assert [" s left" in line for line in steps] == [True, True, False] and "{'loss'" not in shown
 
 
+def test_the_numbers_at_the_end_are_those_of_the_model_that_is_saved(tmp_path, model_path, undrawn, capsys):
+    each = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}  # the first is
+    config = write_run(tmp_path, model_path, eval_data=str(tmp_path / "rows.jsonl"), **each, **best)
+    assert main(["train", "--config", config]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = (line["eval_loss"] for line in lines if "eval_loss" in line)
+    assert first == last and "evaluating 8 held-out rows by the model of step 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("count", "chosen"), [(3, [0, 2, 5]), (8, [*range(8)]), (None, [*range(8)])])
 def test_rows_to_evaluate_are_spread_over_the_file(count, chosen):
     assert [*spread(range(8), count)] == chosen
