@@ -238,7 +238,9 @@ class GFTTrainer(Trainer):
     # Reporting
 
     def _logs_after_this_step(self) -> bool:
-        return (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
+        step, by_epoch = self.state.global_step + 1, self.args.logging_strategy == "epoch"
+        every = self._steps_per_epoch if by_epoch else max(int(self.state.logging_steps or 1), 1)
+        return step % every == 0 or (by_epoch and step == self.state.max_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last training log line, and warns once of each sign of a collapse."""

@@ -186,6 +186,11 @@ def test_metrics_say_why_a_loss_is_zero(tmp_path):
     assert written[0]["step"] == 1 and written[0]["zero_std_groups"] == 1.0
 
 
+def test_every_log_line_has_the_kl_where_epochs_are_logged(tmp_path):
+    trainer = rig.trainer(tmp_path, log_kl=True, logging_strategy="epoch", logging_steps=10, max_steps=5)
+    assert [(line["step"], "kl_to_start" in line) for line in rig.trained(trainer)] == [(4, True), (5, True)]
+
+
 def test_metrics_match_the_tokens_of_the_step(tmp_path):
     trainer = rig.trainer(tmp_path, train=rig.rows(2), num_generations=0, tau=0.06, log_kl=False, max_steps=1)
     given = [(row["prompt"], text) for row in rig.rows(2) for text in row["demonstrations"]]
