@@ -149,7 +149,8 @@ class Rows(Dataset):
         return not fault
 
     def _check_kind(self, record, where):
-        for column in () if self.offline else self.required_columns:
+        unrewarded = self.offline and self.name == "train_dataset"  # other rows are sampled for
+        for column in () if unrewarded else self.required_columns:
             if record.get(column) is None:
                 raise RowError(f"{where}: field `{column}` must be given, got nothing; a reward function reads it.")
         if (record.get("responses") is not None) != self.offline:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from gft_kernels.data import pretrained
@@ -36,7 +36,8 @@ from gft_kernels.trainer.rewards import Rewards
 from gft_kernels.trainer.rollouts import end_tokens, refuse_virtual_tokens
 
 TRAINING, EVALUATION = 0, 1  # what random numbers are for
-LOADER = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
+LOADER = ("num_workers", "pin_memory", "prefetch_factor")  # of every loader; for those of training:
+OF_TRAINING = ("drop_last", "persistent_workers")
 
 
 class GFTTrainer(Trainer):
@@ -133,13 +134,27 @@ class GFTTrainer(Trainer):
         """Rows in an order that gives every rank as many, the last ones absent where they do not suffice."""
         if self.train_dataset is None:
             return super().get_train_dataloader()  # which refuses
-        args = self.args
-        options = {name: getattr(args, f"dataloader_{name}") for name in LOADER}
-        order = windows.row_order(self.train_dataset, args)
-        loader = DataLoader(self.train_dataset, args.train_batch_size, sampler=order, collate_fn=list, **options)
-        loader = self.accelerator.prepare(loader)
+        args, order = self.args, windows.row_order(self.train_dataset, self.args)
+        loader = self._loader(self.train_dataset, args.train_batch_size, (*LOADER, *OF_TRAINING), order)
         self._steps_per_epoch = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
         return loader
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """The rows given, those of a name, or all that the trainer has.
+
+        Trainer's would drop what is left of a batch where training's does, and stay with the first rows where its
+        workers are persistent.
+        """
+        own: Any = self.eval_dataset
+        rows = own[eval_dataset] if isinstance(eval_dataset, str) else own if eval_dataset is None else eval_dataset
+        return super().get_eval_dataloader() if rows is None else self.get_test_dataloader(rows)  # the first refuses
+
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        return self._loader(test_dataset, self.args.eval_batch_size, LOADER)
+
+    def _loader(self, rows: Rows, batch: int, options: Sequence[str], order: Sampler | None = None) -> DataLoader:
+        given: Any = {name: getattr(self.args, f"dataloader_{name}") for name in options}
+        return self.accelerator.prepare(DataLoader(rows, batch, sampler=order, collate_fn=list, **given))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

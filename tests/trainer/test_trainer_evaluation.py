@@ -81,8 +81,21 @@ def test_any_rows_can_be_evaluated_and_predicted(tmp_path, kind):
     assert predicted.predictions[:, 4].mean() == pytest.approx(found["eval_reward"])
 
 
+def test_evaluation_reads_every_row_it_is_given(tmp_path):
+    """Whatever the options of training's loader: none is dropped, and the workers of other rows do not stay."""
+    loader = {"drop_last": True, "num_workers": 1, "persistent_workers": True}
+    options = {f"dataloader_{name}": value for name, value in loader.items()} | {"per_device_eval_batch_size": 2}
+    trainer = rig.trainer(tmp_path, evaluation=rig.rows(3), **options)
+    others = trainer.rows_of(rig.rows(5), "eval_dataset")
+    loaders = [trainer.get_eval_dataloader(), trainer.get_eval_dataloader(others), trainer.get_test_dataloader(others)]
+    assert [(len(each.dataset), len(each)) for each in loaders] == [(3, 2), (5, 3), (5, 3)]
+
+
 def test_rows_for_evaluation_are_checked_like_others(tmp_path):
     trainer = rig.trainer(tmp_path)
+    rewarded = {"prompt": "1+1>", "responses": ["2."], "rewards": [1.0]}
+    with pytest.raises(RowError, match=r"eval_dataset\[0\]: field `answer` must be given, got nothing"):
+        trainer.evaluate([rewarded])  # its samples are rewarded all the same
     with pytest.raises(RowError, match=r"eval_dataset\[1\]: field `prompt` must be text"):
         trainer.evaluate([rig.rows(1)[0], {"prompt": 3}])
     with pytest.raises(RowError, match=r"eval_dataset\['x'\]\[0\]: field `answer` must be given, got nothing"):
