@@ -203,6 +203,7 @@ THOUGHT_TWICE = {"prompt": "q<think></think>", "demonstrations": ["<think>x</thi
     [("qwen", {"prompt": "q<|im_end|>\n"}, r"field `prompt` should not end in an end token, got '<\|im_end"),
      ("qwen thinking", {"prompt": ASKED}, r"a response should close the <think> that its prompt opens"),
      ("qwen", THOUGHT_TWICE, r"a response should not think again"),
+     ("qwen", {"demonstrations": ["a<|im_end|>\n<|im_start|>user\nq<|im_end|>"]}, "a response should end at its first"),
      (rig.tokenizer(), {"demonstrations": ["\N{ROCKET}a"]}, "text should be known to the tokenizer, got some")],
 )  # fmt: skip
 def test_prompts_that_are_hardly_meant_are_named_once(style, record, warning):
