@@ -12,6 +12,7 @@ from typing import Any
 
 from swift.callbacks import TrainerCallback, callbacks_map
 
+from gft_kernels.data.fields import OF_THE_TEMPLATE
 from gft_kernels.integrations.response_rows import COLUMN, check_loss_options, patch_for_rows
 
 # Settings under which ms-swift would lose the column, cut rows apart, or compute a loss of its own.
@@ -67,9 +68,15 @@ def message_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of `response_rows` as ms-swift reads them: `messages` and `gft_advantages`, and no other column.
 
     Every column that stays reaches the model, so others would be arguments it does not know.
+    Raises: ValueError for a row with variables or tools of the chat template, which would not see them.
     """
     found = []
     for row in rows:
+        for name in OF_THE_TEMPLATE:
+            if row.get(name):
+                raise ValueError(
+                    f"rows must have no `{name}` with ms-swift, got {row[name]!r:.60}; write it into a system message"
+                )
         prompt = row["prompt"]
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         answer = {"role": "assistant", "content": row["response"]}

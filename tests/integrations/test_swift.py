@@ -107,6 +107,12 @@ def test_the_settings_have_the_names_that_are_checked():
     assert "self.packing = " in inspect.getsource(Template.__init__)
 
 
+def test_what_the_template_would_not_see_is_an_error():
+    row = {"prompt": [{"role": "user", "content": "a"}], "response": "b", "tools": [{"name": "c"}]}
+    with pytest.raises(ValueError, match=r"rows must have no `tools` with ms-swift, got .* 'c'"):
+        message_rows([row])
+
+
 def test_rows_without_advantages_are_an_error(arguments, tmp_path):
     made = message_rows(host_rig.rows())
     host_rig.write_rows(tmp_path / "rows.jsonl", [{"messages": row["messages"]} for row in made])
