@@ -28,7 +28,7 @@ class Record(dict):
             raise RowError(f"{self.where}: field `{field}` must {condition}, got {value!r:.60}.")
 
 
-def read_records(path: str | Path, name: str = "data") -> list[Record]:
+def read_records(path: str | Path, name: str = "path") -> list[Record]:
     """Rows of a .jsonl, .json or .parquet file, each knowing its place; `name`: what errors call the path.
 
     Raises: RowError naming file and line; FileNotFoundError; ValueError for another kind of file.

@@ -209,8 +209,7 @@ def doubts(
     if unknown != tokenizer.eos_token_id and any(unknown in ids for ids in (prompt_ids, *encoded)):
         mark = tokenizer.decode([unknown])
         yield "unknown", f"text should be known to the tokenizer, got some that it reads as {mark!r}"
-    ends = end_tokens(tokenizer)
-    early = next((token for ids in encoded for token in ids[:-1] if token in ends), None)
+    early = next((end for end in end_tokens(tokenizer) for ids in encoded if end in ids[:-1]), None)
     if early is not None:
         mark = tokenizer.decode([early])
         yield "early", f"a response should end at its first end token, as samples do, got one with {mark!r} inside"
