@@ -164,8 +164,10 @@ def _as_kind(key, value, hint):
             return float(value)
         except ValueError:
             pass
-    if isinstance(value, str) and list in kinds and str not in kinds:
-        return [part.strip() for part in value.split(",")]
+    if list in kinds and str not in kinds and isinstance(value, (str, list)):
+        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        kind_of_parts = typing.get_args(alternatives[kinds.index(list)])
+        return [_as_kind(key, part, *kind_of_parts) for part in parts] if kind_of_parts else parts
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
         return float(value) if int not in kinds else value
     simple = [kind for kind in kinds if kind in (bool, int, float, str, list, dict)]

@@ -86,6 +86,8 @@ def test_numbers_in_scientific_notation_and_lists_are_read(tmp_path):
     assert options["save_strategy"] == "no"
     assert options["learning_rate"] == 1e-4 and options["reward_weights"] == [1, 0.5] and options["warmup_steps"] == 3
     assert settings.rewards == ["a", "b"] and settings.data == "other"
+    for text in ("[1e-1, 2]", "1e-1, 2"):
+        assert load(str(tmp_path / "a.yaml"), ["--reward_weights", text], None)[1]["reward_weights"] == [0.1, 2.0]
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)

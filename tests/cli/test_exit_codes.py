@@ -71,6 +71,7 @@ FLAGS = [
     # values
     (["--tau", "2"], "tau must lie in [0, 1], got 2"),
     (["--tau", "high"], "key `tau` must be float, got 'high'"),
+    (["--reward_weights", "1, x"], "key `reward_weights` must be float, got 'x'"),
     (["--num_generations", "2.5"], "key `num_generations` must be int, got 2.5"),
     (["--token_metrics", "maybe"], "key `token_metrics` must be bool, got 'maybe'"),
     (["--lr_scheduler_type", "wavy"], "wavy is not a valid SchedulerType"),
