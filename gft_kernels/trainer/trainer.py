@@ -8,6 +8,7 @@ likelihood of their demonstrations.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -33,7 +34,7 @@ from gft_kernels.trainer.logs import RunLog, show_completions
 from gft_kernels.trainer.metrics import Means, heldout_lines, heldout_summary, signs_of_collapse
 from gft_kernels.trainer.policies import FollowsPolicy, Forward, check_backend, start_model
 from gft_kernels.trainer.rewards import Rewards
-from gft_kernels.trainer.rollouts import end_tokens, refuse_virtual_tokens
+from gft_kernels.trainer.rollouts import end_tokens, refuse_virtual_tokens, seeded
 
 TRAINING, EVALUATION = 0, 1  # what random numbers are for
 LOADER = ("num_workers", "pin_memory", "prefetch_factor")  # of every loader; for those of training:
@@ -221,18 +222,23 @@ class GFTTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """Metrics of rows, of those given to the trainer, or of one of these by its name."""
-        self._eval_batches = 0  # the same random numbers in every evaluation
         begun, aside = time.perf_counter(), self._aside
         if not isinstance(eval_dataset, str):
             eval_dataset = self.rows_of(eval_dataset, "eval_dataset")
-        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        with self._same_random_numbers():
+            metrics = super().evaluate(eval_dataset, *args, **kwargs)
         self._aside = aside + time.perf_counter() - begun
         return metrics
 
     def predict(self, test_dataset, *args, **kwargs):
         """The same of other rows; `predictions` has the line of each row (docs/training.md#evaluation)."""
+        with self._same_random_numbers():
+            return super().predict(self.rows_of(test_dataset, "test_dataset"), *args, **kwargs)
+
+    def _same_random_numbers(self) -> contextlib.AbstractContextManager:
+        """In every evaluation, and training's go on behind it as if there had been none."""
         self._eval_batches = 0
-        return super().predict(self.rows_of(test_dataset, "test_dataset"), *args, **kwargs)
+        return seeded(self.args.seed, EVALUATION, device=self.args.device)  # a loader draws on the global stream
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """One line per row of the list `inputs`, in the order that heldout_summary reads.

@@ -91,6 +91,15 @@ def test_evaluation_reads_every_row_it_is_given(tmp_path):
     assert [(len(each.dataset), len(each)) for each in loaders] == [(3, 2), (5, 3), (5, 3)]
 
 
+def test_training_goes_on_as_if_nothing_had_been_evaluated(tmp_path):
+    """Dropout draws on the stream that a loader of held-out rows draws on too."""
+    losses = []
+    for often in ("no", "steps"):
+        trainer = rig.trainer(tmp_path, rig.gpt2(), evaluation=rig.rows(3), eval_strategy=often, eval_steps=1)
+        losses.append([line["loss"] for line in rig.trained(trainer)])
+    assert losses[0] == losses[1]
+
+
 def test_rows_for_evaluation_are_checked_like_others(tmp_path):
     trainer = rig.trainer(tmp_path)
     rewarded = {"prompt": "1+1>", "responses": ["2."], "rewards": [1.0]}
