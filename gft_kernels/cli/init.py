@@ -43,7 +43,7 @@ def init(data: str, model: str, out: str, lora: bool = False) -> str:
 
 def of_rows(records: Sequence[dict], model: str) -> dict[str, Any]:
     """What the rows decide: where the responses of a group come from, what rewards them, and how long they may be."""
-    offline = "responses" in records[0]
+    offline = records[0].get("responses") is not None
     texts = [record.get("responses" if offline else "demonstrations") or [] for record in records]
     chosen: dict[str, Any] = {"num_generations": 0 if offline else RESPONSES}
     if not offline:

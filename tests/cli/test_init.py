@@ -68,12 +68,13 @@ def test_the_file_trains_as_it_stands(tmp_path, model_path, capsys):
     "row, expected",
     [
         (OFFLINE, {"num_generations": 0, "rewards": None}),
+        (GIVEN | {"responses": None, "rewards": None}, {"num_generations": 4, "rewards": ["last_number"]}),
         (GIVEN | {"demonstrations": ["\\boxed{5}"]}, {"rewards": ["boxed_answer"], "num_demonstrations": 1}),
         (GIVEN | {"demonstrations": ['{"a": 5}', "x"], "answer": {"a": 5}}, {"rewards": ["json_answer"]}),
         (GIVEN | {"demonstrations": ["2024-05-03", "x"], "answer": "2024-05-03"}, {"rewards": ["exact_answer"]}),
         ({"prompt": "2", "completion": "5"}, {"rewards": ["rewards_of_mine:reward"], "num_demonstrations": 0}),
     ],
-    ids=["offline", "boxed", "json", "text", "prompts"],
+    ids=["offline", "a table's empty fields", "boxed", "json", "text", "prompts"],
 )
 def test_the_rows_decide(tmp_path, model_path, row, expected, capsys):
     settings, options = load(start(tmp_path, row, model_path), [], None)
