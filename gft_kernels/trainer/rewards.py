@@ -116,7 +116,7 @@ class Reward:
             values = self._values(rows, completions)
         except (Exception, SystemExit) as error:
             raise self._blame(rows, completions, error) from error
-        values = plain(values)  # of an array, a tensor, or a list of such numbers
+        values = values.tolist() if hasattr(values, "tolist") else values  # an array, a tensor
         if not isinstance(values, (list, tuple)) or len(values) != len(completions):
             got = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
             raise RewardError(f"reward function {self.name} must return {len(completions)} values, got {got}.")
@@ -135,7 +135,7 @@ class Reward:
             number = math.nan if isinstance(value, (str, bytes)) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not abs(number) <= LARGEST or (isinstance(value, int) and abs(value) >= WHOLE):
+        if not abs(number) <= LARGEST or (isinstance(plain(value), int) and abs(number) >= WHOLE):
             raise RewardError(
                 f"{row.where}: reward function {self.name} must return finite numbers of float32, whole ones below "
                 f"2^53, or None, got {value!r} for {excerpt(completion)}."

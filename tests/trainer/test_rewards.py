@@ -123,7 +123,7 @@ def test_a_failing_function_is_reported_with_its_row():
         ([1.0, -3.5e38], "line 2: .* must return finite numbers of float32, .*or None, got -3.5e[+]38"),
         ([2**60, 2**60 + 1], r"line 1: .* float32, whole ones below 2\^53, or None, got 1152921504606846976"),
         (numpy.array([0, -(2**53)]), r"line 2: .* float32, whole ones below 2\^53, or None, got -9007199254740992"),
-        ([1.0, numpy.int64(2**60)], r"line 2: .* float32, whole ones below 2\^53, or None, got 1152921504606846976"),
+        ([1.0, numpy.int64(2**60)], r"line 2: .* float32, whole ones below 2\^53, or None, got .*1152921504"),
         ([1.0, 1j], "line 2: .* must return finite numbers of float32, .*or None, got 1j"),
         ([1.0, [2.0]], "line 2: .* must return finite numbers of float32, .*or None, got "),
         (torch.ones(2, 2), "line 1: .* must return finite numbers of float32, .*or None, got "),
@@ -145,7 +145,7 @@ def test_a_bad_return_value_is_named(values, message):
 @pytest.mark.parametrize(
     "values",
     [(1, True), [numpy.float32(1.0), numpy.int64(1)], numpy.ones(2, dtype=numpy.float16),
-     torch.ones(2, dtype=torch.bfloat16), [torch.tensor(1.0), numpy.array(1.0)]],
+     torch.ones(2, dtype=torch.bfloat16), [torch.tensor(1.0), numpy.array(1.0)], [torch.ones(1), torch.ones(1)]],
     ids=lambda values: type(values).__name__,
 )  # fmt: skip
 def test_arrays_and_tensors_of_rewards_count_as_numbers(values):
