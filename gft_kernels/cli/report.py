@@ -85,7 +85,7 @@ def groups_of(folder: Path) -> list[dict[str, Any]]:
     groups: dict[tuple, dict[str, Any]] = {}
     current = None
     with contextlib.suppress(FileNotFoundError):
-        for text in (folder / COMPLETIONS_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
+        for text in (folder / COMPLETIONS_FILE).read_text(encoding="utf-8", errors="replace").split("\n"):
             with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, of a run that was killed
                 response = json.loads(text)
                 key = response["step"], response["row"]

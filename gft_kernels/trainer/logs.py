@@ -114,7 +114,7 @@ def time_left(seconds: float) -> str:
 
 
 def read_metrics(run: str | Path) -> list[dict]:
-    """The log lines of a run in step order; where a resumed run logged a step again, the later line counts.
+    """The log lines of a run in step order; where a resumed run logged a number of a step again, the later counts.
 
     Each time it ended it says how long it took, at the same step too if it was resumed with none left.
     Lines cut short by a crash or a full disk are left out, with a warning.
@@ -133,7 +133,8 @@ def read_metrics(run: str | Path) -> list[dict]:
             torn.append(str(number))
             continue
         kind = "eval" if any(key.startswith("eval_") for key in line) else "end" if "train_runtime" in line else "train"
-        lines[step, kind, number if kind == "end" else 0] = line
+        key = step, kind, number if kind == "end" else 0
+        lines[key] = {**lines.get(key, {}), **line}  # several sets of held-out rows have a line each
     if torn:
         warnings.warn(
             f"{path}: line {', '.join(torn)} was cut short and is left out.", stacklevel=1

@@ -15,6 +15,9 @@ import pytest
 
 from gft_kernels.cli import main, report
 from gft_kernels.cli.plots import PANELS, svgs
+from gft_kernels.data.rows import Response, Row
+from gft_kernels.trainer.groups import Group
+from gft_kernels.trainer.logs import read_metrics, show_completions
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 MESSAGES = [{"role": "system", "content": "Add."}, {"role": "user", "content": "2 + 3?\n2 < 3 & so on"}]
@@ -86,6 +89,15 @@ def test_the_page_holds_what_was_logged_and_loads_nothing(run, capsys):
     assert html.escape(MESSAGES[1]["content"], quote=False) in page
     readme = (run / "README.md").read_text()
     assert "| `eval_reward` | 0.25 | step 0 | 0.75 | step 40 |" in readme and "model: some/model\n" in readme
+
+
+def test_no_line_of_a_log_is_lost(tmp_path):
+    """Texts with what Unicode calls the end of a line, and two sets of held-out rows evaluated at one step."""
+    show_completions([Group(Row("a\x85b", [1], []), [Response("c\u2028d", [1], "sampled", 1.0)])], 1, str(tmp_path))
+    assert report.groups_of(tmp_path)[0]["responses"][0]["text"] == "c\u2028d"
+    found = [{"eval_a_reward": 0.5}, {"eval_b_reward": 1.0}, {"eval_a_reward": 0.75}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps({"step": 1, **line}) for line in found))
+    assert read_metrics(tmp_path) == [{"step": 1, "eval_a_reward": 0.75, "eval_b_reward": 1.0}]
 
 
 @pytest.mark.filterwarnings("ignore:.*was cut short")
