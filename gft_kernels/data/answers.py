@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 
 from gft_kernels.data.readers import fields_once
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 NO_MATH_VERIFY = "math_verify must be installed for this reward, got none; run pip install 'gft-kernels[math]'."
 
