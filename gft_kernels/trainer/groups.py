@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gft_kernels.advantages import group_advantages
+from gft_kernels.advantages import group_advantages, over_batch_spread
 from gft_kernels.data.rows import Response, Row, Rows
 from gft_kernels.data.text import decode
 from gft_kernels.model.columns import IGNORE
@@ -148,7 +148,7 @@ def weigh(groups: Sequence[Group], config: GFTConfig) -> None:
     )
     if config.normalize == BATCH:
         every = torch.tensor(gather_object([r.reward for r in responses]), dtype=torch.float64)
-        advantages_S = advantages_S / (every.std() + config.advantage_eps if len(every) > 1 else 1.0)
+        advantages_S = over_batch_spread(advantages_S, every, config.advantage_eps)
     for response, advantage in zip(responses, advantages_S.tolist(), strict=True):
         response.advantage = advantage
 
