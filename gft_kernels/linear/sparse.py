@@ -54,8 +54,7 @@ def tiles_of(dlogits_CV: Tensor, filter_eps: float, looks: Any) -> list[Tile]:
     rows = len(dlogits_CV)
     size = -(-rows // -(-rows // TILE))
     # more rows keep more columns: where a few of each tile need too many, nobody looks at the others
-    sample = _look(dlogits_CV[::SAMPLED], -(-size // SAMPLED), looks)[1] if size > SAMPLED else None
-    if sample is not None and all(kept_K is None for kept_K in _columns(sample, filter_eps)):
+    if size > SAMPLED and _are_flat(_look(dlogits_CV[::SAMPLED], -(-size // SAMPLED), looks)[1], filter_eps):
         return [Tile(slice(0, rows), None, None)]
     sizes, energy_NV = _look(dlogits_CV, size, looks)
     tiles: list[Tile] = []
@@ -68,6 +67,18 @@ def tiles_of(dlogits_CV: Tensor, filter_eps: float, looks: Any) -> list[Tile]:
         else:
             tiles.append(Tile(part, None, None))
     return tiles
+
+
+def _are_flat(energy_NV: Tensor, filter_eps: float) -> bool:
+    """Whether `_columns` would find too many in every tile: what it asks at one column, which takes no sorting."""
+    least = energy_NV.shape[1] - int(DENSE * energy_NV.shape[1])  # so many columns have to be left out
+    if least == 0:
+        return False
+    last_N1 = energy_NV.kthvalue(least, 1, keepdim=True).values
+    before_NV = energy_NV < last_N1
+    sum_N = torch.where(before_NV, energy_NV, 0.0).sum(1, dtype=torch.float64)
+    sum_N = sum_N + last_N1[:, 0] * (least - before_NV.sum(1))
+    return bool((sum_N > filter_eps**2).all())
 
 
 def _columns(energy_NV: Tensor, filter_eps: float) -> list[Tensor | None]:

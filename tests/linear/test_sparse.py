@@ -132,6 +132,18 @@ def test_energies_sum_to_two_in_every_tile():
     torch.testing.assert_close(energy.sum(1), torch.full((3,), 2.0))
 
 
+def test_flat_is_what_keeps_too_many_columns():
+    """Of single tiles around the verdict, with ties and zeros."""
+    verdicts = set()
+    for size in range(2, 40):
+        energy = here(torch.randint(4, (1, size)).float() / 4)
+        flat = sparse._are_flat(energy, size**0.5 / 4)
+        assert flat == (sparse._columns(energy, size**0.5 / 4)[0] is None)
+        verdicts.add(flat)
+    assert verdicts == {True, False}
+    assert not sparse._are_flat(torch.ones(2, 8) * torch.tensor([[1.0], [0.0]]), 0.1), "one tile is enough"
+
+
 def test_flat_rows_are_multiplied_whole(monkeypatch):
     monkeypatch.setattr(sparse, "add_products", None)  # not to be called
     seen = []
