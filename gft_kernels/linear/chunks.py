@@ -78,8 +78,7 @@ def run(call: LinearCall, backend: str) -> LinearResult:
         return sequences.two_passes(partial(run, backend=backend), call, {"upstream_R": None, **unwanted})
     credit = credit_rows(call.credit)
     if call.upstream_R is not None:
-        weights_R = torch.where(credit.live_R, credit.weights_R * call.upstream_R, 0.0)
-        credit = credit._replace(weights_R=weights_R)
+        credit = credit._replace(weights_R=credit.weights_R * call.upstream_R)
     shard = None
     if call.process_group:
         shard = distributed.meet(call.process_group, call.weight_VD.shape[0], call.weight_VD.device)

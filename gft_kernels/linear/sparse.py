@@ -69,9 +69,14 @@ def tiles_of(dlogits_CV: Tensor, filter_eps: float, looks: Any) -> list[Tile]:
     return tiles
 
 
+def _least(energy_NV: Tensor) -> int:
+    """How many columns have to be left out for the others to be gathered."""
+    return energy_NV.shape[1] - int(DENSE * energy_NV.shape[1])
+
+
 def _are_flat(energy_NV: Tensor, filter_eps: float) -> bool:
     """Whether `_columns` would find too many in every tile: what it asks at one column, which takes no sorting."""
-    least = energy_NV.shape[1] - int(DENSE * energy_NV.shape[1])  # so many columns have to be left out
+    least = _least(energy_NV)
     if least == 0:
         return False
     last_N1 = energy_NV.kthvalue(least, 1, keepdim=True).values
@@ -83,11 +88,10 @@ def _are_flat(energy_NV: Tensor, filter_eps: float) -> bool:
 
 def _columns(energy_NV: Tensor, filter_eps: float) -> list[Tensor | None]:
     """Of each tile the fewest columns beside which at most filter_eps² of the energy lies, in order; None: too many."""
-    width = energy_NV.shape[1]
     energy_NV, order_NV = energy_NV.sort(1)  # NaN comes last: beside it everything is kept
     dropped_N = (energy_NV.cumsum(1, dtype=torch.float64) <= filter_eps**2).sum(1).tolist()
     return [
-        order_V[dropped:].sort().values if width - dropped <= DENSE * width else None
+        order_V[dropped:].sort().values if dropped >= _least(energy_NV) else None
         for order_V, dropped in zip(order_NV, dropped_N, strict=True)
     ]
 
