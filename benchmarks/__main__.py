@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--skip", **several, help="not those whose name contains this; both repeatable")
     parser.add_argument("--case", default="", help="cases whose label contains this")
     parser.add_argument("--sweep", choices=SWEEPS, help="other cases: a plot's, or a GPU's")
+    parser.add_argument("--allocator", choices=provenance.ALLOCATORS, default="keep",
+                        help="of a CPU with glibc: told to keep freed blocks (default), or as it is")  # fmt: skip
     parser.add_argument("--warm", **flag, help="do not sweep the caches before each step")
     parser.add_argument("--graph", **flag, help="CUDA: time graph replays")
     parser.add_argument("--no-memory", **flag, help="do not measure peak memory")
@@ -60,11 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.error(f"result files must be there, got {path}; there is no such file")
     if options.compare:
         return compare.compare(*options.compare, ratios=options.ratios)
-    if argv is None:
-        provenance.restart_under_headline_allocator("benchmarks")
     if options.again:
         # the command keeps the file where it was saved, so it is made anew in its place
-        return max(main(shlex.split(report.load(path)["command"])[3:]) for path in options.again)
+        commands = [shlex.split(report.load(path)["command"]) for path in options.again]
+        return max(subprocess.call([sys.executable, *command[1:]]) for command in commands)
+    if argv is None:
+        provenance.restart_under(options.allocator, "benchmarks")
     for kind in options.kinds:
         if kind not in KINDS:
             arguments.error(f"KIND must be one of {', '.join(KINDS)}, got {kind!r}")

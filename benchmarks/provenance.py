@@ -1,4 +1,4 @@
-"""Where a figure comes from: machine, commit, versions, allocator. Also the re-start under the headline allocator."""
+"""Where a figure comes from: machine, commit, versions, allocator. Also the re-start under another allocator."""
 
 from __future__ import annotations
 
@@ -15,21 +15,17 @@ import torch
 # fault per 4 KiB: eager PyTorch then measures the kernel's memory manager (764 ms where 69 ms are its own).
 # These settings keep freed blocks; every contender gains, eager code the most.
 KEEP_FREED_BLOCKS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000"}
+ALLOCATORS = ("keep", "default")  # "keep": by those settings
 
 PACKAGES = ("torch", "triton", "numpy", "gft-kernels", "liger-kernel", "quack-kernels", "cut-cross-entropy", "trl")
 INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
 
-def restart_under_headline_allocator(module: str) -> None:
-    """Start `python -m module` again with glibc told to keep freed blocks; does nothing elsewhere or the second time.
-
-    `GFT_BENCH_ALLOCATOR=default` in the environment measures the allocator as it is.
-    """
-    if platform.libc_ver()[0] != "glibc" or os.environ.get("GFT_BENCH_ALLOCATOR") == "default":
-        return
-    if all(os.environ.get(name) == value for name, value in KEEP_FREED_BLOCKS.items()):
-        return
-    os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], {**os.environ, **KEEP_FREED_BLOCKS})
+def restart_under(allocator: str, module: str) -> None:
+    """Start `python -m module` again under one of ALLOCATORS; does nothing without glibc, or where that is the one."""
+    environment = default_allocator_environment() | (KEEP_FREED_BLOCKS if allocator == "keep" else {})
+    if platform.libc_ver()[0] == "glibc" and environment != dict(os.environ):
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], environment)
 
 
 def default_allocator_environment() -> dict[str, str]:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gft_kernels.large_pages import in_large_pages
+
 RECTIFY = ("all", "positive")  # of a rule; what a caller may ask for is made of them (objectives.RECTIFIES)
 REDUCTIONS = ("token-mean", "sequence-mean", "sum", "none")
 NORMALIZE = ("std", "mean", "leave-one-out")
@@ -207,7 +209,7 @@ def gradient_for(logits: Tensor, inplace: bool, dtype: torch.dtype | None = None
     """Where a gradient of the logits goes, in their dtype or a narrower one: contiguous memory, uninitialised, or their
     own. There a narrower one takes the first part of each row's."""
     if not inplace:
-        return torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
+        return in_large_pages(torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format))
     return logits if dtype in (None, logits.dtype) else logits.view(dtype)[..., : logits.shape[-1]]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gft_kernels import checks, distributed, formulas, registry, sequences, surrogates
 from gft_kernels.advantages import RowCredit, credit_rows, rows_read
+from gft_kernels.large_pages import in_large_pages
 from gft_kernels.linear import sparse
 from gft_kernels.linear.looks import looks_of
 from gft_kernels.linear.products import Head, multiply, precision_of
@@ -120,7 +121,7 @@ def row_buffer(rows: int, width: int, dtype: torch.dtype, device: torch.device) 
     stride = -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT
     if stride * dtype.itemsize % ALIASING == 0:
         stride += ROW_ALIGNMENT
-    return torch.empty(rows, stride, dtype=dtype, device=device)[:, :width]
+    return in_large_pages(torch.empty(rows, stride, dtype=dtype, device=device))[:, :width]
 
 
 class _ChunkedLoss:
@@ -144,7 +145,7 @@ class _ChunkedLoss:
             self.hidden_gradient_RD = torch.zeros(rows, hidden_size, dtype=accum, device=device)
         self.weight_gradient_VD = None
         if call.want_weight:  # the first chunk writes this sum, later ones add to it: no pass of zeros before it
-            self.weight_gradient_VD = torch.empty(vocabulary, hidden_size, dtype=accum, device=device)
+            self.weight_gradient_VD = in_large_pages(torch.empty(vocabulary, hidden_size, dtype=accum, device=device))
         self.started = False
         self.bias_gradient_V = torch.zeros(vocabulary, dtype=accum, device=device) if call.want_bias else None
 

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -110,7 +111,10 @@ def test_a_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     outcome = next(o for o in loaded["results"][0]["outcomes"] if o["name"] == "gft_loss reference")
     assert outcome["status"] == "timed" and outcome["rounds"] == 2
     assert outcome["p10_s"] <= outcome["median_s"] <= outcome["p90_s"] and outcome["error"] < 1e-5
-    assert command.main(["--again", str(file)]) == 0 and report.load(file)["command"] == raw["command"]
+    started = []
+    monkeypatch.setattr(command.subprocess, "call", lambda words: started.append(words) or 3)
+    assert command.main(["--again", str(file)]) == 3, "its own exit status, from a process with its own allocator"
+    assert started == [[sys.executable, "-m", "benchmarks", "row", *options]]
 
 
 def test_a_case_whose_model_is_not_here_is_lost_alone(monkeypatch, capsys):
@@ -340,17 +344,15 @@ def test_bad_input_is_refused_before_anything_runs(bad, capsys):
     assert ended.value.code == 2 and "python -m benchmarks: error:" in capsys.readouterr().err
 
 
-def test_headline_allocator_restarts_once(monkeypatch):
+@pytest.mark.parametrize("wanted", provenance.ALLOCATORS)
+def test_another_allocator_restarts_once(wanted, monkeypatch):
     started = []
     monkeypatch.setattr(provenance.platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setattr(provenance.os, "execve", lambda *call: started.append(call))
-    for name in provenance.KEEP_FREED_BLOCKS:
-        monkeypatch.delenv(name, raising=False)
-    provenance.restart_under_headline_allocator("benchmarks")
-    assert started[0][1][1:3] == ["-m", "benchmarks"]
-    assert started[0][2].items() >= provenance.KEEP_FREED_BLOCKS.items()
-    for name, value in provenance.KEEP_FREED_BLOCKS.items():
-        monkeypatch.setenv(name, value)
-    provenance.restart_under_headline_allocator("benchmarks")
-    assert len(started) == 1
-    assert "MALLOC_MMAP_MAX_=0" in provenance.allocator()
+    environments = {"keep": provenance.KEEP_FREED_BLOCKS, "default": {}}
+    for now, environment in environments.items():
+        monkeypatch.setattr(provenance.os, "environ", environment)
+        provenance.restart_under(wanted, "benchmarks")
+        assert ("MALLOC_MMAP_MAX_=0" in provenance.allocator()) is (now == "keep")
+    [(_, words, environment)] = started
+    assert words[1:3] == ["-m", "benchmarks"] and environment == environments[wanted]

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gft_kernels"
 
 LAYERS = [
+    {"large_pages"},
     {"formulas", "options", "layout", "remembered"},
     {"surrogates", "_extension"},
     {"checks", "triton_kernels"},
