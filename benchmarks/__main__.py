@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="timed rounds (default 11, quick 5)")
     parser.add_argument("--only", **several, help="contenders whose name contains this (the floor always runs)")
     parser.add_argument("--skip", **several, help="not those whose name contains this; both repeatable")
-    parser.add_argument("--case", default="", help="cases whose label contains this")
+    parser.add_argument("--case", **several, help="cases whose label contains this; repeatable")
     parser.add_argument("--sweep", choices=SWEEPS, help="other cases: a plot's, or a GPU's")
     parser.add_argument("--allocator", choices=provenance.ALLOCATORS, default="keep",
                         help="of a CPU with glibc: told to keep freed blocks (default), or as it is")  # fmt: skip
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     for kind, timed, weighed in plans(options):
         print(f"\n{kind}: {KINDS[kind].title}", flush=True)
         for case in dict.fromkeys([*timed, *weighed]):
-            if options.case in case.label():
+            if not options.case or any(text in case.label() for text in options.case):
                 result = _result(kind, case, clock, made.rounds, options, case in weighed)
                 made.results.append(result)
                 print(report.table(asdict(result), told) + "\n", flush=True)

@@ -53,6 +53,11 @@ def _row() -> str:
     return table(columns)
 
 
+def _row_default() -> str:
+    found = {dtype: outcomes("row-default-cpu.json", f"{HEADLINE.format(dtype)}, 1 thread") for dtype in DTYPES}
+    return table([column for dtype in DTYPES for column in timed_columns(dtype, found[dtype])])
+
+
 def _row_words() -> str:
     def ratio(dtype: str, over: tuple[str, str], under: tuple[str, str]) -> float:
         times = [_seconds("row-cpu.json", f"{HEADLINE.format(dtype)}, {case}", name) for case, name in (over, under)]
@@ -174,6 +179,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu": gpu_report.whole,
     "row": _row,
     "row-words": _row_words,
+    "row-default": _row_default,
     "linear": lambda: _timed_table("linear-peers-cpu.json", f"{LINEAR}, 2 threads"),
     "linear-words": _linear_words,
     "sparse": _sparse,

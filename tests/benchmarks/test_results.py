@@ -94,9 +94,11 @@ def test_a_busy_machine_is_told(load, busy):
 
 def test_a_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     tiny = [SMALL, replace(SMALL, dead="masked"), replace(SMALL, vocab=300)]
-    monkeypatch.setitem(KINDS, "row", replace(KINDS["row"], cases=lambda *_args, **_kwargs: tiny))
+    others = [replace(SMALL, vocab=500)]
+    monkeypatch.setitem(KINDS, "row", replace(KINDS["row"], cases=lambda *_args, **_kwargs: tiny + others))
     file = tmp_path / "row.json"
-    options = ["--quick", "--rounds", "2", "--no-memory", "--warm", "--only", "reference", "--save", str(file)]
+    options = ["--quick", "--rounds", "2", "--no-memory", "--warm", "--only", "reference", "--save", str(file),
+               "--case", "12 × 257", "--case", "12 × 300"]  # fmt: skip
     assert command.main(["row", *options]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[1].startswith("commit ") and "perf_counter, warm cache" in printed[1]
@@ -104,7 +106,7 @@ def test_a_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     raw, loaded = json.loads(file.read_text()), report.load(file)
     named = "format command taken load_average commit machine versions allocator clock rounds traffic_model results"
     assert set(raw) == set(named.split())
-    assert raw["command"] == f"python -m benchmarks row {' '.join(options)}"
+    assert raw["command"] == shlex.join(["python", "-m", "benchmarks", "row", *options])
     assert raw["commit"].keys() == {"revision", "dirty"} and raw["versions"]["torch"] == torch.__version__
     assert raw["machine"]["cpu"] and raw["machine"]["cores"] and "instruction_sets" in raw["machine"]
     assert [RowCase(**result["case"]) for result in loaded["results"]] == tiny, "inputs can be made again from the file"
