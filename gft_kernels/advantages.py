@@ -55,13 +55,14 @@ def group_advantages(
     checks.check_split(normalize, given, imitation, rewards)
     checks.check_normalisation("mean" if normalize == SPLIT else normalize, eps, singleton)
     rewards = rewards.double()
-    if checks.can_be_read(rewards):
+    readable = checks.can_be_read(rewards)
+    if readable:
         checks.check_reward_values(rewards.detach(), normalize, size, group_ids)
     if given is not None:
         ids = torch.arange(len(rewards), device=rewards.device) // size if group_ids is None else group_ids
         return _split(rewards, ids, given, float(imitation), singleton)
     how = (size, group_ids, normalize, float(eps), singleton)
-    if checks.can_be_read(rewards) and _is_a_constant(rewards) and _extension.absent() is None:
+    if readable and _is_a_constant(rewards) and _extension.absent() is None:
         return _extension.group_advantages(rewards, *how)
     return normalise(rewards, *how)
 
