@@ -22,7 +22,7 @@ from torch import Tensor
 from gft_kernels import checks, formulas
 from gft_kernels.advantages import credit_rows, rows_read
 from gft_kernels.backends import reference
-from gft_kernels.options import AgreedRows, RowCall, RowResult, gradient_for
+from gft_kernels.options import AgreedRows, LinearCall, RowCall, RowResult, gradient_for
 
 
 class Shard(NamedTuple):
@@ -44,6 +44,18 @@ def meet(name: str, width: int, device: torch.device) -> Shard:
     widths_W[group.rank()] = width
     dist.all_reduce(widths_W, op=dist.ReduceOp.SUM, group=group)
     return Shard(widths_W, widths_W[: group.rank()].sum())
+
+
+def check_and_meet(call: RowCall | LinearCall, width: int, device: torch.device) -> Shard | None:
+    """Look at a call's numbers, which takes the size of the whole vocabulary; the shard, where it is sharded.
+
+    Once a call, before its passes and chunks: what those make of the numbers (weights times an upstream gradient, say)
+    is nothing that a caller gave.
+    """
+    shard = meet(call.process_group, width, device) if call.process_group else None
+    if device.type == "cpu":
+        checks.check_values(call.credit, call.objective, width if shard is None else int(shard.widths_W.sum()))
+    return shard
 
 
 def sum_over_ranks(name: str, values: Tensor) -> None:
@@ -85,17 +97,13 @@ class VocabularyParallel:
     """A backend that serves this rank's shard and meets the other ranks in between."""
 
     module: ModuleType
-    shard: Shard | None = None  # known already, or exchanged by run
+    shard: Shard
 
     def run(self, call: RowCall) -> RowResult:
         """Loss, statistics and this shard's gradient; every rank returns the same loss. See `RowResult`."""
-        logits = call.logits_STV
-        shard = self.shard or meet(call.process_group, logits.shape[-1], logits.device)
-        if logits.device.type == "cpu":
-            checks.check_values(call.credit, call.objective, int(shard.widths_W.sum()))
         credit = credit_rows(call.credit)
         read_R = rows_read(credit, call.objective, call.reads_every_live_row)
-        columns_R = call.credit.targets_R - shard.offset
+        columns_R = call.credit.targets_R - self.shard.offset
         row = self._observe(call, columns_R, read_R)
         log_pi_R = torch.where(read_R, row.log_pi_R, 0.0).float()
         entropy_R = torch.where(read_R, row.entropy_R, 0.0).float()

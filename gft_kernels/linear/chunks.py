@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gft_kernels import checks, distributed, formulas, registry, sequences, surrogates
+from gft_kernels import distributed, formulas, registry, sequences, surrogates
 from gft_kernels.advantages import RowCredit, credit_rows, rows_read
 from gft_kernels.large_pages import in_large_pages
 from gft_kernels.linear import sparse
@@ -74,18 +74,18 @@ class Chosen(NamedTuple):
 
 def run(call: LinearCall, backend: str) -> LinearResult:
     """Loss, statistics and the wanted gradients of a call; see `LinearResult`."""
-    if call.objective.over_sequence:
-        unwanted = dict.fromkeys(("want_hidden", "want_weight", "want_bias", "want_entropy"), False)
-        return sequences.two_passes(partial(run, backend=backend), call, {"upstream_R": None, **unwanted})
+    shard = distributed.check_and_meet(call, call.weight_VD.shape[0], call.weight_VD.device)
+    one_pass = partial(_one_pass, backend=backend, shard=shard)
+    if not call.objective.over_sequence:
+        return one_pass(call)
+    unwanted = dict.fromkeys(("want_hidden", "want_weight", "want_bias", "want_entropy"), False)
+    return sequences.two_passes(one_pass, call, {"upstream_R": None, **unwanted})
+
+
+def _one_pass(call: LinearCall, backend: str, shard: distributed.Shard | None) -> LinearResult:
     credit = credit_rows(call.credit)
     if call.upstream_R is not None:
         credit = credit._replace(weights_R=credit.weights_R * call.upstream_R)
-    shard = None
-    if call.process_group:
-        shard = distributed.meet(call.process_group, call.weight_VD.shape[0], call.weight_VD.device)
-    if call.hidden_STD.device.type == "cpu":
-        vocabulary = int(shard.widths_W.sum()) if shard else call.weight_VD.shape[0]
-        checks.check_values(call.credit, call.objective, vocabulary)
     chunked = _ChunkedLoss(call, backend, credit, shard)  # before a GPU is waited for: behind that it has nothing to do
     chosen = choose_rows(call, credit, shard)
     logits_CV = row_buffer(chosen.chunk, call.weight_VD.shape[0], call.logits_dtype, call.weight_VD.device)

@@ -57,10 +57,10 @@ def _result(call: RowCall, outputs: Sequence[Tensor]) -> RowResult:
 
 def _compute(call: RowCall, backend: str) -> tuple[Tensor | None, ...]:
     """Check the values, choose the backend, run it. The operators' outputs, None where they were not asked for."""
-    if not call.process_group:  # else the vocabulary's size is known once the ranks have met
-        checks.check_values(call.credit, call.objective, call.logits_STV.shape[-1])
+    logits = call.logits_STV
+    shard = distributed.check_and_meet(call, logits.shape[-1], logits.device)
     module = registry.choose(backend, call)
-    r = _passes(distributed.VocabularyParallel(module) if call.process_group else module, call)
+    r = _passes(module if shard is None else distributed.VocabularyParallel(module, shard), call)
     statistics = (r.log_probs_R, r.coefficients_R) if call.reads_every_live_row else (None, None)
     return r.loss, *statistics, r.advantages_R, r.row_scale_R, r.entropy_R, r.gradient_STV
 

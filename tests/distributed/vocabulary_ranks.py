@@ -144,7 +144,7 @@ def the_linear_loss_matches_the_whole_head(ranks: Ranks):
         case, *tensors = linear_case(dtype)
         case.rewards[:2] = 0.5
         options = rows_of(case, reduction=reduction, return_entropy=True, chunk_rows=chunk, softcap=9.0)
-        options["upstream"] = torch.linspace(-1, 2, 18).view(6, 3) if reduction == "none" else UPSTREAM
+        options["upstream"] = torch.linspace(2, -1, 18).view(6, 3) if reduction == "none" else UPSTREAM
         options["targets"] = case.targets
         (expected, expected_stats), whole = over_head(gft_linear_loss, *tensors, backend="reference", **options)
         for mine in ranks.splits():
