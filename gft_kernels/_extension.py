@@ -203,7 +203,7 @@ def _credit(credit: Credit) -> object:
     assert rewards_S is None or rewards_S.dtype == torch.float64, "C++ reads rewards as doubles"
     given = vars(credit) | {name: address(getattr(credit, name)) for name in _OF_CREDIT}
     given["tokens_per_response"] = max(credit.tokens_per_response, 1)
-    return kernels().Credit(S=_responses(credit), R=credit.targets_R.numel(), **given)
+    return kernels().Credit(S=credit.responses, R=credit.targets_R.numel(), **given)
 
 
 def _objective(objective: Objective) -> object:
@@ -232,12 +232,3 @@ _ELSEWHERE = {*RULE_FIELDS, *_OF_OBJECTIVE, "given", "over_sequence"}  # the las
 _NUMBERS = tuple(field.name for field in fields(Objective) if field.name not in _ELSEWHERE)
 _tensors_of, _objective_tensors = attrgetter(*_TENSORS), attrgetter(*_OF_OBJECTIVE)
 _numbers_of = attrgetter(*_NUMBERS)
-
-
-def _responses(credit: Credit) -> int:
-    """S: as many as there are rewards or advantages; without them, no response has an id of R or more."""
-    per_response = credit.rewards_S if credit.rewards_S is not None else credit.advantages_S
-    if per_response is not None:
-        return per_response.numel()
-    rows = credit.targets_R.numel()
-    return rows if credit.sequence_ids_R is not None else -(-rows // max(credit.tokens_per_response, 1))

@@ -222,12 +222,11 @@ def _reduced(weights_R: Tensor, credit: Credit, live_R: Tensor) -> Tensor:
 
 
 def _live_tokens(credit: Credit, live_R: Tensor) -> Tensor:
-    """Live rows of each response; of packed rows R of them, for there ids lie in [0, R)."""
+    """Live rows of each response."""
     if credit.sequence_ids_R is None:
         return live_R.view(-1, max(credit.tokens_per_response, 1)).sum(1)
-    ids_R = credit.sequence_ids_R.clamp(0, max(live_R.numel() - 1, 0))
-    live_tokens_S = torch.zeros(live_R.shape, dtype=torch.long, device=live_R.device)
-    return live_tokens_S.scatter_add_(0, ids_R, live_R.long())  # whole numbers add up exactly, in any order
+    counts = torch.zeros(credit.responses + 1, dtype=torch.long, device=live_R.device)  # the last of rows of none
+    return counts.scatter_add_(0, credit.responses_R, live_R.long())[:-1]  # whole numbers add up exactly, in any order
 
 
 def _on_rows(values_S: Tensor, credit: Credit) -> Tensor:

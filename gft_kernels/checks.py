@@ -313,10 +313,8 @@ def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
         return
     remedy = f"mark rows that do not count with ignore_index={credit.ignore_index} or mask=False"
     _in_range("targets", credit.targets_R, credit, vocabulary, remedy)
-    per_response = credit.rewards_S if credit.rewards_S is not None else credit.advantages_S
     if credit.sequence_ids_R is not None:
-        stop = credit.targets_R.numel() if per_response is None else per_response.numel()
-        _in_range("sequence_ids", credit.sequence_ids_R, credit, stop, "number the responses from 0")
+        _in_range("sequence_ids", credit.sequence_ids_R, credit, credit.responses, "number the responses from 0")
     if credit.rewards_S is not None:
         check_reward_values(credit.rewards_S, credit.normalize, credit.group_size, credit.group_ids_S)
     if credit.advantages_S is not None and not _all_finite(credit.advantages_S):

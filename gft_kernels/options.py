@@ -67,10 +67,20 @@ class Credit:
         return live_R if self.mask_R is None else live_R & self.mask_R
 
     @property
+    def responses(self) -> int:
+        """S: as many as there are rewards or advantages; without them, no response has an id of R or more."""
+        per_response = self.rewards_S if self.rewards_S is not None else self.advantages_S
+        if per_response is not None:
+            return per_response.numel()
+        rows = self.targets_R.numel()
+        return rows if self.sequence_ids_R is not None else -(-rows // max(self.tokens_per_response, 1))
+
+    @property
     def responses_R(self) -> Tensor:
-        """The response that each row belongs to, (R,) int64."""
+        """The response that each row belongs to, (R,) int64; S where its id names none."""
         if self.sequence_ids_R is not None:
-            return self.sequence_ids_R
+            inside_R = (self.sequence_ids_R >= 0) & (self.sequence_ids_R < self.responses)
+            return torch.where(inside_R, self.sequence_ids_R, self.responses)
         rows = self.targets_R
         return torch.arange(rows.numel(), device=rows.device) // max(self.tokens_per_response, 1)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gft_kernels import formulas
 from gft_kernels.advantages import credit_rows
-from gft_kernels.options import SEQUENCE_RATIOS, Credit, Objective
+from gft_kernels.options import SEQUENCE_RATIOS, Credit, Objective, on_rows
 
 GEOMETRIC = SEQUENCE_RATIOS[1]
 NEVER = 1e30  # a log pi_old, in nats, that makes a ratio of 0
@@ -81,8 +81,8 @@ def lacking(settled: Settled, credit: Credit) -> Tensor | float:
 
 def _of_response(values_R: Tensor, live_R: Tensor, credit: Credit) -> Tensor:
     """The mean over the live rows of each row's response, in float64 between."""
-    rows = values_R.numel()
-    ids_R = credit.responses_R.clamp(0, max(rows - 1, 0))  # an id lies in [0, S), and S <= R
-    sums_S = torch.zeros(rows, dtype=torch.float64, device=values_R.device).index_add_(0, ids_R, values_R.double())
-    count_S = torch.zeros_like(sums_S).index_add_(0, ids_R, live_R.double())
-    return (sums_S / count_S.clamp(min=1.0))[ids_R].float()
+    ids_R, places = credit.responses_R, credit.responses + 1  # the last of rows of no response
+    sums = torch.zeros(places, dtype=torch.float64, device=values_R.device).index_add_(0, ids_R, values_R.double())
+    count = torch.zeros_like(sums).index_add_(0, ids_R, live_R.double())
+    means_S = (sums / count.clamp(min=1.0))[:-1].float()
+    return on_rows(means_S, credit.sequence_ids_R, credit.tokens_per_response, outside=math.nan)
