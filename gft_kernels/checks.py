@@ -336,6 +336,10 @@ def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
                     advantages_R = on_rows(credit.advantages_S, ids_R, tokens, outside=math.nan)
                 for factor_R in (advantages_R, credit.weights_R):
                     where_R = where_R if factor_R is None else where_R & (factor_R != 0.0)
+                if objective.over_sequence:  # of a response that is not out as a whole, every live row is looked at
+                    counts = torch.zeros(credit.responses + 1, dtype=torch.bool)
+                    counts.index_fill_(0, credit.responses_R[where_R], True)
+                    where_R = credit.live_R & counts[credit.responses_R]
             named = "give every response id one, and " if name == "weights" else ""  # NaN where an id has none
             check_finite(name, values_R, where_R, f"{named}mask rows that do not count with mask=False")
     if credit.weights_R is not None and bool((credit.weights_R < 0.0).any()):

@@ -176,6 +176,21 @@ def test_live_numbers_must_be_finite(argument, bad):
             gft_loss(LOGITS, TARGETS, weights=torch.where(values == 0, 1.0, -0.5))
 
 
+@pytest.mark.parametrize("objective", ["gspo", "gmpo"])
+@pytest.mark.parametrize("argument", ["advantages", "weights"])
+def test_a_row_without_advantage_or_weight_is_part_of_its_responses_ratio(objective, argument):
+    """So its log pi_old must be a number, but where the whole response is out."""
+    old, factor = torch.zeros(4, 3), torch.ones(4, 3)
+    old[2, 1], factor[2, 1] = math.nan, 0.0
+    for inputs in ({"inputs": LOGITS}, WITH_HEAD):
+        call = {**inputs, "targets": TARGETS, "objective": objective, "old_log_probs": old}
+        with pytest.raises(ValueError, match=r"^old_log_probs must be finite, got nan at position 7; "):
+            policy_loss(**call, **{argument: factor})
+        out = torch.tensor([1.0, 1.0, 0.0, 1.0])
+        for whole in (out, out[:, None].expand(4, 3)):
+            assert policy_loss(**call, **{argument: whole}).isfinite()
+
+
 def test_a_fractional_ignore_index_ignores_no_token():
     for wrong in (1.5, 1.0):
         with pytest.raises(TypeError, match=r"^ignore_index must be a whole number of 64 bits, got 1\.[05]; "):
