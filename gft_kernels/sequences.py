@@ -75,7 +75,7 @@ def lacking(settled: Settled, credit: Credit) -> Tensor | float:
     """What the second pass's loss lacks: (), or (R,) for reduction "none"."""
     if settled.missing_R is None:
         return 0.0
-    missing_R = credit_rows(credit).weights_R * settled.missing_R
+    missing_R = formulas.weighed(credit_rows(credit).weights_R, settled.missing_R)
     return missing_R if credit.reduction == "none" else missing_R.double().sum().float()
 
 

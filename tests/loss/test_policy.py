@@ -133,11 +133,13 @@ def of_responses(objective: str):
 @pytest.mark.parametrize("objective", OF_RESPONSES)
 @pytest.mark.parametrize("layout", ["padded", "in place", "packed"])
 def test_ratios_of_responses(backend, objective, layout):
+    """Packed, most of the responses have no row here, and there are more of them than rows."""
     case, expected, truth, call = of_responses(objective)
     inputs, targets = case.logits.clone().requires_grad_(True), case.targets
     if layout == "packed":
         call |= {name: call[name].flatten() for name in ("mask", "old_log_probs")}
-        call["sequence_ids"] = torch.arange(32) // 4
+        call["sequence_ids"] = torch.arange(32) // 4 * 9
+        call["advantages"] = call["advantages"].repeat_interleave(9)
         targets = targets.flatten()
     rows = inputs.flatten(0, 1) if layout == "packed" else inputs
     loss, stats = policy_loss(
@@ -170,6 +172,23 @@ def test_ratios_of_responses_over_a_head(backend, objective):
             strict=True,
         ):
             torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", OF_RESPONSES)
+def test_a_bad_row_over_a_head_spoils_its_response_only(backend, objective):
+    hidden, head, targets = torch.randn(3, 4, 8), torch.randn(31, 8), torch.randint(31, (3, 4))
+    hidden[1, 2, 0] = NAN
+    options = {"objective": objective, "old_log_probs": torch.full((3, 4), -3.0), "reduction": "none"}
+    loss = policy_loss(hidden, targets, weight=head, backend=backend, **options)
+    assert loss.isnan().all(1).tolist() == [False, True, False] and not loss[::2].isnan().any()
+
+
+def test_a_row_of_weight_0_that_gmpo_holds_adds_nothing(backend):
+    """Beside a ratio beyond float32."""
+    logits, old = torch.randn(1, 2, 7), torch.tensor([[5.0, -500.0]])
+    weights, targets = torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2, dtype=torch.long)
+    options = {"objective": "gmpo", "old_log_probs": old, "advantages": torch.tensor([-1.0]), "reduction": "sum"}
+    assert policy_loss(logits, targets, weights=weights, backend=backend, **options) == math.inf
 
 
 @pytest.mark.parametrize("objective", OF_RESPONSES)
