@@ -148,7 +148,7 @@ def _consecutive(rewards_GK: Tensor) -> Moments:
     apart = rewards_GK - rewards_GK[:, :1]
     size, mean = rewards_GK.shape[1], apart.mean(1, keepdim=True)
     std = torch.linalg.vector_norm(apart - mean, dim=1, keepdim=True) / math.sqrt(size - 1)  # ten times as fast as std
-    return Moments(apart, mean, std, torch.tensor(size))
+    return Moments(apart, mean, std, torch.tensor(size, device="cpu"))
 
 
 def _runs(rewards_S: Tensor, ids_S: Tensor) -> Moments:

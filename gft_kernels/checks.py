@@ -377,7 +377,7 @@ def check_reward_values(rewards: Tensor, normalize: str, group_size: int | None,
     if _largest(rewards) <= 1e38:  # no NaN is
         return
     check_finite("rewards", rewards)
-    sizes = torch.tensor(group_size) if group_ids is None else torch.unique(group_ids, return_counts=True)[1]
+    sizes = rewards.new_tensor(group_size) if group_ids is None else torch.unique(group_ids, return_counts=True)[1]
     limit = 1e150 if normalize == "std" and (sizes > 1).all() else 1e38
     large = (rewards.abs() > limit).nonzero()
     if len(large):

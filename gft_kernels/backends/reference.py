@@ -59,8 +59,9 @@ def run(call: RowCall) -> RowResult:
     logits = call.logits_STV.detach()
     credit = credit_rows(call.credit)
     rows = credit.live_R.numel()
-    out = {name: torch.zeros(rows, device=logits.device) for name in ("loss", "log_prob", "coefficient", "entropy")}
-    row_scale_R = torch.zeros(rows, device=logits.device) if call.defer_scale else None
+    per_row = partial(torch.zeros, rows, dtype=torch.float32, device=logits.device)
+    out = {name: per_row() for name in ("loss", "log_prob", "coefficient", "entropy")}
+    row_scale_R = per_row() if call.defer_scale else None
     gradient = gradient_for(logits, call.inplace, call.gradient_dtype) if call.want_gradient else None
     for chosen, where in _row_blocks(logits):
         part = RowCredit(*(column[chosen] for column in credit))

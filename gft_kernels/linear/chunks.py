@@ -136,9 +136,10 @@ class _ChunkedLoss:
         self.credit = credit._replace(weights_R=weights_R)
         device, rows = call.hidden_STD.device, credit.live_R.numel()
         vocabulary, hidden_size = call.weight_VD.shape
-        self.loss_R, self.log_probs_R, self.coefficients_R = (torch.zeros(rows, device=device) for _ in range(3))
-        self.entropy_R = torch.zeros(rows, device=device) if call.want_entropy else None
-        self.kept_R = torch.zeros(rows, device=device) if reports_kept(call) else None
+        per_row = partial(torch.zeros, rows, dtype=torch.float32, device=device)
+        self.loss_R, self.log_probs_R, self.coefficients_R = (per_row() for _ in range(3))
+        self.entropy_R = per_row() if call.want_entropy else None
+        self.kept_R = per_row() if reports_kept(call) else None
         accum = call.accum_dtype
         self.hidden_gradient_RD = None
         if call.want_hidden:

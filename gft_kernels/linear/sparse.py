@@ -148,7 +148,7 @@ def add_products(
         states = [share.t() @ hidden_CD[tile.rows].float() for tile, share in zip(tiles, shares, strict=True)]
         multiply(tail_BV.t(), torch.cat(states).to(operand), out_VD, add=add)
         for rows, kept_K, kept_TK in kept:
-            kept_KD = torch.empty(len(kept_K), out_VD.shape[1], device=out_VD.device)
+            kept_KD = out_VD.new_empty(len(kept_K), out_VD.shape[1], dtype=torch.float32)
             multiply(kept_TK.t(), hidden_CD[rows], kept_KD)
             out_VD.index_add_(0, kept_K, kept_KD.to(out_VD.dtype))
 

@@ -111,7 +111,7 @@ def _recomputed(ctx, upstream: Tensor) -> list[Tensor | None]:
         want_bias=wanted[2],
     )
     *gradients, unit = torch.ops.gft.linear_loss(*_pack(call, backend))[6:]
-    factor = unit if unit.numel() else torch.ones((), device=upstream.device)
+    factor = unit if unit.numel() else torch.ones((), dtype=torch.float32, device=upstream.device)
     inputs = zip(gradients, arguments, wanted, strict=False)
     return [_finish(gradient, factor, backend, x.shape, x.dtype) if needed else None for gradient, x, needed in inputs]
 

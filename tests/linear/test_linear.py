@@ -155,6 +155,25 @@ def test_statistics_and_entropy(backend, dtype):
     torch.testing.assert_close(entropy, stats.entropy, rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"filter_eps": 0.02}, {"reduction": "none"}], ids=str)
+def test_torchs_default_dtype_changes_nothing(backend, options):
+    """Over half logits too. Who makes models in bfloat16 may leave it the default."""
+    case, found = problem(bias=True), []
+    options = {**options, "return_stats": True, "return_entropy": True}
+    half = problem(dtype=torch.float16).logits().half().requires_grad_(True)
+    for default in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            (loss, stats), gradients = case.gradients(backend=backend, **options)
+            over_logits = gft_loss(half, case.targets, reduction="sum", backend=backend)
+            (gradient,) = torch.autograd.grad(over_logits, half)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append((loss, *gradients, stats.log_probs, stats.coefficients, stats.entropy, over_logits, gradient))
+    for before, after in zip(*found, strict=True):
+        assert before.dtype == after.dtype and torch.equal(before, after)
+
+
 def test_fp16_survives_a_gradient_scaler(backend):
     """At weight 1/N and pi near 1e-6 an fp16 logit gradient would underflow before the scaler's 65536 reaches it."""
     case = problem(1, 2, 16, 50257, torch.float16, std=0.5)

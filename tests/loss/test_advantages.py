@@ -109,6 +109,9 @@ def test_without_numbers_to_look_at_there_is_still_a_result():
     torch.testing.assert_close(batched, torch.stack([expected, -expected]))
     with FakeTensorMode():
         assert group_advantages(torch.ones(4), **groups).shape == (4,)
+    with torch.device("meta"):  # the default of what is made without one
+        learned = group_advantages(rewards.requires_grad_(True), normalize="leave-one-out", **groups)
+    torch.testing.assert_close(learned, torch.tensor([1.0, -1.0, -2.0, 2.0]))
     with pytest.raises(ValueError, match="rewards must be finite"):
         group_advantages(torch.nn.Parameter(torch.tensor([1.0, torch.nan])), **groups)
 
