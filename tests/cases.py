@@ -158,6 +158,8 @@ def assert_bad_indices_spoil_their_rows(run) -> None:
             result = run(replace(call, credit=replace(spoilt, reduction=reduction)))
             assert result.gradient_STV[0].isnan().all(1).tolist() == bad
             assert result.gradient_STV[0, [0, 3]].isfinite().all()
+            if reduction == "sequence-mean" and spoilt.sequence_ids_R is not ids:  # two responses of one
+                torch.testing.assert_close(2.0 * result.gradient_STV[0, [0, 3]], clean.gradient_STV[0, [0, 3]])
         assert result.loss.isnan().tolist() == bad
         assert torch.equal(result.gradient_STV[0, [0, 3]], clean.gradient_STV[0, [0, 3]])
 
