@@ -13,7 +13,7 @@ from importlib import metadata
 
 import torch
 
-from gft_kernels import __version__, _extension, gft_loss, registry
+from gft_kernels import __version__, _extension, backends, gft_loss
 from gft_kernels.backends import cuda
 from gft_kernels.options import Credit, RowCall
 
@@ -75,8 +75,8 @@ def report() -> tuple[list[str], bool]:
     """The lines of the report, and whether every ready backend agrees with the reference."""
     lines = ["  ".join(f"{name} {version}" for name, version in versions().items()), ""]
     agrees = True
-    for name in registry.ORDER:
-        reason = registry.backend(name).absent()
+    for name in backends.ORDER:
+        reason = backends.named(name).absent()
         if reason is not None:
             lines.append(f"{name:<10} absent: {reason}")
             lines += cuda_lines(ready=False) if name == "cuda" else []
@@ -92,11 +92,11 @@ def report() -> tuple[list[str], bool]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gft_kernels", description="What this machine can run.")
-    parser.add_argument("--require", nargs="+", default=[], choices=registry.ORDER, help="backends that must be ready")
+    parser.add_argument("--require", nargs="+", default=[], choices=backends.ORDER, help="backends that must be ready")
     required = parser.parse_args(arguments).require
     lines, agrees = report()
     print("\n".join(lines))
-    return 0 if agrees and all(registry.backend(name).absent() is None for name in required) else 1
+    return 0 if agrees and all(backends.named(name).absent() is None for name in required) else 1
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gft_kernels import _extension
 from gft_kernels.layout import shares_memory
+from gft_kernels.memo import by_value
 from gft_kernels.options import NORMALIZE, RECTIFY, SINGLETON, SPLIT, Credit, Objective, on_rows
-from gft_kernels.remembered import by_value
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG_PROB_DTYPES = (*LOGIT_DTYPES, torch.float64)

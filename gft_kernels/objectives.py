@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gft_kernels import checks, formulas, sequences, surrogates
 from gft_kernels.arguments import PolicyOptions
+from gft_kernels.memo import by_value
 from gft_kernels.options import REDUCTIONS, RULE_FIELDS, LinearCall, Objective, RowCall, RowResult, Rule, on_rows
-from gft_kernels.remembered import by_value
 
 KL_ESTIMATORS = ("k1", "k2", "k3")  # of Schulman 2020, as Objective.kl_estimator numbers them
 """Written out for torch.compile: PyTorch 2.11 does not trace vars() of a dataclass as arguments."""

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from gft_kernels import registry
+from gft_kernels import backends
 
 gc.disable()  # until everything is imported and collected: all of that stays
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, on import: a name that is on no disk must not wait for a network
@@ -85,6 +85,6 @@ def _same_numbers_every_time():
 def _backend_is_ready(request):
     """A backend this machine lacks skips its tests with the backend's own sentence."""
     name = request.getfixturevalue("backend") if "backend" in request.fixturenames else None
-    reason = registry.backend(name).absent() if name in ("reference", "cpu", "triton", "cuda") else None
+    reason = backends.named(name).absent() if name in ("reference", "cpu", "triton", "cuda") else None
     if reason is not None:
         pytest.skip(f"backend {name}: {reason}")

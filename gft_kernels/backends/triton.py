@@ -205,8 +205,8 @@ def shard_gradient(call: RowCall, columns_R: Tensor, agreed: AgreedRows) -> Tens
 
 
 def row_sizes(rows_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The twin of `linear.looks.row_sizes`, for rows that begin at multiples of 16 bytes."""
-    from gft_kernels.triton_kernels.sizes import row_sizes_kernel
+    """The twin of `linear.measures.row_sizes`, for rows that begin at multiples of 16 bytes."""
+    from gft_kernels.triton_kernels.measures import row_sizes_kernel
 
     assert _begin_aligned(rows_RV)
     with _on(rows_RV.device):
@@ -219,9 +219,9 @@ def row_sizes(rows_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def group_sums(rows_RV: Tensor, group: int, factor_R: Tensor, squared: bool = False) -> Tensor:
-    """The twin of `linear.looks.group_sums`, for rows that begin at multiples of 16 bytes."""
+    """The twin of `linear.measures.group_sums`, for rows that begin at multiples of 16 bytes."""
     from gft_kernels.triton_kernels.launch import COLUMNS, ROWS
-    from gft_kernels.triton_kernels.sizes import group_sums_kernel
+    from gft_kernels.triton_kernels.measures import group_sums_kernel
 
     assert _begin_aligned(rows_RV)
     rows, vocabulary = rows_RV.shape

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gft_kernels import distributed, formulas, registry, sequences, surrogates
+from gft_kernels import backends, distributed, formulas, sequences, surrogates
 from gft_kernels.advantages import RowCredit, credit_rows, rows_read
 from gft_kernels.large_pages import in_large_pages
 from gft_kernels.linear import sparse
-from gft_kernels.linear.looks import looks_of
+from gft_kernels.linear.measures import measures_of
 from gft_kernels.linear.products import Head, multiply, precision_of
 from gft_kernels.options import FP16_PEAK, Credit, LinearCall, LinearResult, RowCall, RowResult
 
@@ -130,7 +130,7 @@ class _ChunkedLoss:
     def __init__(self, call: LinearCall, backend: str, credit: RowCredit, shard: distributed.Shard | None):
         self.call, self.backend, self.shard = call, backend, shard
         self.precision = precision_of(call)
-        self.looks = looks_of(backend, call.hidden_STD.device)
+        self.measures = measures_of(backend, call.hidden_STD.device)
         self.head = Head(call.weight_VD, call.bias_V, self.precision)
         self.unit, weights_R = _gradient_unit(call, credit)
         self.credit = credit._replace(weights_R=weights_R)
@@ -194,7 +194,7 @@ class _ChunkedLoss:
             gradient_dtype=self.precision.operand,
             **options,
         )
-        module = registry.choose(self.backend, chunk)
+        module = backends.choose(self.backend, chunk)
         if self.shard is None:
             return module.run(chunk)
         return distributed.VocabularyParallel(module, self.shard).run(chunk)
@@ -213,7 +213,7 @@ class _ChunkedLoss:
                 sum_RD = self.hidden_gradient_RD
         tiles = [sparse.Tile(slice(None), None, None)]
         if self.call.filter_eps and dlogits_CV.numel():  # a shard may be empty
-            tiles = sparse.tiles_of(dlogits_CV, self.call.filter_eps, self.looks)
+            tiles = sparse.tiles_of(dlogits_CV, self.call.filter_eps, self.measures)
         if self.kept_R is not None:
             kept_C = hidden_CD.new_ones(len(hidden_CD), dtype=torch.float32)
             for tile in tiles:
@@ -225,7 +225,7 @@ class _ChunkedLoss:
             self._add_whole(dlogits_CV[part], hidden_CD[part], None if gradient_CD is None else gradient_CD[part])
         if cut:
             out_VD, add = self.weight_gradient_VD, self.started
-            sparse.add_products(self.head, cut, dlogits_CV, hidden_CD, gradient_CD, out_VD, add, self.looks)
+            sparse.add_products(self.head, cut, dlogits_CV, hidden_CD, gradient_CD, out_VD, add, self.measures)
             self.started = True
         if sum_RD is not None and gradient_CD is not None:
             sum_RD[rows] = gradient_CD.to(sum_RD.dtype)

@@ -49,14 +49,14 @@ class Tile(NamedTuple):
     sizes: Sizes | None
 
 
-def tiles_of(dlogits_CV: Tensor, filter_eps: float, looks: Any) -> list[Tile]:
+def tiles_of(dlogits_CV: Tensor, filter_eps: float, measures: Any) -> list[Tile]:
     """Cut a chunk into tiles and choose their columns; dense neighbours are one. A GPU is waited for twice."""
     rows = len(dlogits_CV)
     size = -(-rows // -(-rows // TILE))
     # more rows keep more columns: where a few of each tile need too many, nobody looks at the others
-    if size > SAMPLED and _are_flat(_look(dlogits_CV[::SAMPLED], -(-size // SAMPLED), looks)[1], filter_eps):
+    if size > SAMPLED and _are_flat(_measure(dlogits_CV[::SAMPLED], -(-size // SAMPLED), measures)[1], filter_eps):
         return [Tile(slice(0, rows), None, None)]
-    sizes, energy_NV = _look(dlogits_CV, size, looks)
+    sizes, energy_NV = _measure(dlogits_CV, size, measures)
     tiles: list[Tile] = []
     for number, kept_K in enumerate(_columns(energy_NV, filter_eps)):
         part = slice(number * size, min((number + 1) * size, rows))
@@ -96,12 +96,12 @@ def _columns(energy_NV: Tensor, filter_eps: float) -> list[Tensor | None]:
     ]
 
 
-def _look(dlogits_CV: Tensor, size: int, looks: Any) -> tuple[Sizes, Tensor]:
+def _measure(dlogits_CV: Tensor, size: int, measures: Any) -> tuple[Sizes, Tensor]:
     """Sizes of all rows, and of each `size` rows the energy of every column, (N, V): 2 over all columns."""
-    top_C, sum_C, square_C = looks.row_sizes(dlogits_CV)
+    top_C, sum_C, square_C = measures.row_sizes(dlogits_CV)
     unit_C = torch.where(top_C > 0.0, 1.0 / top_C, 0.0)
     weight_C = _weights(top_C, square_C, size)
-    return Sizes(unit_C, sum_C, weight_C), looks.group_sums(dlogits_CV, size, unit_C * weight_C.sqrt(), squared=True)
+    return Sizes(unit_C, sum_C, weight_C), measures.group_sums(dlogits_CV, size, unit_C * weight_C.sqrt(), squared=True)
 
 
 def _weights(top_C: Tensor, square_C: Tensor, size: int) -> Tensor:
@@ -122,7 +122,7 @@ def add_products(
     out_CD: Tensor | None,
     out_VD: Tensor | None,
     add: bool,
-    looks: Any,
+    measures: Any,
 ) -> None:
     """out_CD = G · weight and out_VD (+)= Gᵀ · hidden for the rows of tiles with columns kept; None: not wanted.
 
@@ -133,7 +133,7 @@ def add_products(
     for rows, kept_K, sizes in tiles:
         assert kept_K is not None and sizes is not None
         kept_TK = dlogits_CV[rows].index_select(1, kept_K)
-        share_TB, tail_BV = _tail(dlogits_CV[rows], kept_TK, kept_K, sizes, looks)
+        share_TB, tail_BV = _tail(dlogits_CV[rows], kept_TK, kept_K, sizes, measures)
         shares.append(share_TB)
         tails.append(tail_BV.to(operand))
         kept.append((rows, kept_K, dlogits_CV[rows, : len(kept_K)].copy_(kept_TK)))
@@ -153,7 +153,7 @@ def add_products(
             out_VD.index_add_(0, kept_K, kept_KD.to(out_VD.dtype))
 
 
-def _tail(dlogits_TV: Tensor, kept_TK: Tensor, kept_K: Tensor, sizes: Sizes, looks: Any) -> tuple[Tensor, Tensor]:
+def _tail(dlogits_TV: Tensor, kept_TK: Tensor, kept_K: Tensor, sizes: Sizes, measures: Any) -> tuple[Tensor, Tensor]:
     """share (T, B) and tail (B, V), 0 in the kept columns: within a block the least-squares fit to what is left out
     whose share is known, the sum of what the row leaves out.
 
@@ -169,7 +169,7 @@ def _tail(dlogits_TV: Tensor, kept_TK: Tensor, kept_K: Tensor, sizes: Sizes, loo
     size_B = zeros_B.index_add(0, block_T, size_T).clamp_min(TINY)
     factor_T = pull_T * (size_B / fit_B)[block_T]
     factor_T = (factor_T * sizes.unit_T).clamp(-HUGE, HUGE)  # a row so much quieter than its block is denormal
-    tail_BV = looks.group_sums(dlogits_TV, BLOCK, factor_T).index_fill_(1, kept_K, 0.0)
+    tail_BV = measures.group_sums(dlogits_TV, BLOCK, factor_T).index_fill_(1, kept_K, 0.0)
     share_TB = missing_T.new_zeros(len(kept_TK), len(zeros_B))
     share_TB[torch.arange(len(kept_TK), device=kept_K.device), block_T] = missing_T.sign() * size_T / size_B[block_T]
     return share_TB, tail_BV

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gft_kernels import checks, distributed, registry, sequences
+from gft_kernels import backends, checks, distributed, sequences
 from gft_kernels.operators import derivatives
 from gft_kernels.operators.packing import Packing
 from gft_kernels.options import Credit, RowCall, RowResult, gradient_for
@@ -59,7 +59,7 @@ def _compute(call: RowCall, backend: str) -> tuple[Tensor | None, ...]:
     """Check the values, choose the backend, run it. The operators' outputs, None where they were not asked for."""
     logits = call.logits_STV
     shard = distributed.check_and_meet(call, logits.shape[-1], logits.device)
-    module = registry.choose(backend, call)
+    module = backends.choose(backend, call)
     r = _passes(module if shard is None else distributed.VocabularyParallel(module, shard), call)
     statistics = (r.log_probs_R, r.coefficients_R) if call.reads_every_live_row else (None, None)
     return r.loss, *statistics, r.advantages_R, r.row_scale_R, r.entropy_R, r.gradient_STV
@@ -171,7 +171,7 @@ def _scale_with(
     if not gradient.numel():  # no rows, or an empty shard of the vocabulary: nothing to launch
         return gradient_for(gradient, inplace, dtype)
     asked = RowCall(gradient, Credit(targets_R=gradient))  # a backend that serves this memory; it has no rows' credit
-    return registry.choose(backend, asked).scale(gradient, row_scale, upstream.contiguous(), inplace, dtype)
+    return backends.choose(backend, asked).scale(gradient, row_scale, upstream.contiguous(), inplace, dtype)
 
 
 def _run(logits: Tensor, call: RowCall, backend: str) -> tuple[Tensor | None, ...]:

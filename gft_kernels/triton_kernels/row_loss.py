@@ -12,7 +12,7 @@ import triton.language as tl
 from gft_kernels.triton_kernels import formulas
 from gft_kernels.triton_kernels.formulas import Transform, seen, seen_slope
 from gft_kernels.triton_kernels.launch import compiled_once
-from gft_kernels.triton_kernels.walks import clear_row, map_row, row_start, row_statistics
+from gft_kernels.triton_kernels.passes import clear_row, map_row, row_start, row_statistics
 
 
 class Rule(NamedTuple):

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from gft_kernels.triton_kernels.launch import compiled_once
-from gft_kernels.triton_kernels.walks import map_row, row_start
+from gft_kernels.triton_kernels.passes import map_row, row_start
 
 
 @triton.jit

@@ -9,8 +9,8 @@ import triton.language as tl
 
 from gft_kernels.triton_kernels.formulas import NEG_INF, Transform
 from gft_kernels.triton_kernels.launch import compiled_once
+from gft_kernels.triton_kernels.passes import clear_row, map_row, row_start, row_statistics
 from gft_kernels.triton_kernels.row_loss import Known, dlogit, target_logit
-from gft_kernels.triton_kernels.walks import clear_row, map_row, row_start, row_statistics
 
 
 @compiled_once

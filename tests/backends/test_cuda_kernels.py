@@ -18,7 +18,7 @@ from cuda_on_host import Backend
 from policy_cases import ESTIMATORS, OBJECTIVES, OF_RESPONSES, PENALTIES, WITH_RATIO, assert_right, bounded_problem
 from shard_cases import TRANSFORMS, assert_shards_are_parts_of_the_row
 
-from gft_kernels import registry
+from gft_kernels import backends
 from gft_kernels.options import Credit, RowCall
 
 pytestmark = pytest.mark.skipif(cuda_on_host.absent() is not None, reason=str(cuda_on_host.absent()))
@@ -36,8 +36,8 @@ SHAPES = {
 @pytest.fixture(params=SHAPES)
 def launch(request, monkeypatch) -> Backend:
     """Makes `backend="cuda"` mean the kernels on the host, in one launch shape."""
-    backend, original = SHAPES[request.param], registry.backend
-    monkeypatch.setattr(registry, "backend", lambda name: backend if name == "cuda" else original(name))
+    backend, original = SHAPES[request.param], backends.named
+    monkeypatch.setattr(backends, "named", lambda name: backend if name == "cuda" else original(name))
     return backend
 
 

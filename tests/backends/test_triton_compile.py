@@ -14,12 +14,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from gft_kernels.triton_kernels import launch, row_loss, scale_rows, shard, sizes
+from gft_kernels.triton_kernels import launch, row_loss, scale_rows, shard
+from gft_kernels.triton_kernels import measures as row_measures
 from tests.codegen import measures, triton_gate
 
 KERNELS = {
     name: kernel
-    for module in (row_loss, scale_rows, shard, sizes)
+    for module in (row_loss, scale_rows, shard, row_measures)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }

@@ -29,7 +29,7 @@ SELECTED = {  # `-k`, by file
     # whose memory is written, and when; which derivatives are refused, the operators decide
     "test_autograd.py": "retained_graph or logits_storage or leaves_the_logits_alone or adds_to_what"
     " or checkpointing or nothing_is_materialised or callers_own",
-    "test_looks.py": "not bfloat16",
+    "test_measures.py": "not bfloat16",
     "test_sparse.py": "left_out_is_bounded and (steep or softcap)",
     "formulas_agree.py": "test",
     "rows.py": "test",
@@ -41,7 +41,7 @@ SELECTED = {  # `-k`, by file
 def test_under_the_interpreter():
     own = [f"backends/interpreter/{name}.py" for name in ("formulas_agree", "rows")]
     loss = [f"loss/test_{name}.py" for name in ("autograd", "loss", "policy")]
-    linear = [f"linear/test_{name}.py" for name in ("looks", "sparse")]
+    linear = [f"linear/test_{name}.py" for name in ("measures", "sparse")]
     paths = [f"tests/{path}" for path in (*own, *loss, *linear)]
     names = " or ".join(f"{file} and ({chosen})" for file, chosen in SELECTED.items())
     command = [sys.executable, "-m", "pytest", "-x", "--device", "interpreter", "-k", names, *paths]

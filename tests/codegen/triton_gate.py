@@ -130,10 +130,10 @@ def spending(variant: Variant, sass: str) -> budget.Budget | None:
 
 def recipe(variant: Variant) -> tuple[object, dict[str, object], dict[str, int]]:
     """The kernel, its compile-time arguments and its launch options, as the library would choose them."""
-    from gft_kernels.triton_kernels import launch, row_loss, scale_rows, shard, sizes
+    from gft_kernels.triton_kernels import launch, measures, row_loss, scale_rows, shard
 
     home = {"row_loss": row_loss, "scale_rows": scale_rows, "shard_statistics": shard, "shard_gradient": shard}
-    kernel = getattr(home.get(variant.kernel, sizes), f"{variant.kernel}_kernel")
+    kernel = getattr(home.get(variant.kernel, measures), f"{variant.kernel}_kernel")
     constants = dict(variant.constants)
     if variant.kernel == "group_sums":
         return kernel, {**constants, "BLOCK": launch.COLUMNS.block, "ROWS": launch.ROWS}, launch.COLUMNS.options()

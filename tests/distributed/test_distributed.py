@@ -9,7 +9,7 @@ import torch
 import vocabulary_ranks as ranks
 from ranks import start_ranks
 
-from gft_kernels import distributed, registry
+from gft_kernels import backends, distributed
 from gft_kernels.advantages import credit_rows
 from gft_kernels.linear import chunks
 from gft_kernels.options import Credit, LinearCall
@@ -31,7 +31,7 @@ def said(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "backend", "check"), ranks.COMBINATIONS, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_sharded_vocabulary(said, size, backend, check):
-    reason = registry.backend(backend).absent()
+    reason = backends.named(backend).absent()
     if reason is not None:
         pytest.skip(f"backend {backend}: {reason}")
     for rank in ranks.members(size, backend, check):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from cases import UPSTREAM, assert_loss, problem, run
 
-from gft_kernels import distributed, gft_linear_loss, gft_loss, registry, token_log_probs
+from gft_kernels import backends, distributed, gft_linear_loss, gft_loss, token_log_probs
 
 VOCABULARY = 203
 WIDTHS = {1: [(203,)], 2: [(130, 73), (203, 0), (1, 202)], 4: [(50, 3, 0, 150), (0, 51, 51, 101)]}
@@ -315,7 +315,7 @@ def work(rank: int, folder: Path) -> None:
     said: dict[str, str] = {}
     groups = {4: dist.group.WORLD, 2: pairs[rank // 2], 1: dist.new_group([0])}
     for size, backend, check in COMBINATIONS:
-        if rank not in members(size, backend, check) or registry.backend(backend).absent() is not None:
+        if rank not in members(size, backend, check) or backends.named(backend).absent() is not None:
             continue
         assert distributed.group_of(groups[size].group_name).size() == size
         key = name_of(size, backend, check)

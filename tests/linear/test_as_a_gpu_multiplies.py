@@ -12,7 +12,7 @@ import torch
 from backends import cuda_on_host
 from cases import DTYPES, HALVES, TAUS
 
-from gft_kernels import registry
+from gft_kernels import backends
 from gft_kernels.linear import products
 
 
@@ -38,8 +38,8 @@ def rows_of(request, monkeypatch):
     if request.param == "cuda":
         if cuda_on_host.absent():
             pytest.skip(cuda_on_host.absent())
-        found, host = registry.backend, cuda_on_host.Backend(blocks=2, seed=2)
-        monkeypatch.setattr(registry, "backend", lambda name: host if name == "cuda" else found(name))
+        found, host = backends.named, cuda_on_host.Backend(blocks=2, seed=2)
+        monkeypatch.setattr(backends, "named", lambda name: host if name == "cuda" else found(name))
     return request.param
 
 

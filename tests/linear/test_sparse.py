@@ -16,7 +16,7 @@ from linear_cases import UPSTREAM, LinearProblem, assert_right, double, here, pr
 from benchmarks import recorded
 from gft_kernels import GFTLinearLoss, gft_linear_loss, policy_loss
 from gft_kernels.data import pretrained
-from gft_kernels.linear import looks, sparse
+from gft_kernels.linear import measures, sparse
 
 pytestmark = pytest.mark.usefixtures("on_device")
 ROUNDOFF = 2.0**-8  # of bfloat16
@@ -128,7 +128,7 @@ def test_auto_disappears_behind_rounding(dtype, monkeypatch):
 def test_energies_sum_to_two_in_every_tile():
     """1 of the rows, each by its own size, and 1 of the whole tile, also in the last, which is shorter."""
     gradient = torch.randn(19, 301) * torch.tensor(LOUD).repeat(4)[:19, None]
-    _, energy = sparse._look(gradient, 8, looks)
+    _, energy = sparse._measure(gradient, 8, measures)
     torch.testing.assert_close(energy.sum(1), torch.full((3,), 2.0))
 
 
@@ -147,7 +147,7 @@ def test_flat_is_what_keeps_too_many_columns():
 def test_flat_rows_are_multiplied_whole(monkeypatch):
     monkeypatch.setattr(sparse, "add_products", None)  # not to be called
     seen = []
-    monkeypatch.setattr(sparse, "_look", lambda g, *a, of=sparse._look: seen.append(len(g)) or of(g, *a))
+    monkeypatch.setattr(sparse, "_measure", lambda g, *a, of=sparse._measure: seen.append(len(g)) or of(g, *a))
     case = problem(6, 5, 48, 4099, std=0.5)
     (_, filtered), (_, exact) = case.gradients(filter_eps=1e-3), case.gradients()
     assert all(torch.equal(a, b) for a, b in zip(filtered, exact, strict=True))

@@ -77,8 +77,8 @@ def test_out_of_place_leaves_the_logits_alone(backend, device):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_without_gradients_nothing_is_materialised(backend, device, inplace, monkeypatch):
     calls = []
-    real = row.registry.choose
-    monkeypatch.setattr(row.registry, "choose", lambda name, call: calls.append(call) or real(name, call))
+    real = row.backends.choose
+    monkeypatch.setattr(row.backends, "choose", lambda name, call: calls.append(call) or real(name, call))
     case = problem()
     leaf = case.logits.to(device).requires_grad_(True)
     with torch.no_grad():

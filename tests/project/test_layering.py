@@ -14,14 +14,13 @@ PACKAGE = ROOT / "gft_kernels"
 
 LAYERS = [
     {"large_pages"},
-    {"formulas", "options", "layout", "remembered"},
+    {"formulas", "options", "layout", "memo"},
     {"surrogates", "_extension"},
     {"checks", "triton_kernels"},
     {"linear_checks", "advantages", "importance", "arguments"},
     {"sequences"},
     {"objectives"},
     {"calls", "backends"},
-    {"registry"},
     {"distributed"},
     {"linear"},
     {"operators"},

@@ -20,7 +20,7 @@ from packaging.version import Version
 
 import gft_kernels
 from gft_kernels import __main__ as report
-from gft_kernels import registry
+from gft_kernels import backends
 
 tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
 ROOT = Path(__file__).parents[2]
@@ -138,7 +138,7 @@ def test_one_version_everywhere():
     "absent, required, code", [(None, ["cpu"], 0), ("no compiler", [], 0), ("no compiler", ["reference", "cpu"], 1)]
 )
 def test_a_backend_that_is_required_and_absent_fails_the_report(absent, required, code, monkeypatch, capsys):
-    monkeypatch.setattr(registry.backend("cpu"), "absent", lambda: absent)
+    monkeypatch.setattr(backends.named("cpu"), "absent", lambda: absent)
     monkeypatch.setattr(report, "parity", lambda name: 0.0)
     assert report.main(["--require", *required] if required else []) == code
     assert f"cpu        {'ready' if absent is None else 'absent: no compiler'}" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gft_kernels import registry
+from gft_kernels import backends
 from gft_kernels.backends import cuda
 from gft_kernels.options import Credit, RowCall
 
@@ -37,7 +37,7 @@ def cuda_kernels():
 def test_every_cluster_size_over_several_rows(cuda_kernels, blocks, inplace):
     """Two clusters walk over 7 rows, so that each block's buffers are used again, and again."""
     logits, options = inputs(rows=7, vocab=32003)
-    reference = registry.backend("reference").run(row_call(logits.clone(), options))
+    reference = backends.named("reference").run(row_call(logits.clone(), options))
     result = cuda_kernels.run(row_call(logits.clone(), options, inplace=inplace), cluster=blocks, clusters=2)
     torch.testing.assert_close(result.loss, reference.loss, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(result.gradient_STV, reference.gradient_STV, rtol=2e-2, atol=1e-8)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import DTYPES, UPSTREAM
 
-from gft_kernels import gft_loss, registry
+from gft_kernels import backends, gft_loss
 from gft_kernels.options import Credit, RowCall
 
 pytestmark = [
@@ -134,7 +134,7 @@ def test_rows_at_every_alignment(backend, offset, row_stride, dtype):
 def test_a_gradient_rounded_over_its_logits(backend, rows, vocabulary, row_stride, offset, dtype):
     """What is overwritten has been read, however blocks and warps run, in the cluster and in two passes (the longest):
     the gradient is the float32 one of its own memory, rounded once, and what lies between the rows stays NaN."""
-    module = registry.backend(backend)
+    module = backends.named(backend)
     storage = torch.full((offset + rows * row_stride,), float("nan"), device=DEVICE)
     view = storage.as_strided((1, rows, vocabulary), (0, row_stride, 1), offset)
     view.normal_(std=3.0)
@@ -158,7 +158,7 @@ def test_a_gradient_rounded_over_its_logits(backend, rows, vocabulary, row_strid
 @pytest.mark.parametrize("width", [1, 77, 1536, 4096, 20011])
 def test_a_float32_gradient_is_scaled_and_rounded_at_once(backend, width, dtype):
     gradient, upstream = torch.randn(1, 3000, width, device=DEVICE), torch.full((), UPSTREAM, device=DEVICE)
-    scaled = registry.backend(backend).scale(gradient, None, upstream, inplace=False, dtype=dtype)
+    scaled = backends.named(backend).scale(gradient, None, upstream, inplace=False, dtype=dtype)
     assert torch.equal(scaled, (gradient * upstream).to(dtype))
 
 

@@ -8,7 +8,7 @@ from cases import DTYPES
 from linear_cases import double, here
 
 from gft_kernels.linear.chunks import row_buffer
-from gft_kernels.linear.looks import looks_of
+from gft_kernels.linear.measures import measures_of
 
 pytestmark = pytest.mark.usefixtures("on_device")
 SCALES = torch.tensor([1.0, 3e-20, 1e9, 1e-30, 0.0, 1e-4])
@@ -26,7 +26,7 @@ def rows_of(rows, vocabulary, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_row_sizes(backend, dtype, rows, vocabulary, device):
     rows_RV = rows_of(rows, vocabulary, dtype, device)
-    top, total, square = looks_of(backend, rows_RV.device).row_sizes(rows_RV)
+    top, total, square = measures_of(backend, rows_RV.device).row_sizes(rows_RV)
     exact = double(rows_RV)
     largest = exact.abs().amax(1)
     scaled = exact / largest.clamp_min(1e-300)[:, None]
@@ -45,7 +45,7 @@ def test_group_sums(backend, dtype, rows, group, vocabulary, squared, device):
     rows_RV = rows_of(rows, vocabulary, dtype, device)
     largest = rows_RV.abs().amax(1).float()
     factor = torch.where(largest > 0, 1.0 / largest, 0.0) * here(torch.rand(rows) - 0.5)
-    sums = looks_of(backend, rows_RV.device).group_sums(rows_RV, group, factor, squared)
+    sums = measures_of(backend, rows_RV.device).group_sums(rows_RV, group, factor, squared)
     terms = double(rows_RV) * double(factor)[:, None]
     if squared:
         terms = terms.square()
@@ -58,9 +58,9 @@ def test_group_sums(backend, dtype, rows, group, vocabulary, squared, device):
 def test_a_row_that_is_not_finite_is_seen(backend, wrong, device):
     rows_RV = rows_of(3, 301, torch.float32, device)
     rows_RV[1, 77] = wrong
-    looks = looks_of(backend, rows_RV.device)
-    assert looks.row_sizes(rows_RV)[2].isnan().tolist() == [False, True, False]
-    assert looks.group_sums(rows_RV, 1, rows_RV.new_ones(3), squared=True).isfinite().all(1).tolist() == [
+    measures = measures_of(backend, rows_RV.device)
+    assert measures.row_sizes(rows_RV)[2].isnan().tolist() == [False, True, False]
+    assert measures.group_sums(rows_RV, 1, rows_RV.new_ones(3), squared=True).isfinite().all(1).tolist() == [
         True,
         False,
         True,

@@ -1,4 +1,4 @@
-"""The walks over one row: its statistics (F1, F2), and a map of its elements into a second row (F7, scaling, zeros).
+"""The passes over one row: its statistics (F1, F2), and a map of its elements into a second row (F7, scaling, zeros).
 
 A row of V elements at any address is cut so that nearly all of it moves in 16-byte vectors:
 

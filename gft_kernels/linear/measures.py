@@ -1,4 +1,6 @@
-"""The looks at every entry of a logits' gradient that sparse products begin with, in torch; Triton has twins of them.
+"""What sparse products measure first of a logits' gradient: rows' sizes, sums over groups of rows; in torch.
+
+Each is one look at every entry. Triton has twins of both.
 
 Sizes: R rows, P of a panel, V vocabulary, N groups of rows.
 """
@@ -11,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gft_kernels import registry
+from gft_kernels import backends
 
 PANEL = {"cpu": 8}  # rows that a CPU looks at at a time: its cache still holds them at the next operation
 LAUNCH = 512  # elsewhere, where each operation is a launch
 
 
-def looks_of(backend: str, device: torch.device) -> Any:
+def measures_of(backend: str, device: torch.device) -> Any:
     """Triton's where its kernels run, unless the call is for another backend's own text; else this module."""
     if backend == "triton" or (device.type == "cuda" and backend != "reference"):
-        triton = registry.backend("triton")
+        triton = backends.named("triton")
         if triton.absent() is None and triton.refuses_device(device) is None:
             return triton
     return sys.modules[__name__]

@@ -1,7 +1,7 @@
 """What the linear loss's sparse products ask of a gradient G of logits: the size of each row, sums over groups of rows.
 
 Each is one look at every entry, and G is copied nowhere. Its rows begin at multiples of 16 bytes, as those of the
-linear loss's buffer do, so unlike in walks.py there is nothing before the first vector.
+linear loss's buffer do, so unlike in passes.py there is nothing before the first vector.
 
 Sizes: R rows, V vocabulary, N groups; BLOCK elements of a tile, WIDTH of a 16-byte vector, LANES = BLOCK / WIDTH.
 """
