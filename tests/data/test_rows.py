@@ -77,6 +77,13 @@ def test_rows_that_cannot_be_trained_on_are_refused_before_training(tmp_path, ro
         rig.trainer(tmp_path, train=rows, **options)
 
 
+def test_rows_to_evaluate_leave_room_for_samples_where_training_takes_none(tmp_path):
+    rows, imitation = changed(0, prompt="1" * 55), {"num_generations": 0, "advantages": "ones"}
+    told = r"eval_dataset\[0\]: prompt and response reach 65 tokens, the model's context is 64"
+    with pytest.raises(RowError, match=told):
+        rig.trainer(tmp_path, train=rows, evaluation=rows, **imitation)
+
+
 def test_overlong_rows_may_be_dropped(tmp_path):
     trainer = rig.trainer(tmp_path, train=changed(1, demonstrations=["1" * 10, "2"]), overlong="drop")
     assert len(trainer.train_dataset) == 2
