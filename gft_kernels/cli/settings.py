@@ -165,6 +165,8 @@ def _as_kind(key, value, hint):
         except ValueError:
             pass
     if list in kinds and str not in kinds and isinstance(value, (str, list)):
+        if key == "stop_strings" and isinstance(value, str):
+            return [value]  # its commas and spaces are meant
         parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
         kind_of_parts = typing.get_args(alternatives[kinds.index(list)])
         return [_as_kind(key, part, *kind_of_parts) for part in parts] if kind_of_parts else parts

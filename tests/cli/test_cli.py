@@ -86,6 +86,8 @@ def test_numbers_in_scientific_notation_and_lists_are_read(tmp_path):
     assert options["save_strategy"] == "no"
     assert options["learning_rate"] == 1e-4 and options["reward_weights"] == [1, 0.5] and options["warmup_steps"] == 3
     assert settings.rewards == ["a", "b"] and settings.data == "other"
+    for text, stops in (("so, it", ["so, it"]), ("[a, b]", ["a", "b"])):  # the comma of a text is the text's
+        assert load(str(tmp_path / "a.yaml"), ["--stop_strings", text], None)[1]["stop_strings"] == stops
     for text in ("[1e-1, 2]", "1e-1, 2"):
         assert load(str(tmp_path / "a.yaml"), ["--reward_weights", text], None)[1]["reward_weights"] == [0.1, 2.0]
 
