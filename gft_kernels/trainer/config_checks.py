@@ -97,6 +97,8 @@ def check_together(config: Any) -> None:
     anchored = ("beta", config.beta > 0, "be above 0", "nothing else reads the copy")
     shown = ("num_demonstrations", config.num_demonstrations > 0, "be at least 1", "there is none to leave out")
     once = ("dataloader_drop_last", not config.dataloader_drop_last, "be False", "a rollout is made of whole steps")
+    skipped = ("ignore_data_skip", not config.ignore_data_skip, "be False", "a resumed run would mix two rollouts")
+    compared = ("eval_strategy", config.eval_strategy != "no", "be 'steps' or 'epoch'", "no model is compared")
     why = "transformers' continuous batching does not know it: set rollout to 'generate'"
     unserved = [(n, getattr(config, n) == x, f"be {x}", why) for n, x in (("min_p", 0.0), ("repetition_penalty", 1.0))]
     for name, asked, needs in (
@@ -112,7 +114,9 @@ def check_together(config: Any) -> None:
         ("dynamic_sampling 'resample'", config.dynamic_sampling == "resample", (samples,)),
         ("top_entropy_quantile", config.top_entropy_quantile < 1, (weighs,)),
         ("sync_ref_model", config.sync_ref_model, (anchored,)),
-        ("num_iterations above 1", config.num_iterations > 1, (once,)),
+        ("num_iterations above 1", config.num_iterations > 1, (once, skipped)),
+        ("load_best_model_at_end", config.load_best_model_at_end, (compared,)),
+        ("save_strategy 'best'", config.save_strategy == "best", (compared,)),
     ):
         for other, holds, condition, reason in needs if asked else ():
             if not holds:

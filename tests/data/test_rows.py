@@ -186,6 +186,12 @@ def test_a_prompt_without_a_token_predicts_nothing():
         ({"steps_per_rollout": 0}, "steps_per_rollout must be a whole number of at least 1, got 0"),
         ({"num_iterations": 0}, "num_iterations must be a whole number of at least 1, got 0"),
         ({"num_iterations": 2, "dataloader_drop_last": True}, "dataloader_drop_last must be False with num_iterations"),
+        ({"num_iterations": 2, "ignore_data_skip": True}, "ignore_data_skip must be False with num_iterations above 1"),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "no"},
+            "eval_strategy must be 'steps' or 'epoch' with load_best_model_at_end, got 'no'; no model is compared",
+        ),
+        ({"save_strategy": "best"}, "eval_strategy must be 'steps' or 'epoch' with save_strategy 'best'"),
         ({"dynamic_sampling": "skip"}, "dynamic_sampling must be one of drop, resample, got 'skip'"),
         ({"dynamic_sampling": "resample", "num_generations": 0}, "num_generations must be at least 1 with dynamic_s"),
         ({"dynamic_sampling": "drop", "given_objective": "chord"}, "given_objective must weigh by an advantage with"),
