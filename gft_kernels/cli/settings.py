@@ -87,6 +87,8 @@ def load(config: str | None, flags: list[str], data: str | None) -> tuple[RunSet
     for key in ("model", "data", "output_dir"):
         if not values.get(key):
             raise ValueError(f"key `{key}` must be given, got nothing; set it in the YAML file or by --{key}.")
+    if values.get("eval_data") is None and (values.get("eval_on_start") or values.get("eval_strategy", "no") != "no"):
+        raise ValueError("eval_data must be given where eval_on_start or eval_strategy asks for it, got nothing.")
     settings = RunSettings(**{key: value for key, value in values.items() if key in own})
     return settings, {key: value for key, value in values.items() if key not in own}
 

@@ -94,8 +94,6 @@ def build(
 ) -> GFTTrainer:
     """The trainer of a run, everything about it checked; what is to be said of it is added to `notes`."""
     given, options = options, {**options, **({"eval_on_start": False} if checkpoint is not None else {})}
-    if settings.eval_data is None and (given.get("eval_on_start") or given.get("eval_strategy", "no") != "no"):
-        raise ValueError("eval_data must be given where eval_on_start or eval_strategy asks for it, got nothing.")
     args = configuration(options)
     lora = None if settings.peft is None else adapters.lora_config(settings.peft)
     rewards = [find(name) for name in settings.rewards or ()]  # before the rows, which take longer
