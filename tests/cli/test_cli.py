@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
@@ -38,13 +39,14 @@ def test_a_run_trains_evaluates_draws_and_says_where_everything_lies(tmp_path, m
 def test_evaluation_waits_to_be_asked_for_and_has_its_limit(tmp_path, model_path, undrawn, capsys):
     """Without a terminal: lines that end, no bars, whatever disable_tqdm says; the time left on all but the last."""
     config = write_run(tmp_path, model_path, eval_data=str(tmp_path / "rows.jsonl"), eval_rows=3, disable_tqdm=False)
-    assert main(["train", "--config", config, "--per_device_eval_batch_size", "1"]) == 0
+    assert main(["train", "--config", config, "--per_device_eval_batch_size", "1", "--save_steps", "0.5"]) == 0
     shown, error = capsys.readouterr()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     [line] = [line for line in lines if "eval_runtime" in line]
     assert line["step"] == 3 and line["eval_samples_per_second"] == pytest.approx(3 / line["eval_runtime"], rel=0.01)
     assert "3 of 8 held-out rows are evaluated; eval_rows: null takes all" in error and "\r" not in shown + error
-    assert "3 steps of 2 prompts, saved every 1 steps; evaluated at the end, 1 prompts at once" in shown
+    assert "3 steps of 2 prompts, saved every 50% of the steps; evaluated at the end, 1 prompts at once" in shown
+    assert re.search(r"^eval_reward +\d\.\d{4}$", shown, re.MULTILINE)  # no first that is the last
     steps = [line for line in shown.splitlines() if line.startswith("step     ") and "loss" in line]
     assert [" s left" in line for line in steps] == [True, True, False] and "{'loss'" not in shown
 
