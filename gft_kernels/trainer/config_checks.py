@@ -99,6 +99,10 @@ def check_together(config: Any) -> None:
     once = ("dataloader_drop_last", not config.dataloader_drop_last, "be False", "a rollout is made of whole steps")
     skipped = ("ignore_data_skip", not config.ignore_data_skip, "be False", "a resumed run would mix two rollouts")
     compared = ("eval_strategy", config.eval_strategy != "no", "be 'steps' or 'epoch'", "no model is compared")
+    samples_alone = config.num_demonstrations == 0 < config.num_generations
+    lossless = samples_alone and config.metric_for_best_model in (None, "loss", "eval_loss")
+    why = "their loss is compared: or set metric_for_best_model to 'reward'"
+    best = (compared, ("num_demonstrations", not lossless, "be at least 1", why))
     why = "transformers' continuous batching does not know it: set rollout to 'generate'"
     unserved = [(n, getattr(config, n) == x, f"be {x}", why) for n, x in (("min_p", 0.0), ("repetition_penalty", 1.0))]
     for name, asked, needs in (
@@ -115,8 +119,8 @@ def check_together(config: Any) -> None:
         ("top_entropy_quantile", config.top_entropy_quantile < 1, (weighs,)),
         ("sync_ref_model", config.sync_ref_model, (anchored,)),
         ("num_iterations above 1", config.num_iterations > 1, (once, skipped)),
-        ("load_best_model_at_end", config.load_best_model_at_end, (compared,)),
-        ("save_strategy 'best'", config.save_strategy == "best", (compared,)),
+        ("load_best_model_at_end", config.load_best_model_at_end, best),
+        ("save_strategy 'best'", config.save_strategy == "best", best),
     ):
         for other, holds, condition, reason in needs if asked else ():
             if not holds:

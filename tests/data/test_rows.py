@@ -191,6 +191,10 @@ def test_a_prompt_without_a_token_predicts_nothing():
             {"load_best_model_at_end": True, "save_strategy": "no"},
             "eval_strategy must be 'steps' or 'epoch' with load_best_model_at_end, got 'no'; no model is compared",
         ),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "num_demonstrations": 0},
+            "num_demonstrations must be at least 1 with load_best_model_at_end, got 0; their loss is",
+        ),
         ({"save_strategy": "best"}, "eval_strategy must be 'steps' or 'epoch' with save_strategy 'best'"),
         ({"dynamic_sampling": "skip"}, "dynamic_sampling must be one of drop, resample, got 'skip'"),
         ({"dynamic_sampling": "resample", "num_generations": 0}, "num_generations must be at least 1 with dynamic_s"),
