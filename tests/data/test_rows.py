@@ -239,6 +239,7 @@ def test_options_out_of_range_or_in_conflict_are_refused(tmp_path, options, mess
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"reward_funcs": ()}, r"reward_funcs \(a configuration's `rewards`\) must hold at least one function, got none"),
+     ({"model": rig.llama().requires_grad_(False)}, "model must have a weight to train, got none that requires grad"),
      ({"num_demonstrations": 0, "num_generations": 0}, "must be at least 1, got 0; a group would be empty"),
      ({"train": rig.offline_rows()}, "num_generations must be 0 where rows bring `responses` and `rewards`, got 2"),
      ({"train": rig.offline_rows(), "normalize": "split", "num_generations": 0}, "must not be 'split' where rows"),
