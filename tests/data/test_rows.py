@@ -196,6 +196,22 @@ def test_a_prompt_without_a_token_predicts_nothing():
             "num_demonstrations must be at least 1 with load_best_model_at_end, got 0; their loss is",
         ),
         ({"save_strategy": "best"}, "eval_strategy must be 'steps' or 'epoch' with save_strategy 'best'"),
+        *(
+            (
+                {**options, "num_demonstrations": 0},
+                "num_demonstrations must be at least 1 with .*given.*, got 0; none is",
+            )
+            for options in ({"given_objective": "chord"}, {"given_weight": 0.5}, {"rectify": "given"})
+        ),
+        (
+            {"max_resamples": 5},
+            "dynamic_sampling must be 'resample' with max_resamples, got None; nothing else samples",
+        ),
+        (
+            {"ref_model_sync_steps": 8},
+            "sync_ref_model must be True with ref_model_sync_steps, got False; the copy stays",
+        ),
+        ({"ref_model_mixup_alpha": 0.5}, "sync_ref_model must be True with ref_model_mixup_alpha, got False"),
         ({"dynamic_sampling": "skip"}, "dynamic_sampling must be one of drop, resample, got 'skip'"),
         ({"dynamic_sampling": "resample", "num_generations": 0}, "num_generations must be at least 1 with dynamic_s"),
         ({"dynamic_sampling": "drop", "given_objective": "chord"}, "given_objective must weigh by an advantage with"),
