@@ -5,7 +5,8 @@
 
 The task: count from a digit up to 9 and stop ("6" is answered by "789."). The groups hold the right answer, written by
 an expert, and sampled ones; a sampled answer is rewarded by the share of it that is right. Every step prints the same
-line whatever the number of processes and micro-batches, since the loss is divided by the tokens of the whole step.
+line, but for rounding, whatever the number of processes and micro-batches: the loss is divided by the tokens of the
+whole step.
 
 Sizes: S answers, T positions, V vocabulary.
 """

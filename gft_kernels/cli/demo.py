@@ -39,8 +39,9 @@ def demo(out: str, part: str, **given: Any) -> str:
             parts = " or ".join(other for other, names in TAKES.items() if name in names)
             raise ValueError(f"--{name} must go with --only {parts}, got {part}; leave it out.")
     directory, start = Path(out, part), time.perf_counter()
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)  # what cannot be written is said before the data is made
+    for run in ("base", *extraction_demo.METHODS):  # of an earlier demo; what else lies there is not ours
+        shutil.rmtree(directory / run, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the data is made
     if part == "gsm8k":
         gsm8k_demo(directory, options.get("data"))
     elif part == "digit-sum":

@@ -17,7 +17,7 @@ from gft_kernels.data.rows import Limits, Rows
 from gft_kernels.trainer import GFTConfig, adapters
 from gft_kernels.trainer.config import described
 from gft_kernels.trainer.groups import check_sources
-from gft_kernels.trainer.rewards import Rewards
+from gft_kernels.trainer.rewards import Rewards, find
 
 GIB = 1 << 30
 REWARDED = 64  # rows whose demonstrations are rewarded
@@ -28,6 +28,8 @@ def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
     on_cpu = {} if torch.cuda.is_available() else {"use_cpu": True}
     config = configuration({**options, **on_cpu})
     lora = None if settings.peft is None else adapters.lora_config(settings.peft)
+    if settings.rollout_fn:
+        find(settings.rollout_fn, "rollout_fn")
     model = pretrained.located(settings.model)
     tokenizer = local(AutoTokenizer, pretrained.located(settings.tokenizer) if settings.tokenizer else model)
     own_config = local(AutoConfig, model)

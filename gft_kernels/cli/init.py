@@ -49,9 +49,10 @@ def of_rows(records: Sequence[dict], model: str) -> dict[str, Any]:
     if not offline:
         chosen |= {"num_demonstrations": min(map(len, texts)), "rewards": [ready_reward(records) or OWN_REWARD]}
     tokenizer = local(AutoTokenizer, located(model))
-    longest = max((text for each in texts for text in each), key=len, default=None)
-    if tokenizer is not None and longest is not None:
-        chosen["max_completion_length"] = -(-(len(tokenizer(longest)["input_ids"]) + 1) // TOKENS) * TOKENS
+    every = [text for each in texts for text in each]
+    if tokenizer is not None and every:
+        longest = max(map(len, tokenizer(every)["input_ids"]))
+        chosen["max_completion_length"] = -(-(longest + 1) // TOKENS) * TOKENS
     chosen |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "logging_steps": 1}
     chosen |= {"learning_rate": RATE, "max_steps": 100, "save_steps": 50, "save_total_limit": 2}
     return chosen | ({"bf16": True} if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else {})
@@ -66,8 +67,9 @@ def ready_reward(records: Sequence[dict]) -> str | None:
     if any(isinstance(record["answer"], (dict, list)) for record in records):
         return "json_answer"
     experts = [((record.get("demonstrations") or [""])[0].strip(), str(record["answer"]).strip()) for record in records]
-    is_text = all(text == answer and not NUMBER.fullmatch(answer) for text, answer in experts)
-    return "exact_answer" if is_text else "last_number"
+    if all(NUMBER.fullmatch(answer.strip("#$% ")) for _, answer in experts):
+        return "last_number"
+    return "exact_answer" if all(text == answer for text, answer in experts) else None
 
 
 def text_of(chosen: dict[str, Any], data: str) -> str:
@@ -93,7 +95,7 @@ def next_steps(path: Path, chosen: dict[str, Any]) -> list[str]:
         lines.append("groups       of samples alone: not every row has `demonstrations`, a list of texts")
     if chosen.get("rewards") == [OWN_REWARD]:
         lines += [
-            "reward       the rows hold no `answer`: write rewards_of_mine.py beside where you train, with",
+            "reward       none that is ready fits the rows: write rewards_of_mine.py beside where you train, with",
             "                 def reward(prompts, completions, **columns) -> list[float]",
         ]
     return [*lines, f"look         gft train --config {path} --dry-run", f"train        gft train --config {path}"]

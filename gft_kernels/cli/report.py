@@ -81,7 +81,10 @@ def content(run: str | Path, lines: list[dict]) -> dict[str, Any]:
 
 
 def groups_of(folder: Path) -> list[dict[str, Any]]:
-    """The groups of completions.jsonl in order; where a resumed run logged one again, the later one counts."""
+    """The groups of completions.jsonl in order; where a resumed run logged one again, the later one counts.
+
+    Those of steps behind the ones that it went on with are left out.
+    """
     groups: dict[tuple, dict[str, Any]] = {}
     current = None
     with contextlib.suppress(FileNotFoundError):
@@ -90,6 +93,8 @@ def groups_of(folder: Path) -> list[dict[str, Any]]:
                 response = json.loads(text)
                 key = response["step"], response["row"]
                 if key != current:
+                    if current is not None and key[0] < current[0]:
+                        groups = {kept: group for kept, group in groups.items() if kept[0] <= key[0]}
                     groups.pop(key, None)
                     groups[key] = {name: response[name] for name in ("step", "row", "prompt")} | {"responses": []}
                     current = key

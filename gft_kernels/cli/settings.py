@@ -87,6 +87,8 @@ def load(config: str | None, flags: list[str], data: str | None) -> tuple[RunSet
     for key in ("model", "data", "output_dir"):
         if not values.get(key):
             raise ValueError(f"key `{key}` must be given, got nothing; set it in the YAML file or by --{key}.")
+    if values.get("eval_data") is None and (values.get("eval_on_start") or values.get("eval_strategy", "no") != "no"):
+        raise ValueError("eval_data must be given where eval_on_start or eval_strategy asks for it, got nothing.")
     settings = RunSettings(**{key: value for key, value in values.items() if key in own})
     return settings, {key: value for key, value in values.items() if key not in own}
 
@@ -165,6 +167,8 @@ def _as_kind(key, value, hint):
         except ValueError:
             pass
     if list in kinds and str not in kinds and isinstance(value, (str, list)):
+        if key == "stop_strings" and isinstance(value, str):
+            return [value]  # its commas and spaces are meant
         parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
         kind_of_parts = typing.get_args(alternatives[kinds.index(list)])
         return [_as_kind(key, part, *kind_of_parts) for part in parts] if kind_of_parts else parts

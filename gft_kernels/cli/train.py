@@ -94,8 +94,6 @@ def build(
 ) -> GFTTrainer:
     """The trainer of a run, everything about it checked; what is to be said of it is added to `notes`."""
     given, options = options, {**options, **({"eval_on_start": False} if checkpoint is not None else {})}
-    if settings.eval_data is None and (given.get("eval_on_start") or given.get("eval_strategy", "no") != "no"):
-        raise ValueError("eval_data must be given where eval_on_start or eval_strategy asks for it, got nothing.")
     args = configuration(options)
     lora = None if settings.peft is None else adapters.lora_config(settings.peft)
     rewards = [find(name) for name in settings.rewards or ()]  # before the rows, which take longer
@@ -150,7 +148,8 @@ def when(args, what: str) -> str:
     often = getattr(args, f"{what}_strategy")
     often = str(getattr(often, "value", often))  # an enumeration in some releases of transformers
     if often == "steps":
-        return f"every {getattr(args, f'{what}_steps'):g} steps"
+        steps = getattr(args, f"{what}_steps")
+        return f"every {steps:g} steps" if steps >= 1 else f"every {steps:.0%} of the steps"
     return {"epoch": "after each epoch", "no": ""}.get(often, often)
 
 
@@ -187,7 +186,9 @@ def summary(run: str) -> str:
     """Held-out metrics before and after, rewards of the first and last log line, and where everything lies."""
     lines = read_metrics(run)
     text = [f"{'':32}{'first':>10}{'last':>10}"]
-    text += [f"{change.name:32}{change.first:10.4f}{change.last:10.4f}" for change in report.changes(lines)]
+    for change in report.changes(lines):
+        first = "" if change.first_step == change.last_step else f"{change.first:.4f}"
+        text.append(f"{change.name:32}{first:>10}{change.last:10.4f}")
     if any("loss" in line for line in lines):
         text += [f"{path.name:13}{path}" for path in report.write(run, lines)]
     text += [f"model        {run}", f"metrics      {Path(run, METRICS_FILE)}"]

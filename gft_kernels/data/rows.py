@@ -180,7 +180,8 @@ class Rows(Dataset):
         if longest > config.max_completion_length:
             return f"a response has {longest} tokens, max_completion_length is {config.max_completion_length}; raise it"
         context = self.limits.context
-        reach = prompt + max(longest, config.max_completion_length if config.num_generations else 0)
+        sampled = config.num_generations or self.name != "train_dataset"  # evaluation always samples
+        reach = prompt + max(longest, config.max_completion_length if sampled else 0)
         if context is not None and reach > context:
             return f"prompt and response reach {reach} tokens, the model's context is {context}; shorten them"
         return None

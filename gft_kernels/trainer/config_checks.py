@@ -84,6 +84,10 @@ def is_number(value: Any) -> bool:
 def check_together(config: Any) -> None:
     """Options beside others, once those that were left to the objective are filled in. Raises ValueError."""
     preset = PRESETS[config.objective]
+
+    def changed(name: str) -> bool:
+        return getattr(config, name) != getattr(type(config), name)
+
     ones = ("advantages", config.advantages == "ones", "be 'ones'", "imitation weighs every response alike")
     mean = ("reduction", config.reduction == "token-mean", "be 'token-mean'", "all responses have one denominator")
     none = ("num_generations", not config.num_generations, "be 0", "imitating the policy's own samples teaches nothing")
@@ -96,7 +100,16 @@ def check_together(config: Any) -> None:
     given = ("given_objective", not imitates, "weigh by an advantage", "its rows teach whatever the rewards")
     anchored = ("beta", config.beta > 0, "be above 0", "nothing else reads the copy")
     shown = ("num_demonstrations", config.num_demonstrations > 0, "be at least 1", "there is none to leave out")
+    follows = ("sync_ref_model", config.sync_ref_model, "be True", "the copy stays as it is")
+    again = ("dynamic_sampling", config.dynamic_sampling == "resample", "be 'resample'", "nothing else samples again")
+    samples_alone = config.num_demonstrations == 0 < config.num_generations
+    some_given = ("num_demonstrations", not samples_alone, "be at least 1", "none is given")
     once = ("dataloader_drop_last", not config.dataloader_drop_last, "be False", "a rollout is made of whole steps")
+    skipped = ("ignore_data_skip", not config.ignore_data_skip, "be False", "a resumed run would mix two rollouts")
+    compared = ("eval_strategy", config.eval_strategy != "no", "be 'steps' or 'epoch'", "no model is compared")
+    lossless = samples_alone and config.metric_for_best_model in (None, "loss", "eval_loss")
+    why = "their loss is compared: or set metric_for_best_model to 'reward'"
+    best = (compared, ("num_demonstrations", not lossless, "be at least 1", why))
     why = "transformers' continuous batching does not know it: set rollout to 'generate'"
     unserved = [(n, getattr(config, n) == x, f"be {x}", why) for n, x in (("min_p", 0.0), ("repetition_penalty", 1.0))]
     for name, asked, needs in (
@@ -110,9 +123,17 @@ def check_together(config: Any) -> None:
         ("curriculum", config.curriculum, (weighs, samples, shown)),
         ("dynamic_sampling", config.dynamic_sampling, (weighs, given)),
         ("dynamic_sampling 'resample'", config.dynamic_sampling == "resample", (samples,)),
+        ("max_resamples", changed("max_resamples"), (again,)),
+        ("given_objective", config.given_objective is not None, (some_given,)),
+        ("given_weight", changed("given_weight"), (some_given,)),
+        ("rectify 'given'", config.rectify == "given", (some_given,)),
         ("top_entropy_quantile", config.top_entropy_quantile < 1, (weighs,)),
         ("sync_ref_model", config.sync_ref_model, (anchored,)),
-        ("num_iterations above 1", config.num_iterations > 1, (once,)),
+        ("ref_model_sync_steps", changed("ref_model_sync_steps"), (follows,)),
+        ("ref_model_mixup_alpha", changed("ref_model_mixup_alpha"), (follows,)),
+        ("num_iterations above 1", config.num_iterations > 1, (once, skipped)),
+        ("load_best_model_at_end", config.load_best_model_at_end, best),
+        ("save_strategy 'best'", config.save_strategy == "best", best),
     ):
         for other, holds, condition, reason in needs if asked else ():
             if not holds:

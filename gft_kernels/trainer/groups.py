@@ -25,7 +25,7 @@ from gft_kernels.model.shared_prompts import layout
 from gft_kernels.objectives import PRESETS
 from gft_kernels.options import BATCH, SPLIT
 from gft_kernels.trainer.config import GFTConfig
-from gft_kernels.trainer.rewards import Rewards
+from gft_kernels.trainer.rewards import RewardError, Rewards
 from gft_kernels.trainer.rollouts import Sampling, forward_is_collective, is_complete, seeded
 
 SOURCES = ("expert", "teacher", "sampled", "offline")
@@ -121,13 +121,13 @@ class GroupBuilder:
 def untaught(responses: list[Response]) -> list[Response]:
     """The responses with the first of the demonstrations alone: the share, rounded up, that the samples do not solve.
 
-    Raises: ValueError for a mean reward of the samples outside [0, 1], which is no solve rate.
+    Raises: RewardError for a mean reward of the samples outside [0, 1], which is no solve rate.
     """
     samples = [r for r in responses if r.source == "sampled"]
     given = [r for r in responses if r.source != "sampled"]
     solved = sum(r.reward for r in samples) / max(len(samples), 1)
     if not 0 <= solved <= 1:
-        raise ValueError(f"reward_funcs must return numbers in [0, 1] with curriculum, got a mean of {solved:g}.")
+        raise RewardError(f"reward_funcs must return numbers in [0, 1] with curriculum, got a mean of {solved:g}.")
     return given[: math.ceil(len(given) * (1 - solved) - 1e-9)] + samples  # 4·(1 - 2/3) is a hair above its third
 
 

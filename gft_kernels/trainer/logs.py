@@ -114,7 +114,8 @@ def time_left(seconds: float) -> str:
 
 
 def read_metrics(run: str | Path) -> list[dict]:
-    """The log lines of a run in step order; where a resumed run logged a number of a step again, the later counts.
+    """The log lines of a run in step order; where a resumed run logged a number of a step again, the later counts,
+    and what it had logged of steps behind those it went on with is left out.
 
     Each time it ended it says how long it took, at the same step too if it was resumed with none left.
     Lines cut short by a crash or a full disk are left out, with a warning.
@@ -124,7 +125,7 @@ def read_metrics(run: str | Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"run must be a directory with {METRICS_FILE}, got {str(run)!r}; train there first.")
     lines: dict[tuple, dict] = {}
-    torn = []
+    last, torn = 0, []
     for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             line = json.loads(text)
@@ -132,6 +133,9 @@ def read_metrics(run: str | Path) -> list[dict]:
         except (ValueError, TypeError, KeyError):
             torn.append(str(number))
             continue
+        if step < last:
+            lines = {key: kept for key, kept in lines.items() if key[0] <= step}
+        last = step
         kind = "eval" if any(key.startswith("eval_") for key in line) else "end" if "train_runtime" in line else "train"
         key = step, kind, number if kind == "end" else 0
         lines[key] = {**lines.get(key, {}), **line}  # several sets of held-out rows have a line each

@@ -96,6 +96,10 @@ class GFTTrainer(Trainer):
         )
         train_rows = self.rows_of(train_dataset, "train_dataset")
         if train_rows is not None:
+            if not any(parameter.requires_grad for parameter in model.parameters()):
+                raise ValueError(
+                    "model must have a weight to train, got none that requires grad; unfreeze it, or merge its adapter."
+                )
             check_sources(args, train_rows, rewards, args.world_size)
         self.follows = FollowsPolicy(self)
         super().__init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
@@ -38,13 +39,14 @@ def test_a_run_trains_evaluates_draws_and_says_where_everything_lies(tmp_path, m
 def test_evaluation_waits_to_be_asked_for_and_has_its_limit(tmp_path, model_path, undrawn, capsys):
     """Without a terminal: lines that end, no bars, whatever disable_tqdm says; the time left on all but the last."""
     config = write_run(tmp_path, model_path, eval_data=str(tmp_path / "rows.jsonl"), eval_rows=3, disable_tqdm=False)
-    assert main(["train", "--config", config, "--per_device_eval_batch_size", "1"]) == 0
+    assert main(["train", "--config", config, "--per_device_eval_batch_size", "1", "--save_steps", "0.5"]) == 0
     shown, error = capsys.readouterr()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     [line] = [line for line in lines if "eval_runtime" in line]
     assert line["step"] == 3 and line["eval_samples_per_second"] == pytest.approx(3 / line["eval_runtime"], rel=0.01)
     assert "3 of 8 held-out rows are evaluated; eval_rows: null takes all" in error and "\r" not in shown + error
-    assert "3 steps of 2 prompts, saved every 1 steps; evaluated at the end, 1 prompts at once" in shown
+    assert "3 steps of 2 prompts, saved every 50% of the steps; evaluated at the end, 1 prompts at once" in shown
+    assert re.search(r"^eval_reward +\d\.\d{4}$", shown, re.MULTILINE)  # no first that is the last
     steps = [line for line in shown.splitlines() if line.startswith("step     ") and "loss" in line]
     assert [" s left" in line for line in steps] == [True, True, False] and "{'loss'" not in shown
 
@@ -86,6 +88,8 @@ def test_numbers_in_scientific_notation_and_lists_are_read(tmp_path):
     assert options["save_strategy"] == "no"
     assert options["learning_rate"] == 1e-4 and options["reward_weights"] == [1, 0.5] and options["warmup_steps"] == 3
     assert settings.rewards == ["a", "b"] and settings.data == "other"
+    for text, stops in (("so, it", ["so, it"]), ("[a, b]", ["a", "b"])):  # the comma of a text is the text's
+        assert load(str(tmp_path / "a.yaml"), ["--stop_strings", text], None)[1]["stop_strings"] == stops
     for text in ("[1e-1, 2]", "1e-1, 2"):
         assert load(str(tmp_path / "a.yaml"), ["--reward_weights", text], None)[1]["reward_weights"] == [0.1, 2.0]
 
@@ -109,7 +113,7 @@ def test_plot_says_what_is_missing(tmp_path, capsys):
 
 def test_the_plot_shows_what_was_logged(tmp_path):
     lines = [{"step": s, "loss": 0.1, "reward/sampled": s / 10, "entropy": 1.0, "grad_norm": 0.5} for s in range(1, 4)]
-    lines.append({"step": 2, "loss": 0.1, "reward/sampled": 0.9})  # a resumed run logged step 2 again
+    lines.append({"step": 2, "loss": 0.1, "reward/sampled": 0.9})  # resumed behind step 1: step 3 is no part of the run
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert [line["reward/sampled"] for line in logged(tmp_path)] == [0.1, 0.9, 0.3]
+    assert [line["reward/sampled"] for line in logged(tmp_path)] == [0.1, 0.9]
     assert draw(logged(tmp_path), tmp_path / "curves.png").stat().st_size > 10_000

@@ -79,6 +79,10 @@ def test_the_time_left_is_told_from_the_parts_done(monkeypatch):
 
 def test_what_the_demo_cannot_do_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(pretrained.READY, "absent", pretrained.Carried("no_such_module", "*.gguf", "pip install it"))
+    notes, left = tmp_path / "dates" / "notes.txt", tmp_path / "dates" / "gft" / "metrics.jsonl"
+    for file in (notes, left):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
     for flags, message in (
         (["--model", "absent"], "model must be installed, got 'absent', which is not; run pip install it"),
         (["--quick", "--seed", "1"], "--seed must go with --only dates or json, got digit-sum; leave it out."),
@@ -86,4 +90,5 @@ def test_what_the_demo_cannot_do_is_one_sentence(tmp_path, capsys, monkeypatch):
     ):
         assert main(["demo", "--out", str(tmp_path), *flags]) == 2
         assert f"gft demo: {message}" in capsys.readouterr().err
+    assert notes.exists() and not left.exists()  # what an earlier demo left goes, nothing else
     assert set(demo.TAKES) == {"json", "dates", "digit-sum", "gsm8k"}

@@ -136,6 +136,8 @@ def test_what_training_would_refuse_the_dry_run_refuses(tmp_path, model_path, ca
         (["--num_demonstrations", "9"], "must hold at least num_demonstrations = 9 texts, got 2"),
         (["--max_completion_length", "2"], "max_completion_length is 2; raise it"),
         (["--dataloader_drop_last", "true", "--ranks", "6"], "10 rows, fewer than the 12 prompts of a micro"),
+        (["--eval_strategy", "steps"], "eval_data must be given where eval_on_start or eval_strategy asks"),
+        (["--rollout_fn", "gft_kernels:absent"], "module gft_kernels has no 'absent'"),
         (["--ranks", "0"], "--ranks must be at least 1"),
     ):
         assert main(["train", "--config", config, "--dry-run", *flags]) == 2

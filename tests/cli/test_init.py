@@ -72,9 +72,30 @@ def test_the_file_trains_as_it_stands(tmp_path, model_path, capsys):
         (GIVEN | {"demonstrations": ["\\boxed{5}"]}, {"rewards": ["boxed_answer"], "num_demonstrations": 1}),
         (GIVEN | {"demonstrations": ['{"a": 5}', "x"], "answer": {"a": 5}}, {"rewards": ["json_answer"]}),
         (GIVEN | {"demonstrations": ["2024-05-03", "x"], "answer": "2024-05-03"}, {"rewards": ["exact_answer"]}),
+        (GIVEN | {"demonstrations": ["It is Paris."], "answer": "Paris"}, {"rewards": ["rewards_of_mine:reward"]}),
+        (
+            GIVEN | {"demonstrations": ["On 2024-05-03"], "answer": "2024-05-03"},
+            {"rewards": ["rewards_of_mine:reward"]},
+        ),
+        (GIVEN | {"answer": "#### $5"}, {"rewards": ["last_number"]}),
+        (
+            GIVEN | {"demonstrations": ["1" * 40, "<pad>" * 10]},
+            {"rewards": ["last_number"], "max_completion_length": 64},
+        ),
         ({"prompt": "2", "completion": "5"}, {"rewards": ["rewards_of_mine:reward"], "num_demonstrations": 0}),
     ],
-    ids=["offline", "a table's empty fields", "boxed", "json", "text", "prompts"],
+    ids=[
+        "offline",
+        "a table's empty fields",
+        "boxed",
+        "json",
+        "text",
+        "in words",
+        "a date",
+        "number",
+        "tokens",
+        "prompts",
+    ],
 )
 def test_the_rows_decide(tmp_path, model_path, row, expected, capsys):
     settings, options = load(start(tmp_path, row, model_path), [], None)

@@ -31,19 +31,21 @@ def response(step, row, reward, text, source="sampled", prompt=MESSAGES):
 
 @pytest.fixture
 def run(tmp_path):
-    """A log of forty steps, resumed once; groups of one step in two, the last of two rows; half a line at the end."""
+    """A log of forty steps, of which the last was resumed two steps behind it; groups of one step in two, the last of
+    two rows, resumed as well; half a line at the end."""
     folder = tmp_path / "a run"
     folder.mkdir()
     steps = [{"step": s, "loss": 0.1, "reward/sampled": s / 40, "reward/expert": 1.0, "entropy": 2 - s / 40,
               "grad_norm": 0.5, "rectified": 0.2, "tokens_per_second": 100.0} for s in range(1, 41)]  # fmt: skip
     held_out = [{"step": s, "eval_reward": r, "eval_runtime": 1.0} for s, r in ((0, 0.25), (20, 0.5), (40, 0.75))]
     again = {"step": 40, "loss": 0.1, "reward/sampled": 0.875, "train_loss": 1.0}
+    gone = [{**steps[-1], "step": s} for s in (41, 42)]
     ends = [{"step": 40, "train_runtime": t} for t in (61.5, 0.25)]  # resumed once more, with no step left
     groups = [response(s, 1, r, f"step {s}: {r}") for s in range(0, 40, 2) for r in (0.0, 1.0)]
+    groups += [response(40, 1, 0.0, "gone"), response(38, 1, 0.0, "step 38: 0.0"), response(38, 1, 1.0, "once more")]
     groups += [response(38, 2, None, "<script>alert(1)</script>"), response(38, 2, 1.0, LONG, "expert")]
-    groups += [response(6, 1, 0.25, "step 6 once more")]
     write = lambda name, lines: (folder / name).write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4')  # noqa: E731
-    write("metrics.jsonl", [*steps, *held_out, again, *ends])
+    write("metrics.jsonl", [*sorted(steps + held_out, key=lambda line: line["step"]), *gone, again, *ends])
     write("completions.jsonl", groups)
     (folder / "run.yaml").write_text("model: some/model\ndata: rows <1>.jsonl\n")
     return folder
@@ -83,9 +85,13 @@ def test_the_page_holds_what_was_logged_and_loads_nothing(run, capsys):
     rows = [found.cells[i : i + 6] for i in range(0, len(found.cells), 6)]
     assert ["eval_reward", "0.25", "0", "0.75", "40", "+0.5"] in rows
     assert ["reward/sampled", "0.025", "1", "0.875", "40", "+0.85"] in rows  # the resumed run's last line
-    for text in ("<script>alert(1)</script>", LONG, "step 6 once more", "–"):
+    for text in ("<script>alert(1)</script>", LONG, "once more", "–"):
         assert text in found.cells
-    assert "step 6: 1.0" not in found.cells and "40 optimizer steps in 62 s" in page and "rows &lt;1&gt;" in page
+    assert (
+        not {"step 38: 1.0", "gone"} & {*found.cells}
+        and "40 optimizer steps in 62 s" in page
+        and "rows &lt;1&gt;" in page
+    )
     assert html.escape(MESSAGES[1]["content"], quote=False) in page
     readme = (run / "README.md").read_text()
     assert "| `eval_reward` | 0.25 | step 0 | 0.75 | step 40 |" in readme and "model: some/model\n" in readme
@@ -103,7 +109,7 @@ def test_no_line_of_a_log_is_lost(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*was cut short")
 def test_a_page_shows_all_of_the_newest_step_and_one_group_of_others(run):
     groups = report.groups_of(run)
-    assert [len(group["responses"]) for group in groups] == [2] * 20 + [1] and groups[-1]["step"] == 6
+    assert [len(group["responses"]) for group in groups] == [2] * 21 and groups[-1]["step"] == 38
     shown = report.chosen(groups)
     assert [group["step"] for group in shown[:3]] == [38, 38, 36] and len(shown) == 21
     many = [{"step": s, "row": s, "prompt": "", "responses": []} for s in range(100)]

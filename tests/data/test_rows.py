@@ -77,6 +77,13 @@ def test_rows_that_cannot_be_trained_on_are_refused_before_training(tmp_path, ro
         rig.trainer(tmp_path, train=rows, **options)
 
 
+def test_rows_to_evaluate_leave_room_for_samples_where_training_takes_none(tmp_path):
+    rows, imitation = changed(0, prompt="1" * 55), {"num_generations": 0, "advantages": "ones"}
+    told = r"eval_dataset\[0\]: prompt and response reach 65 tokens, the model's context is 64"
+    with pytest.raises(RowError, match=told):
+        rig.trainer(tmp_path, train=rows, evaluation=rows, **imitation)
+
+
 def test_overlong_rows_may_be_dropped(tmp_path):
     trainer = rig.trainer(tmp_path, train=changed(1, demonstrations=["1" * 10, "2"]), overlong="drop")
     assert len(trainer.train_dataset) == 2
@@ -179,6 +186,32 @@ def test_a_prompt_without_a_token_predicts_nothing():
         ({"steps_per_rollout": 0}, "steps_per_rollout must be a whole number of at least 1, got 0"),
         ({"num_iterations": 0}, "num_iterations must be a whole number of at least 1, got 0"),
         ({"num_iterations": 2, "dataloader_drop_last": True}, "dataloader_drop_last must be False with num_iterations"),
+        ({"num_iterations": 2, "ignore_data_skip": True}, "ignore_data_skip must be False with num_iterations above 1"),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "no"},
+            "eval_strategy must be 'steps' or 'epoch' with load_best_model_at_end, got 'no'; no model is compared",
+        ),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "num_demonstrations": 0},
+            "num_demonstrations must be at least 1 with load_best_model_at_end, got 0; their loss is",
+        ),
+        ({"save_strategy": "best"}, "eval_strategy must be 'steps' or 'epoch' with save_strategy 'best'"),
+        *(
+            (
+                {**options, "num_demonstrations": 0},
+                "num_demonstrations must be at least 1 with .*given.*, got 0; none is",
+            )
+            for options in ({"given_objective": "chord"}, {"given_weight": 0.5}, {"rectify": "given"})
+        ),
+        (
+            {"max_resamples": 5},
+            "dynamic_sampling must be 'resample' with max_resamples, got None; nothing else samples",
+        ),
+        (
+            {"ref_model_sync_steps": 8},
+            "sync_ref_model must be True with ref_model_sync_steps, got False; the copy stays",
+        ),
+        ({"ref_model_mixup_alpha": 0.5}, "sync_ref_model must be True with ref_model_mixup_alpha, got False"),
         ({"dynamic_sampling": "skip"}, "dynamic_sampling must be one of drop, resample, got 'skip'"),
         ({"dynamic_sampling": "resample", "num_generations": 0}, "num_generations must be at least 1 with dynamic_s"),
         ({"dynamic_sampling": "drop", "given_objective": "chord"}, "given_objective must weigh by an advantage with"),
@@ -222,6 +255,7 @@ def test_options_out_of_range_or_in_conflict_are_refused(tmp_path, options, mess
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"reward_funcs": ()}, r"reward_funcs \(a configuration's `rewards`\) must hold at least one function, got none"),
+     ({"model": rig.llama().requires_grad_(False)}, "model must have a weight to train, got none that requires grad"),
      ({"num_demonstrations": 0, "num_generations": 0}, "must be at least 1, got 0; a group would be empty"),
      ({"train": rig.offline_rows()}, "num_generations must be 0 where rows bring `responses` and `rewards`, got 2"),
      ({"train": rig.offline_rows(), "normalize": "split", "num_generations": 0}, "must not be 'split' where rows"),

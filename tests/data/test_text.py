@@ -188,11 +188,11 @@ def test_a_response_does_not_open_the_thinking_a_second_time():
     assert marks(tokenizer, text.encode_response(tokenizer, "<think>", "q"))[0] == "<think>"
 
 
-def rows(style, records, limits=None, **options):
+def rows(style, records, limits=None, name="rows", **options):
     plain = {"num_demonstrations": 1, "num_generations": 0, "overlong": "error", "max_prompt_length": None}
     plain |= {"max_completion_length": 64, "skip_special_tokens": False}
     tokenizer = chat.tokenizer(style) if isinstance(style, str) else style
-    return Rows(records, "rows", tokenizer, types.SimpleNamespace(**{**plain, **options}), limits or Limits())
+    return Rows(records, name, tokenizer, types.SimpleNamespace(**{**plain, **options}), limits or Limits())
 
 
 THOUGHT_TWICE = {"prompt": "q<think></think>", "demonstrations": ["<think>x</think>a"]}
@@ -260,7 +260,8 @@ def test_cutting_has_its_limits():
     with pytest.raises(ValueError, match="overlong must be 'error' or 'drop' where rows bring `rewards`"):
         rows("qwen", [{"prompt": "q", "responses": ["a"], "rewards": [1.0]}], overlong="truncate")
     records = [{"prompt": "q u q", "demonstrations": ["a x y z"]}, {"prompt": "q", "demonstrations": ["a x y z"]}]
-    kept = rows("qwen", records, Limits(context=4), overlong="truncate", max_prompt_length=4)
+    how = {"name": "train_dataset", "overlong": "truncate", "max_prompt_length": 4}
+    kept = rows("qwen", records, Limits(context=4), **how)
     assert kept.kept == [1] and len(kept[0].given[0].ids) == 3  # a long prompt is left out; one token of four is taken
     with pytest.raises(RowError, match=r"token ids must be below 7, the rows of the model's embedding, got \d+; res"):
         rows("qwen", records, Limits(vocabulary=7))
