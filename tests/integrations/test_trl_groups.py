@@ -207,6 +207,14 @@ def test_what_is_not_one_turn_of_text_is_refused(tmp_path):
         GFTGRPOTrainer(rig.llama(), rig.digit_count, trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
 
 
+def test_an_adapter_of_virtual_tokens_is_refused(tmp_path):
+    """PEFT drops the positions, so what a padded row is worth would depend on its padding."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(rig.llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="model must be adapted in its weights, got PROMPT_TUNING"):
+        trl_rig.trainer(tmp_path, model)
+
+
 def test_the_names_of_before_are_still_found():
     from gft_kernels.integrations import trl as adapter
 

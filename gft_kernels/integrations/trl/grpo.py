@@ -26,6 +26,7 @@ from gft_kernels.integrations.trl.config import GFTGRPOConfig
 from gft_kernels.integrations.trl.patch import log_means, parameters_of, patch_trainer, token_means
 from gft_kernels.model.columns import IGNORE
 from gft_kernels.options import BATCH
+from gft_kernels.trainer.rollouts import refuse_virtual_tokens
 
 NOT_HYBRID = ("tools", "rollout_func", "environment_factory")
 
@@ -50,6 +51,7 @@ class GFTGRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, **arguments)
         if self._is_vlm:
             raise ValueError("processing_class must be a tokenizer, got a processor of images; only text is supported.")
+        refuse_virtual_tokens(self.model)  # positions of padded rows do not reach a model behind them
         if isinstance(self.train_dataset, Dataset):  # the rows of a stream are checked as they come
             for i, row in enumerate(self.train_dataset):
                 self._demonstrations(row, f"train_dataset[{i}]")
