@@ -65,8 +65,9 @@ def check_settings(args: Any, template: Any) -> None:
 def message_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of `response_rows` as ms-swift reads them: `messages` and `gft_advantages`, and no other column.
 
-    Every column that stays reaches the model, so others would be arguments it does not know. Earlier turns of the
-    assistant are marked `loss: False`, since ms-swift trains on those of the whole conversation.
+    A prompt that is text becomes a message of the user. Earlier turns of the assistant are marked `loss: False`, since
+    ms-swift trains on those of the whole conversation. Every column that stays reaches the model, so others would be
+    arguments it does not know.
     Raises: ValueError for a row with variables or tools of the chat template, which would not see them.
     """
     found = []
