@@ -16,8 +16,11 @@ from pydantic import BaseModel, field_validator, model_validator
 from gft_kernels.integrations.response_rows import CarryAdvantages, check_loss_options, encode_row, patch_for_rows
 from gft_kernels.model.patch import unwrapped
 
-# What makes axolotl compute another loss, or cut rows so that their advantages would not follow.
-_REFUSED = ("rl", "reward_model", "process_reward_model", "use_eaft", "orpo_alpha", "label_smoothing_factor")
+# What makes axolotl compute another loss, or is said of prompts that `ResponseRows` leaves out of every loss.
+_REFUSED = (
+    "rl", "reward_model", "process_reward_model", "use_eaft", "orpo_alpha", "label_smoothing_factor", "train_on_inputs",
+)  # fmt: skip
+_CUTS_ROWS = ("context_parallel_size", "sequence_parallel_degree")  # the second is axolotl's old name of the first
 
 
 class GFTArgs(BaseModel):
@@ -36,11 +39,12 @@ class GFTArgs(BaseModel):
         for name in _REFUSED:
             if config.get(name):
                 raise ValueError(f"{name} must be unset with the GFT plugin, got {config[name]!r}; remove one")
-        if (config.get("context_parallel_size") or 1) > 1:
-            raise ValueError(
-                f"context_parallel_size must be 1 with the GFT plugin, got {config['context_parallel_size']}; it cuts "
-                "rows into pieces that the loss does not see whole"
-            )
+        for name in _CUTS_ROWS:
+            if (config.get(name) or 1) > 1:
+                raise ValueError(
+                    f"{name} must be 1 with the GFT plugin, got {config[name]}; it cuts rows into pieces that the loss "
+                    "does not see whole"
+                )
         return config
 
 

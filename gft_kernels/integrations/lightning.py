@@ -15,6 +15,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from gft_kernels.model.extra_terms import reduction_of
+
 
 def label_tokens(batch: Any) -> Tensor:
     """The tokens of a batch that count: labels, shifted by one as the model shifts them, that are not -100."""
@@ -29,7 +31,7 @@ class StepMean(Callback):
         self.counted: Tensor | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises ValueError for a module or a strategy whose gradients this callback would not find."""
+        """Raises ValueError for gradients this callback would not find, and for losses that are no sums."""
         if not pl_module.automatic_optimization:
             raise ValueError(
                 "automatic_optimization must be True with StepMean, got False; pass num_items_in_batch to the loss"
@@ -39,8 +41,17 @@ class StepMean(Callback):
                 f"strategy must leave gradients in .grad with StepMean, got {type(trainer.strategy).__name__}; "
                 "use DDP or FSDP"
             )
+        for module in pl_module.modules():
+            patch = module.__dict__.get("_gft_forward")
+            if patch is not None and reduction_of(patch.options) != "sum":
+                raise ValueError(
+                    f"reduction must be 'sum' with StepMean, got {reduction_of(patch.options)!r}; pass reduction='sum' "
+                    "to patch_model, or a step would be divided twice"
+                )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:  # Lightning zeroes gradients here, stepped with or not
+            self.counted = None
         tokens = torch.as_tensor(self.tokens(batch), dtype=torch.float32, device=pl_module.device)
         self.counted = tokens if self.counted is None else self.counted + tokens
 

@@ -134,6 +134,11 @@ def check_loss_options(options: Mapping[str, Any]) -> dict[str, Any]:
             f"objective must be 'gft' with rows, got {found['objective']!r}; rows bring an advantage and no "
             "log-probability of the policy that sampled them"
         )
+    if found.get("reduction", "token-mean") != "token-mean":
+        raise ValueError(
+            f"reduction must be 'token-mean' with rows, got {found['reduction']!r}; their trainers make a step one "
+            "mean over its tokens"
+        )
     one_row = torch.zeros(1, 1)
     rehearsed = {name: value for name, value in found.items() if name != "backend"}  # the model's device is not here
     policy_loss(one_row, torch.zeros(1, dtype=torch.int64), weight=one_row, advantages=torch.ones(1), **rehearsed)

@@ -42,7 +42,8 @@ def register(tau: float = 0.7, rectify: str = "all") -> None:
         losses_ST, mask_ST, metrics = apply_off_policy_correction(
             found.losses_ST, old_log_probs, rollout_logprobs, mask_ST, config.off_policy_correction
         )
-        rectified = found.rectified_ST.sum() / (mask_ST != 0).sum().clamp(min=1)
+        live_ST = mask_ST != 0  # the correction may have taken tokens out
+        rectified = (found.rectified_ST & live_ST).sum() / live_ST.sum().clamp(min=1)
         return (losses_ST * mask_ST).sum(), {"clip_ratio": rectified.item(), **metrics}
 
     PolicyLossRegistry.register(NAME, gft_policy_loss)

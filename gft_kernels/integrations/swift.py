@@ -34,10 +34,8 @@ _REQUIRED_OF_THE_ARGUMENTS = {
 def register(name: str = "gft", **loss_options: Any) -> None:
     """Make the callback `name` known to ms-swift, with options of `policy_loss` for every batch.
 
-    Raises: ValueError, TypeError. `reduction` is left out: ms-swift weighs means over tokens.
+    Raises: ValueError, TypeError.
     """
-    if "reduction" in loss_options:
-        raise TypeError(f"reduction must be left out, got {loss_options['reduction']!r}; ms-swift weighs token means")
     options = check_loss_options(loss_options)
 
     class GFTCallback(TrainerCallback):
@@ -67,7 +65,9 @@ def check_settings(args: Any, template: Any) -> None:
 def message_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of `response_rows` as ms-swift reads them: `messages` and `gft_advantages`, and no other column.
 
-    Every column that stays reaches the model, so others would be arguments it does not know.
+    A prompt that is text becomes a message of the user. Earlier turns of the assistant are marked `loss: False`, since
+    ms-swift trains on those of the whole conversation. Every column that stays reaches the model, so others would be
+    arguments it does not know.
     Raises: ValueError for a row with variables or tools of the chat template, which would not see them.
     """
     found = []
@@ -79,6 +79,7 @@ def message_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 )
         prompt = row["prompt"]
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        asked = [{**message, "loss": False} if message["role"] == "assistant" else message for message in asked]
         answer = {"role": "assistant", "content": row["response"]}
         found.append({"messages": [*asked, answer], COLUMN: row[COLUMN]})
     return found

@@ -89,6 +89,8 @@ def test_two_processes_take_the_same_step(tmp_path):
         ({"gft": {"tau": 1.5}}, r"tau must lie in \[0, 1\]"),
         ({"use_eaft": True}, "use_eaft must be unset with the GFT plugin"),
         ({"rl": "grpo"}, "rl must be unset with the GFT plugin"),
+        ({"train_on_inputs": True}, "train_on_inputs must be unset with the GFT plugin"),
+        ({"sequence_parallel_degree": 2}, "sequence_parallel_degree must be 1 with the GFT plugin"),
     ],
 )
 def test_the_configuration_is_checked_before_anything_is_loaded(config, changes, message):

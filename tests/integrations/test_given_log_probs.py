@@ -118,7 +118,9 @@ def test_skyrl_finds_it_in_its_registry(host, corrected):
         loss_mask=mask, rollout_logprobs=leaf.detach() if corrected else None,
     )  # fmt: skip
     truth, gradients = formula(log_pi, advantages, "all", lambda i: (0 if i == 2 else 1.7) if corrected else 1)
-    assert 0 < metrics["clip_ratio"] < 1 and ("tis" in metrics) == corrected
+    pi = torch.cat([each for i, each in enumerate(log_pi) if not (corrected and i == 2)]).exp()
+    share = (pi < TAU).float().mean().item()
+    assert metrics["clip_ratio"] == pytest.approx(share) and 0 < share < 1 and ("tis" in metrics) == corrected
     (UPSTREAM * loss).backward()
     assert loss.item() == pytest.approx(truth, rel=1e-5)
     torch.testing.assert_close(leaf.grad.double(), pad(gradients, 0.0), rtol=1e-5, atol=1e-7)

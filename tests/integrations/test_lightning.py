@@ -41,14 +41,14 @@ class Policy(LightningModule):
         self.seen.steps.append({name: p.grad.clone() for name, p in self.model.named_parameters()})
 
 
-def fit(module, micro_batch, accumulation):
+def fit(module, micro_batch, accumulation, epochs=1):
     collate = CarryAdvantages(DataCollatorForSeq2Seq(host_rig.tokenizer()))
     rows = DataLoader(
         host_rig.encoded_rows(), micro_batch, collate_fn=lambda part: dict(collate([dict(r) for r in part]))
     )
     trainer = Trainer(
-        accelerator="cpu", max_epochs=1, accumulate_grad_batches=accumulation, callbacks=[StepMean()], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", max_epochs=epochs, accumulate_grad_batches=accumulation, callbacks=[StepMean()],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, rows)
 
@@ -60,6 +60,24 @@ def test_a_step_is_the_formulas_however_it_is_cut(tmp_path, micro_batch, accumul
     seen = host_rig.Gradients()
     fit(Policy(tmp_path, seen), micro_batch, accumulation)
     host_rig.assert_steps(seen, host_rig.expected_steps(tmp_path, host_rig.encoded_rows()))
+
+
+def test_a_window_that_was_left_is_not_counted(tmp_path):
+    """The first epoch ends in the middle of a window, and Lightning drops its gradients."""
+    host_rig.write_model(tmp_path)
+    seen = host_rig.Gradients()
+    module = Policy(tmp_path, seen)
+    module.on_train_batch_start = lambda batch, index: -1 if module.current_epoch == 0 and index == 1 else None
+    fit(module, 2, 4, epochs=2)
+    host_rig.assert_steps(seen, host_rig.expected_steps(tmp_path, host_rig.encoded_rows()))
+
+
+def test_a_loss_that_is_a_mean_already_is_an_error(tmp_path):
+    host_rig.write_model(tmp_path)
+    module = Policy(tmp_path, host_rig.Gradients())
+    patch_for_rows(module.model, counted=False, tau=host_rig.TAU)
+    with pytest.raises(ValueError, match="reduction must be 'sum' with StepMean, got 'token-mean'"):
+        fit(module, 8, 1)
 
 
 def test_gradients_it_would_not_find_are_an_error(tmp_path):

@@ -77,7 +77,7 @@ def test_lora_trains_what_it_adds(arguments, tmp_path):
 
 @pytest.mark.parametrize("loss", ["use_dft_loss", "use_eaft_loss"])
 def test_another_loss_is_an_error(arguments, loss):
-    with pytest.raises(ValueError, match="labels must come with every training batch"):
+    with pytest.raises(ValueError, match="labels must be given with gft_advantages"):
         trained({**arguments, loss: True})
 
 

@@ -170,6 +170,8 @@ def test_a_list_of_advantages_is_as_good_as_a_tensor(folder):
         ({"advantages": torch.ones(1)}, TypeError, "advantages must be left out"),
         ({"softcap": 3.0}, TypeError, "softcap must be left out"),
         ({"objective": "grpo"}, ValueError, "objective must be 'gft' with rows"),
+        ({"reduction": "sum"}, ValueError, "reduction must be 'token-mean' with rows, got 'sum'"),
+        ({"reduction": "sequence-mean"}, ValueError, "reduction must be 'token-mean' with rows"),
     ],
 )
 def test_options_are_checked_by_name_and_value(options, error, message):

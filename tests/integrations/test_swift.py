@@ -24,9 +24,7 @@ from gft_kernels.integrations.swift import check_settings, message_rows, registe
 def command_line(folder) -> list[str]:
     """`swift sft` over the rig's model and rows, in their order, at learning rate 0; registers what it names."""
     if "bare" not in TEMPLATE_MAPPING:
-        register_template(
-            TemplateMeta("bare", prefix=[], prompt=["{{QUERY}}"], chat_sep=None, suffix=[["eos_token_id"]])
-        )
+        register_template(TemplateMeta("bare", prefix=[], prompt=["{{QUERY}}"], chat_sep=[], suffix=[["eos_token_id"]]))
     register(tau=host_rig.TAU)
     return f"""
         --model {folder}/model --model_type llama --template bare --torch_dtype float32 --tuner_type full
@@ -65,6 +63,17 @@ def test_a_step_is_the_formulas_however_it_is_cut(arguments, tmp_path, micro_bat
     cut = ["--per_device_train_batch_size", str(micro_batch), "--gradient_accumulation_steps", str(accumulation)]
     seen = trained([*arguments, *cut])
     host_rig.assert_steps(seen, host_rig.expected_steps(tmp_path / "model", host_rig.encoded_rows()))
+
+
+@pytest.mark.parametrize("turns", [("user", "assistant", "user"), ("user", "assistant")])
+def test_earlier_turns_of_the_assistant_are_not_trained(arguments, tmp_path, turns):
+    """The second conversation ends in the beginning of an answer, which the response goes on with."""
+    prompt = [{"role": role, "content": "12+3"} for role in turns]
+    made = [{**row, "prompt": prompt} for row in host_rig.rows(host_rig.WINDOW)]
+    host_rig.write_rows(tmp_path / "rows.jsonl", message_rows(made))
+    seen = trained([*arguments, "--per_device_train_batch_size", str(host_rig.WINDOW)])
+    plain = [{**row, "prompt": "12+3" * len(turns)} for row in made]  # what the template "bare" makes of them
+    host_rig.assert_steps(seen, host_rig.expected_steps(tmp_path / "model", host_rig.encoded_rows(plain)))
 
 
 def test_two_processes_take_the_same_step(tmp_path):
@@ -123,5 +132,5 @@ def test_rows_without_advantages_are_an_error(arguments, tmp_path):
 def test_options_are_checked_at_registration():
     with pytest.raises(ValueError, match=r"tau must lie in \[0, 1\]"):
         register(tau=2.0)
-    with pytest.raises(TypeError, match="reduction must be left out"):
+    with pytest.raises(ValueError, match="reduction must be 'token-mean' with rows"):
         register(reduction="sum")

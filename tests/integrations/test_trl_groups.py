@@ -81,6 +81,16 @@ def test_equal_rewards_and_completions_without_a_reward_weigh_nothing(tmp_path):
     assert list(trainer._logs["advantages"]) == advantages.tolist()  # TRL's table shows those of the loss
 
 
+@pytest.mark.parametrize("reward", [float("inf"), float("-inf")])
+def test_a_reward_that_is_infinite_is_refused(tmp_path, reward):
+    def infinite(prompts, **columns):
+        return [None, 0.0, reward, 1.0] * 2
+
+    trainer = trl_rig.trainer(tmp_path, reward_funcs=[rig.digit_count, infinite])
+    with pytest.raises(ValueError, match=f"reward function infinite must return finite numbers or None, got {reward}"):
+        trl_rig.generated(trainer, rows=2)
+
+
 @pytest.mark.parametrize("rewards", [[None] * 8, [None] * 7 + [1.0]])
 def test_at_most_one_reward_of_a_batch_weighs_nothing(tmp_path, rewards):
     """One number has no spread, and no baseline beside it."""
@@ -114,6 +124,7 @@ def test_several_reward_functions_are_weighted(tmp_path):
         ({"epsilon_high": 0.28}, r"epsilon_high must be left at None, got 0.28"),
         ({"entropy_coef": 0.01}, r"entropy_coef must be left at 0.0, got 0.01"),
         ({"vllm_importance_sampling_correction": True}, r"vllm_importance_sampling_correction must be False"),
+        ({"generation_kwargs": {"eos_token_id": 5}}, r"generation_kwargs must leave eos_token_id out, got 5; name it"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_work_are_refused(tmp_path, options, sentence):
@@ -126,6 +137,22 @@ def test_a_router_loss_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"router_aux_loss_coef must be 0\.0, got 0\.02; the GFT loss has no router"):
         trl_rig.trainer(tmp_path, model=tiny("mixtral"), router_aux_loss_coef=0.02)
     trl_rig.trainer(tmp_path, model=tiny("mixtral"), router_aux_loss_coef=0.0)
+
+
+def test_a_router_loss_that_is_switched_off_is_off(tmp_path):
+    """Also for a model whose own configuration asks for it; TRL's GRPOTrainer leaves that as it is."""
+
+    def loss(wanted: bool, inputs: dict | None) -> tuple[float, dict]:
+        model = tiny("mixtral")
+        model.config.output_router_logits, model.router_aux_loss_coef = wanted, 5.0
+        trainer = trl_rig.trainer(tmp_path, model=model, router_aux_loss_coef=0.0)
+        inputs = inputs or trl_rig.generated(trainer, rows=2)[1]
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        return trainer._compute_loss(trainer.model, inputs).item(), inputs
+
+    without, inputs = loss(False, None)
+    assert loss(True, inputs)[0] == pytest.approx(without, rel=1e-6)
 
 
 def test_groups_must_be_whole_on_each_process(tmp_path, monkeypatch):
@@ -145,6 +172,13 @@ def test_rows_that_cannot_make_a_group_are_named(tmp_path, demonstrations, sente
     rows = rig.rows(4)
     rows[0]["demonstrations"] = demonstrations
     with pytest.raises(RowError, match=rf"train_dataset\[0\]: {sentence}"):
+        trl_rig.trainer(tmp_path, rows=rows)
+
+
+@pytest.mark.parametrize(("name", "value"), [("tools", [{"name": "f"}]), ("chat_template_kwargs", {"thinking": True})])
+def test_what_trl_does_not_show_to_the_template_is_refused(tmp_path, name, value):
+    rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}], name: value} for row in rig.rows(4)]
+    with pytest.raises(RowError, match=rf"train_dataset\[0\]: field `{name}` must be left out, got one that TRL does"):
         trl_rig.trainer(tmp_path, rows=rows)
 
 
@@ -171,6 +205,14 @@ def test_what_is_not_one_turn_of_text_is_refused(tmp_path):
             GFTGRPOTrainer(rig.llama(), rig.digit_count, trl_rig.config(tmp_path), **{name: value})
     with pytest.raises(TypeError, match=r"args must be a gft_kernels.*GFTGRPOConfig, got GRPOConfig"):
         GFTGRPOTrainer(rig.llama(), rig.digit_count, trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_an_adapter_of_virtual_tokens_is_refused(tmp_path):
+    """PEFT drops the positions, so what a padded row is worth would depend on its padding."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(rig.llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="model must be adapted in its weights, got PROMPT_TUNING"):
+        trl_rig.trainer(tmp_path, model)
 
 
 def test_the_names_of_before_are_still_found():

@@ -55,6 +55,12 @@ class GFTGRPOConfig(GroupLossOptions, GRPOConfig):
             raise ValueError(
                 "vllm_importance_sampling_correction must be False, got True; the GFT loss has no importance ratio."
             )
+        generation = cast(dict, self.generation_kwargs or {})
+        if "eos_token_id" in generation:
+            raise ValueError(
+                f"generation_kwargs must leave eos_token_id out, got {generation['eos_token_id']!r}; name it in the "
+                "model's generation_config."
+            )
         at_least(self, 0, "num_demonstrations")
         size, steps = cast(int, self.num_generations), cast(int, self.steps_per_generation)
         if self.num_demonstrations > size:

@@ -19,13 +19,14 @@ from torch.nn import functional
 from trl import GRPOTrainer
 
 from gft_kernels.advantages import group_advantages, over_batch_spread
-from gft_kernels.data.fields import check_record, demonstrations
+from gft_kernels.data.fields import OF_THE_TEMPLATE, check_record, demonstrations
 from gft_kernels.data.readers import RowError
 from gft_kernels.data.text import encode_prompt, encode_response, end_tokens
 from gft_kernels.integrations.trl.config import GFTGRPOConfig
 from gft_kernels.integrations.trl.patch import log_means, parameters_of, patch_trainer, token_means
 from gft_kernels.model.columns import IGNORE
 from gft_kernels.options import BATCH
+from gft_kernels.trainer.rollouts import refuse_virtual_tokens
 
 NOT_HYBRID = ("tools", "rollout_func", "environment_factory")
 
@@ -50,6 +51,7 @@ class GFTGRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, **arguments)
         if self._is_vlm:
             raise ValueError("processing_class must be a tokenizer, got a processor of images; only text is supported.")
+        refuse_virtual_tokens(self.model)  # positions of padded rows do not reach a model behind them
         if isinstance(self.train_dataset, Dataset):  # the rows of a stream are checked as they come
             for i, row in enumerate(self.train_dataset):
                 self._demonstrations(row, f"train_dataset[{i}]")
@@ -69,6 +71,12 @@ class GFTGRPOTrainer(GRPOTrainer):
     def _demonstrations(self, row: dict, where: str) -> list[list[int]]:
         """Token ids of the row's demonstrations, each with its end token. Raises RowError."""
         row = check_record(row, where)
+        for name in OF_THE_TEMPLATE:
+            if row.get(name):
+                raise RowError(
+                    f"{where}: field `{name}` must be left out, got one that TRL does not show to the chat template; "
+                    "pass chat_template_kwargs to the configuration, or write it into a system message."
+                )
         texts, limit = demonstrations(row, self.args.num_demonstrations, where), self.args.max_completion_length
         prompt, variables = row["prompt"], cast(dict, self.chat_template_kwargs)
         try:
@@ -120,8 +128,14 @@ class GFTGRPOTrainer(GRPOTrainer):
         return completion_ids, None
 
     def _calculate_rewards(self, *arguments) -> Tensor:
-        self._rewards_NF = super()._calculate_rewards(*arguments)
-        return self._rewards_NF
+        rewards_NF = self._rewards_NF = super()._calculate_rewards(*arguments)
+        if rewards_NF.isinf().any():
+            n, i = rewards_NF.isinf().nonzero()[0].tolist()
+            raise ValueError(
+                f"reward function {self.reward_func_names[i]} must return finite numbers or None, got "
+                f"{rewards_NF[n, i].item()}; bound it, or return None where it does not apply."
+            )
+        return rewards_NF
 
     def _advantages(self, size: int) -> Tensor:
         """(N,) F5 of the weighted rewards; a completion no function applies to has A = 0 and is no one's baseline."""

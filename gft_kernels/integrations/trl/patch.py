@@ -18,6 +18,9 @@ def patch_trainer(trainer: Any, **loss_options: Any) -> None:
         raise ValueError(
             f"router_aux_loss_coef must be 0.0, got {trainer.router_aux_loss_coef}; the GFT loss has no router term."
         )
+    text_config = trainer.model.config.get_text_config()
+    if hasattr(text_config, "output_router_logits"):
+        text_config.output_router_logits = False  # or the model would add the term by the weight of its own config
     options = trainer.args
     statistics = {"return_stats": options.token_metrics, "return_entropy": options.token_metrics}
     own = {name: getattr(options, name) for name in ("tau", "backend", "filter_eps")}
