@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
-from gft_kernels.cli.plan import Batches, Shape, precision
+from gft_kernels.cli.forecast import Batches, Shape, precision
 from gft_kernels.trainer.config import GFTConfig
 
 LENGTHS, DEPTHS = (64, 128), (1, 2)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from gft_kernels.cli import plan
+from gft_kernels.cli import forecast
 from gft_kernels.cli.activations import activation_memory
 from gft_kernels.cli.inputs import configuration, held_out_rows, rows, spread
 from gft_kernels.cli.settings import RunSettings
 from gft_kernels.data import pretrained
 from gft_kernels.data.rows import Limits, Rows
-from gft_kernels.trainer import GFTConfig, adapters
+from gft_kernels.trainer import GFTConfig, peft_adapters
 from gft_kernels.trainer.config import described
 from gft_kernels.trainer.groups import check_sources
 from gft_kernels.trainer.rewards import Rewards, find
@@ -27,7 +27,7 @@ def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
     """The report. Raises ValueError, TypeError, OSError, RewardError for what training would refuse."""
     on_cpu = {} if torch.cuda.is_available() else {"use_cpu": True}
     config = configuration({**options, **on_cpu})
-    lora = None if settings.peft is None else adapters.lora_config(settings.peft)
+    lora = None if settings.peft is None else peft_adapters.lora_config(settings.peft)
     if settings.rollout_fn:
         find(settings.rollout_fn, "rollout_fn")
     model = pretrained.located(settings.model)
@@ -39,7 +39,7 @@ def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
     records = [kept.records[i] for i in kept.kept]
     offline = kept.offline
     group = max(len(r["responses"]) for r in records) if offline else config.num_demonstrations + config.num_generations
-    found = plan.batches(config, len(records), ranks, group)
+    found = forecast.batches(config, len(records), ranks, group)
     lines += batch_lines(config, found)
     if model_config is None:
         lines.append(
@@ -49,7 +49,7 @@ def dry_run(settings: RunSettings, options: dict[str, Any], ranks: int) -> str:
         return "\n".join(lines)
     if own_config is None:
         lines.append(f"model        {settings.model} is not on disk: its numbers are those of {settings.model_config}")
-    shape = plan.shape_of(model_config, lora)
+    shape = forecast.shape_of(model_config, lora)
     activations = activation_memory(config, model_config, shape, found, longest)
     return "\n".join(lines + memory_lines(config, shape, found, longest, activations))
 
@@ -121,7 +121,7 @@ def given_config(settings: RunSettings) -> Any:
     return AutoConfig.from_pretrained(settings.model_config)
 
 
-def batch_lines(config: GFTConfig, found: plan.Batches) -> list[str]:
+def batch_lines(config: GFTConfig, found: forecast.Batches) -> list[str]:
     per = f"{config.per_device_train_batch_size} prompts × {config.gradient_accumulation_steps} micro-batches"
     times = f", each taken {config.num_iterations} times" if config.num_iterations > 1 else ""
     return [
@@ -136,16 +136,16 @@ def batch_lines(config: GFTConfig, found: plan.Batches) -> list[str]:
 
 
 def memory_lines(
-    config: GFTConfig, model: plan.Shape, found: plan.Batches, longest: int, activations: float | None
+    config: GFTConfig, model: forecast.Shape, found: forecast.Batches, longest: int, activations: float | None
 ) -> list[str]:
     """Estimates in GiB for each rank; docs/training.md has the formulas."""
-    other = plan.other_memory(config, model, found, longest)
+    other = forecast.other_memory(config, model, found, longest)
     if activations is not None:
         other = {"activations at most: responses of full length, no prompt shared": activations, **other}
     without = ", without activations" if activations is None else ""
     trained = "" if model.trained == model.parameters else f", {model.trained / 1e6:.1f} M of them trained"
     lines = [f"memory       {model.parameters / 1e9:.2f} G parameters{trained}; GiB a rank{without}:"]
-    weights = plan.weights_memory(config, model, found.ranks)
+    weights = forecast.weights_memory(config, model, found.ranks)
     for layout, parts in weights.items():
         each = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
         lines.append(f"  {layout:7} {sum(parts.values()) / GIB:8.2f}  {each}")
@@ -153,6 +153,6 @@ def memory_lines(
     if activations is not None:
         total = sum(weights["DDP"].values()) + sum(other.values())
         lines.append(f"  in all  {total / GIB:8.2f}  as DDP or one process, beside Python and its libraries")
-    full = plan.full_logits_memory(config, model, found)
+    full = forecast.full_logits_memory(config, model, found)
     lines.append(f"  instead {full / GIB:8.2f}  of the fused loss, if the responses' logits and gradient were whole")
     return lines

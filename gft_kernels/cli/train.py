@@ -14,10 +14,10 @@ from transformers.utils.logging import disable_progress_bar
 from gft_kernels import BackendUnavailable
 from gft_kernels.cli import folder, report
 from gft_kernels.cli.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED, one_line
+from gft_kernels.cli.forecast import batches
 from gft_kernels.cli.inputs import BAD, configuration, held_out_rows, rows, tokenizer_of
-from gft_kernels.cli.plan import batches
 from gft_kernels.cli.settings import RunSettings, load
-from gft_kernels.trainer import GFTTrainer, RewardError, SaveOnInterrupt, adapters
+from gft_kernels.trainer import GFTTrainer, RewardError, SaveOnInterrupt, peft_adapters
 from gft_kernels.trainer.checkpoints import Manifests, newest_whole
 from gft_kernels.trainer.config import described
 from gft_kernels.trainer.logs import COMPLETIONS_FILE, METRICS_FILE, StepLines, read_metrics, say
@@ -59,7 +59,7 @@ def run(settings: RunSettings, options: dict[str, Any], resume: bool, anyway: bo
             return ended(INTERRUPTED, f"stopped after step {trainer.state.global_step}; {go_on(output_dir)}")
         if checkpoint is not None and checkpoint.name == f"checkpoint-{trainer.state.global_step}":
             say(f"{checkpoint} is the end of the run: no step was left; raise max_steps or num_train_epochs for more")
-        finish(trainer, merge=(settings.peft or {}).get(adapters.MERGE, False))
+        finish(trainer, merge=(settings.peft or {}).get(peft_adapters.MERGE, False))
     except KeyboardInterrupt:
         return ended(INTERRUPTED, f"stopped at once; {go_on(output_dir)}")
     except SystemExit as error:
@@ -95,7 +95,7 @@ def build(
     """The trainer of a run, everything about it checked; what is to be said of it is added to `notes`."""
     given, options = options, {**options, **({"eval_on_start": False} if checkpoint is not None else {})}
     args = configuration(options)
-    lora = None if settings.peft is None else adapters.lora_config(settings.peft)
+    lora = None if settings.peft is None else peft_adapters.lora_config(settings.peft)
     rewards = [find(name) for name in settings.rewards or ()]  # before the rows, which take longer
     rollout_fn = find(settings.rollout_fn, "rollout_fn") if settings.rollout_fn else None
     train_rows = rows(settings.data, settings.reader, "train")
@@ -113,8 +113,8 @@ def build(
         )  # fmt: skip
     except SafetensorError as error:
         raise ValueError(f"model must have whole weights, got {settings.model!r}; {error}.") from None
-    if settings.peft and settings.peft.get(adapters.MERGE):
-        adapters.refuse_merging(trainer.accelerator.distributed_type)
+    if settings.peft and settings.peft.get(peft_adapters.MERGE):
+        peft_adapters.refuse_merging(trainer.accelerator.distributed_type)
     trainer.remove_callback(Manifests)
     trainer.add_callback(Manifests(made_of))
     StepLines.install(trainer)
@@ -174,7 +174,7 @@ def finish(trainer: GFTTrainer, merge: bool) -> None:
             say(f"evaluating {len(held_out)} held-out rows{by}")  # which may take as long as many steps
         trainer.evaluate()
     if merge and trainer.args.should_save:
-        adapters.save_merged(trainer.model, trainer.processing_class, output_dir)
+        peft_adapters.save_merged(trainer.model, trainer.processing_class, output_dir)
     if trainer.is_world_process_zero():
         say(summary(output_dir))
     if trainer.args.push_to_hub:

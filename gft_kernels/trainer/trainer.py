@@ -25,7 +25,7 @@ from gft_kernels.data import pretrained
 from gft_kernels.data.rows import Limits, Rows
 from gft_kernels.model.columns import IGNORE
 from gft_kernels.model.patch import unwrapped
-from gft_kernels.trainer import adapters, windows
+from gft_kernels.trainer import peft_adapters, windows
 from gft_kernels.trainer.checkpoints import Manifests, SaveOnInterrupt
 from gft_kernels.trainer.config import GFTConfig, clip_range
 from gft_kernels.trainer.engines import Rollout
@@ -82,7 +82,7 @@ class GFTTrainer(Trainer):
             # An AdamW step of 1e-6 is less than half the last bit of most bfloat16 weights: it would be lost.
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         if peft_config is not None:
-            model = adapters.adapted(model, peft_config)
+            model = peft_adapters.adapted(model, peft_config)
         if processing_class is None or getattr(processing_class, "eos_token_id", None) is None:
             raise ValueError("processing_class must be a tokenizer with an end-of-text token, got none; pass one.")
         refuse_virtual_tokens(model)

@@ -12,7 +12,7 @@ import trainer_rig as rig
 from cli_rig import ROOT, write_run
 from transformers import AutoModelForCausalLM
 
-from gft_kernels.cli import activations, main, plan
+from gft_kernels.cli import activations, forecast, main
 from gft_kernels.cli.dry_run import Unread
 from gft_kernels.trainer import GFTConfig
 
@@ -153,12 +153,12 @@ def test_the_plan_counts_the_steps_the_trainer_takes(tmp_path):
             max_steps=-1, num_train_epochs=2, num_generations=0, learning_rate=0.0, dataloader_drop_last=drops,
         )  # fmt: skip
         trainer.train()
-        assert plan.batches(trainer.args, rows, 1, 2).steps == trainer.state.global_step
+        assert forecast.batches(trainer.args, rows, 1, 2).steps == trainer.state.global_step
 
 
 def test_the_shape_is_that_of_the_model():
     model = rig.llama()
-    shape = plan.shape_of(model.config)
+    shape = forecast.shape_of(model.config)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert (shape.vocabulary, shape.hidden, shape.layers, shape.kv_heads, shape.head_dim) == (20, 32, 1, 2, 16)
     assert Unread()("any text") == {"input_ids": [0]}
@@ -185,7 +185,7 @@ def test_what_layers_keep_is_counted_without_memory(family):
     assert 48 * (beside + 4 * layer) == pytest.approx(real, rel=0.25)
     del output
     args = rig.config("x", gradient_checkpointing=True)
-    shape, found = plan.shape_of(config), plan.batches(args, 10, 1, 4)
+    shape, found = forecast.shape_of(config), forecast.batches(args, 10, 1, 4)
     checkpointed = activations.activation_memory(args, config, shape, found, 8)
     assert checkpointed == found.rows_per_micro_batch * 18 * (beside + layer + 4 * 32 * 4)
     args.gradient_checkpointing = False

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gft_kernels.linear import chunks
-from gft_kernels.trainer import adapters
+from gft_kernels.trainer import peft_adapters
 from gft_kernels.trainer.config import GFTConfig
 
 FLOAT = 4  # bytes of a float32; the trainer loads its weights so
@@ -38,7 +38,7 @@ def shape_of(config, lora: Any = None) -> Shape:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
         if lora is not None:
-            model = adapters.adapted(model, lora)
+            model = peft_adapters.adapted(model, lora)
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     return Shape(
