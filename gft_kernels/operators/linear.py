@@ -19,6 +19,7 @@ from gft_kernels.operators.packing import Packing
 from gft_kernels.options import LinearCall, LinearResult, RowResult
 
 _TENSORS = 3  # hidden states, weight and bias come first
+_SHOWN = 6  # of what it returns; the others are for its backward
 _PACKING = Packing(LinearCall)
 _pack, _unpack = _PACKING.pack, _PACKING.unpack
 _SCHEMA = (
@@ -29,16 +30,25 @@ _SCHEMA = (
 
 def linear_loss(call: LinearCall, backend: str) -> RowResult:
     """Run a call through its operator; the loss carries the gradients it asks for."""
-    derivatives.refuse_others(call.hidden_STD, call.weight_VD, call.bias_V)
-    loss, log_probs, coefficients, advantages, *optional = torch.ops.gft.linear_loss(*_pack(call, backend))[:6]
+    inputs = call.hidden_STD, call.weight_VD, call.bias_V
+    derivatives.refuse_others(*inputs)
+    outputs = _operator(call, backend)[:_SHOWN] if row.is_watched(*inputs) else _Unwatched.apply(*inputs, call, backend)
+    loss, log_probs, coefficients, advantages, *optional = outputs
     wanted = (call.want_entropy, chunks.reports_kept(call))
     entropy, kept = (found if asked else None for found, asked in zip(optional, wanted, strict=True))
     return RowResult(loss, log_probs, coefficients, advantages, entropy_R=entropy, kept_R=kept)
 
 
+def _operator(call: LinearCall, backend: str) -> tuple[Tensor, ...]:
+    return torch.ops.gft.linear_loss(*_pack(call, backend))
+
+
 def _run(*arguments) -> tuple[Tensor, ...]:
+    return _compute(*_unpack(arguments))
+
+
+def _compute(call: LinearCall, backend: str) -> tuple[Tensor, ...]:
     """An operator returns no None: what was not asked for is empty."""
-    call, backend = _unpack(arguments)
     with torch.autocast(call.hidden_STD.device.type, enabled=False):  # the dtypes are decided already
         result = chunks.run(call, backend)
     outputs = [getattr(result, field.name) for field in fields(LinearResult)]
@@ -67,25 +77,50 @@ def _fake(*arguments) -> tuple[Tensor, ...]:
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     _loss, *others = output
     ctx.mark_non_differentiable(*others)
+    call, _ = _unpack(inputs)
+    _keep(ctx, inputs, call.credit.reduction == "none", output)
+
+
+def _keep(ctx, inputs: tuple, per_row: bool, output: tuple) -> None:
+    """What a backward needs of a forward; inputs: what an operator takes, with the backend last."""
     ctx.set_materialize_grads(False)
     derivatives.keep_path(ctx, *inputs[:_TENSORS])
-    call, _ = _unpack(inputs)
-    ctx.per_row = call.credit.reduction == "none"
+    ctx.per_row = per_row
     ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
     if ctx.per_row:
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
     else:
         ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs[:_TENSORS]]
-        ctx.save_for_backward(*others[-4:])
+        ctx.save_for_backward(*output[_SHOWN:])
 
 
 @derivatives.first_only
 def _backward(ctx, upstream: Tensor | None, *_non_differentiable) -> tuple:
-    nothing = [None] * len(ctx.inputs)
+    return (*_gradients(ctx, upstream), *[None] * (len(ctx.inputs) - _TENSORS))
+
+
+def _gradients(ctx, upstream: Tensor | None) -> list[Tensor | None]:
+    """Of hidden states, weight and bias."""
     if upstream is None:
-        return tuple(nothing)
-    gradients = _recomputed(ctx, upstream) if ctx.per_row else _scaled(ctx, upstream)
-    return (*gradients, *nothing[_TENSORS:])
+        return [None] * _TENSORS
+    return _recomputed(ctx, upstream) if ctx.per_row else _scaled(ctx, upstream)
+
+
+class _Unwatched(torch.autograd.Function):
+    """`gft::linear_loss` for calls that nobody watches."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, call, backend):
+        output = _compute(call, backend)
+        shown = output[:_SHOWN]
+        ctx.mark_non_differentiable(*shown[1:])
+        _keep(ctx, (hidden, weight, bias, *_pack(call, backend)[_TENSORS:]), call.credit.reduction == "none", output)
+        return shown
+
+    @staticmethod
+    @derivatives.first_only
+    def backward(ctx, upstream, *_non_differentiable):
+        return *_gradients(ctx, upstream), None, None
 
 
 def _scaled(ctx, upstream: Tensor) -> list[Tensor | None]:
@@ -110,10 +145,12 @@ def _recomputed(ctx, upstream: Tensor) -> list[Tensor | None]:
         want_weight=wanted[1],
         want_bias=wanted[2],
     )
-    *gradients, unit = torch.ops.gft.linear_loss(*_pack(call, backend))[6:]
+    inputs = call.hidden_STD, call.weight_VD, call.bias_V, call.upstream_R
+    outputs = _operator(call, backend) if row.is_watched(*inputs) else _compute(call, backend)
+    *gradients, unit = outputs[_SHOWN:]
     factor = unit if unit.numel() else torch.ones((), dtype=torch.float32, device=upstream.device)
-    inputs = zip(gradients, arguments, wanted, strict=False)
-    return [_finish(gradient, factor, backend, x.shape, x.dtype) if needed else None for gradient, x, needed in inputs]
+    asked = zip(gradients, arguments, wanted, strict=False)
+    return [_finish(gradient, factor, backend, x.shape, x.dtype) if needed else None for gradient, x, needed in asked]
 
 
 def _finish(gradient: Tensor, factor: Tensor, backend: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:

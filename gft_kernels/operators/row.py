@@ -11,6 +11,7 @@ storage, and a second walk is refused.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ def scaled(
     row_scale = None if row_scale is None or not row_scale.numel() else row_scale
     if inplace and row_scale is None and _is_one(upstream):
         return gradient.detach()
-    if not any(_is_watched(x) or derivatives.is_batched(x) for x in (gradient, upstream)):
+    if not is_watched(gradient, upstream):
         if inplace:
             torch.autograd.graph.increment_version(gradient)
         result = _scale_with(gradient, row_scale, upstream, backend, inplace, dtype)
@@ -175,12 +176,8 @@ def _scale_with(
 
 
 def _run(logits: Tensor, call: RowCall, backend: str) -> tuple[Tensor | None, ...]:
-    """`gft::row_loss` of a call; logits: its own, as autograd hands them on.
-
-    Where nobody watches it is no operator: torch's way through one fetches the whole schema once for each argument, for
-    its backward or the version of what it writes, and that is more than half of a small call's time.
-    """
-    if _is_watched(logits):
+    """`gft::row_loss` of a call; logits: its own, as autograd hands them on."""
+    if is_watched(logits):
         return torch.ops.gft.row_loss(logits, *_pack(call, backend))
     return _compute(call, backend)
 
@@ -233,14 +230,21 @@ class _InPlace(torch.autograd.Function):
 
 def _overwrite(logits: Tensor, *arguments) -> tuple[Tensor | None, ...]:
     """`gft::row_loss_`, of a call and its backend or, where they are traced, of what an operator takes of both."""
-    if _is_watched(logits):
+    if is_watched(logits):
         return torch.ops.gft.row_loss_(logits, *(arguments if torch.compiler.is_compiling() else _pack(*arguments)))
     torch.autograd.graph.increment_version(logits)
     return _compute(*arguments)[:-1]
 
 
-def _is_watched(logits: Tensor) -> bool:
-    return checks.is_watched() or type(logits) not in (Tensor, Parameter)
+def is_watched(*inputs: Tensor | None) -> bool:
+    """Whether a call of these tensors has to pass through an operator, which alone knows shapes without numbers.
+
+    Where nobody watches it should not: torch's way through one fetches the whole schema once for each argument, for its
+    backward or the version of what it writes, and that is more than half of a small call's time.
+    """
+    if checks.is_watched() or any(type(x) not in (Tensor, Parameter, NoneType) for x in inputs):
+        return True
+    return any(x is not None and (x.is_meta or derivatives.is_batched(x)) for x in inputs)
 
 
 _FUNCTIONAL = torch.library.custom_op(

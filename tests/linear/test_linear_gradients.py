@@ -14,6 +14,7 @@ from linear_cases import problem, relative
 from gft_kernels import gft_linear_loss, gft_loss
 from gft_kernels.linear import chunks
 from gft_kernels.operators import linear as linear_operator
+from gft_kernels.operators import row
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -191,10 +192,23 @@ def test_twenty_runs_are_bit_equal(backend):
         assert torch.equal(again, loss) and all(map(torch.equal, gradients, others))
 
 
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"filter_eps": 1e-3}], ids=str)
+def test_the_operator_and_the_short_way_past_it_agree(monkeypatch, backend, options):
+    case, operators, operator = problem(bias=True), [], linear_operator._operator
+    monkeypatch.setattr(linear_operator, "_operator", lambda *call: operators.append(call) or operator(*call))
+    loss, gradients = case.gradients(backend=backend, **options)
+    assert operators == []
+    monkeypatch.setattr(row, "is_watched", lambda *inputs: True)
+    again, others = case.gradients(backend=backend, **options)
+    assert len(operators) == (2 if options.get("reduction") == "none" else 1)
+    assert torch.equal(again, loss) and all(map(torch.equal, others, gradients))
+
+
 def operator_arguments(monkeypatch, dtype, **options):
     """The operator's arguments as the public function makes them."""
     captured, pack = [], linear_operator._pack
     with monkeypatch.context() as patched:
+        patched.setattr(row, "is_watched", lambda *inputs: True)
         patched.setattr(linear_operator, "_pack", lambda *call: captured.append(pack(*call)) or captured[-1])
         problem(dtype=dtype, bias=True).loss(backend="reference", **options)
     return captured[0]

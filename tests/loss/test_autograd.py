@@ -399,7 +399,7 @@ def operator_arguments(dtype, monkeypatch, **options):
     case, captured, pack = problem(dtype=dtype), [], row._pack
     leaf = case.logits.requires_grad_(True)
     with monkeypatch.context() as patched:
-        patched.setattr(row, "_is_watched", lambda logits: True)
+        patched.setattr(row, "is_watched", lambda *inputs: True)
         patched.setattr(row, "_pack", lambda *call: captured.append(pack(*call)) or captured[-1])
         bound(case, "reference", leaf.device, **options)(leaf)
     return (leaf, *captured[0])

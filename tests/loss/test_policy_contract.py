@@ -160,7 +160,7 @@ def test_over_a_head_it_compiles_without_a_graph_break():
 def test_opcheck(monkeypatch):
     captured, pack, case = [], row._pack, problem("dapo", 2, 3, 31, **PENALTIES)
     with monkeypatch.context() as patched:
-        patched.setattr(row, "_is_watched", lambda logits: True)
+        patched.setattr(row, "is_watched", lambda *inputs: True)
         patched.setattr(row, "_pack", lambda *call: captured.append(pack(*call)) or captured[-1])
         case.loss(case.logits.requires_grad_(True), backend="reference")
     torch.library.opcheck(torch.ops.gft.row_loss.default, (case.logits, *captured[0]))
