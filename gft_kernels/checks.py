@@ -304,7 +304,7 @@ def check_groups(responses: int, group_size: Any, group_ids: Any, device: torch.
 # Numbers in tensors
 
 
-def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
+def check_values(credit: Credit, objective: Objective, vocabulary: int | Tensor) -> None:
     """Targets, response ids and the numbers of live rows of a call on the CPU. Raises ValueError.
 
     All rows are looked at first; which of them count is asked only where one is not as it should be.
@@ -312,7 +312,7 @@ def check_values(credit: Credit, objective: Objective, vocabulary: int) -> None:
     if credit.targets_R.device.type != "cpu":
         return
     remedy = f"mark rows that do not count with ignore_index={credit.ignore_index} or mask=False"
-    _in_range("targets", credit.targets_R, credit, vocabulary, remedy)
+    _in_range("targets", credit.targets_R, credit, int(vocabulary), remedy)
     if credit.sequence_ids_R is not None:
         _in_range("sequence_ids", credit.sequence_ids_R, credit, credit.responses, "number the responses from 0")
     if credit.rewards_S is not None:

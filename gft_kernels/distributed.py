@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gft_kernels import checks, formulas
+from gft_kernels import formulas
 from gft_kernels.advantages import credit_rows, rows_read
 from gft_kernels.backends import reference
-from gft_kernels.options import AgreedRows, LinearCall, RowCall, RowResult, gradient_for
+from gft_kernels.options import AgreedRows, RowCall, RowResult, gradient_for
 
 
 class Shard(NamedTuple):
@@ -31,31 +31,26 @@ class Shard(NamedTuple):
     widths_W: Tensor  # int64
     offset: Tensor  # () int64
 
+    @property
+    def vocabulary(self) -> Tensor:
+        """() int64: the size of the whole one."""
+        return self.widths_W.sum()
+
 
 def group_of(name: str) -> dist.ProcessGroup:
     """The process group an operator was given by name."""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def meet(name: str, width: int, device: torch.device) -> Shard:
-    """Tell every rank how wide each shard is: one small exchange per call."""
+def meet(name: str, width: int, device: torch.device) -> Shard | None:
+    """Tell every rank how wide each shard is: one small exchange per call. None where no group is named."""
+    if not name:
+        return None
     group = group_of(name)
     widths_W = torch.zeros(group.size(), dtype=torch.int64, device=device)
     widths_W[group.rank()] = width
     dist.all_reduce(widths_W, op=dist.ReduceOp.SUM, group=group)
     return Shard(widths_W, widths_W[: group.rank()].sum())
-
-
-def check_and_meet(call: RowCall | LinearCall, width: int, device: torch.device) -> Shard | None:
-    """Look at a call's numbers, which takes the size of the whole vocabulary; the shard, where it is sharded.
-
-    Once a call, before its passes and chunks: what those make of the numbers (weights times an upstream gradient, say)
-    is nothing that a caller gave.
-    """
-    shard = meet(call.process_group, width, device) if call.process_group else None
-    if device.type == "cpu":
-        checks.check_values(call.credit, call.objective, width if shard is None else int(shard.widths_W.sum()))
-    return shard
 
 
 def sum_over_ranks(name: str, values: Tensor) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gft_kernels import backends, distributed, formulas, sequences, surrogates
+from gft_kernels import backends, checks, distributed, formulas, sequences, surrogates
 from gft_kernels.advantages import RowCredit, credit_rows, rows_read
 from gft_kernels.large_pages import in_large_pages
 from gft_kernels.linear import sparse
@@ -74,7 +74,10 @@ class Chosen(NamedTuple):
 
 def run(call: LinearCall, backend: str) -> LinearResult:
     """Loss, statistics and the wanted gradients of a call; see `LinearResult`."""
-    shard = distributed.check_and_meet(call, call.weight_VD.shape[0], call.weight_VD.device)
+    width = call.weight_VD.shape[0]
+    shard = distributed.meet(call.process_group, width, call.weight_VD.device)
+    # here, for what passes and chunks make of the numbers is nothing that a caller gave
+    checks.check_values(call.credit, call.objective, width if shard is None else shard.vocabulary)
     one_pass = partial(_one_pass, backend=backend, shard=shard)
     if not call.objective.over_sequence:
         return one_pass(call)

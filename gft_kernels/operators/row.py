@@ -58,8 +58,9 @@ def _result(call: RowCall, outputs: Sequence[Tensor]) -> RowResult:
 
 def _compute(call: RowCall, backend: str) -> tuple[Tensor | None, ...]:
     """Check the values, choose the backend, run it. The operators' outputs, None where they were not asked for."""
-    logits = call.logits_STV
-    shard = distributed.check_and_meet(call, logits.shape[-1], logits.device)
+    width = call.logits_STV.shape[-1]
+    shard = distributed.meet(call.process_group, width, call.logits_STV.device)
+    checks.check_values(call.credit, call.objective, width if shard is None else shard.vocabulary)
     module = backends.choose(backend, call)
     r = _passes(module if shard is None else distributed.VocabularyParallel(module, shard), call)
     statistics = (r.log_probs_R, r.coefficients_R) if call.reads_every_live_row else (None, None)
