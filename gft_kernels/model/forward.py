@@ -172,6 +172,8 @@ class PatchedForward:
                 **options,
             )
 
+        if check:
+            kwargs = shared_prompts.with_copied_cache(self.model, kwargs)
         with HeadCall(head, loss_of, check) as call:
             around, self.head_call = self.head_call, call
             try:

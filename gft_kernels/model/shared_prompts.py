@@ -10,6 +10,7 @@ Sizes: G prompts, S responses, P tokens of the longest prompt but its last, R to
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -102,6 +103,25 @@ def joined(layer: Any, prompt_of_S: Tensor, keys: Tensor, values: Tensor, *args,
     pairs = ((layer.keys, keys), (layer.values, values))
     before, after = (torch.cat([old.index_select(0, prompt_of_S), new], -2) for old, new in pairs)
     return before, after
+
+
+def with_copied_cache(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments for a run after which there may be another: that one finds the cache as it came.
+
+    A shallow copy, which keeps the graph of keys and values. Raises ValueError for layers that write over theirs.
+    """
+    name = cache_name(model)
+    if (cache := kwargs.get(name)) is None:
+        return kwargs
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [cache])}  # of another cache, its own name
+    if over := sorted(kind for kind in kinds if not kind.startswith("Dynamic")):
+        raise ValueError(
+            f"{name} must be left out of the first call with labels of {type(model).__name__}, got one of "
+            f"{', '.join(over)}, which is written over; make one call without it before"
+        )
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return {**kwargs, name: twin}
 
 
 # Who may ask

@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gft_kernels import gft_loss, policy_loss
+from gft_kernels.model import shared_prompts
 from gft_kernels.model.patch import patch_model, unpatch_model
 
 # The logits path would compute the right thing the wrong way: unless a test asks for it, its warning is an error.
@@ -436,6 +437,29 @@ def test_a_head_that_is_not_understood_takes_the_logits_and_says_so_once(reason)
     with pytest.warns(UserWarning, match=f"computed from all of its logits.*{reason}"):
         assert_same(patched(model, inputs), theirs)
     assert_same(patched(model, inputs), theirs)  # a second warning would be an error here
+
+
+@pytest.mark.parametrize(("family", "own"), [("llama", True), ("hyperclovax", False)])
+def test_a_first_call_reads_a_cache_as_it_came_though_the_model_runs_twice(family, own):
+    """For the logits, or since what it does to them was not the likeliest; a run adds its rows to the cache."""
+    model, inputs = tiny(family), batch()
+    name = shared_prompts.cache_name(model)
+    if own:
+        model.__class__ = UnknownTransform
+
+    def cache():  # with its graph, as prefix tuning's
+        return {name: model(input_ids=torch.full((S, 3), 5), use_cache=True)[name]}
+
+    logits = model(**model_inputs(inputs), **cache()).logits[:, :-1]
+    loss = gft_loss(logits, inputs["labels"][:, 1:], advantages=ADVANTAGES_S)
+    (UPSTREAM * loss).backward()
+    theirs = loss.item(), gradients(model)
+    patch_model(model)
+    with pytest.warns(UserWarning, match="neither a scale") if own else contextlib.nullcontext():
+        assert_same(patched(model, inputs, **cache()), theirs)
+    written_over = transformers.StaticCache(config=model.config, max_cache_len=20)
+    with pytest.raises(ValueError, match=f"^{name} must be left out of the first call .* got one of Static"):
+        patch_model(model)(**inputs, **{name: written_over})
 
 
 CHANGES = {
