@@ -146,9 +146,19 @@ def refusal_of_cache(model: Any) -> str | None:
     if getattr(model, "base_model", model) is model:
         return f"{kind} has no trunk that could be run without its head"
     layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {"DynamicLayer"}
+    # What the trial cannot see: its rows are shorter than a window, or the length at which positions change.
+    layers |= {"local" for module in model.modules() if getattr(module, "attention_type", None) == "local"}
     if layers:
         return f"{kind} has layers other than full attention ({', '.join(sorted(layers))})"
+    if moving := sorted(rope for rope in rotary_types(model) if "dynamic" in rope or rope == "longrope"):
+        return f"{kind}'s rotary positions depend on the longest row of a call ({', '.join(moving)})"
     return None
+
+
+def rotary_types(model: nn.Module) -> set[str]:
+    """How the model's layers stretch their rotary positions; some have several, by kind of layer."""
+    found = [getattr(module, "rope_type", "default") for module in model.modules()]
+    return {name for types in found for name in (types.values() if isinstance(types, dict) else [types])}
 
 
 def refusal_of_loss(model: Any, training: bool) -> str | None:

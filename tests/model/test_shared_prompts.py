@@ -6,8 +6,9 @@ import inspect
 
 import pytest
 import torch
+import transformers
 from test_hf import assert_same, patched, unfused
-from tiny_families import FAMILIES, VOCABULARY, tiny
+from tiny_families import COMMON, FAMILIES, VOCABULARY, tiny
 
 from gft_kernels.model import shared_prompts
 from gft_kernels.model.patch import patch_model
@@ -70,6 +71,26 @@ def test_every_family_gives_the_loss_and_gradients_of_whole_rows_or_says_why_not
     patch_model(model)
     for expected in theirs:
         assert_same(patched(model, shared(), gft_advantages=ADVANTAGES_S), expected)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+            "original_max_position_embeddings": 48}  # fmt: skip
+ONLY_LONG_ROWS_DIFFER = [
+    ("longest row of a call .longrope", "Phi3Config",
+     {"rope_parameters": LONGROPE, "original_max_position_embeddings": 48}),
+    ("longest row of a call .dynamic", "LlamaConfig",
+     {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+    ("full attention .local", "GPTNeoConfig",
+     {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reason", "config", "options"), ONLY_LONG_ROWS_DIFFER)
+def test_what_a_short_trial_cannot_see_is_refused_by_name(reason, config, options):
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**{**COMMON, **options}))
+    assert shared_prompts.refusal_of_trial(model) is None
+    with pytest.raises(ValueError, match=f"gft_prompt_ids must be left out, got a value; .*{reason}"):
+        patch_model(model)(**shared())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
