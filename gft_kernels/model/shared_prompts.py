@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from gft_kernels import checks
+
 PROMPT_IDS, PROMPT_OF = ARGUMENTS = ("prompt_ids", "prompt_of")
 NOISE = ("drop", "jitter", "noise")  # in the names of what layers draw at random in training
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}  # of logits, relative; of smaller types ROUNDED
@@ -70,6 +72,14 @@ def behind_prompts(model: Any, kwargs: dict[str, Any], prompt_ids_GP: Tensor, pr
         raise ValueError(
             f"attention_mask must be ({S}, {P + R}) and gft_prompt_of ({S},) with gft_prompt_ids of width {P}, got "
             f"{None if mask is None else tuple(mask.shape)} and {tuple(prompt_of_S.shape)}; layout() makes them"
+        )
+    if kwargs.get(cache_name(model)) is not None:
+        raise ValueError(f"{cache_name(model)} must be left out with gft_prompt_ids, got a value; pass whole rows")
+    rising_S = (mask[:, 1:P].long() > mask[:, : P - 1].long()).any(1)
+    if checks.can_be_read(rising_S) and rising_S.any():
+        raise ValueError(
+            "gft_prompt_ids must be padded on the right, got an attention_mask that begins behind padding in row "
+            f"{int(rising_S.nonzero()[0])}; layout() makes both"
         )
     kwargs = {**kwargs, cache_name(model): expanded(prompts_cache(model, prompt_ids_GP), prompt_of_S)}
     kwargs["use_cache"] = True  # some families do not look at a cache otherwise

@@ -23,6 +23,7 @@ REFUSED = {
     "mpt": "computes other numbers",  # its alibi counts padding between prompt and response
 }
 SIZES = [(5, (4, 2, 3)), (1, (3,)), (3, (1, 4)), (2, ())]  # (tokens of a prompt, tokens of each of its responses)
+CACHE = shared_prompts.cache_name(tiny("llama"))
 ADVANTAGES_S = torch.tensor([0.7, -0.4, 1.3, 0.0, -1.1, 0.6])
 
 
@@ -153,6 +154,11 @@ def test_a_step_that_would_be_another_is_refused_by_name(case):
         ({"gft_prompt_of": torch.zeros(2, dtype=torch.int64)}, r"gft_prompt_of \(6,\) with gft_prompt_ids"),
         ({"attention_mask": None}, r"attention_mask must be \(6, 8\)"),
         ({"attention_mask": torch.ones(6, 4, dtype=torch.int64)}, r"got \(6, 4\)"),
+        (
+            {"attention_mask": shared()["attention_mask"][:, [3, 2, 1, 0, 4, 5, 6, 7]]},
+            "gft_prompt_ids must be padded on the right, got an attention_mask that .* in row 4;",
+        ),
+        ({CACHE: transformers.DynamicCache()}, f"{CACHE} must be left out with gft_prompt_ids, got a value"),
         ({"shift_labels": None}, "labels must be given with gft_"),
     ],
 )
