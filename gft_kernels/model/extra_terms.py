@@ -23,6 +23,11 @@ def extra_terms(model: Any, output: Any) -> Tensor | None:
     `output` is what the model returned without labels: a loss in it is the model's own, whatever else ends in `_loss`
     is weighed by the model's config.
     """
+    if weight := getattr(model, "z_loss_coefficient", None):  # bamba's, which it adds where it has labels, unreturned
+        raise ValueError(
+            f"z_loss_coefficient of {type(model).__name__} must be 0, got {weight}; set it to 0: the term is of the "
+            "model's own loss alone"
+        )
     terms = [output.loss] if output.get("loss") is not None else []
     for name, value in output.items():
         if name.endswith("_loss") and isinstance(value, Tensor):

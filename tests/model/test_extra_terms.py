@@ -147,6 +147,16 @@ def test_a_term_without_a_weight_is_an_error():
         call(model, batch("right"))
 
 
+def test_a_term_that_is_only_added_to_a_loss_of_labels_is_an_error():
+    """As bamba does, which returns nothing of it."""
+    model = patch_model(tiny("llama"))
+    model.z_loss_coefficient = 0.0
+    assert call(model, batch("right")).isfinite()
+    model.z_loss_coefficient = 0.1
+    with pytest.raises(ValueError, match=r"^z_loss_coefficient of Llama.* must be 0, got 0.1; set it to 0"):
+        call(model, batch("right"))
+
+
 @pytest.mark.parametrize("gradients_first", [True, False])
 def test_a_term_of_the_logits_is_computed_from_logits(gradients_first):
     """Those in the place of logits are none; a first call without gradients cannot tell and takes them as well."""
