@@ -52,6 +52,11 @@ class PatchedForward:
     def __call__(self, *args, **kwargs):
         if args and args[0] is self.model:  # accelerate binds what it unwraps to the model, as if it were a function
             args = args[1:]
+        if len(args) > len(self.names):
+            raise TypeError(
+                f"{type(self.model).__name__} must be given at most {len(self.names)} arguments by position, "
+                f"got {len(args)}; name them"
+            )
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if self.model.__dict__.get("_gft_forward") is not self:  # unpatched, but another library holds on to this
             return self.plain(kwargs)

@@ -546,6 +546,9 @@ def test_refusals():
     ):
         with pytest.raises(error, match=message):
             model(**{**inputs, **call})
+    model.__class__ = UnknownTransform  # takes *args, in which nobody can find the labels
+    with pytest.raises(TypeError, match=r"^UnknownTransform must be given at most 0 arguments by position, got 1;"):
+        patch_model(model)(inputs["input_ids"], labels=inputs["labels"])
     t5 = transformers.T5Config(vocab_size=101, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="model must be a decoder-only"):
         patch_model(transformers.T5ForConditionalGeneration(t5))
