@@ -101,6 +101,17 @@ def stopping_step(path: Path, interrupted: bool) -> tuple[int, bool]:
     return trainer.state.global_step, (path / "checkpoint-1").is_dir()
 
 
+def losses_straight_and_resumed(path: Path) -> list[list[float]]:
+    """Of the steps behind the third; two make an epoch, in a random order, of which every rank reads its rows."""
+    options = OFFLINE | FOLLOWING | {"save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "random"}
+    options |= {"max_steps": 6, "per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    found = []
+    for how in ({}, {"resume_from_checkpoint": str(path / "checkpoint-3")}):
+        trainer = rig.trainer(path, rig.untied_llama(), rig.offline_rows(7), **options)
+        found.append([line["loss"] for line in rig.trained(trainer, **how)][-3:])
+    return found
+
+
 def work(rank: int, folder: Path, kind: str) -> dict:
     warnings.filterwarnings("error", message="the GFT loss")
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -108,6 +119,7 @@ def work(rank: int, folder: Path, kind: str) -> dict:
     results: dict = {name: run(name, folder / str(rank), micro_batch=2, kind=kind) for name in names}
     if kind == "ddp":
         results["stop"] = stopping_step(folder / str(rank), interrupted=rank == 0)
+        results["resumed"] = losses_straight_and_resumed(folder / "resumed")
     return results
 
 

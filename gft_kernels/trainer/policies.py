@@ -191,5 +191,5 @@ class FollowsPolicy(TrainerCallback):
 
     def restore(self, checkpoint: str) -> None:
         """Raises FileNotFoundError for a checkpoint of a run whose copy did not move."""
-        for name, weight in load_file(Path(checkpoint, REFERENCE), device=str(self.trainer.args.device)).items():
+        for name, weight in load_file(Path(checkpoint, REFERENCE)).items():
             self.moving()[name].copy_(weight)

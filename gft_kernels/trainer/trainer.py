@@ -141,6 +141,8 @@ class GFTTrainer(Trainer):
             return super().get_train_dataloader()  # which refuses
         args, order = self.args, windows.row_order(self.train_dataset, self.args)
         loader = self._loader(self.train_dataset, args.train_batch_size, (*LOADER, *OF_TRAINING), order)
+        if isinstance(order, windows.EvenSampler):  # is told the epoch so, behind skipped batches too
+            loader.set_sampler(order)  # type: ignore[attr-defined]
         self._steps_per_epoch = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
         return loader
 

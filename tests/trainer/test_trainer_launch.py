@@ -142,6 +142,12 @@ def test_all_ranks_stop_after_the_step_in_which_one_was_interrupted(launched):
     assert step == other == 1 and saved
 
 
+def test_ranks_resumed_inside_an_epoch_read_the_rows_that_were_left(launched):
+    """With the reference that had followed, too."""
+    straight, resumed = launched("ddp.yaml")[0]["resumed"]
+    assert straight == resumed and len(set(straight)) == 3
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_accelerate_reads_every_file(path):
     from accelerate.commands.config.config_args import load_config_from_file
