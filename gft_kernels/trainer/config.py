@@ -1,5 +1,6 @@
 """GFTConfig: transformers.TrainingArguments plus what a group, a rollout and the loss need, and which loss that is."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,8 +13,9 @@ from transformers import TrainingArguments
 from gft_kernels.api import policy_loss
 from gft_kernels.arguments import completed
 from gft_kernels.model.loss_options import GroupLossOptions, option, settle_means
-from gft_kernels.objectives import PRESETS, RECTIFIES, objective_of
+from gft_kernels.objectives import PRESETS, RECTIFIES, Preset, objective_of
 from gft_kernels.options import BATCH, NORMALIZE, SPLIT
+from gft_kernels.sequences import GEOMETRIC
 from gft_kernels.trainer import config_checks
 
 OLDEST = "5.6"
@@ -171,15 +173,22 @@ def described(config: GFTConfig) -> str:
     return ", ".join([config.objective, *given])
 
 
+def presets(config: GFTConfig) -> list[Preset]:
+    """That of the objective, then that of the demonstrations where it is another."""
+    return [PRESETS[name] for name in (config.objective, config.given_objective) if name is not None]
+
+
 def has_ratio(config: GFTConfig) -> bool:
     """Whether the objective compares the policy with the one that sampled."""
-    names = (config.objective, config.given_objective or config.objective)
-    return any("old_log_probs" in PRESETS[name].options for name in names)
+    return any("old_log_probs" in preset.options for preset in presets(config))
 
 
 def clip_range(config: GFTConfig) -> tuple[float, float]:
-    """(lowest, highest) ratio pi / pi_old that counts as near: the objective's own bounds, or 1 - CLIP and 1 + CLIP."""
-    low, high = config.clip_low, config.clip_high
-    if not has_ratio(config):
-        low = high = CLIP
-    return 0.0 if low is None else 1.0 - low, 1.0 + (high or 0.0)  # psft has no lower bound
+    """(lowest, highest) ratio pi / pi_old that counts as near: of the first objective that clips, or by CLIP."""
+    clips = next((preset for preset in presets(config) if "clip_high" in preset.options), None)
+    if clips is None:
+        return 1.0 - CLIP, 1.0 + CLIP
+    asked = {name: getattr(config, name, None) for name in clips.options}
+    options = clips.options | {name: value for name, value in asked.items() if value is not None}
+    low, high = options.get("clip_low", 1.0), options["clip_high"]  # psft has no lower bound
+    return (math.exp(-low), math.exp(high)) if clips.over_sequence == GEOMETRIC else (1.0 - low, 1.0 + high)

@@ -12,6 +12,7 @@ import trainer_rig as rig
 
 from gft_kernels import policy_loss
 from gft_kernels.trainer import GFTConfig, GFTTrainer
+from gft_kernels.trainer.config import clip_range
 from gft_kernels.trainer.groups import IGNORE, SOURCES
 
 OFFLINE = {"train": rig.offline_rows(6), "reward_funcs": (), "num_generations": 0, "share_prompts": False}
@@ -190,6 +191,19 @@ def test_drift_is_that_of_the_tokens(tmp_path):
     kl = (log_ratio.exp() - 1 - log_ratio)[sampled].mean()
     assert line["drift/kl"] == pytest.approx(kl.item(), rel=1e-3)
     assert line["min_log_prob"] == pytest.approx(after[live].min().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("options", "bounds"), [
+    ({}, (0.8, 1.2)), ({"objective": "sapo"}, (0.8, 1.2)), ({"objective": "grpo", "clip_high": 0.3}, (0.8, 1.3)),
+    ({"objective": "psft", "advantages": "ones", "num_generations": 0}, (0.0, 1.28)),
+    ({"objective": "gmpo", "clip_low": 0.3}, (math.exp(-0.3), math.exp(0.4))),
+    ({"objective": "dapo", "given_objective": "luffy"}, (0.8, 1.28)),
+    ({"objective": "gft", "given_objective": "grpo"}, (0.8, 1.2)),
+    ({"objective": "grpo", "given_objective": "psft"}, (0.8, 1.2)),
+    ({"objective": "dapo", "given_objective": "chord", "clip_low": 0.1, "clip_high": 0.5}, (0.9, 1.5)),
+])  # fmt: skip
+def test_drift_is_counted_outside_the_bounds_of_the_objective_that_clips(tmp_path, options, bounds):
+    assert clip_range(rig.config(tmp_path, **options)) == pytest.approx(bounds)
 
 
 def test_one_step_a_rollout_asks_nothing_of_the_old_policy(tmp_path):
