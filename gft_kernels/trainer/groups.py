@@ -39,11 +39,17 @@ class Group:
     responses: list[Response]
     resampled: bool = False  # because the rewards of its first samples were equal
     left_out: bool = False  # of the step, because they still are
+    whole: list[Response] | None = None  # where this is a part of a group: the responses of all of it
 
     @property
     def is_silent(self) -> bool:
         """Whether no response is weighed against another: the rewards are equal."""
-        return all(response.advantage == 0 for response in self.responses)
+        return all(response.advantage == 0 for response in self.whole or self.responses)
+
+    @property
+    def share(self) -> float:
+        """Of its group: 1, but for a part of one."""
+        return len(self.responses) / len(self.whole or self.responses)
 
 
 class GroupBuilder:

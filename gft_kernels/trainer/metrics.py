@@ -52,11 +52,12 @@ class Means:
             rewards = [r.reward for r in responses if r.source == source and r.reward == r.reward]
             self.add(f"reward/{source}", sum(rewards), len(rewards))
         sampled = [r for r in responses if r.source == "sampled"]
-        self.add("zero_std_groups", sum(g.is_silent for g in groups), len(groups))
+        number = sum(g.share for g in groups)  # a group that is cut over steps counts once
+        self.add("zero_std_groups", sum(g.share for g in groups if g.is_silent), number)
         if config.dynamic_sampling == "resample":
-            self.add("resampled_groups", sum(g.resampled for g in groups), len(groups))
+            self.add("resampled_groups", sum(g.share for g in groups if g.resampled), number)
         if config.curriculum:
-            self.add("demonstrations", len(responses) - len(sampled), len(groups))
+            self.add("demonstrations", len(responses) - len(sampled), number)
         self.add("truncated", sum(r.truncated for r in sampled), len(sampled))
         self.add("completion_length", sum(len(r.ids) for r in sampled), len(sampled))
         self.add("tokens", count_items(groups, "token-mean"), 1)

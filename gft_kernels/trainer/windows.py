@@ -43,14 +43,13 @@ def micro_batches_of(groups: Sequence[Group], batches: Sequence[Sequence], order
     pairs = [(g, r) for g in groups for r in g.responses]
     pairs.sort(key=lambda pair: pair[1].source != "sampled")
     ends = [len(pairs) * i // len(batches) for i in range(len(batches) + 1)]
-    return [
-        [replace(some[0][0], responses=[r for _, r in some]) for some in same_group(pairs[start:end])]
-        for start, end in itertools.pairwise(ends)
-    ]
+    return [parts_of(pairs[start:end]) for start, end in itertools.pairwise(ends)]
 
 
-def same_group(pairs: Sequence[tuple[Group, Response]]) -> list[list[tuple[Group, Response]]]:
-    return [list(some) for _, some in itertools.groupby(pairs, key=lambda pair: id(pair[0]))]
+def parts_of(pairs: Sequence[tuple[Group, Response]]) -> list[Group]:
+    """Each group with those of its responses that are here."""
+    found = [list(some) for _, some in itertools.groupby(pairs, key=lambda pair: id(pair[0]))]
+    return [replace(some[0][0], responses=[r for _, r in some], whole=some[0][0].responses) for some in found]
 
 
 def window_of(

@@ -127,6 +127,17 @@ def test_a_solve_rate_lies_between_0_and_1(tmp_path):
         trainer.train()
 
 
+def test_a_group_that_is_cut_over_steps_counts_once(tmp_path):
+    """Two groups of a demonstration and two samples, the first sample with the mean reward: five parts in two steps."""
+    trainer = made(
+        tmp_path, Scripted(RIGHT, WRONG), rows=2, num_demonstrations=1, per_device_train_batch_size=1,
+        steps_per_rollout=2, rollout_order="paper", curriculum=True, logging_steps=2,
+        reward_funcs=lambda completions: [0.0, 0.5, 1.0] * 2,
+    )  # fmt: skip
+    (line,) = rig.trained(trainer)
+    assert line["demonstrations"] == 1 and line["zero_std_groups"] == 0
+
+
 # Several passes
 
 
