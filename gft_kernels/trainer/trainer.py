@@ -57,6 +57,7 @@ class GFTTrainer(Trainer):
     args: GFTConfig
     train_dataset: Rows | None
     _eval_batches = 0
+    _last_log, _aside = 0.0, 0.0  # a time; seconds since then that were not training
 
     def __init__(
         self,
@@ -125,7 +126,6 @@ class GFTTrainer(Trainer):
         self.means = Means(args.device)
         self._ahead: list[windows.Window] = []  # sampled and not yet trained on, of the epoch of this iterator
         self._epoch: Iterator | None = None
-        self._last_log, self._aside = time.perf_counter(), 0.0  # seconds since then that were not training
 
     def rows_of(self, records, name: str) -> Any:
         """Rows checked and tokenised as training needs them. Raises RowError, TypeError for what is no list of rows."""
@@ -169,6 +169,8 @@ class GFTTrainer(Trainer):
             self.follows.restore(resume_from_checkpoint)
 
     def train(self, *args, **kwargs):
+        self.means = Means(self.args.device)  # what an earlier run has not logged is not of this one
+        self._last_log, self._aside = time.perf_counter(), 0.0
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -267,7 +269,8 @@ class GFTTrainer(Trainer):
     def _logs_after_this_step(self) -> bool:
         step, by_epoch = self.state.global_step + 1, self.args.logging_strategy == "epoch"
         every = self._steps_per_epoch if by_epoch else max(int(self.state.logging_steps or 1), 1)
-        return step % every == 0 or (by_epoch and step == self.state.max_steps)
+        first = step == 1 and self.args.logging_first_step
+        return first or step % every == 0 or (by_epoch and step == self.state.max_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last training log line, and warns once of each sign of a collapse."""

@@ -191,6 +191,23 @@ def test_every_log_line_has_the_kl_where_epochs_are_logged(tmp_path):
     assert [(line["step"], "kl_to_start" in line) for line in rig.trained(trainer)] == [(4, True), (5, True)]
 
 
+def test_the_line_of_the_first_step_has_the_kl(tmp_path):
+    trainer = rig.trainer(tmp_path, log_kl=True, logging_first_step=True, logging_steps=2)
+    assert [(line["step"], "kl_to_start" in line) for line in rig.trained(trainer)] == [(1, True), (2, True)]
+
+
+def test_what_a_run_has_not_logged_is_not_of_the_next(tmp_path):
+    length = [2]
+
+    def rollout(model, prompts_ids, sampling):
+        return [[4] * length[0]] * (len(prompts_ids) * sampling.num_generations)
+
+    trainer = rig.trainer(tmp_path, rollout_fn=rollout, max_steps=3, logging_steps=2)
+    trainer.train()
+    length[0] = 4
+    assert [line["completion_length"] for line in rig.trained(trainer)] == [4.0]
+
+
 def test_metrics_match_the_tokens_of_the_step(tmp_path):
     trainer = rig.trainer(tmp_path, train=rig.rows(2), num_generations=0, tau=0.06, log_kl=False, max_steps=1)
     given = [(row["prompt"], text) for row in rig.rows(2) for text in row["demonstrations"]]
