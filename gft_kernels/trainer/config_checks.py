@@ -146,6 +146,11 @@ def check_training_arguments(config: Any) -> None:
         ("average_tokens_across_devices", (True,), "the loss is divided by the token count of all ranks"),
         ("label_smoothing_factor", (0.0,), "the GFT loss has no smoothed targets"),
         ("batch_eval_metrics", (False,), "evaluation counts over the whole set"),
+        ("eval_do_concat_batches", (True,), "evaluation counts over the whole set"),
+        ("prediction_loss_only", (False,), "evaluation has a line of numbers for each row"),
+        ("include_for_metrics", ([],), "evaluation has a line of numbers for each row"),
+        ("bf16_full_eval", (False,), "evaluate() would leave the weights rounded"),
+        ("fp16_full_eval", (False,), "evaluate() would leave the weights rounded"),
         ("auto_find_batch_size", (False,), "it would change the prompts of a step"),
         ("train_sampling_strategy", ("random", "sequential"), "nobody knows a group's length before it is sampled"),
     ):
