@@ -200,6 +200,9 @@ def refuse_layouts(args: GFTConfig, accelerator) -> None:
         raise ValueError("fsdp_version must be 2, got 1; its flat parameters cannot be sampled from.")
     if args.sync_ref_model and accelerator.distributed_type == "DEEPSPEED":
         raise ValueError("sync_ref_model must be False with DeepSpeed, got True; the copy could not follow the policy.")
-    for name in ("dispatch_batches", "split_batches"):
-        if getattr(args.accelerator_config, name):
-            raise ValueError(f"accelerator_config.{name} must be False, got True; every rank reads its own rows.")
+    for name, needed in (("dispatch_batches", False), ("split_batches", False), ("even_batches", True)):
+        if bool(getattr(args.accelerator_config, name)) is not needed:
+            raise ValueError(
+                f"accelerator_config.{name} must be {needed}, got {not needed}; "
+                "every rank reads its own rows, in as many batches."
+            )

@@ -13,6 +13,7 @@ import launched_run
 import psutil
 import pytest
 import torch
+import trainer_rig as rig
 import yaml
 from ranks import results_in, start_ranks
 from safetensors.torch import load_file
@@ -146,6 +147,13 @@ def test_ranks_resumed_inside_an_epoch_read_the_rows_that_were_left(launched):
     """With the reference that had followed, too."""
     straight, resumed = launched("ddp.yaml")[0]["resumed"]
     assert straight == resumed and len(set(straight)) == 3
+
+
+@pytest.mark.parametrize(("name", "needed"), [("dispatch_batches", False), ("even_batches", True)])
+def test_ranks_read_rows_of_their_own_in_as_many_batches(tmp_path, name, needed):
+    told = f"accelerator_config.{name} must be {needed}, got {not needed}; every rank reads its own rows"
+    with pytest.raises(ValueError, match=told):
+        rig.trainer(tmp_path, accelerator_config={name: not needed})
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
