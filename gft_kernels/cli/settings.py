@@ -54,7 +54,6 @@ class Secret(str):
         return self
 
 
-_LINES = "evaluation has a line of numbers for each row, whatever it says"
 # What TrainingArguments holds for scripts of one's own and for other trainers: nothing here would read it.
 UNREAD = {
     "resume_from_checkpoint": "use --resume, which finds the newest whole checkpoint of output_dir",
@@ -64,7 +63,6 @@ UNREAD = {
     "local_rank": "torchrun says it",
     "label_names": "the responses are what is learnt",
     "length_column_name": "the length of a group is not known before it is sampled",
-    **dict.fromkeys(("prediction_loss_only", "include_for_metrics", "eval_do_concat_batches"), _LINES),
 }
 
 

@@ -64,9 +64,9 @@ FLAGS = [
     (["--do_predict", "true"], "key `do_predict` must be left out, got True; set eval_data"),
     (["--local_rank", "1"], "key `local_rank` must be left out, got 1; torchrun says it"),
     (["--label_names", "a"], "key `label_names` must be left out, got 'a'; the responses are what is learnt"),
-    (["--prediction_loss_only", "true"], "key `prediction_loss_only` must be left out, got True; evaluation"),
-    (["--include_for_metrics", "loss"], "key `include_for_metrics` must be left out, got 'loss'; evaluation"),
-    (["--eval_do_concat_batches", "false"], "key `eval_do_concat_batches` must be left out, got False; evaluation"),
+    (["--prediction_loss_only", "true"], "prediction_loss_only must be False, got True; evaluation"),
+    (["--include_for_metrics", "loss"], "include_for_metrics must be [], got ['loss']; evaluation"),
+    (["--eval_do_concat_batches", "false"], "eval_do_concat_batches must be True, got False; evaluation"),
     (["--length_column_name", "n"], "key `length_column_name` must be left out, got 'n'; the length of a group is"),
     # values
     (["--tau", "2"], "tau must lie in [0, 1], got 2"),
