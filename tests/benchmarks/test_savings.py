@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import savings
 from benchmarks.kinds.row import TWO_PASS
-from gft_kernels.cli import plan
+from gft_kernels.cli import forecast
 from gft_kernels.linear.chunks import chunk_rows
 
 PAGE = Path(__file__).parents[2] / "docs" / "calculator.html"
@@ -39,8 +39,8 @@ def test_the_page_computes_what_python_computes(tmp_path):
 
 def test_whole_logits_are_those_of_a_dry_run(monkeypatch):
     config = type("Config", (), {"max_completion_length": 7})
-    model, batches = plan.Shape(1, 1, 5003, 1, 1, 1, 1), plan.Batches(1, 8, 1, 1, 1, 1, 1, 3)
-    assert savings.whole_logits(21, 5003, 4) == plan.full_logits_memory(config, model, batches)
+    model, batches = forecast.Shape(1, 1, 5003, 1, 1, 1, 1), forecast.Batches(1, 8, 1, 1, 1, 1, 1, 3)
+    assert savings.whole_logits(21, 5003, 4) == forecast.full_logits_memory(config, model, batches)
 
 
 def test_a_chunked_head_is_the_chunk_and_both_gradients():
