@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from gft_kernels.cli.dry_run import local
 from gft_kernels.cli.inputs import rows
 from gft_kernels.cli.keys import TRAINING, Key, as_yaml, sections
-from gft_kernels.data.answers import NUMBER
+from gft_kernels.data.answers import NUMBER, read_number
 from gft_kernels.data.pretrained import located
 
 OWN_REWARD = "rewards_of_mine:reward"
@@ -67,7 +67,8 @@ def ready_reward(records: Sequence[dict]) -> str | None:
     if any(isinstance(record["answer"], (dict, list)) for record in records):
         return "json_answer"
     experts = [((record.get("demonstrations") or [""])[0].strip(), str(record["answer"]).strip()) for record in records]
-    if all(NUMBER.fullmatch(answer.strip("#$% ")) for _, answer in experts):
+    answers = [answer.strip("#$% ") for _, answer in experts]
+    if all(NUMBER.fullmatch(answer) and read_number(answer) is not None for answer in answers):
         return "last_number"
     return "exact_answer" if all(text == answer for text, answer in experts) else None
 

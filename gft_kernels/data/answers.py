@@ -12,13 +12,19 @@ from decimal import Decimal, InvalidOperation
 
 from gft_kernels.data.readers import fields_once
 
-NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+# A sign (also a minus or a dash of print, and before a currency), and digits.
+NUMBER = re.compile(r"([-\u2212\u2013]?)(?:\\?[$€£¥])?((?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)")
+THOUSANDS = re.compile(r"(?<=\d)[, ](?=(?:\d\d\d?[, ])*\d{3}(?![, ]?\d))")  # or 1,2 would be 12
+SPACE = re.compile(r"(?<!\d) +| +(?!\d)")  # not that of 1 2
 
 NO_MATH_VERIFY = "math_verify must be installed for this reward, got none; run pip install 'gft-kernels[math]'."
 
 
 def last_number(prompts, completions, answer, **columns) -> list[float]:
-    """1 where the last number of the completion equals the last number of `answer` (GSM8K's "#### 72"), else 0."""
+    """1 where the last number of the completion equals the last number of `answer` (GSM8K's "#### 72"), else 0.
+
+    Numbers are decimal: the last one of 1/2 or 10^2 is 2.
+    """
     return [
         float((found := read_number(text)) is not None and found == read_number(str(gold)))
         for text, gold in zip(completions, answer, strict=True)
@@ -60,10 +66,13 @@ def math_verify(prompts, completions, answer, **columns) -> list[float]:
 
 
 def read_number(text: str) -> Decimal | None:
-    """The last number in a text, thousands separators removed; None if there is none."""
+    """The last number in a text, thousands separators removed; None without one, and where commas are none (1,2)."""
     numbers = NUMBER.findall(text)
+    if not numbers:
+        return None
+    sign, digits = numbers[-1]
     try:
-        return Decimal(numbers[-1].replace(",", "")) if numbers else None
+        return Decimal(("-" if sign else "") + THOUSANDS.sub("", digits))
     except InvalidOperation:
         return None
 
@@ -71,13 +80,9 @@ def read_number(text: str) -> Decimal | None:
 def canonical(text: str) -> str | None:
     """The one spelling of a JSON value, by which two texts of it are compared; None for what is none."""
     try:
-        return json.dumps(json.loads(text, object_pairs_hook=fields_once, parse_constant=_refused), sort_keys=True)
+        return json.dumps(json.loads(text, object_pairs_hook=fields_once), sort_keys=True, allow_nan=False)
     except (ValueError, RecursionError):
         return None
-
-
-def _refused(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
 
 
 def last_boxed(text: str) -> str | None:
@@ -97,8 +102,8 @@ def _same_answer(found, gold):
     if found is None:
         return False
     gold = last_boxed(gold) or gold
-    found, gold = (s.strip().strip("$").replace(",", "").replace(" ", "") for s in (found, gold))
+    found, gold = (SPACE.sub("", THOUSANDS.sub("", s.strip().strip("$"))) for s in (found, gold))
     try:
-        return Decimal(found) == Decimal(gold)
+        return found == gold or ("_" not in found + gold and Decimal(found) == Decimal(gold))  # it reads 24_7 as 247
     except InvalidOperation:
-        return found == gold
+        return False

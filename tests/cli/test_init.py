@@ -78,6 +78,7 @@ def test_the_file_trains_as_it_stands(tmp_path, model_path, capsys):
             {"rewards": ["rewards_of_mine:reward"]},
         ),
         (GIVEN | {"answer": "#### $5"}, {"rewards": ["last_number"]}),
+        (GIVEN | {"answer": "1,5"}, {"rewards": ["rewards_of_mine:reward"]}),
         (
             GIVEN | {"demonstrations": ["1" * 40, "<pad>" * 10]},
             {"rewards": ["last_number"], "max_completion_length": 64},
@@ -93,6 +94,7 @@ def test_the_file_trains_as_it_stands(tmp_path, model_path, capsys):
         "in words",
         "a date",
         "number",
+        "two numbers",
         "tokens",
         "prompts",
     ],

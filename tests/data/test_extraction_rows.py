@@ -36,9 +36,10 @@ def test_json_answer(completion, answer, reward):
     assert json_answer(["?"], [completion], [answer]) == [reward]
 
 
-def test_an_answer_that_is_no_json_is_an_error_not_a_zero():
-    with pytest.raises(ValueError, match="field `answer` must be JSON, got 'Rome'"):
-        json_answer(["?"] * 2, ["1", "Rome"], ["1", "Rome"])
+@pytest.mark.parametrize("answer", ["Rome", "1e400"])  # a number beyond float64 would equal any other
+def test_an_answer_that_is_no_json_is_an_error_not_a_zero(answer):
+    with pytest.raises(ValueError, match=f"field `answer` must be JSON, got '{answer}'"):
+        json_answer(["?"] * 2, ["1", "1e500"], ["1", answer])
 
 
 def test_exact_answer():
