@@ -10,6 +10,9 @@ import re
 import threading
 from decimal import Decimal, InvalidOperation
 
+from torch import Tensor
+
+from gft_kernels.data.fields import plain
 from gft_kernels.data.readers import fields_once
 
 # A sign (also a minus or a dash of print, and before a currency), and digits.
@@ -26,19 +29,19 @@ def last_number(prompts, completions, answer, **columns) -> list[float]:
     Numbers are decimal: the last one of 1/2 or 10^2 is 2.
     """
     return [
-        float((found := read_number(text)) is not None and found == read_number(str(gold)))
+        float((found := read_number(text)) is not None and found == read_number(as_text(gold)))
         for text, gold in zip(completions, answer, strict=True)
     ]
 
 
 def boxed_answer(prompts, completions, answer, **columns) -> list[float]:
     r"""1 where the last \boxed{...} of the completion equals `answer` as text or as a number, else 0."""
-    return [float(_same_answer(last_boxed(c), str(gold))) for c, gold in zip(completions, answer, strict=True)]
+    return [float(_same_answer(last_boxed(c), as_text(gold))) for c, gold in zip(completions, answer, strict=True)]
 
 
 def exact_answer(prompts, completions, answer, **columns) -> list[float]:
     """1 where the completion is `answer` and nothing else, white space around it aside, else 0."""
-    return [float(text.strip() == str(gold).strip()) for text, gold in zip(completions, answer, strict=True)]
+    return [float(text.strip() == as_text(gold).strip()) for text, gold in zip(completions, answer, strict=True)]
 
 
 def json_answer(prompts, completions, answer, **columns) -> list[float]:
@@ -46,23 +49,36 @@ def json_answer(prompts, completions, answer, **columns) -> list[float]:
 
     Types count: 34, 34.0 and "34" differ. `answer` is a value, or one as JSON text. Raises: ValueError for other text.
     """
-    golds = [canonical(gold if isinstance(gold, str) else json.dumps(gold)) for gold in answer]
+    golds = [canonical(gold if isinstance(gold, str) else json.dumps(plain(gold))) for gold in answer]
     if None in golds:
         raise ValueError(f"field `answer` must be JSON, got {answer[golds.index(None)]!r:.60}")
     return [float(canonical(text) == gold) for text, gold in zip(completions, golds, strict=True)]
 
 
 def math_verify(prompts, completions, answer, **columns) -> list[float]:
-    """1 where the library math-verify judges the completion equal to `answer`, else 0. Needs the extra `math`."""
+    """1 where the library math-verify judges the completion equal to `answer`, else 0. Needs the extra `math`.
+
+    An `answer` without marks of mathematics ($, \\boxed) is a formula as a whole.
+    """
     try:
         from math_verify import parse, verify
     except ImportError:
         raise ImportError(NO_MATH_VERIFY) from None
     # Its timeouts use SIGALRM, which only the main thread may set.
     seconds = 5 if threading.current_thread() is threading.main_thread() else None
-    golds = [parse(str(gold), parsing_timeout=seconds) for gold in answer]
+    golds = [parse(_marked(as_text(gold)), parsing_timeout=seconds) for gold in answer]
     found = [parse(text, parsing_timeout=seconds) for text in completions]
     return [float(verify(g, f, timeout_seconds=seconds)) for g, f in zip(golds, found, strict=True)]
+
+
+def as_text(gold: object) -> str:
+    """An `answer` as it would be written, also where a dataset holds it in a tensor."""
+    return str(gold.cpu().numpy() if isinstance(gold, Tensor) else gold)
+
+
+def _marked(gold: str) -> str:
+    """math-verify looks for a formula between marks, or else for a number alone: 2 in 2\\sqrt{3}."""
+    return gold if any(mark in gold for mark in ("$", "\\(", "\\[", "\\boxed")) else f"\\boxed{{{gold}}}"
 
 
 def read_number(text: str) -> Decimal | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gft_kernels.data import digit_sum, gsm8k
-from gft_kernels.data.answers import boxed_answer, last_boxed, last_number, math_verify
+from gft_kernels.data.answers import boxed_answer, exact_answer, json_answer, last_boxed, last_number, math_verify
 from gft_kernels.data.rows import Row
 from gft_kernels.trainer import RewardError, rewards
 from gft_kernels.trainer.rewards import Rewards, find
@@ -53,6 +53,20 @@ def test_math_verify_knows_equal_forms_also_outside_the_main_thread():
     thread.start()
     thread.join()
     assert out == [1.0, 0.0, 1.0]
+
+
+def test_math_verify_reads_an_answer_without_marks_as_a_formula():
+    pytest.importorskip("math_verify")
+    answers = [r"2\sqrt{3}", r"2\sqrt{3}", r"\sqrt{2}", "x^2+1", "(1,2)", "1/2", "#### 72"]
+    said = ["2", *(rf"\boxed{{{a}}}" for a in (r"\sqrt{12}", r"\sqrt{2}", "1+x^2", "(1,2)", "0.5", "72"))]
+    assert math_verify(["?"] * 7, said, answers) == [0.0] + [1.0] * 6
+
+
+@pytest.mark.parametrize("answer", [7, torch.tensor(7), numpy.int64(7)])
+def test_an_answer_is_the_same_number_whatever_a_dataset_holds_it_in(answer):
+    for verify in (last_number, boxed_answer, exact_answer, json_answer):
+        assert verify(["?"], [r"\boxed{7}" if verify is boxed_answer else "7"], [answer]) == [1.0]
+    assert last_number(["?"], ["0.12345678"], [torch.tensor(0.12345678)]) == [1.0]
 
 
 def test_a_reward_is_found_by_name_or_path():
