@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gft_kernels.data import pretrained
+from gft_kernels.trainer.peft_adapters import merged
 
 
 def merge(run: str, out: str) -> str:
@@ -25,7 +26,7 @@ def merge(run: str, out: str) -> str:
     name = pretrained.located(PeftConfig.from_pretrained(run).base_model_name_or_path)
     with pretrained.transformers_at_rest():
         base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        model = PeftModel.from_pretrained(base, run).merge_and_unload(safe_merge=True)
+        model = merged(PeftModel.from_pretrained(base, run), safe_merge=True)
         model.to(getattr(AutoConfig.from_pretrained(name), "dtype", None) or torch.float32).save_pretrained(out)
         tokenizer = run if Path(run, "tokenizer_config.json").is_file() else name
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(out)

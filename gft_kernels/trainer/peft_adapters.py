@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from gft_kernels.data.pretrained import transformers_at_rest
 from gft_kernels.trainer.config_checks import nearest
 
@@ -65,5 +67,19 @@ def save_merged(model: Any, tokenizer: Any, folder: str) -> None:
     """The model that an adapter makes of its base, which changes in place; an adapter saved there would act again."""
     for path in Path(folder).glob("adapter_*"):
         path.unlink()
-    model.merge_and_unload().save_pretrained(folder)
+    merged(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def merged(model: Any, **options: Any) -> Any:
+    """The model that an adapter makes of its base, which changes in place; options: of peft's merge_and_unload.
+
+    An adapter of one of two tied layers would be merged into both: the head gets a weight of its own first.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if any(isinstance(end, BaseTunerLayer) for end in ends) and ends[0].weight is ends[1].weight:
+        head = getattr(ends[1], "base_layer", ends[1])
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    return model.merge_and_unload(**options)

@@ -10,6 +10,7 @@ import trainer_rig as rig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gft_kernels.cli import main
+from gft_kernels.trainer import peft_adapters
 
 peft = pytest.importorskip("peft")
 
@@ -42,6 +43,19 @@ def test_the_merged_model_is_base_and_adapter(adapted, capsys):
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)  # weights rounded to bfloat16
     assert (without - expected).abs().max() > 0.2
     assert AutoTokenizer.from_pretrained(folder / "merged").vocab_size == rig.tokenizer().vocab_size
+
+
+@pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_one_of_two_tied_layers_leaves_the_other_as_it_is(tmp_path, layer):
+    base = rig.llama()
+    assert base.config.tie_word_embeddings
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=[layer], init_lora_weights=False))
+    ids = torch.randint(12, (2, 9))
+    with torch.no_grad():
+        expected = model(ids).logits
+        peft_adapters.save_merged(model, rig.tokenizer(), str(tmp_path))
+        found = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("run", "out", "sentence"), [
