@@ -50,6 +50,11 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
+CHANNELS = (
+    "{% for m in messages %}{{ '<|start|>' + m.role + ('<|channel|>z' if m.role == 'assistant' else '') + "
+    "'<|message|>' + m.content + ('<|return|>' if m.role == 'assistant' and loop.last else '<|end|>') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
 ENABLE = "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}"
 TOOLS = "{% if tools %}{{ 'tools:' + tools[0].name }}{% endif %}"
 STYLES = {
@@ -62,6 +67,7 @@ STYLES = {
         LLAMA, "<|end_of_text|>", "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>"), "<|begin_of_text|>"
     ),
     "mistral": Style(MISTRAL, "</s>", "</s>", ("[INST]", "[/INST]"), "<s>", "<unk>"),
+    "gpt-oss": Style(CHANNELS, "<|return|>", "<|return|>", ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")),
     "none": Style("{% for m in messages %}{{ m.content + ':' }}{% endfor %}", "<eos>", "<eos>"),
 }
 

@@ -139,6 +139,7 @@ class Turn(NamedTuple):
     opening: str = ""  # without the thinking; where the template opens none, what it puts behind a question
     end: int | None = None  # the token that closes the turn; None: none of its own
     in_parts: bool = False  # whether it reads content as a list of parts, [{"type": "text", "text": ...}]
+    lead: int | None = None  # the first special token between the opening and an answer (gpt-oss names a channel)
 
 
 @functools.lru_cache(maxsize=16)
@@ -162,9 +163,12 @@ def _turn(tokenizer: Any, template: str) -> Turn:
             faults.append(f"{type(error).__name__}: {error}")
             continue
         if closed[0] != closed[1]:
-            opening = re.split(THINKING, opened[len(_common([opened, asked[0]])) :], maxsplit=1, flags=re.IGNORECASE)[0]
+            question, begun = _common([opened, asked[0]]), _common(closed)
+            opening = re.split(THINKING, opened[len(question) :], maxsplit=1, flags=re.IGNORECASE)[0]
             opening = opening.strip() or _common_end(asked).strip()
-            return Turn(opening, _first_mark(tokenizer, _common_end(closed)), in_parts)
+            lead = begun[len(_common([begun, opened])) :] if begun.startswith(question) else ""
+            end = _first_mark(tokenizer, _common_end(closed))
+            return Turn(opening, end, in_parts, _first_mark(tokenizer, lead))
         faults.append("turns without what is said in them")
     warnings.warn(
         f"the chat template should render a question and its answer, got {faults[0]}; responses to messages end in "
@@ -217,7 +221,10 @@ def doubts(
     if end < len(prompt_ids):
         mark = tokenizer.decode([prompt_ids[end]])
         yield "ended", f"field `prompt` should not end in an end token, got {mark!r}: nothing opens the response's turn"
-    tail = tokenizer.decode(list(prompt_ids)[-TAIL:])
+    tail, turn = tokenizer.decode(list(prompt_ids)[-TAIL:]), _turn(tokenizer, _template(tokenizer))
+    if turn.lead is not None and tail.rstrip().endswith(turn.opening) and any(turn.lead not in ids for ids in encoded):
+        mark = tokenizer.decode([turn.lead])
+        yield "bare", f"a response should begin with {mark!r}, as the chat template's answers do, got one without it"
     opened = OPENED.search(tail)
     if opened and any(f"{opened[1][0]}/{opened[1][1:]}" not in text for text in responses):
         yield "unclosed", f"a response should close the {opened[1]} that its prompt opens, got one that does not"

@@ -203,6 +203,7 @@ THOUGHT_TWICE = {"prompt": "q<think></think>", "demonstrations": ["<think>x</thi
     [("qwen", {"prompt": "q<|im_end|>\n"}, r"field `prompt` should not end in an end token, got '<\|im_end"),
      ("qwen thinking", {"prompt": ASKED}, r"a response should close the <think> that its prompt opens"),
      ("qwen", THOUGHT_TWICE, r"a response should not think again"),
+     ("gpt-oss", {"prompt": ASKED}, r"a response should begin with '<\|channel\|>', as the chat template's answers do"),
      ("qwen", {"demonstrations": ["a<|im_end|>\n<|im_start|>user\nq<|im_end|>"]}, "a response should end at its first"),
      (rig.tokenizer(), {"demonstrations": ["\N{ROCKET}a"]}, "text should be known to the tokenizer, got some")],
 )  # fmt: skip
@@ -211,6 +212,12 @@ def test_prompts_that_are_hardly_meant_are_named_once(style, record, warning):
     with pytest.warns(UserWarning, match=rf"rows\[1\]: {warning}") as found:
         rows(style, [sound, {**sound, **record}, {**sound, **record}])
     assert len(found) == 1
+
+
+def test_a_response_that_begins_as_the_template_has_it_is_no_doubt(recwarn):
+    records = [{"prompt": ASKED, "demonstrations": ["<|channel|>z<|message|>x"]}]
+    records.append({"prompt": [*ASKED, {"role": "assistant", "content": "a"}], "demonstrations": ["x"]})
+    assert len(rows("gpt-oss", records)) == 2 and not list(recwarn)
 
 
 READ_BY = "must be read by the chat template"
