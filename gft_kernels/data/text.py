@@ -37,12 +37,12 @@ def encode_prompt(
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
         if ids[-1:] == [tokenizer.eos_token_id]:
-            own = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            own = _ids(tokenizer, prompt)
             if ids[-1 - len(own) : -1] == own:  # the last is the tokenizer's, and nobody goes on behind it
                 ids.pop()
     else:
         text = _rendered(tokenizer, prompt, tools, dict(chat_template_kwargs or {}))
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = _ids(tokenizer, text)
     begin = tokenizer.bos_token_id
     return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
 
@@ -71,14 +71,31 @@ def encode_response(tokenizer: Any, text: str, prompt: Any = "", prompt_ids: Seq
     prompt: what it answers, text or messages; prompt_ids: the same, encoded. Where the prompt already opens the
     thinking (`<think>`), the response's own opening is left out: together they are what the policy would have written.
     """
-    ids = list(tokenizer(_behind_the_opening(tokenizer, text, prompt_ids), add_special_tokens=False)["input_ids"])
+    tail = tokenizer.decode(list(prompt_ids)[-TAIL:])
+    ids = _ids_behind(tokenizer, tail, _behind_the_opening(tail, text))
     length = _length_without_end(tokenizer, ids)
     own = ids[length] if length < len(ids) and isinstance(prompt, str) else None
     return [*ids[:length], end_of_response(tokenizer, prompt) if own is None else own]
 
 
-def _behind_the_opening(tokenizer: Any, text: str, prompt_ids: Sequence[int]) -> str:
-    opened = OPENED.search(tokenizer.decode(list(prompt_ids)[-TAIL:]))
+def _ids_behind(tokenizer: Any, tail: str, text: str) -> list[int]:
+    """Token ids of a text; behind white space without the space that SentencePiece puts before every text."""
+    if tail[-1:].isspace() and _behind_a_line(tokenizer, "a") != _ids(tokenizer, "a"):
+        return _behind_a_line(tokenizer, text)
+    return _ids(tokenizer, text)
+
+
+def _behind_a_line(tokenizer: Any, text: str) -> list[int]:
+    line, both = _ids(tokenizer, "\n"), _ids(tokenizer, f"\n{text}")
+    return both[len(line) :] if both[: len(line)] == line else _ids(tokenizer, text)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _behind_the_opening(tail: str, text: str) -> str:
+    opened = OPENED.search(tail)
     if opened is None or not text.lstrip().startswith(opened[1]):
         return text
     return text.lstrip().removeprefix(opened[1]).removeprefix(opened[2])
@@ -201,7 +218,7 @@ def _first_mark(tokenizer: Any, text: str) -> int | None:
     """The first token of the text that is special: other added tokens (line breaks, names) are parts of answers too."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     marks = {*tokenizer.all_special_ids, *added} - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = _ids(tokenizer, text)
     return next((i for i in ids if i in marks and tokenizer.decode([i]).strip()), None)
 
 

@@ -8,6 +8,8 @@ import chat_tokenizers as chat
 import pytest
 import torch
 import trainer_rig as rig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from gft_kernels.data import scratch, text
 from gft_kernels.data.rows import Limits, Rows
@@ -182,10 +184,32 @@ def test_a_tokenizer_that_closes_texts_does_not_close_a_prompt():
 def test_a_response_does_not_open_the_thinking_a_second_time():
     tokenizer = chat.tokenizer("qwen thinking")
     ids = text.encode_prompt(tokenizer, ASKED)
+    assert marks(tokenizer, text.encode_response(tokenizer, "<think>", ASKED, ids)) == ["<|im_end|>"]
     for own in ("<think>\nx</think>a", "\n<think>x</think>a", "x</think>a"):
         whole = tokenizer.decode([*ids, *text.encode_response(tokenizer, own, ASKED, ids)])
         assert whole.endswith("assistant\n<think>\nx</think>a<|im_end|>"), own
     assert marks(tokenizer, text.encode_response(tokenizer, "<think>", "q"))[0] == "<think>"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "wanted"),
+    [
+        ("x\n", "a", ["a"]),
+        ("x ", "a", ["a"]),
+        ("x\n", " a", ["\u2581a"]),
+        ("x:", "a", ["\u2581a"]),
+        ("x\n", "\na", ["\n", "a"]),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_sentencepiece_puts_no_second_white_space_before_a_response(scheme, prompt, response, wanted):
+    vocabulary = {token: i for i, token in enumerate(["</s>", "\u2581", *"\nax:", "\u2581a"])}
+    inner = Tokenizer(models.BPE(vocabulary, [("\u2581", "a")]))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    inner.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    ids = text.encode_prompt(tokenizer, prompt)
+    assert marks(tokenizer, text.encode_response(tokenizer, response, prompt, ids)) == [*wanted, "</s>"]
 
 
 def rows(style, records, limits=None, name="rows", **options):
