@@ -122,7 +122,8 @@ def is_messages(value: Any) -> bool:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and is_text(value.get("role")) and isinstance(value.get("content"), str)
+    content = value.get("content") if isinstance(value, Mapping) else None
+    return isinstance(content, str) and not SURROGATE.search(content) and is_text(value.get("role"))
 
 
 def _is_tool(value: Any) -> bool:

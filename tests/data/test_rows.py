@@ -26,6 +26,7 @@ from gft_kernels.trainer.groups import Group, collate
         ({"prompt": "  "}, "field `prompt` must be text"),
         ({"prompt": [{"role": "user"}]}, "field `prompt` must be text or a list"),
         ({"prompt": "\ud83d"}, "field `prompt` must be text or a list"),
+        ({"prompt": [{"role": "user", "content": "\ud83d"}]}, "field `prompt` must be text or a list"),
         ([1], "must be an object with fields, got list"),
         ({"prompt": "a", 3: "b"}, "the name of a field must be text, got 3"),
         *(
