@@ -45,17 +45,13 @@ def _timed_table(file: str, label: str) -> str:
     return table(timed_columns("time", outcomes(file, label)))
 
 
-def _row() -> str:
+def _row(file: str, weighed: bool) -> str:
     columns = []
     for dtype in DTYPES:
-        found = outcomes("row-cpu.json", f"{HEADLINE.format(dtype)}, 1 thread")
-        columns += [*timed_columns(dtype, found), ("extra memory", found, megabytes)]
+        found = outcomes(file, f"{HEADLINE.format(dtype)}, 1 thread")
+        columns += timed_columns(dtype, found)
+        columns += [("extra memory", found, megabytes)] if weighed else []
     return table(columns)
-
-
-def _row_default() -> str:
-    found = {dtype: outcomes("row-default-cpu.json", f"{HEADLINE.format(dtype)}, 1 thread") for dtype in DTYPES}
-    return table([column for dtype in DTYPES for column in timed_columns(dtype, found[dtype])])
 
 
 def _row_words() -> str:
@@ -177,9 +173,9 @@ def _commands() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "gpu-short": gpu_report.short,
     "gpu": gpu_report.whole,
-    "row": _row,
+    "row": lambda: _row("row-cpu.json", weighed=True),
     "row-words": _row_words,
-    "row-default": _row_default,
+    "row-default": lambda: _row("row-default-cpu.json", weighed=False),
     "linear": lambda: _timed_table("linear-peers-cpu.json", f"{LINEAR}, 2 threads"),
     "linear-words": _linear_words,
     "sparse": _sparse,

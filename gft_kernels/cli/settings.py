@@ -165,11 +165,10 @@ def _as_kind(key, value, hint):
         except ValueError:
             pass
     if list in kinds and str not in kinds and isinstance(value, (str, list)):
-        if key == "stop_strings" and isinstance(value, str):
-            return [value]  # its commas and spaces are meant
-        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        if isinstance(value, str):  # whose commas and spaces are meant where it is a stop string
+            value = [value] if key == "stop_strings" else [part.strip() for part in value.split(",")]
         kind_of_parts = typing.get_args(alternatives[kinds.index(list)])
-        return [_as_kind(key, part, *kind_of_parts) for part in parts] if kind_of_parts else parts
+        return [_as_kind(key, part, *kind_of_parts) for part in value] if kind_of_parts else value
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
         return float(value) if int not in kinds else value
     simple = [kind for kind in kinds if kind in (bool, int, float, str, list, dict)]

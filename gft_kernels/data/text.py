@@ -80,9 +80,13 @@ def encode_response(tokenizer: Any, text: str, prompt: Any = "", prompt_ids: Seq
 
 def _ids_behind(tokenizer: Any, tail: str, text: str) -> list[int]:
     """Token ids of a text; behind white space without the space that SentencePiece puts before every text."""
-    if tail[-1:].isspace() and _behind_a_line(tokenizer, "a") != _ids(tokenizer, "a"):
-        return _behind_a_line(tokenizer, text)
-    return _ids(tokenizer, text)
+    spaced = tail[-1:].isspace() and _puts_a_space(tokenizer)
+    return _behind_a_line(tokenizer, text) if spaced else _ids(tokenizer, text)
+
+
+@functools.lru_cache(maxsize=16)
+def _puts_a_space(tokenizer: Any) -> bool:
+    return _behind_a_line(tokenizer, "a") != _ids(tokenizer, "a")
 
 
 def _behind_a_line(tokenizer: Any, text: str) -> list[int]:
